@@ -1,0 +1,285 @@
+"""A `Task`: real text, checked, split, and handed out in tokens.
+
+`corpora.py` finds text as it is; here it is judged. Every row must have words and a label, every class must occur in
+train, and no split is silently empty: a `Task` that exists can be trained on.
+
+What a source lacks is made from what it has, and `Task.origin` says so. Where the test split is missing, or published
+without labels (all -1, as in GLUE), the validation split becomes the test split. Where validation is then missing, a
+tenth of train is carved out for it, class by class. Carving and `limit` are the only uses of `seed`, so the rows of a
+complete corpus never depend on it; `Task.fingerprint` tells two selections of rows apart on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .corpora import Corpus, CorpusError, Split, load_corpus
+from .seeds import generator as seeded
+
+if TYPE_CHECKING:
+    import datasets  # a second to import, so at run time only where rows are made
+
+SPLITS = ("train", "validation", "test")
+SHORTEST = 3  # a token between two special ones
+CARVED = 0.1  # of train, where validation is missing
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Three splits of labelled text. Make one with `load_task`.
+
+    `train`, `validation` and `test` are `datasets.Dataset`s with the columns `text` (str) and `label` (int, an index
+    into `classes`). `max_length` is in tokens, special tokens included. `fingerprint` is a SHA-256 over the classes and
+    the rows of all splits; `origin` says in words where the text came from.
+    """
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    test: datasets.Dataset
+    max_length: int
+    fingerprint: str
+    origin: str
+    _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+
+    def split(self, name: str) -> datasets.Dataset:
+        """The rows of "train", "validation" or "test"; a `ValueError` for any other name."""
+        if name not in SPLITS:
+            raise ValueError(f"no split {name!r}; a task has {', '.join(SPLITS)}")
+        return getattr(self, name)
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split, int64 [rows]."""
+        if split not in self._labels:
+            self._labels[split] = np.asarray(self.split(split)["label"][:], dtype=np.int64)
+        return self._labels[split]
+
+    def rows_by_class(self, split: str) -> list[np.ndarray]:
+        """For each class, in the order of `classes`, the indices of its rows in that split."""
+        return _rows_by_class(self.labels(split), len(self.classes))
+
+    def token_ids(self, tokenizer, split: str) -> list[list[int]]:
+        """Each row of a split in tokens, special ones included, cut at `max_length`; kept as long as `tokenizer` is."""
+        kept = self._token_ids.setdefault(tokenizer, {})
+        if split not in kept:
+            texts = self.split(split)["text"][:]
+            ids = tokenizer(texts, truncation=True, max_length=self.max_length, padding=False)["input_ids"]
+            for row, tokens in enumerate(ids):
+                if not tokens:
+                    raise ValueError(f"{self.name}, split {split}, row {row}: this tokenizer makes no token of "
+                                     f"{texts[row][:40]!r}; drop the row or add special tokens to the tokenizer")
+            kept[split] = ids
+        return kept[split]
+
+    def batch(self, tokenizer, split: str, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Rows as `input_ids` [b, l], `attention_mask` [b, l] and `labels` [b], int64, padded right to the longest."""
+        rows = [int(row) for row in rows]
+        if not rows:
+            raise ValueError("a batch needs at least one row")
+        ids = self.token_ids(tokenizer, split)
+        chosen = [torch.tensor(ids[row]) for row in rows]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(tokens) for tokens in chosen])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": padded, "attention_mask": mask, "labels": torch.from_numpy(self.labels(split)[rows])}
+
+    def balanced_rows(self, split: str, size: int, generator: torch.Generator) -> Tensor:
+        """`size` row indices in random order, the classes as equal as possible; int64 [size].
+
+        What does not divide evenly goes to random classes. A row is drawn twice only when its class has no rows left.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, not {size}")
+        pools = [torch.from_numpy(rows) for rows in self.rows_by_class(split) if len(rows)]
+        order = torch.randperm(len(pools), generator=generator).tolist()
+        drawn = []
+        for place, chosen in enumerate(order):
+            quota, pool = size // len(pools) + (place < size % len(pools)), pools[chosen]
+            passes = [torch.randperm(len(pool), generator=generator) for _ in range(-(-quota // len(pool)))]
+            drawn += [pool[torch.cat(passes)[:quota]]] if passes else []
+        drawn = torch.cat(drawn)
+        return drawn[torch.randperm(size, generator=generator)]
+
+    def accuracy(self, logits: Tensor, labels: Tensor) -> float:
+        """The share of rows of `logits` [n, c] whose largest entry is at `labels` [n]. A row with a NaN is wrong."""
+        if logits.shape != (len(labels), len(self.classes)) or not len(labels):
+            raise ValueError(f"logits {tuple(logits.shape)} must be [{len(labels)}, {len(self.classes)}], a row for "
+                             "each label (one at least) and a column for each class")
+        right = (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
+        return right.double().mean().item()
+
+
+def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: int = 0) -> Task:
+    """The task that `source` names: "docstrings", a name on the hub, a folder, or a hub id.
+
+    `max_length`: tokens of a row, special ones included, 3 or more. `limit`: at most so many rows in each split, the
+    classes as equal as they can be. `seed`: for `limit`, and for carving validation out of train where it is missing.
+
+    Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
+    """
+    _check_whole("max_length", max_length, SHORTEST, "at least one token between two special ones")
+    if limit is not None:
+        _check_whole("limit", limit, 1, "rows per split, or None for all")
+    corpus = _with_test_split(load_corpus(source))
+    classes = corpus.classes or _classes_from_labels(corpus)
+    rows = {name: _checked(corpus.name, name, split, classes) for name, split in corpus.splits.items()}
+    _check_classes(corpus, classes, rows["train"][1])
+    origin = corpus.origin
+    if "validation" not in rows:
+        rows["train"], rows["validation"] = _carve(corpus, classes, rows["train"], seed)
+        origin += f"; validation is {CARVED:.0%} of train (seed {seed})"
+    if limit is not None:
+        if limit < len(classes):
+            raise ValueError(f"limit={limit} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
+                             f"use {len(classes)} or more")
+        rows = {name: _limited(pair, limit, len(classes), name, seed) for name, pair in rows.items()}
+    made = {name: _dataset(*rows[name], classes) for name in SPLITS}
+    return Task(corpus.name, "classification", classes, **made, max_length=max_length,
+                fingerprint=_fingerprint(classes, rows), origin=origin)
+
+
+def _with_test_split(corpus: Corpus) -> Corpus:
+    """Validation takes the place of a test split that is missing or has no labels."""
+    splits, origin = dict(corpus.splits), corpus.origin
+    if "test" in splits and splits["test"].labels and {*splits["test"].labels} <= {-1, "-1"}:
+        del splits["test"]
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+        origin += "; its validation split is used as test, for want of a labelled one"
+    for name in ("train", "test"):
+        if name not in splits:
+            places = ", ".join(split.place for split in splits.values())
+            raise CorpusError(f"{corpus.name} has no {name} split and none can be made: found only {places}; "
+                              f"add {'a train' if name == 'train' else 'a labelled test or validation'} split")
+    return replace(corpus, splits=splits, origin=origin)
+
+
+def _classes_from_labels(corpus: Corpus) -> tuple[str, ...]:
+    """Class names where nothing lists them: the distinct names in train in sorted order, or the numbers from 0."""
+    found = {label for label in corpus.splits["train"].labels if label is not None}
+    numbers, place = {_whole(label) for label in found}, corpus.splits["train"].place
+    if None not in numbers:
+        if skipped := set(range(len(numbers))) - numbers:
+            raise CorpusError(f"{place} has labels up to {max(numbers)} but no row of class {min(skipped)}; "
+                              "number the classes from 0 without gaps")
+        return tuple(str(number) for number in range(len(numbers)))
+    if all(isinstance(label, str) for label in found):
+        return tuple(sorted(found))
+    raise CorpusError(f"{place} mixes kinds of labels, such as {sorted(map(repr, found))[:4]}; "
+                      "use whole numbers from 0, or names")
+
+
+def _checked(task: str, name: str, split: Split, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
+    """The texts and the class indices of a split; raises at the first row that cannot be used."""
+    if not split.texts:
+        raise CorpusError(f"{task}, split {name} has no rows ({split.place})")
+    index, labels = {label: number for number, label in enumerate(classes)}, []
+    for row, (text, label) in enumerate(zip(split.texts, split.labels)):
+        where = f"{task}, split {name}, row {row} (counted from 0; {split.place})"
+        if not isinstance(text, str) or not text.strip():
+            raise CorpusError(f"{where}: the text is {text!r}; fill it in or drop the row")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise CorpusError(f"{where}: half a surrogate pair in the text {text[:40]!r}; repair or drop the row")
+        number = index.get(label) if isinstance(label, str) else None
+        number = _whole(label) if number is None else number
+        if number is None or not 0 <= number < len(classes):
+            raise CorpusError(f"{where}: the label is {label!r}, which is none of the {len(classes)} classes "
+                              f"{_listed(classes)}; number classes from 0, or list their names in labels.json")
+        labels.append(number)
+    return split.texts, labels
+
+
+def _check_classes(corpus: Corpus, classes: tuple[str, ...], labels: list[int]) -> None:
+    place = corpus.splits["train"].place
+    if len(classes) < 2:
+        raise CorpusError(f"{place} has only the class {_listed(classes)}; a task needs two or more")
+    missing = [name for number, name in enumerate(classes) if number not in {*labels}]
+    if missing:
+        raise CorpusError(f"{place} has no row of the class {_listed(missing)}; add rows, or take the class off "
+                          "labels.json and number the others without gaps")
+
+
+def _carve(corpus: Corpus, classes, rows, seed: int):
+    """Train without, and validation with, a tenth of each class."""
+    texts, labels = rows
+    taken = []
+    for name, members in zip(classes, _rows_by_class(np.asarray(labels), len(classes))):
+        if len(members) < 2:
+            raise CorpusError(f"{corpus.splits['train'].place} has one row of the class {name!r}, so none can be "
+                              "spared for validation; add rows, or a validation split")
+        order = torch.randperm(len(members), generator=seeded("task-carve", seed, name)).numpy()
+        taken += members[order[: max(1, round(CARVED * len(members)))]].tolist()
+    taken_set = {*taken}
+    left = [row for row in range(len(texts)) if row not in taken_set]
+    return _rows((texts, labels), left), _rows((texts, labels), sorted(taken))
+
+
+def _limited(rows, limit: int, classes: int, split: str, seed: int):
+    """At most `limit` rows in their old order: each class gives the same number, and the large ones what is missing."""
+    texts, labels = rows
+    if len(texts) <= limit:
+        return rows
+    rng = seeded("task-limit", seed, split)
+    members = _rows_by_class(np.asarray(labels), classes)
+    shuffled = [group[torch.randperm(len(group), generator=rng).numpy()] for group in members]
+    # The k-th row of every class comes before the (k+1)-th of any; which class gives the remainder is random too.
+    order = torch.randperm(classes, generator=rng).tolist()
+    queue = sorted((place, turn, row) for turn, group in zip(order, shuffled) for place, row in enumerate(group))
+    return _rows(rows, sorted(row for _, _, row in queue[:limit]))
+
+
+def _rows(rows, chosen):
+    texts, labels = rows
+    return [texts[row] for row in chosen], [labels[row] for row in chosen]
+
+
+def _rows_by_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    return [np.flatnonzero(labels == number) for number in range(classes)]
+
+
+def _dataset(texts: list[str], labels: list[int], classes: tuple[str, ...]) -> datasets.Dataset:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(classes))})
+    return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+
+
+def _fingerprint(classes: tuple[str, ...], rows: dict) -> str:
+    content = hashlib.sha256(json.dumps(classes).encode())
+    for name in SPLITS:
+        content.update(json.dumps([name, *rows[name]]).encode())
+    return content.hexdigest()
+
+
+def _whole(label) -> int | None:
+    """The whole number that a label is, as a file may spell it (1, 1.0, "1"), or None."""
+    if isinstance(label, bool):
+        return None
+    if isinstance(label, str):
+        return int(label) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", label) else None
+    if isinstance(label, float):
+        return int(label) if label.is_integer() else None
+    return label if isinstance(label, int) else None
+
+
+def _check_whole(name: str, value, least: int, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more ({meaning}), not {value!r}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,32 @@
+"""What several test files share."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@pytest.fixture(scope="session")
+def standin_home(tmp_path_factory):
+    """A Hugging Face home filled with tiny models and data sets; for a subprocess, see `standin_hub.environment`."""
+    import standin_hub  # imports transformers and datasets, which most tests need not wait for
+
+    return standin_hub.fill(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture
+def standin_hub(standin_home):
+    """The stand-in hub in place of the real one, in this process, for one test; gives its Hugging Face home."""
+    import standin_hub
+
+    with standin_hub.patched(standin_home) as home:
+        yield home
+
+
+@pytest.fixture(scope="session")
+def docstrings():
+    """The real offline corpus, from the user's cache, built there if need be."""
+    from distillkit.corpora import docstring_corpus
+
+    return docstring_corpus()
