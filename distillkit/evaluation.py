@@ -1,0 +1,272 @@
+"""Honest scores: train fresh students on a set, score them on held-out real data.
+
+A score belongs to a *recipe*, so every :class:`Evaluation` names its own:
+
+* ``"own"``: the recipe stored with a distilled set, its learned step sizes included.
+* ``"standard"``: AdamW fine-tuning with published settings: step size 5e-5, batches of 32, three epochs, weight decay
+  0.01 (Devlin et al., 2019), linear warm-up over a tenth of the steps and linear decay; and at least 200 steps, since
+  three epochs of a few examples train nothing (Mosbach et al., 2021).
+* ``"tuned"``: AdamW at the best point of one grid (:data:`GRID`), judged on the validation split, the same grid for
+  every set.  It is how a set without a recipe, such as selected real sentences, gets a fair chance.
+
+Initialisations for scoring, for tuning and for distilling come from disjoint seed streams.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from distillkit.distilled import DistilledSet
+from distillkit.inner import AdamW, Optimizer, Unroll, from_recipe, inner_step
+from distillkit.objectives import bound_step_sizes
+from distillkit.progress import progress
+from distillkit.seeds import derive_seed, generator
+from distillkit.students import Batch, Params, Student
+from distillkit.tasks import Task
+
+STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
+STANDARD_EPOCHS, STANDARD_BATCH, STANDARD_LEAST_STEPS = 3, 32, 200
+GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 100)}
+TUNING_SEEDS, TUNING_ROWS = 2, 600
+
+Feed = Callable[[int], tuple[Batch, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a set is worth under one recipe.
+
+    Attributes:
+        mean, std: accuracy over the seeds, std with n − 1 (nan for one seed).
+        scores: one accuracy a seed.
+        groups: accuracy by class, mean over the seeds.
+        seconds: one training run, scoring not counted, mean over the seeds.
+        flops: floating-point operations of one training run.
+        examples, nbytes: size of what was trained on.
+        recipe: how it was trained, as JSON values.
+    """
+
+    mean: float
+    std: float
+    scores: tuple[float, ...]
+    groups: dict[str, float]
+    seconds: float
+    flops: int
+    examples: int
+    nbytes: int
+    recipe: dict
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.std:.3f} (n={len(self.scores)}, {self.recipe['name']})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A training run: optimiser, its step size at each step, and what each step sees."""
+
+    optimizer: Optimizer
+    step_sizes: Tensor
+    feed: Feed
+    recipe: dict
+
+    def train(self, student: Student, params: Params) -> Iterator[Params]:
+        """Parameters after each step."""
+        state = self.optimizer.init(params)
+        for t, step_size in enumerate(self.step_sizes):
+            batch, targets = self.feed(t)
+            params, state, _ = inner_step(student, self.optimizer, params, state, batch, targets, step_size)
+            yield params
+
+
+def evaluate(
+    distilled: DistilledSet | None,
+    task: Task,
+    student: Student,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    recipe: str | Unroll | None = None,
+    split: str = "test",
+) -> Evaluation:
+    """Train a fresh student per seed on the set, score each on ``split``.
+
+    Args:
+        distilled: the set; None trains on the task's whole training split (recipe ``"standard"``).
+        seeds: one fresh initialisation each.
+        recipe: ``"own"``, ``"standard"``, ``"tuned"``, or an :class:`Unroll` whose optimiser and steps to use (with its
+            own constant step size).  Default: own where one is stored, else tuned.
+        split: ``"test"``, ``"validation"`` or ``"train"``.
+
+    Raises:
+        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds, another model's embeddings.
+    """
+    if not seeds:
+        raise ValueError(f"seeds must name at least one seed, not {seeds!r}")
+    if distilled is not None and distilled.embeds.shape[-1] != student.width:
+        raise ValueError(
+            f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
+        )
+    plan_for = _planner(distilled, task, student, recipe)
+    scores, groups, seconds = [], [], []
+    for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
+        plan = plan_for(seed)
+        start = student.init(derive_seed("evaluate-init", seed))
+        begun = time.perf_counter()
+        *_, params = collections.deque(plan.train(student, start), maxlen=1)
+        seconds.append(time.perf_counter() - begun)
+        right = _correct(student, params, task, split)
+        labels = np.array(task.split(split)["label"])
+        scores.append(float(right.mean()))
+        groups.append([float(right[labels == c].mean()) for c in range(len(task.classes))])
+    return Evaluation(
+        mean=float(np.mean(scores)),
+        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan"),
+        scores=tuple(scores),
+        groups=dict(zip(task.classes, np.mean(groups, axis=0).tolist(), strict=True)),
+        seconds=float(np.mean(seconds)),
+        flops=_flops(plan, student),
+        examples=len(task.train) if distilled is None else len(distilled),
+        nbytes=sum(len(t.encode()) for t in task.train["text"]) if distilled is None else distilled.nbytes,
+        recipe=plan.recipe,
+    )
+
+
+def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
+    """Settle on a recipe; returns seed → plan (only the order of the full data depends on the seed)."""
+    if distilled is None:
+        if recipe not in (None, "standard"):
+            raise ValueError(f"the full training split is trained on by recipe='standard' only, not {recipe!r}")
+        return lambda seed: _full_data(task, student, seed)
+    if recipe is None:
+        recipe = "own" if "recipe" in distilled.meta else "tuned"
+    if isinstance(recipe, Unroll):
+        plan = _constant(distilled, student, recipe, "unroll")
+    elif recipe == "own":
+        plan = _own(distilled, student)
+    elif recipe == "standard":
+        plan = _standard(distilled, student)
+    elif recipe == "tuned":
+        plan = _tuned(distilled, task, student)
+    else:
+        raise ValueError(f"recipe must be 'own', 'standard', 'tuned' or an Unroll, not {recipe!r}")
+    return lambda seed: plan
+
+
+def _set_feed(distilled: DistilledSet, student: Student, rows: list[Tensor]) -> Feed:
+    embeds = distilled.embeds.to(student.device, student.dtype)
+    targets = distilled.targets.to(student.device)
+    mask = distilled.mask.to(student.device)
+
+    def feed(t: int):
+        r = rows[t].to(student.device)
+        return {"inputs_embeds": embeds[r], "attention_mask": mask[r]}, targets[r]
+
+    return feed
+
+
+def _own(distilled: DistilledSet, student: Student) -> _Plan:
+    if "recipe" not in distilled.meta:
+        raise ValueError(
+            "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' or 'standard'"
+        )
+    stored = distilled.meta["recipe"]
+    unroll = from_recipe(stored)
+    feed = _set_feed(distilled, student, unroll.rows(len(distilled)))
+    described = {"name": "own", "step_sizes": bound_step_sizes(distilled, unroll).tolist(), **unroll.recipe()}
+    return _Plan(unroll.optimizer, bound_step_sizes(distilled, unroll), feed, described)
+
+
+def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str) -> _Plan:
+    sizes = torch.full((unroll.steps,), float(unroll.optimizer.step_size))
+    feed = _set_feed(distilled, student, unroll.rows(len(distilled)))
+    return _Plan(unroll.optimizer, sizes, feed, {"name": name, **unroll.recipe()})
+
+
+def _warm_up_and_decay(steps: int, step_size: float) -> Tensor:
+    t = torch.arange(1, steps + 1, dtype=torch.float32)
+    warm = max(1, steps // 10)
+    return step_size * torch.minimum(t / warm, (steps + 1 - t) / (steps + 1 - warm))
+
+
+def _standard_recipe(steps: int) -> dict:
+    optimizer = {"name": "AdamW", **dataclasses.asdict(STANDARD)}
+    return {
+        "name": "standard",
+        "steps": steps,
+        "optimizer": optimizer,
+        "batch_size": STANDARD_BATCH,
+        "schedule": "linear warm-up over 10 % of the steps, linear decay",
+    }
+
+
+def _standard(distilled: DistilledSet, student: Student) -> _Plan:
+    steps = max(STANDARD_EPOCHS * -(-len(distilled) // STANDARD_BATCH), STANDARD_LEAST_STEPS)
+    rows = Unroll(steps, batch_size=STANDARD_BATCH).rows(len(distilled))
+    sizes = _warm_up_and_decay(steps, STANDARD.step_size)
+    return _Plan(STANDARD, sizes, _set_feed(distilled, student, rows), _standard_recipe(steps))
+
+
+def _full_data(task: Task, student: Student, seed: int) -> _Plan:
+    n = len(task.train)
+    steps = max(STANDARD_EPOCHS * -(-n // STANDARD_BATCH), STANDARD_LEAST_STEPS)
+    draw, rows = generator("full-data-order", seed), []
+    while len(rows) < steps:
+        rows += torch.randperm(n, generator=draw).split(STANDARD_BATCH)
+
+    def feed(t: int):
+        batch = task.batch(student.tokenizer, "train", rows[t])
+        return batch, batch["labels"].to(student.device)
+
+    return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
+
+
+def _tuned(distilled: DistilledSet, task: Task, student: Student) -> _Plan:
+    """The grid point with the best mean validation accuracy; a tie goes to the cheaper one."""
+    rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0))
+    accuracy: dict[tuple[int, float], list[float]] = {}
+    for step_size in progress(GRID["step_size"], desc="tuning", unit="step size", leave=False):
+        unroll = Unroll(max(GRID["steps"]), optimizer=AdamW(step_size), batch_size=STANDARD_BATCH)
+        plan = _constant(distilled, student, unroll, "tuned")
+        for seed in range(TUNING_SEEDS):
+            params = student.init(derive_seed("tune-init", seed))
+            # One run passes through all step counts of the grid, as the step size is constant.
+            for steps, trained in enumerate(plan.train(student, params), start=1):
+                if steps in GRID["steps"]:
+                    right = _correct(student, trained, task, "validation", rows)
+                    accuracy.setdefault((steps, step_size), []).append(float(right.mean()))
+    best = max(accuracy, key=lambda point: (round(float(np.mean(accuracy[point])), 6), -point[0], -point[1]))
+    unroll = Unroll(best[0], optimizer=AdamW(best[1]), batch_size=STANDARD_BATCH)
+    plan = _constant(distilled, student, unroll, "tuned")
+    judged = {"grid": {k: list(v) for k, v in GRID.items()}, "validation": float(np.mean(accuracy[best]))}
+    return dataclasses.replace(plan, recipe={**plan.recipe, **judged})
+
+
+def _correct(student: Student, params: Params, task: Task, split: str, rows=None, batch_size: int = 256) -> np.ndarray:
+    """Whether each row (default: all of the split) is classified rightly: ``[n]`` bool."""
+    lengths = np.array([len(i) for i in task.token_ids(student.tokenizer, split)])
+    rows = np.arange(len(lengths)) if rows is None else np.asarray(rows)
+    right = np.zeros(len(rows), dtype=bool)
+    order = np.argsort(lengths[rows], kind="stable")  # rows of like length together: little padding
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            where = order[start : start + batch_size]
+            batch = task.batch(student.tokenizer, split, rows[where])
+            predicted = student.logits(params, batch).argmax(-1).cpu()
+            right[where] = (predicted == batch["labels"]).numpy()
+    return right
+
+
+def _flops(plan: _Plan, student: Student) -> int:
+    """Operations of one step, counted, times the number of steps."""
+    params = student.init(0)
+    batch, targets = plan.feed(0)
+    with FlopCounterMode(display=False) as counter:
+        inner_step(student, plan.optimizer, params, plan.optimizer.init(params), batch, targets, plan.step_sizes[0])
+    return counter.get_total_flops() * len(plan.step_sizes)

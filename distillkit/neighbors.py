@@ -1,0 +1,117 @@
+"""From embeddings back to words: each learned embedding becomes its nearest vocabulary token.
+
+The search runs over chunks of positions and of the vocabulary, so that memory stays bounded whatever their numbers.
+Special tokens and unused rows of the table (``[unused12]``, padding rows) are no words and are left out.
+
+Projection is where text distillation loses most: an embedding carries information in directions no token has.  What is
+lost is for :func:`~distillkit.evaluation.evaluate` to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from torch import Tensor
+
+from distillkit.distilled import DistilledSet, decode, embed
+from distillkit.students import Student
+
+METRICS = ("l2", "cosine")
+UNUSED = re.compile(r"^(\[unused\d+\]|<unused\d+>|madeupword\d+)$")
+
+
+def allowed_tokens(tokenizer, vocabulary: int) -> Tensor:
+    """Which of the table's ``vocabulary`` rows are words: ``[v]`` bool, False for special, unused and absent tokens."""
+    allowed = torch.zeros(vocabulary, dtype=torch.bool)
+    for token, i in tokenizer.get_vocab().items():
+        if i < vocabulary and not UNUSED.match(token):
+            allowed[i] = True
+    allowed[[i for i in tokenizer.all_special_ids if i < vocabulary]] = False
+    return allowed
+
+
+def nearest_tokens(
+    queries: Tensor,
+    table: Tensor,
+    *,
+    k: int = 1,
+    metric: str = "l2",
+    allowed: Tensor | None = None,
+    query_chunk: int = 1024,
+    table_chunk: int = 16384,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest rows of an embedding table.
+
+    Args:
+        queries: ``[n, d]``.
+        table: ``[v, d]``, on any device; queries are moved to it.
+        metric: ``"l2"``: Euclidean distance; ``"cosine"``: 1 − cosine.
+        allowed: ``[v]`` bool; rows to choose from, default all.
+        query_chunk, table_chunk: rows at a time; memory is about 4 · query_chunk · table_chunk bytes.
+
+    Returns:
+        ids ``[n, k]`` and distances ``[n, k]``, nearest first, on the CPU.
+
+    Raises:
+        ValueError: unknown metric, widths that differ, or fewer than ``k`` rows to choose from.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+    if queries.shape[-1] != table.shape[-1]:
+        raise ValueError(f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
+    candidates = torch.arange(len(table)) if allowed is None else allowed.nonzero().squeeze(1).cpu()
+    if len(candidates) < k:
+        raise ValueError(f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
+    ids, distances = [], []
+    for block in queries.split(query_chunk):
+        best_d = torch.empty(len(block), 0, device=table.device)
+        best_i = torch.empty(len(block), 0, dtype=torch.long, device=table.device)
+        for chunk in candidates.to(table.device).split(table_chunk):
+            d = _distances(block.to(table.device, table.dtype), table[chunk], metric)
+            near, where = d.topk(min(k, len(chunk)), largest=False)
+            best_d, order = torch.cat([best_d, near.float()], 1).sort(dim=1, stable=True)
+            best_i = torch.cat([best_i, chunk[where]], 1).gather(1, order)
+            best_d, best_i = best_d[:, :k], best_i[:, :k]
+        ids.append(best_i.cpu())
+        distances.append(best_d.cpu())
+    return torch.cat(ids), torch.cat(distances)
+
+
+def _distances(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
+    if metric == "cosine":
+        return 1 - torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(rows, dim=1).T
+    squared = queries.square().sum(1, keepdim=True) - 2 * queries @ rows.T + rows.square().sum(1)
+    return squared.clamp_min(0).sqrt()
+
+
+def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") -> DistilledSet:
+    """Replace each learned embedding by its nearest word's.
+
+    Args:
+        distilled: a set in ``student``'s embedding space.
+        student: whose table and tokenizer to use.
+        metric: ``"l2"`` or ``"cosine"``.
+
+    Returns:
+        A set with ``tokens`` and text, embeddings equal to those tokens', labels, step sizes and recipe kept;
+        ``meta["projection"]`` tells the metric and the mean distance moved.
+    """
+    if distilled.embeds.shape[-1] != student.width:
+        raise ValueError(
+            f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
+        )
+    table = student.embedding
+    tokens = torch.full(distilled.mask.shape, student.tokenizer.pad_token_id or 0)
+    words, moved = nearest_tokens(
+        distilled.embeds[distilled.free], table, metric=metric, allowed=allowed_tokens(student.tokenizer, len(table))
+    )
+    tokens[distilled.free] = words.squeeze(1)
+    fixed = distilled.mask & ~distilled.free  # these never moved: their own rows are at distance 0
+    if fixed.any():
+        tokens[fixed] = nearest_tokens(distilled.embeds[fixed], table, metric=metric)[0].squeeze(1)
+    meta = dict(distilled.meta)
+    meta["text"] = decode(student.tokenizer, tokens, distilled.free)
+    meta["projection"] = {"metric": metric, "mean_distance": float(moved.mean())}
+    return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)

@@ -1,0 +1,95 @@
+"""Real examples, chosen well: the baseline that any distilled set has to beat.
+
+* ``random``: any sentences of the class.
+* ``k_center`` (Sener & Savarese, 2018): start from the sentence nearest the class mean, then keep adding the one
+  farthest from all chosen so far: cover the class.
+* ``herding`` (Welling, 2009): keep adding the sentence that brings the mean of the chosen nearest the class mean.
+
+Both work on L2-normalised sentence representations under the student (mean of its last hidden states).  Texts shorter
+than the budget are filled up with further real sentences, for every method alike (see :func:`distillkit.distilled.from_rows`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from distillkit.distilled import DistilledSet, examples_per_class, from_rows
+from distillkit.students import Student
+from distillkit.tasks import Task
+
+METHODS = ("random", "k_center", "herding")
+
+
+def select(
+    task: Task,
+    student: Student,
+    method: str,
+    *,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    length: int | None = None,
+    seed: int = 0,
+) -> DistilledSet:
+    """Real training sentences as a set with hard labels and no recipe.
+
+    Args:
+        method: ``"random"``, ``"k_center"`` or ``"herding"``.
+        per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
+            same sentences for every seed; the seed then steers only what short ones are filled up with.
+
+    Raises:
+        ValueError: an unknown method or a size that cannot be had.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    size = {"per_class": per_class, "fraction": fraction, "length": length, "seed": seed}
+    if method == "random":
+        found = DistilledSet.from_real(task, student, soft_labels=False, **size)
+    else:
+        k = examples_per_class(task, per_class, fraction)
+        x = sentence_features(task, student)
+        pick = {"k_center": k_center, "herding": herding}[method]
+        rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
+        found = from_rows(task, student, rows, length=length, seed=seed)
+    found.meta["selection"] = {"method": method, "seed": seed}
+    return found
+
+
+def k_center(x: np.ndarray, k: int) -> np.ndarray:
+    """Greedy k-centre: indices of ``k`` rows of ``x [n, d]``, the first nearest the mean, each next farthest from all."""
+    chosen = [int(np.argmin(np.linalg.norm(x - x.mean(0), axis=1)))]
+    distance = np.linalg.norm(x - x[chosen[0]], axis=1)
+    while len(chosen) < k:
+        distance[chosen] = -1.0  # a duplicate of a chosen row is at distance 0 and may still be chosen
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(x - x[chosen[-1]], axis=1))
+    return np.array(chosen)
+
+
+def herding(x: np.ndarray, k: int) -> np.ndarray:
+    """Herding: indices of ``k`` rows of ``x [n, d]`` whose running mean stays nearest the mean of all."""
+    mean, total = x.mean(0), np.zeros(x.shape[1])
+    chosen: list[int] = []
+    for size in range(1, k + 1):
+        gap = np.linalg.norm(mean - (total + x) / size, axis=1)
+        gap[chosen] = np.inf
+        chosen.append(int(np.argmin(gap)))
+        total += x[chosen[-1]]
+    return np.array(chosen)
+
+
+def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np.ndarray:
+    """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
+    key = f"features:{task.fingerprint}:{task.max_length}"
+    if key not in student.cache:
+        lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
+        order = np.argsort(lengths, kind="stable")
+        x = np.empty((len(lengths), student.width), dtype=np.float32)
+        with torch.no_grad():
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                found = student.features(task.batch(student.tokenizer, "train", rows))
+                x[rows] = torch.nn.functional.normalize(found.float(), dim=1).cpu().numpy()
+        student.cache[key] = x
+    return student.cache[key]
