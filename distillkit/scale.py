@@ -1,0 +1,161 @@
+"""How big a lesson is: the one place where a notebook's models, corpora and budgets are written down.
+
+A lesson has to run on a laptop without internet, where it is read and tested, and on a workstation, where it is worth
+doing. Two copies of a notebook would drift apart, so there is one, which asks here::
+
+    cfg = settings("01_classification_bptt")
+
+and the environment variable DISTILLKIT_SCALE says which row of the table it gets: `cpu` (the default; nothing is
+downloaded) or `gpu` (models and data from the hub, by name).
+
+DISTILLKIT_REDUCED=1 cuts every budget to the least that still runs each line of code. That is how the tests execute the
+gpu rows against a stand-in hub of random weights, where everything works and nothing is learned. So a lesson states
+what it claims about *learning* through `Settings.claim`, which a reduced run does not hold it to, and everything else
+with `assert`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+
+SCALES = ("cpu", "gpu")
+_COUNTS = ("per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one notebook runs with at one scale.
+
+    Args:
+        corpus: what `load_task` is given.
+        corpus_limit: rows per split, or None for all of them.
+        student: what `load_student` is given.
+        per_class: synthetic examples a class.
+        length: tokens of a synthetic example, at most `max_length`.
+        unroll_steps: T, the inner steps of one training run on the synthetic examples.
+        outer_steps: updates of the synthetic examples.
+        outer_batch: real examples in one outer loss.
+        max_length: tokens that a real text is cut to.
+        seeds: the seeds that `evaluate` trains and scores with; two at least, or there is no spread to report.
+        notebook, scale, reduced: filled in by `settings`.
+
+    Raises ValueError, with the field and the value, for a value outside its range.
+    """
+
+    corpus: str
+    student: str
+    per_class: int
+    length: int
+    unroll_steps: int
+    outer_steps: int
+    outer_batch: int
+    max_length: int
+    corpus_limit: int | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    notebook: str = ""
+    scale: str = "cpu"
+    reduced: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS + (() if self.corpus_limit is None else ("corpus_limit",)):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.length > self.max_length:
+            raise ValueError(f"length must be at most max_length ({self.max_length}), got {self.length}")
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise ValueError(f"seeds must be two or more different integers, got {self.seeds!r}")
+
+    def claim(self, condition: bool, text: str) -> None:
+        """Assert what a lesson claims about learning, unless the budgets are reduced and nothing was learned.
+
+        Args:
+            condition: whether the claim holds here.
+            text: the claim as a sentence, which is the message of the AssertionError when it does not.
+        """
+        if not (condition or self.reduced):
+            raise AssertionError(f"{text} (this did not hold in {self.notebook}, scale {self.scale})")
+
+    def __str__(self) -> str:
+        rows = "all rows" if self.corpus_limit is None else f"{self.corpus_limit} rows a split"
+        return (
+            f"{self.scale} scale{' (reduced)' if self.reduced else ''}: {self.student} on {self.corpus} ({rows}), "
+            f"{self.per_class} synthetic example{'s' * (self.per_class > 1)} a class of {self.length} tokens, "
+            f"{self.unroll_steps} inner steps, {self.outer_steps} outer steps, {len(self.seeds)} seeds"
+        )
+
+
+_CPU = Settings(
+    corpus="docstrings",
+    student="offline:minilm",
+    per_class=1,
+    length=32,
+    unroll_steps=4,
+    outer_steps=60,
+    outer_batch=32,
+    max_length=32,
+    seeds=(0, 1, 2),
+)
+_GPU = Settings(
+    corpus="ag_news",
+    student="bert-base-uncased",
+    per_class=1,
+    length=64,
+    unroll_steps=8,
+    outer_steps=1000,
+    outer_batch=128,
+    max_length=64,
+    seeds=(0, 1, 2, 3, 4),
+)
+
+TABLE: dict[str, dict[str, Settings]] = {
+    "00_quickstart": {"cpu": _CPU, "gpu": _GPU},
+    "01_classification_bptt": {"cpu": replace(_CPU, outer_steps=40), "gpu": replace(_GPU, corpus="rotten_tomatoes")},
+}
+
+
+def settings(notebook: str, **overrides: object) -> Settings:
+    """Return what `notebook` runs with at the scale that DISTILLKIT_SCALE names.
+
+    Args:
+        notebook: its file name without .ipynb, such as "00_quickstart".
+        overrides: fields of `Settings` to change, as a reader does to try something out.
+
+    Raises ValueError for a notebook that is not in the table, a scale other than cpu and gpu, a DISTILLKIT_REDUCED
+    other than 0 and 1, an override that is no field, and a value outside its field's range. DISTILLKIT_REDUCED=1 has
+    the last word over overrides too.
+    """
+    if notebook not in TABLE:
+        raise ValueError(f"no settings for a notebook {notebook!r}; distillkit/scale.py has {', '.join(TABLE)}")
+    scale = _variable("DISTILLKIT_SCALE", SCALES)
+    reduced = _variable("DISTILLKIT_REDUCED", ("0", "1")) == "1"
+    known = {field.name for field in fields(Settings)} - {"notebook", "scale", "reduced"}
+    unknown = sorted(overrides.keys() - known)
+    if unknown:
+        raise ValueError(f"settings have no field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
+    chosen = replace(TABLE[notebook][scale], notebook=notebook, scale=scale, **overrides)
+    return _reduce(chosen) if reduced else chosen
+
+
+def _variable(name: str, allowed: tuple[str, ...]) -> str:
+    """Return the environment variable, or where it is unset or empty the first of the `allowed` values."""
+    value = os.environ.get(name) or allowed[0]
+    if value not in allowed:
+        raise ValueError(f"the environment variable {name} must be {' or '.join(allowed)}, got {value!r}")
+    return value
+
+
+def _reduce(full: Settings) -> Settings:
+    """Return `full` with the smallest budgets under which every line of a lesson still does something."""
+    return replace(
+        full,
+        corpus_limit=min(full.corpus_limit or 96, 96),
+        length=min(full.length, 12),
+        max_length=min(full.max_length, 16),
+        unroll_steps=min(full.unroll_steps, 2),
+        outer_steps=min(full.outer_steps, 2),
+        outer_batch=min(full.outer_batch, 8),
+        seeds=full.seeds[:2],
+        reduced=True,
+    )
