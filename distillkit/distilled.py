@@ -239,12 +239,11 @@ def embed(student: Student, ids: Tensor) -> Tensor:
 def _filled(task: Task, student: Student, row: int, order, room: int) -> list[int]:
     """``room`` content tokens: those of ``row``, then of further rows of its class while there are any."""
     ids: list[int] = []
-    while len(ids) < room:
-        ids += student.tokenizer(task.train[row]["text"], add_special_tokens=False)["input_ids"]
-        try:
-            row = next(order)
-        except StopIteration:  # the whole class is used up
-            break
+    while row is not None and len(ids) < room:
+        text = (" " if ids else "") + task.train[row]["text"]  # byte-level tokenizers would glue the words together
+        ids += student.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < room:
+            row = next(order, None)  # None: the whole class is used up
     return ids[:room]
 
 

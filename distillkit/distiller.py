@@ -11,7 +11,9 @@ folder can take it up again at the step where it ended.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -25,7 +27,7 @@ from distillkit.distilled import DistilledSet
 from distillkit.objectives import bound_step_sizes, meta_gradient
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed
-from distillkit.storage import load_folder, save_folder
+from distillkit.storage import is_vacant, load_folder, save_folder
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
@@ -65,7 +67,9 @@ class Distiller:
         label_lr: of the label logits; default: 5 × ``lr``.
         step_size_lr: of the raw step sizes; default: 2 × ``lr``.
         learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"`` to learn.  Hard targets cannot be.
-        schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``.
+        schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
+            the default decay ``run(100)`` and then ``run(200)`` is not one run of 200 steps.
+        regularizers: none yet.
         seed: draws initialisations and batches.
         checkpoint_dir: folder to save to, and to resume from where it holds a run; the same settings are demanded.
         checkpoint_every: outer steps between checkpoints.
@@ -89,6 +93,8 @@ class Distiller:
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
     ):
+        if regularizers:
+            raise ValueError(f"regularizers are not available yet, so {tuple(regularizers)!r} would be ignored; leave them out")
         unknown = set(learn) - set(LEARNABLE)
         if unknown or not learn:
             raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {tuple(learn)!r}")
@@ -101,12 +107,12 @@ class Distiller:
                 raise ValueError(f"the learning rate of {name} must be a finite number of 0 or more, not {rate!r}")
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, not {checkpoint_every!r}")
-        self.objective, self.regularizers, self.schedule, self.seed = objective, tuple(regularizers), schedule, seed
+        self.objective, self.schedule, self.seed = objective, schedule, seed
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every = checkpoint_every
         self.records: list[StepRecord] = []
-        self._start = distilled
+        self._start = copy.deepcopy(distilled)
         self._settings = self._describe(distilled)
         self._values = {
             "embeds": distilled.embeds.clone(),
@@ -116,7 +122,7 @@ class Distiller:
         self._adam = torch.optim.Adam(
             [{"params": [self._values[n]], "name": n} for n in self.learn], betas=BETAS, lr=lr
         )
-        if self.checkpoint_dir is not None and self.checkpoint_dir.exists():
+        if self.checkpoint_dir is not None and not is_vacant(self.checkpoint_dir):
             self._resume()
 
     @property
@@ -130,14 +136,16 @@ class Distiller:
         moved = self.step > 0 and "embeds" in self.learn
         meta = {k: v for k, v in self._start.meta.items() if not (moved and k == "text")}
         meta["recipe"] = {**self.objective.recipe(), "distiller": self._settings, "outer_steps": self.step}
-        return DistilledSet(
-            embeds=self._values["embeds"].clone(),
-            mask=self._start.mask,
-            free=self._start.free,
-            targets=self._values["targets"].clone(),
-            step_sizes=self._step_sizes(),
-            tokens=None if moved else self._start.tokens,
-            meta=meta,
+        return copy.deepcopy(
+            DistilledSet(
+                embeds=self._values["embeds"].detach(),
+                mask=self._start.mask,
+                free=self._start.free,
+                targets=self._values["targets"].detach(),
+                step_sizes=self._step_sizes(),
+                tokens=None if moved else self._start.tokens,
+                meta=meta,
+            )
         )
 
     def run(self, n: int) -> Iterator[StepRecord]:
@@ -174,7 +182,8 @@ class Distiller:
         found = meta_gradient(current, self.objective, seed=derive_seed("distil", self.seed, self.step))
         grads = {"embeds": found.embeds, "targets": found.targets, "step_sizes": found.step_sizes}
         norm = float(found.embeds.norm())
-        if not all(math.isfinite(x) for x in (found.loss, norm)):
+        finite = all(g is None or bool(g.isfinite().all()) for g in grads.values())
+        if not (finite and math.isfinite(found.loss)):
             raise FloatingPointError(
                 f"outer step {self.step + 1}: loss {found.loss}, gradient norm {norm}, step sizes "
                 f"{[round(s, 5) for s in current.step_sizes.tolist()]}; lower lr or the inner step size"
@@ -205,7 +214,8 @@ class Distiller:
         )
 
     def _step_sizes(self) -> Tensor:
-        return torch.nn.functional.softplus(self._values["step_sizes"])
+        raw = self._values["step_sizes"]
+        return torch.nn.functional.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny)  # far below 0 it rounds to 0
 
     def _describe(self, distilled: DistilledSet) -> dict:
         settings = {
@@ -214,7 +224,12 @@ class Distiller:
             "learn": list(self.learn),
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
             "seed": self.seed,
-            "start": {"examples": len(distilled), "length": distilled.embeds.shape[1], "task": distilled.meta["task"]},
+            "start": {
+                "examples": len(distilled),
+                "length": distilled.embeds.shape[1],
+                "task": distilled.meta["task"],
+                "sha256": _digest(distilled),
+            },
             "task_fingerprint": distilled.meta["task_fingerprint"],
         }
         return json.loads(json.dumps(settings))
@@ -237,6 +252,17 @@ class Distiller:
             if found:
                 self._adam.state[self._values[name]] = found
         self.records = [StepRecord(**{**r, "step_sizes": tuple(r["step_sizes"])}) for r in stored.data["records"]]
+
+
+def _digest(distilled: DistilledSet) -> str:
+    """SHA-256 of a set's tensors."""
+    found = hashlib.sha256()
+    for field in dataclasses.fields(distilled):
+        value = getattr(distilled, field.name)
+        if isinstance(value, Tensor):
+            found.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _inverse_softplus(positive: Tensor) -> Tensor:

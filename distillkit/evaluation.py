@@ -17,7 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,19 +25,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillkit.distilled import DistilledSet
-from distillkit.inner import AdamW, Optimizer, Unroll, from_recipe, inner_step
+from distillkit.inner import AdamW, Optimizer, Part, Unroll, described, from_recipe, inner_step, set_parts
 from distillkit.objectives import bound_step_sizes
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.students import Batch, Params, Student
+from distillkit.students import Params, Student
 from distillkit.tasks import Task
 
 STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
 STANDARD_EPOCHS, STANDARD_BATCH, STANDARD_LEAST_STEPS = 3, 32, 200
-GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 100)}
-TUNING_SEEDS, TUNING_ROWS = 2, 600
+GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)}
+TUNING_SEEDS, TUNING_ROWS = 2, 300
 
-Feed = Callable[[int], tuple[Batch, Tensor]]
+Feed = Callable[[int], Iterable[Part]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,7 @@ class _Plan:
         """Parameters after each step."""
         state = self.optimizer.init(params)
         for t, step_size in enumerate(self.step_sizes):
-            batch, targets = self.feed(t)
-            params, state, _ = inner_step(student, self.optimizer, params, state, batch, targets, step_size)
+            params, state, *_ = inner_step(student, self.optimizer, params, state, self.feed(t), step_size)
             yield params
 
 
@@ -113,6 +112,13 @@ def evaluate(
         raise ValueError(
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
         )
+    if student.num_classes != len(task.classes):
+        raise ValueError(f"student {student.name!r} was loaded for {student.num_classes} classes, task {task.name!r} "
+                         f"has {len(task.classes)}; load it for this task")
+    if distilled is not None and len(distilled.meta.get("classes", task.classes)) != len(task.classes):
+        raise ValueError(f"the set has {len(distilled.meta['classes'])} classes, task {task.name!r} has "
+                         f"{len(task.classes)}; evaluate it on the task it was made for")
+    task.split(split)  # a name that is none is an error before anything is trained
     plan_for = _planner(distilled, task, student, recipe)
     scores, groups, seconds = [], [], []
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
@@ -139,7 +145,7 @@ def evaluate(
 
 
 def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
-    """Settle on a recipe; returns seed → plan (only the order of the full data depends on the seed)."""
+    """Settle on a recipe; returns seed → plan (the order of the full data and dropout masks depend on the seed)."""
     if distilled is None:
         if recipe not in (None, "standard"):
             raise ValueError(f"the full training split is trained on by recipe='standard' only, not {recipe!r}")
@@ -147,10 +153,11 @@ def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
     if recipe is None:
         recipe = "own" if "recipe" in distilled.meta else "tuned"
     if isinstance(recipe, Unroll):
-        plan = _constant(distilled, student, recipe, "unroll")
-    elif recipe == "own":
-        plan = _own(distilled, student)
-    elif recipe == "standard":
+        return lambda seed: _constant(distilled, student, recipe, "unroll", seed)
+    if recipe == "own":
+        _own(distilled, student, 0)  # a set without a recipe is an error before anything is trained
+        return lambda seed: _own(distilled, student, seed)
+    if recipe == "standard":
         plan = _standard(distilled, student)
     elif recipe == "tuned":
         plan = _tuned(distilled, task, student)
@@ -159,33 +166,39 @@ def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
     return lambda seed: plan
 
 
-def _set_feed(distilled: DistilledSet, student: Student, rows: list[Tensor]) -> Feed:
+def _set_feed(distilled: DistilledSet, student: Student, unroll: Unroll, seed: int) -> Feed:
     embeds = distilled.embeds.to(student.device, student.dtype)
-    targets = distilled.targets.to(student.device)
-    mask = distilled.mask.to(student.device)
+    targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
+    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled))
+    masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int):
-        r = rows[t].to(student.device)
-        return {"inputs_embeds": embeds[r], "attention_mask": mask[r]}, targets[r]
+        dropout = (masks, t) if unroll.dropout else None
+        return set_parts(rows[t], embeds, mask, targets, micro_batch=unroll.micro_batch, dropout=dropout)
 
     return feed
 
 
-def _own(distilled: DistilledSet, student: Student) -> _Plan:
+def _own(distilled: DistilledSet, student: Student, seed: int) -> _Plan:
     if "recipe" not in distilled.meta:
         raise ValueError(
             "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' or 'standard'"
         )
     stored = distilled.meta["recipe"]
+    if stored.get("trainable", student.trainable) != student.trainable:
+        raise ValueError(
+            f"recipe='own' trains {stored['trainable']!r} parameters, the student was loaded with "
+            f"trainable={student.trainable!r}; load it as the set wants it, or choose another recipe"
+        )
     unroll = from_recipe(stored)
-    feed = _set_feed(distilled, student, unroll.rows(len(distilled)))
-    described = {"name": "own", "step_sizes": bound_step_sizes(distilled, unroll).tolist(), **unroll.recipe()}
-    return _Plan(unroll.optimizer, bound_step_sizes(distilled, unroll), feed, described)
+    feed = _set_feed(distilled, student, unroll, seed)
+    recipe = {"name": "own", "step_sizes": bound_step_sizes(distilled, unroll).tolist(), **unroll.recipe()}
+    return _Plan(unroll.optimizer, bound_step_sizes(distilled, unroll), feed, recipe)
 
 
-def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str) -> _Plan:
+def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str, seed: int = 0) -> _Plan:
     sizes = torch.full((unroll.steps,), float(unroll.optimizer.step_size))
-    feed = _set_feed(distilled, student, unroll.rows(len(distilled)))
+    feed = _set_feed(distilled, student, unroll, seed)
     return _Plan(unroll.optimizer, sizes, feed, {"name": name, **unroll.recipe()})
 
 
@@ -196,11 +209,10 @@ def _warm_up_and_decay(steps: int, step_size: float) -> Tensor:
 
 
 def _standard_recipe(steps: int) -> dict:
-    optimizer = {"name": "AdamW", **dataclasses.asdict(STANDARD)}
     return {
         "name": "standard",
         "steps": steps,
-        "optimizer": optimizer,
+        "optimizer": described(STANDARD),
         "batch_size": STANDARD_BATCH,
         "schedule": "linear warm-up over 10 % of the steps, linear decay",
     }
@@ -208,9 +220,8 @@ def _standard_recipe(steps: int) -> dict:
 
 def _standard(distilled: DistilledSet, student: Student) -> _Plan:
     steps = max(STANDARD_EPOCHS * -(-len(distilled) // STANDARD_BATCH), STANDARD_LEAST_STEPS)
-    rows = Unroll(steps, batch_size=STANDARD_BATCH).rows(len(distilled))
-    sizes = _warm_up_and_decay(steps, STANDARD.step_size)
-    return _Plan(STANDARD, sizes, _set_feed(distilled, student, rows), _standard_recipe(steps))
+    feed = _set_feed(distilled, student, Unroll(steps, batch_size=STANDARD_BATCH), 0)
+    return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
 
 
 def _full_data(task: Task, student: Student, seed: int) -> _Plan:
@@ -222,7 +233,7 @@ def _full_data(task: Task, student: Student, seed: int) -> _Plan:
 
     def feed(t: int):
         batch = task.batch(student.tokenizer, "train", rows[t])
-        return batch, batch["labels"].to(student.device)
+        return [(1.0, batch, batch["labels"].to(student.device), None)]
 
     return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
 
@@ -258,15 +269,15 @@ def _correct(student: Student, params: Params, task: Task, split: str, rows=None
         for start in range(0, len(order), batch_size):
             where = order[start : start + batch_size]
             batch = task.batch(student.tokenizer, split, rows[where])
-            predicted = student.logits(params, batch).argmax(-1).cpu()
-            right[where] = (predicted == batch["labels"]).numpy()
+            logits = student.logits(params, batch).cpu()
+            hit = (logits.argmax(-1) == batch["labels"]) & ~logits.isnan().any(-1)  # as Task.accuracy judges
+            right[where] = hit.numpy()
     return right
 
 
 def _flops(plan: _Plan, student: Student) -> int:
     """Operations of one step, counted, times the number of steps."""
     params = student.init(0)
-    batch, targets = plan.feed(0)
     with FlopCounterMode(display=False) as counter:
-        inner_step(student, plan.optimizer, params, plan.optimizer.init(params), batch, targets, plan.step_sizes[0])
+        inner_step(student, plan.optimizer, params, plan.optimizer.init(params), plan.feed(0), plan.step_sizes[0])
     return counter.get_total_flops() * len(plan.step_sizes)

@@ -2,8 +2,8 @@
 
 There is one inner step in the kit.  Distilling, recording experts, matching them and evaluating all call it:
 
-    g_t = ∇_θ ℓ(θ_t, φ_t)          loss_and_grads
-    θ_{t+1}, s_{t+1} = U(θ_t, s_t, g_t, η_t)        optimizer.update
+    g_t = ∇_θ ℓ(θ_t, φ_t)                        loss_and_grads
+    θ_{t+1}, s_{t+1} = U(θ_t, s_t, g_t, η_t)     optimizer.update
 
 An optimiser is a pair of pure functions, ``init(params)`` and ``update(params, grads, state, step_size)``, so that U can
 be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them,
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distillkit.seeds import generator
+from distillkit.seeds import derive_seed, generator
 from distillkit.students import Batch, Params, Student
 
 State = dict[str, Any]
@@ -30,24 +31,73 @@ def _positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
 
 
+def _clipped(grads: Params, clip_norm: float | None) -> Params:
+    """Gradients scaled down to a global norm of ``clip_norm`` if they exceed it, as ``clip_grad_norm_`` does."""
+    if clip_norm is None:
+        return grads
+    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+    scale = (clip_norm / (norm + 1e-6)).clamp_max(1.0)
+    return {n: scale * g for n, g in grads.items()}
+
+
+def _check_clip(clip_norm: float | None) -> None:
+    if clip_norm is not None:
+        _positive("clip_norm", clip_norm)
+
+
 @dataclasses.dataclass(frozen=True)
 class SGD:
     """θ ← θ − η g.
 
     Args:
         step_size: η, used where no learned step sizes are given.
+        clip_norm: largest global norm of the gradient, or None.
     """
 
     step_size: float = 0.1
+    clip_norm: float | None = None
 
     def __post_init__(self):
         _positive("step_size", self.step_size)
+        _check_clip(self.clip_norm)
 
     def init(self, params: Params) -> State:
         return {}
 
     def update(self, params: Params, grads: Params, state: State, step_size: float | Tensor) -> tuple[Params, State]:
+        grads = _clipped(grads, self.clip_norm)
         return {n: p - step_size * grads[n] for n, p in params.items()}, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Momentum:
+    """u ← μu + g,  θ ← θ − ηu, or with ``nesterov`` θ ← θ − η(g + μu): the form of ``torch.optim.SGD``.
+
+    Args:
+        step_size: η, used where no learned step sizes are given.
+        decay: μ in [0, 1).
+        clip_norm: largest global norm of the gradient, or None.
+    """
+
+    step_size: float = 0.05
+    decay: float = 0.9
+    nesterov: bool = False
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        _positive("step_size", self.step_size)
+        _check_clip(self.clip_norm)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay!r}")
+
+    def init(self, params: Params) -> State:
+        return {"u": {n: torch.zeros_like(p) for n, p in params.items()}}
+
+    def update(self, params: Params, grads: Params, state: State, step_size: float | Tensor) -> tuple[Params, State]:
+        grads = _clipped(grads, self.clip_norm)
+        u = {n: self.decay * state["u"][n] + g for n, g in grads.items()}
+        step = {n: grads[n] + self.decay * u[n] for n in u} if self.nesterov else u
+        return {n: p - step_size * step[n] for n, p in params.items()}, {"u": u}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +116,11 @@ class AdamW:
     eps: float = 1e-8
     eps_root: float = 0.0
     weight_decay: float = 0.0
+    clip_norm: float | None = None
 
     def __post_init__(self):
         _positive("step_size", self.step_size)
+        _check_clip(self.clip_norm)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas!r}")
         for name in ("eps", "eps_root", "weight_decay"):
@@ -81,6 +133,7 @@ class AdamW:
 
     def update(self, params: Params, grads: Params, state: State, step_size: float | Tensor) -> tuple[Params, State]:
         b1, b2 = self.betas
+        grads = _clipped(grads, self.clip_norm)
         t = state["count"] + 1
         m = {n: b1 * state["m"][n] + (1 - b1) * g for n, g in grads.items()}
         v = {n: b2 * state["v"][n] + (1 - b2) * g * g for n, g in grads.items()}
@@ -93,19 +146,46 @@ class AdamW:
         return new, {"count": t, "m": m, "v": v}
 
 
-Optimizer = SGD | AdamW
-OPTIMIZERS = {"SGD": SGD, "AdamW": AdamW}
+Optimizer = SGD | Momentum | AdamW
+OPTIMIZERS = {kind.__name__: kind for kind in (SGD, Momentum, AdamW)}
+
+
+# A micro-batch of a step: its share of the loss, inputs, targets, and the seed of its dropout masks (None: no dropout).
+Part = tuple[float, Batch, Tensor, int | None]
+
+
+def set_parts(
+    rows: Tensor, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None, dropout: tuple | None
+) -> Iterator[Part]:
+    """The micro-batches of one step on a distilled set.
+
+    Args:
+        rows: the examples of the step, an index tensor.
+        embeds, mask, targets: the set, on one device.
+        micro_batch: examples at a time, or None for all.
+        dropout: the address of the dropout masks, (seed, step), or None for no dropout.
+    """
+    rows = rows.to(embeds.device)
+    for i, part in enumerate(rows.split(micro_batch or len(rows))):
+        seed = None if dropout is None else derive_seed("dropout", *dropout, i)
+        yield len(part) / len(rows), {"inputs_embeds": embeds[part], "attention_mask": mask[part]}, targets[part], seed
 
 
 def loss_and_grads(
-    student: Student, params: Params, batch: Batch, targets: Tensor, *, create_graph: bool = False
-) -> tuple[Tensor, Params]:
-    """ℓ(θ, φ) and g = ∇_θ ℓ; with ``create_graph`` both stay differentiable."""
-    loss = student.loss(params, batch, targets)
-    grads = torch.autograd.grad(
-        loss, tuple(params.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-    )
-    return loss, dict(zip(params, grads, strict=True))
+    student: Student, params: Params, parts: Iterable[Part], phi: Sequence[Tensor] = ()
+) -> tuple[Tensor, Params, list[Tensor]]:
+    """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, without a graph, one micro-batch at a time.
+
+    ``parts`` must be built from ``phi`` (and lazily, so that only one micro-batch's activations are alive).
+    """
+    leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+    inputs, loss, total = (*leaves.values(), *phi), 0.0, None
+    for share, batch, targets, seed in parts:
+        part = share * student.loss(leaves, batch, targets, dropout_seed=seed)
+        found = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True)
+        loss = loss + part.detach()
+        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    return loss, dict(zip(leaves, total[: len(leaves)], strict=True)), list(total[len(leaves) :])
 
 
 def inner_step(
@@ -113,16 +193,21 @@ def inner_step(
     optimizer: Optimizer,
     params: Params,
     state: State,
-    batch: Batch,
-    targets: Tensor,
+    parts: Iterable[Part],
     step_size: float | Tensor,
-) -> tuple[Params, State, Tensor]:
-    """One training step without a graph; returns new parameters, new optimiser state and the loss before the step."""
-    leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-    loss, grads = loss_and_grads(student, leaves, batch, targets)
+    phi: Sequence[Tensor] = (),
+) -> tuple[Params, State, Params, list[Tensor]]:
+    """The inner step: new parameters, new optimiser state, and the gradients it took with respect to θ and ``phi``."""
+    _, grads, d_phi = loss_and_grads(student, params, parts, phi)
     with torch.no_grad():
         params, state = optimizer.update(params, grads, state, step_size)
-    return params, state, loss.detach()
+    return params, state, grads, d_phi
+
+
+def described(optimizer: Optimizer) -> dict:
+    """The optimiser as JSON values (a tuple would come back as a list)."""
+    settings = dataclasses.asdict(optimizer)
+    return {"name": type(optimizer).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def from_recipe(recipe: dict, metagrad=None) -> Unroll:
@@ -134,7 +219,8 @@ def from_recipe(recipe: dict, metagrad=None) -> Unroll:
     if "betas" in settings:
         settings["betas"] = tuple(settings["betas"])
     extra = {} if metagrad is None else {"metagrad": metagrad}
-    return Unroll(recipe["steps"], optimizer=kind(**settings), batch_size=recipe["batch_size"], **extra)
+    return Unroll(recipe["steps"], optimizer=kind(**settings), batch_size=recipe["batch_size"],
+                  dropout=recipe.get("dropout", False), **extra)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +229,12 @@ class Unroll:
 
     Args:
         steps: T ≥ 1.
-        optimizer: :class:`SGD` or :class:`AdamW`.
+        optimizer: :class:`SGD`, :class:`Momentum` or :class:`AdamW`.
         metagrad: how the meta-gradient is formed; see :mod:`distillkit.metagrad`.
         batch_size: examples a step; None: the whole distilled set at each step.  Otherwise each pass goes through the
             set in a seeded order that is the same whenever the set is trained on.
+        micro_batch: examples whose activations are alive at a time; the gradient is the same.
+        dropout: train with the model's dropout; off, since a set has to be learned through the noise.
     """
 
     steps: int
@@ -154,10 +242,13 @@ class Unroll:
     optimizer: Optimizer = SGD()
     metagrad: Any = None
     batch_size: int | None = None
+    micro_batch: int | None = None
+    dropout: bool = False
 
     def __post_init__(self):
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value is None and name == "batch_size":
+        for name in ("steps", "batch_size", "micro_batch"):
+            value = getattr(self, name)
+            if value is None and name != "steps":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -180,5 +271,9 @@ class Unroll:
 
     def recipe(self) -> dict:
         """What a reader needs to train as this does, as JSON values."""
-        optimizer = {"name": type(self.optimizer).__name__, **dataclasses.asdict(self.optimizer)}
-        return {"steps": self.steps, "optimizer": optimizer, "batch_size": self.batch_size}
+        return {
+            "steps": self.steps,
+            "optimizer": described(self.optimizer),
+            "batch_size": self.batch_size,
+            "dropout": self.dropout,
+        }

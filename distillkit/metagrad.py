@@ -10,20 +10,28 @@ Because U enters only through its own product, any optimiser will do.  Strategie
 step 2 and in what they keep meanwhile:
 
 * :class:`StoreAll` lets autograd walk through the whole run: the definition, and the oracle in tests; memory grows with T.
-* :class:`Replay` keeps the parameters θ_0 … θ_{T−1} and no graphs, and repeats each step when its turn comes: exact, and
-  the memory of activations does not grow with T (Maclaurin et al., 2015, without the reversal; Engstrom et al., 2025).
+* :class:`Replay` keeps parameters and no graphs, and repeats each step when its turn comes: exact, and the memory of
+  activations does not grow with T (Maclaurin et al., 2015, without the reversal; Engstrom et al., 2025).
+* :class:`ForwardDifference` takes the product as a difference of two gradients: approximate, the cheapest on full
+  parameters, and free of second derivatives, so that fused attention will do.
+* :class:`Truncated` walks back through a window of steps only: biased, and cheaper by what it leaves out (Feng et al.,
+  2024, "Embarrassingly simple dataset distillation", place the window at random).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from distillkit.inner import Optimizer, State, inner_step, loss_and_grads
+from distillkit.inner import Optimizer, Part, State, inner_step, loss_and_grads, set_parts
+from distillkit.seeds import derive_seed
 from distillkit.students import Params, Student
+
+Kept = tuple[Params, list[Tensor]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,16 @@ class MetaGradient:
     targets: Tensor | None
     step_sizes: Tensor
 
+    @classmethod
+    def mean(cls, found: Sequence[MetaGradient]) -> MetaGradient:
+        """The average of meta-gradients taken at several initialisations or experts."""
+
+        def average(name: str):
+            values = [getattr(f, name) for f in found]
+            return None if values[0] is None else sum(values) / len(values)
+
+        return cls(*(average(f.name) for f in dataclasses.fields(cls)))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -49,7 +67,8 @@ class Problem:
 
     ``embeds [m, l, d]``, ``mask [m, l]``, ``targets`` and ``step_sizes [T]`` live on the student's device; ``rows`` holds
     T index tensors.  ``outer`` holds functions of θ_T whose values add up to the scalar J: one for each part of the real
-    batch, so that no more than one part's activations need be alive.
+    batch, so that no more than one part's activations need be alive.  ``micro_batch`` bounds the examples of an inner
+    step that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it.
     """
 
     student: Student
@@ -61,14 +80,33 @@ class Problem:
     step_sizes: Tensor
     rows: list[Tensor]
     outer: Sequence[Callable[[Params], Tensor]]
-
-    def batch(self, t: int, embeds: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        rows = self.rows[t].to(embeds.device)
-        return {"inputs_embeds": embeds[rows], "attention_mask": self.mask[rows]}, targets[rows]
+    micro_batch: int | None = None
+    dropout_seed: int | None = None
 
     @property
     def learns_labels(self) -> bool:
         return self.targets.is_floating_point()
+
+    def phi(self) -> tuple[Tensor, ...]:
+        """Fresh leaves of what is learned at each step: embeddings, and labels where they are soft."""
+        return (_leaf(self.embeds), _leaf(self.targets)) if self.learns_labels else (_leaf(self.embeds),)
+
+    def parts(self, t: int, phi: tuple[Tensor, ...] | None = None) -> Iterator[Part]:
+        """The micro-batches of step t, made of the leaves ``phi`` if given."""
+        embeds = phi[0] if phi else self.embeds
+        targets = phi[1] if phi and self.learns_labels else self.targets
+        dropout = None if self.dropout_seed is None else (self.dropout_seed, t)
+        return set_parts(self.rows[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout)
+
+    def loss(self, params: Params, t: int, phi: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        """ℓ(θ, φ_t) in parts that add up, with a graph."""
+        for share, batch, labels, seed in self.parts(t, phi):
+            yield share * self.student.loss(params, batch, labels, dropout_seed=seed)
+
+    def step(self, t: int, params: Params, state: State, phi: tuple[Tensor, ...] = ()):
+        """Inner step t without a graph; see :func:`~distillkit.inner.inner_step`."""
+        parts = self.parts(t, phi)
+        return inner_step(self.student, self.optimizer, params, state, parts, self.step_sizes[t], phi)
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -79,12 +117,26 @@ def _leaves(params: Params) -> Params:
     return {n: p.detach().requires_grad_() for n, p in params.items()}
 
 
+def _grad(outputs, inputs, **kwargs) -> list[Tensor]:
+    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **kwargs))
+
+
 def _need_double_backward(student: Student, strategy: str) -> None:
     # Fused attention raises deep inside autograd, in words that do not help; say it here.
     if student.attention != "eager":
         raise ValueError(
             f"{strategy} differentiates twice, and attention={student.attention!r} of student {student.name!r} has no "
-            "second derivative; load the student with attention='eager'"
+            "second derivative; load the student with attention='eager', or use ForwardDifference"
+        )
+
+
+def _need_precision(student: Student, strategy: str) -> None:
+    # bfloat16 keeps 8 bits: a training run of small steps mostly rounds to no step, and a difference of two gradients
+    # to nothing.
+    if student.dtype == torch.bfloat16:
+        raise ValueError(
+            f"{strategy} in bfloat16 would give a meta-gradient of rounding errors: load student {student.name!r} with "
+            "dtype='float32'"
         )
 
 
@@ -94,81 +146,341 @@ def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Param
     total, grads = 0.0, None
     for part in problem.outer:
         loss = part(leaves)
-        found = torch.autograd.grad(loss, tuple(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = _grad(loss, tuple(leaves.values()))
         total += float(loss.detach())
         grads = found if grads is None else [a + b for a, b in zip(grads, found, strict=True)]
     return total, dict(zip(leaves, grads, strict=True))
 
 
+class _Strategy:
+    """What all strategies share: contributions of the steps are gathered into a meta-gradient."""
+
+    def __call__(self, problem: Problem, start: int = 0, stop: int | None = None) -> MetaGradient:
+        """The meta-gradient of ``problem``, its run ended after ``stop`` steps (default: all of them), and walked back
+        no further than step ``start``.
+
+        Raises:
+            ValueError: the student's attention or precision does not allow this strategy.
+        """
+        stop = len(problem.rows) if stop is None else stop
+        loss, steps = self.contributions(problem, start, stop)
+        d_phi = [torch.zeros_like(p) for p in problem.phi()]
+        d_steps = torch.zeros_like(problem.step_sizes)
+        for t, found, d_step in steps:
+            d_steps[t] = d_step
+            for total, part in zip(d_phi, found, strict=True):
+                total += part
+        return MetaGradient(loss, d_phi[0], d_phi[1] if problem.learns_labels else None, d_steps)
+
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+        """J, and for each step from the last to ``start``: (t, [∇ of φ through step t alone], ∇ of its step size)."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class StoreAll:
+class StoreAll(_Strategy):
     """Autograd through the whole unroll, every graph kept: exact, memory O(T)."""
 
-    def __call__(self, problem: Problem) -> MetaGradient:
-        """The meta-gradient of ``problem``; raises ValueError where attention has no second derivative."""
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+        """See :meth:`_Strategy.contributions`."""
         _need_double_backward(problem.student, "StoreAll")
-        embeds, step_sizes = _leaf(problem.embeds), _leaf(problem.step_sizes)
-        targets = _leaf(problem.targets) if problem.learns_labels else problem.targets
-        params: Params = _leaves(problem.params)
-        state: State = problem.optimizer.init(params)
-        for t in range(len(problem.rows)):
-            batch, labels = problem.batch(t, embeds, targets)
-            _, grads = loss_and_grads(problem.student, params, batch, labels, create_graph=True)
-            params, state = problem.optimizer.update(params, grads, state, step_sizes[t])
+        _need_precision(problem.student, "StoreAll")
+        params, state = problem.params, problem.optimizer.init(problem.params)
+        for t in range(start):
+            params, state, *_ = problem.step(t, params, state)
+        params, sizes = _leaves(params), _leaf(problem.step_sizes)
+        phis = [problem.phi() for _ in range(start, stop)]  # a copy for each step tells their contributions apart
+        for t, phi in zip(range(start, stop), phis, strict=True):
+            loss = sum(problem.loss(params, t, phi))
+            grads = dict(zip(params, _grad(loss, tuple(params.values()), create_graph=True), strict=True))
+            params, state = problem.optimizer.update(params, grads, state, sizes[t])
         loss = sum(part(params) for part in problem.outer)
-        wanted = (embeds, step_sizes, targets) if problem.learns_labels else (embeds, step_sizes)
-        found = torch.autograd.grad(loss, wanted, materialize_grads=True)
-        return MetaGradient(float(loss.detach()), found[0], found[2] if problem.learns_labels else None, found[1])
+        found = _grad(loss, (*(p for phi in phis for p in phi), sizes))
+        width = len(phis[0])
+        by_step = [found[i : i + width] for i in range(0, len(found) - 1, width)]
+        return float(loss.detach()), ((t, by_step[t - start], found[-1][t]) for t in reversed(range(start, stop)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay:
-    """Exact, with the activations of one step at a time: keep θ_t, repeat each step on the way back."""
+class _Walk(_Strategy):
+    """Keep parameters, walk back step by step.  Subclasses say how one second-order product is formed."""
 
-    def __call__(self, problem: Problem) -> MetaGradient:
-        """The meta-gradient of ``problem``; raises ValueError where attention has no second derivative."""
-        _need_double_backward(problem.student, "Replay")
-        trace, params = self._forward(problem)
-        loss, cotangents = outer_loss_and_grads(problem, params)
-        sigma: list[Tensor] | None = None
-        d_embeds = torch.zeros_like(problem.embeds)
-        d_targets = torch.zeros_like(problem.targets) if problem.learns_labels else None
-        d_steps = torch.zeros_like(problem.step_sizes)
-        for t in reversed(range(len(problem.rows))):
-            cotangents, sigma, d_steps[t] = self._back(problem, t, *trace[t], cotangents, sigma, d_embeds, d_targets)
-        return MetaGradient(loss, d_embeds, d_targets, d_steps)
+    every: int = 1
+    host: bool = False
 
-    @staticmethod
-    def _forward(problem: Problem) -> tuple[list[tuple[Params, State]], Params]:
+    def __post_init__(self):
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, not {self.every!r}")
+
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+        """See :meth:`_Strategy.contributions`."""
+        self.check(problem.student)
+        walk = self._new_walk(problem)
         params, state = problem.params, problem.optimizer.init(problem.params)
-        trace = []
-        for t in range(len(problem.rows)):
-            trace.append((params, state))
-            batch, labels = problem.batch(t, problem.embeds, problem.targets)
-            params, state, _ = inner_step(
-                problem.student, problem.optimizer, params, state, batch, labels, problem.step_sizes[t]
-            )
-        return trace, params
+        kept_sets: dict[int, tuple[Params, State, Kept]] = {}
+        for t in range(stop):
+            keep = t >= start and (t - start) % self.every == 0
+            new = walk.forward(t, params, state) if t >= start else problem.step(t, params, state)
+            if keep:
+                kept_sets[t] = self._store((params, state, new[2] if self.every == 1 else None))
+            params, state = new[0], new[1]
+        loss, cotangents = outer_loss_and_grads(problem, params)
+        return loss, self._back(problem, walk, kept_sets, stop, cotangents)
 
-    @staticmethod
-    def _back(problem, t, params, state, cotangents, sigma, d_embeds, d_targets):
-        """One step backwards; adds to ``d_embeds`` and ``d_targets`` in place."""
-        theta, embeds = _leaves(params), _leaf(problem.embeds)
-        targets = _leaf(problem.targets) if problem.learns_labels else problem.targets
-        batch, labels = problem.batch(t, embeds, targets)
-        _, grads = loss_and_grads(problem.student, theta, batch, labels, create_graph=True)
-        direct, gamma, sigma, d_step = _update_vjp(
-            problem.optimizer, params, state, grads, problem.step_sizes[t], cotangents, sigma
+    def _back(self, problem, walk, kept_sets, stop, cotangents):
+        device, sigma = problem.student.device, None
+        for first in sorted(kept_sets, reverse=True):
+            segment = [_moved(kept_sets.pop(first), device)]
+            if self.every > 1:  # the steps in between are made again
+                segment = list(walk.again(first, min(first + self.every, stop), *segment[0][:2]))
+            for t in reversed(range(first, first + len(segment))):
+                params, state, kept = segment.pop()
+                cotangents, sigma, d_phi, d_step = walk.back(t, params, state, kept, cotangents, sigma)
+                yield t, d_phi, d_step
+
+    def _store(self, kept):
+        return _moved(kept, torch.device("cpu")) if self.host else kept
+
+    def check(self, student: Student) -> None:
+        """Raise ValueError if this strategy cannot differentiate ``student``."""
+        raise NotImplementedError
+
+    def _new_walk(self, problem: Problem) -> _Walker:
+        raise NotImplementedError
+
+
+class _Walker:
+    """One walk there and back over a problem; holds what passes from one step to the next."""
+
+    keeps_gradients = False
+    keeps_phi = False
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    def forward(self, t: int, params: Params, state: State) -> tuple[Params, State, Kept]:
+        """An inner step, and what the way back wants of it."""
+        phi = self.problem.phi() if self.keeps_phi else ()
+        params, state, grads, d_phi = self.problem.step(t, params, state, phi)
+        return params, state, (grads, d_phi) if self.keeps_gradients else None
+
+    def again(self, first: int, stop: int, params: Params, state: State) -> Iterator[tuple[Params, State, Kept]]:
+        """The steps from ``first`` on, repeated from the parameters kept there."""
+        for t in range(first, stop):
+            if t == stop - 1 and not self.keeps_gradients:  # where that step leads is not wanted
+                yield params, state, None
+                return
+            new, new_state, kept = self.forward(t, params, state)
+            yield params, state, kept
+            params, state = new, new_state
+
+    def back(self, t, params, state, kept, cotangents, sigma):
+        """Step t backwards: cotangents of θ_t and s_t, and the contributions to φ and η_t."""
+        grads, product = self.linearise(t, params, kept)
+        direct, gamma, sigma, d_step = update_vjp(
+            self.problem.optimizer, params, state, grads, self.problem.step_sizes[t], cotangents, sigma
         )
-        wanted = (*theta.values(), embeds, *((targets,) if problem.learns_labels else ()))
-        product = torch.autograd.grad(
-            tuple(grads.values()), wanted, grad_outputs=gamma, allow_unused=True, materialize_grads=True
-        )
-        d_embeds += product[len(theta)]
-        if d_targets is not None:
-            d_targets += product[-1]
-        cotangents = {n: d + p for (n, d), p in zip(direct.items(), product[: len(theta)], strict=True)}
-        return cotangents, sigma, d_step
+        along_theta, d_phi = product(gamma)
+        cotangents = {n: d + p for (n, d), p in zip(direct.items(), along_theta, strict=True)}
+        return cotangents, sigma, d_phi, d_step
+
+    def linearise(self, t: int, params: Params, kept: Kept):
+        """g_t, and the function γ → (∇²_θθ ℓ·γ, ∇²_φθ ℓ·γ)."""
+        raise NotImplementedError
+
+
+class _ReverseOverReverse(_Walker):
+    def linearise(self, t, params, kept):
+        problem, theta, phi = self.problem, _leaves(params), self.problem.phi()
+        graphs = []
+        for part in problem.loss(theta, t, phi):
+            graphs.append(_grad(part, tuple(theta.values()), create_graph=True))
+        total = [sum(g) for g in zip(*graphs, strict=True)]
+
+        def product(gamma: list[Tensor]):
+            found = _grad(total, (*theta.values(), *phi), grad_outputs=gamma)
+            return found[: len(theta)], found[len(theta) :]
+
+        return dict(zip(theta, total, strict=True)), product
+
+
+class _MicroBatched(_Walker):
+    """Reverse over reverse, one micro-batch's graphs at a time; γ comes from the gradient kept on the way there."""
+
+    keeps_gradients = True
+
+    def linearise(self, t, params, kept):
+        problem = self.problem
+
+        def product(gamma: list[Tensor]):
+            theta, phi, total = _leaves(params), problem.phi(), None
+            for part in problem.loss(theta, t, phi):
+                grads = _grad(part, tuple(theta.values()), create_graph=True)
+                found = _grad(grads, (*theta.values(), *phi), grad_outputs=gamma)
+                total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+            return total[: len(theta)], total[len(theta) :]
+
+        return kept[0], product
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay(_Walk):
+    """Exact, with the activations of one step at a time: keep θ_t, repeat each step on the way back.
+
+    Args:
+        every: keep every k-th parameter set only and repeat the steps in between: about one more gradient a step, and
+            T/k + k sets instead of T.
+        host: keep them in host memory.
+    """
+
+    def check(self, student: Student) -> None:
+        """See :meth:`_Walk.check`."""
+        _need_double_backward(student, "Replay")
+        _need_precision(student, "Replay")
+
+    def _new_walk(self, problem: Problem) -> _Walker:
+        return _MicroBatched(problem) if problem.micro_batch else _ReverseOverReverse(problem)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardDifference(_Walk):
+    """∇²ℓ·γ ≈ (∇ℓ(θ_t + εγ/‖γ‖) − ∇ℓ(θ_t))·‖γ‖/ε, for θ, φ and labels together: first-order gradients only.
+
+    The gradient at θ_t is the one of the forward pass, so a step costs two gradients (``central``: three, with θ_t ± ε).
+    The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  The rule for ε balances
+    them: it is chosen so that the gradient changes by ``change`` of its own norm.  How fast it changes along γ is known
+    from the step before on the way back; the first step made takes ε = 0.03 √u ‖θ‖, u being the unit of the
+    floating-point type (1e-5 ‖θ‖ in float32).
+
+    Args:
+        central: difference of θ_t + ε and θ_t − ε: error of second order in ε, half as much work again.
+        change: the relative change of the gradient that ε aims at.
+        every, host: as for :class:`Replay`.
+    """
+
+    central: bool = False
+    change: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.change < 1:
+            raise ValueError(f"change must lie between 0 and 1, not {self.change!r}")
+
+    def check(self, student: Student) -> None:
+        """See :meth:`_Walk.check`."""
+        _need_precision(student, "ForwardDifference")
+
+    def _new_walk(self, problem: Problem) -> _Walker:
+        return _Difference(problem, self.central, self.change)
+
+    def report_error(self, problem: Problem) -> list[dict[str, float]]:
+        """This strategy beside :class:`Replay` on one problem, step by step (first step first).
+
+        Returns:
+            for each inner step: ``step``, ``cosine`` and ``error`` (relative, in norm) of its contribution to the
+            embeddings' meta-gradient, and ``share``, its norm as a share of the largest.
+        """
+        return compare(self, Replay(), problem)
+
+
+class _Difference(_Walker):
+    keeps_gradients = True
+    keeps_phi = True
+
+    def __init__(self, problem: Problem, central: bool, change: float):
+        super().__init__(problem)
+        self.central, self.change = central, change
+        self.slope: float | None = None  # ‖∇²ℓ·γ‖ / ‖γ‖ at the last step made
+
+    def linearise(self, t, params, kept):
+        grads, d_phi = kept
+
+        def product(gamma: list[Tensor]):
+            norm = _norm(gamma)
+            if norm == 0.0:
+                return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in self.problem.phi()]
+            epsilon = self._epsilon(params, grads)
+            there = self._at(t, params, gamma, epsilon / norm)
+            here = self._at(t, params, gamma, -epsilon / norm) if self.central else [*grads.values(), *d_phi]
+            factor = norm / (2 * epsilon if self.central else epsilon)
+            found = [(a - b) * factor for a, b in zip(there, here, strict=True)]
+            self.slope = _norm(found[: len(gamma)]) / norm
+            return found[: len(gamma)], found[len(gamma) :]
+
+        return grads, product
+
+    def _epsilon(self, params: Params, grads: Params) -> float:
+        unit = torch.finfo(next(iter(params.values())).dtype).eps
+        scale = _norm(params.values())
+        if not self.slope:
+            return 0.03 * math.sqrt(unit) * scale
+        # Not below what moves the parameters by some bits, nor so far that θ is another model.
+        wanted = self.change * _norm(grads.values()) / self.slope
+        return min(max(wanted, 4 * unit * scale), 1e-2 * scale)
+
+    def _at(self, t: int, params: Params, gamma: list[Tensor], step: float) -> list[Tensor]:
+        moved = {n: p + step * g for (n, p), g in zip(params.items(), gamma, strict=True)}
+        phi = self.problem.phi()
+        _, grads, d_phi = loss_and_grads(self.problem.student, moved, self.problem.parts(t, phi), phi)
+        return [*grads.values(), *d_phi]
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncated(_Strategy):
+    """Back through a window of steps only; what the others contribute is left out, so the meta-gradient is biased.
+
+    Args:
+        window: how many steps.
+        inner: the strategy that walks through them.
+        place: ``"last"``: the end of the run.  ``"random"``: the run ends after a random number of steps, at least
+            ``window``, and the window is its end (RaT-BPTT).
+    """
+
+    window: int
+    inner: _Strategy = Replay()
+    place: str = "last"
+
+    def __post_init__(self):
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
+            raise ValueError(f"window must be a whole number of at least 1, not {self.window!r}")
+        if self.place not in ("last", "random"):
+            raise ValueError(f"place must be 'last' or 'random', not {self.place!r}")
+
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+        """See :meth:`_Strategy.contributions`."""
+        if self.place == "random" and stop - start > self.window:
+            # The parameters' first numbers differ from one initialisation to the next, and so does the window.
+            seed = sum(float(p.flatten()[0]) for p in problem.params.values())
+            stop = start + self.window + derive_seed("window", repr(seed)) % (stop - start - self.window + 1)
+        return self.inner.contributions(problem, max(start, stop - self.window), stop)
+
+
+def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[dict[str, float]]:
+    """Two strategies on one problem, inner step by inner step; see :meth:`ForwardDifference.report_error`."""
+    found = [{t: d[0] for t, d, _ in s.contributions(problem, 0, len(problem.rows))[1]} for s in (strategy, oracle)]
+    largest = max(float(d.norm()) for d in found[1].values())
+    report = []
+    for t in sorted(found[1]):
+        ours, theirs = found[0][t].flatten().double(), found[1][t].flatten().double()
+        cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
+        error = float((ours - theirs).norm() / theirs.norm())
+        report.append({"step": t, "cosine": cosine, "error": error, "share": float(theirs.norm()) / largest})
+    return report
+
+
+def _norm(tensors) -> float:
+    return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in tensors))
+
+
+def _moved(kept, device):
+    """Parameters, state and kept gradients on ``device``, whatever their nesting."""
+    if isinstance(kept, Tensor):
+        return kept.to(device)
+    if isinstance(kept, dict):
+        return {k: _moved(v, device) for k, v in kept.items()}
+    if isinstance(kept, tuple | list):
+        return type(kept)(_moved(v, device) for v in kept)
+    return kept
 
 
 def _state_tensors(state: State) -> list[Tensor]:
@@ -182,7 +494,7 @@ def _with_tensors(state: State, tensors: list[Tensor]) -> State:
     return {k: {n: next(supply) for n in v} if isinstance(v, dict) else v for k, v in state.items()}
 
 
-def _update_vjp(optimizer, params, state, grads, step_size, cotangents, sigma):
+def update_vjp(optimizer, params, state, grads, step_size, cotangents, sigma):
     """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): cotangents of θ (a dict), g, s (lists) and η."""
     theta = _leaves(params)
     gs = {n: g.detach().requires_grad_() for n, g in grads.items()}
@@ -192,7 +504,6 @@ def _update_vjp(optimizer, params, state, grads, step_size, cotangents, sigma):
     outputs, seeds = list(new.values()), [cotangents[n] for n in new]
     if sigma is not None:  # at the last step nothing depends on the state any more
         outputs, seeds = outputs + _state_tensors(new_state), seeds + sigma
-    inputs = (*theta.values(), *gs.values(), *state_in, eta)
-    found = torch.autograd.grad(outputs, inputs, grad_outputs=seeds, allow_unused=True, materialize_grads=True)
+    found = _grad(outputs, (*theta.values(), *gs.values(), *state_in, eta), grad_outputs=seeds)
     n = len(theta)
-    return dict(zip(theta, found[:n], strict=True)), found[n : 2 * n], list(found[2 * n : -1]), found[-1]
+    return dict(zip(theta, found[:n], strict=True)), found[n : 2 * n], found[2 * n : -1], found[-1]

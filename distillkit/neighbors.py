@@ -40,7 +40,7 @@ def nearest_tokens(
     metric: str = "l2",
     allowed: Tensor | None = None,
     query_chunk: int = 1024,
-    table_chunk: int = 16384,
+    table_chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest rows of an embedding table.
 
@@ -49,7 +49,8 @@ def nearest_tokens(
         table: ``[v, d]``, on any device; queries are moved to it.
         metric: ``"l2"``: Euclidean distance; ``"cosine"``: 1 − cosine.
         allowed: ``[v]`` bool; rows to choose from, default all.
-        query_chunk, table_chunk: rows at a time; memory is about 4 · query_chunk · table_chunk bytes.
+        query_chunk, table_chunk: rows at a time; memory is about
+            4 · table_chunk · (query_chunk + d) bytes.
 
     Returns:
         ids ``[n, k]`` and distances ``[n, k]``, nearest first, on the CPU.
@@ -64,14 +65,15 @@ def nearest_tokens(
     candidates = torch.arange(len(table)) if allowed is None else allowed.nonzero().squeeze(1).cpu()
     if len(candidates) < k:
         raise ValueError(f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
+    dtype = torch.promote_types(table.dtype, torch.float32)  # half precision cannot tell neighbours apart
     ids, distances = [], []
     for block in queries.split(query_chunk):
-        best_d = torch.empty(len(block), 0, device=table.device)
+        best_d = torch.empty(len(block), 0, dtype=dtype, device=table.device)
         best_i = torch.empty(len(block), 0, dtype=torch.long, device=table.device)
         for chunk in candidates.to(table.device).split(table_chunk):
-            d = _distances(block.to(table.device, table.dtype), table[chunk], metric)
+            d = _distances(block.to(table.device, dtype), table[chunk].to(dtype), metric)
             near, where = d.topk(min(k, len(chunk)), largest=False)
-            best_d, order = torch.cat([best_d, near.float()], 1).sort(dim=1, stable=True)
+            best_d, order = torch.cat([best_d, near], 1).sort(dim=1, stable=True)
             best_i = torch.cat([best_i, chunk[where]], 1).gather(1, order)
             best_d, best_i = best_d[:, :k], best_i[:, :k]
         ids.append(best_i.cpu())
@@ -113,5 +115,5 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         tokens[fixed] = nearest_tokens(distilled.embeds[fixed], table, metric=metric)[0].squeeze(1)
     meta = dict(distilled.meta)
     meta["text"] = decode(student.tokenizer, tokens, distilled.free)
-    meta["projection"] = {"metric": metric, "mean_distance": float(moved.mean())}
+    meta["projection"] = {"metric": metric, "mean_distance": float(moved.mean()) if len(moved) else 0.0}
     return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)

@@ -9,6 +9,7 @@ and a fresh real batch from its seed, because a set distilled for one known init
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -30,6 +31,7 @@ class BPTT:
         unroll: how it trains.
         batch_size: real examples an outer step.
         micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
+        inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
     """
 
     task: Task
@@ -38,18 +40,25 @@ class BPTT:
     _: dataclasses.KW_ONLY
     batch_size: int = 64
     micro_batch: int = 16
+    inits: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.micro_batch, int) or self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be a whole number of at least 1, not {self.micro_batch!r}")
+        for name in ("micro_batch", "inits"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.batch_size, int) or not 1 <= self.batch_size <= len(self.task.train):
             raise ValueError(
                 f"batch_size must be a whole number from 1 to the {len(self.task.train)} training rows, "
                 f"not {self.batch_size!r}"
             )
 
-    def problem(self, distilled: DistilledSet, seed: int) -> Problem:
-        """The inner training run and outer loss that ``seed`` stands for."""
+    def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]:
+        """One problem for each of the ``inits``, made when its turn comes."""
+        return (self.problem(distilled, seed, member) for member in range(self.inits))
+
+    def problem(self, distilled: DistilledSet, seed: int, member: int = 0) -> Problem:
+        """The inner training run and outer loss that ``seed`` stands for; ``member`` counts the ``inits``."""
         student, task = self.student, self.task
         rows = task.balanced_rows("train", self.batch_size, generator("distil-batch", seed))
         # Rows of like length together: short sentences are not padded to the longest of the batch.
@@ -57,7 +66,7 @@ class BPTT:
         rows = sorted(rows.tolist(), key=lambda row: len(lengths[row]))
         parts = [rows[i : i + self.micro_batch] for i in range(0, len(rows), self.micro_batch)]
         outer = [self._part(part) for part in parts]
-        return inner_problem(distilled, student, self.unroll, derive_seed("distil-init", seed), outer)
+        return inner_problem(distilled, student, self.unroll, derive_seed("distil-init", seed, member), outer)
 
     def _part(self, rows: list[int]):
         """The share of the outer loss that ``rows`` contribute, as a function of the parameters."""
@@ -78,6 +87,7 @@ class BPTT:
             "trainable": self.student.trainable,
             "weights": self.student.weights,
             "outer_batch_size": self.batch_size,
+            "inits": self.inits,
             "metagrad": repr(self.unroll.metagrad),
             **self.unroll.recipe(),
         }
@@ -101,6 +111,8 @@ def inner_problem(distilled: DistilledSet, student: Student, unroll: Unroll, ini
         step_sizes=bound_step_sizes(distilled, unroll).to(**move),
         rows=unroll.rows(len(distilled)),
         outer=outer,
+        micro_batch=unroll.micro_batch,
+        dropout_seed=init_seed if unroll.dropout else None,
     )
 
 
@@ -124,4 +136,5 @@ def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaG
         objective: :class:`BPTT`.
         seed: stands for the student's initialisation and the real batch.
     """
-    return objective.unroll.metagrad(objective.problem(distilled, seed))
+    metagrad = objective.unroll.metagrad
+    return MetaGradient.mean([metagrad(problem) for problem in objective.problems(distilled, seed)])

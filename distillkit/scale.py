@@ -91,9 +91,9 @@ _CPU = Settings(
     student="offline:minilm",
     per_class=1,
     length=32,
-    unroll_steps=4,
-    outer_steps=60,
-    outer_batch=32,
+    unroll_steps=3,
+    outer_steps=30,
+    outer_batch=48,
     max_length=32,
     seeds=(0, 1, 2),
 )

@@ -98,6 +98,14 @@ def load_folder(folder, *, kind: str, device="cpu") -> Stored:
     return Stored(tensors, json.loads((folder / DATA).read_text(encoding="utf-8")))
 
 
+def is_vacant(folder) -> bool:
+    """Whether nothing is stored at `folder`: it is absent or empty, and no crash left its contents set aside."""
+    folder = Path(folder).expanduser()
+    if folder.exists():
+        return folder.is_dir() and not any(folder.iterdir())
+    return not _set_aside(folder)
+
+
 def _read_manifest(folder: Path) -> dict:
     if not folder.is_dir():
         raise StorageError(f"{folder} is not a folder; check the path, or make it again")

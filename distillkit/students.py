@@ -15,12 +15,14 @@ Attention is loaded in its ``eager`` form, because the fused kernels have no sec
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
@@ -37,6 +39,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 OFFLINE = ("offline:minilm", "offline:distil-minilm")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head")
+KINDS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,13 +120,15 @@ class Student:
         kwargs = {"inputs_embeds": self._embed(batch), "attention_mask": self._additive_mask(batch["attention_mask"])}
         return torch.func.functional_call(self.module, params, kwargs=kwargs).logits
 
-    def loss(self, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+    def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
         """Mean cross-entropy of a batch.
 
         Args:
             targets: integer classes ``[b]``, or float label *logits* ``[b, c]`` whose softmax is the soft label.
+            dropout_seed: None: no dropout; otherwise dropout with the masks that this seed draws.
         """
-        logits = self.logits(params, batch)
+        with self._dropout(dropout_seed):
+            logits = self.logits(params, batch)
         if targets.is_floating_point():
             return -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
         return F.cross_entropy(logits, targets)
@@ -135,6 +140,20 @@ class Student:
         hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
         mask = batch["attention_mask"].to(self.device).unsqueeze(-1)
         return (hidden * mask).sum(1) / mask.sum(1)
+
+    @contextlib.contextmanager
+    def _dropout(self, seed: int | None):
+        """Dropout for one forward pass, drawn from ``seed`` and leaving the global random state as it was."""
+        if seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            self.module.train()
+            try:
+                yield
+            finally:
+                self.module.eval()
 
     def _embed(self, batch: Batch) -> Tensor:
         if "inputs_embeds" in batch:
@@ -159,7 +178,7 @@ def _fresh(name: str, like: Tensor, std: float, draw: torch.Generator) -> Tensor
 
 
 def load_student(
-    source: str,
+    source: str | Path,
     task,
     *,
     trainable: str = "full",
@@ -191,13 +210,15 @@ def load_student(
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    module, tokenizer = _load(source, len(task.classes), DTYPES[dtype], attention)
+    source = str(source)
+    with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
+        module, tokenizer, fresh = _load(source, len(task.classes), DTYPES[dtype], attention)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = module.to(device).eval().requires_grad_(False)
     embedding = module.get_input_embeddings().weight
     body = module.base_model_prefix + "."
     names = [n for n, p in module.named_parameters() if p is not embedding]
-    head = frozenset(n for n in names if not n.startswith(body))
+    head = frozenset(n for n in names if n in fresh or not n.startswith(body))
     student = Student(
         name=source if "/" not in source or not Path(source).exists() else Path(source).name,
         module=module,
@@ -226,11 +247,12 @@ def _max_positions(config: transformers.PretrainedConfig) -> int:
 
 
 def _load(source: str, num_classes: int, dtype: torch.dtype, attention: str):
+    """The model, its tokenizer, and the names of those parameters of its body that the checkpoint does not have."""
     if source == "offline:minilm":
         return _from_pretrained(_minilm_location(), num_classes, dtype, attention)
     if source == "offline:distil-minilm":
-        bert, tokenizer = _from_pretrained(_minilm_location(), num_classes, dtype, attention)
-        return _every_second_layer(bert), tokenizer
+        bert, tokenizer, _ = _from_pretrained(_minilm_location(), num_classes, dtype, attention)
+        return _every_second_layer(bert), tokenizer, set()
     if source.startswith("offline:"):
         raise ValueError(f"unknown offline student {source!r}; there are {', '.join(OFFLINE)}")
     return _from_pretrained(source, num_classes, dtype, attention)
@@ -274,10 +296,22 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
     quiet.set_verbosity_error()  # "some weights were newly initialised": that is what init() is for
     quiet.disable_progress_bar()
     try:
+        config = transformers.AutoConfig.from_pretrained(location)
+        if config.model_type not in KINDS:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"{location!r} is a model of kind {config.model_type!r}; a student is one of {kinds}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-        module = transformers.AutoModelForSequenceClassification.from_pretrained(
-            location, num_labels=num_classes, dtype=dtype, attn_implementation=attention, ignore_mismatched_sizes=True
+        module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            location,
+            num_labels=num_classes,
+            dtype=dtype,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,  # never a pickle
+            output_loading_info=True,
         )
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
     except OSError as error:
         raise FileNotFoundError(
             f"unknown student {location!r}: not an offline student ({', '.join(OFFLINE)}), not a local folder, and "
@@ -288,8 +322,16 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
         quiet.set_verbosity(verbosity)
         if bar:
             quiet.enable_progress_bar()
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    fresh = {name for name in missing if name.startswith(module.base_model_prefix + ".")}
+    # A masked language model is saved without a pooler, which is drawn like a head; nothing else may be missing.
+    if lost := sorted(name for name in fresh if ".pooler." not in name):
+        raise ValueError(
+            f"{location!r} has no fitting weights for {len(lost)} parameters of its body, such as {lost[0]}: they are "
+            "not those of the model its config.json describes; save or download it again"
+        )
     # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
-    return module.to(dtype), tokenizer
+    return module.to(dtype), tokenizer, fresh
 
 
 def _every_second_layer(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:

@@ -15,6 +15,8 @@ def quadratic(params):
     ("ours", "theirs"),
     [
         (dk.SGD(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (dk.Momentum(0.05, decay=0.8), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8)),
+        (dk.Momentum(0.05, nesterov=True), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True)),
         (dk.AdamW(0.01), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0)),
         (
             dk.AdamW(0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
@@ -44,7 +46,21 @@ def test_lands_where_torch_optim_lands(ours, theirs):
             assert (params[name] - mirror[name]).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("optimizer", [dk.SGD(0.3), dk.AdamW(0.01, eps_root=1e-8, weight_decay=0.01)])
+def test_clipping_is_that_of_torch():
+    grads = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64), "b": torch.tensor([12.0], dtype=torch.float64)}
+    params = {n: torch.zeros_like(g) for n, g in grads.items()}
+    for limit in (1.0, 100.0):
+        mirror = [torch.nn.Parameter(p.clone()) for p in params.values()]
+        for p, g in zip(mirror, grads.values(), strict=True):
+            p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(mirror, limit)
+        new, _ = dk.SGD(1.0, clip_norm=limit).update(params, grads, {}, 1.0)
+        assert all(torch.allclose(-new[n], p.grad) for n, p in zip(new, mirror, strict=True))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [dk.SGD(0.3), dk.Momentum(0.1, nesterov=True, clip_norm=1.0), dk.AdamW(0.01, eps_root=1e-8, weight_decay=0.01)]
+)
 def test_a_recipe_gives_the_same_unroll_back(optimizer):
     import json
 

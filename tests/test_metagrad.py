@@ -8,7 +8,14 @@ import torch
 import distillkit as dk
 from distillkit.objectives import inner_problem
 
-OPTIMIZERS = {"sgd": dk.SGD(0.3), "adamw": dk.AdamW(0.01, eps_root=1e-6)}
+OPTIMIZERS = {
+    "sgd": dk.SGD(0.3),
+    "clipped": dk.SGD(0.3, clip_norm=0.02),
+    "momentum": dk.Momentum(0.3, decay=0.8),
+    "nesterov": dk.Momentum(0.3, decay=0.8, nesterov=True),
+    "adamw": dk.AdamW(0.01, eps_root=1e-6, weight_decay=0.1),
+}
+FIELDS = ("embeds", "targets", "step_sizes")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +43,18 @@ def a_set(task, student, steps, soft=True):
     return found
 
 
-def objective(task, student, steps, metagrad, optimizer="sgd", batch_size=None):
-    unroll = dk.Unroll(steps, optimizer=OPTIMIZERS[optimizer], metagrad=metagrad, batch_size=batch_size)
+def objective(task, student, steps, metagrad, optimizer="sgd", **unroll):
+    unroll = dk.Unroll(steps, optimizer=OPTIMIZERS[optimizer], metagrad=metagrad, **unroll)
     # A small outer batch with several parts: the parts have to add up too.
     return dk.BPTT(task, student, unroll, batch_size=12, micro_batch=5)
+
+
+def assert_equal(oracle, ours, tolerance):
+    assert ours.loss == pytest.approx(oracle.loss, abs=1e-12)
+    for field in FIELDS:
+        expected = getattr(oracle, field)
+        assert expected.abs().max() > 0
+        assert (getattr(ours, field) - expected).abs().max() <= tolerance * float(expected.abs().max())
 
 
 def with_value(found, name, value):
@@ -71,22 +86,18 @@ def test_store_all_is_the_derivative(world, name, what):
 @pytest.mark.parametrize("name", ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"])
 @pytest.mark.parametrize("trainable", ["full", "head"])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_replay_equals_store_all(world, name, trainable, optimizer, batch_size):
+@pytest.mark.parametrize("unroll", [{}, {"batch_size": 3, "dropout": True}], ids=["whole", "batches, dropout"])
+def test_replay_equals_store_all(world, name, trainable, optimizer, unroll):
     task, students = world
     student = students[name, trainable]
     found = a_set(task, student, 4)
     if optimizer == "adamw":  # a step of AdamW moves every parameter by the step size
         found.step_sizes = found.step_sizes * 0.02
     got = [
-        dk.meta_gradient(found, objective(task, student, 4, m, optimizer, batch_size), seed=1)
+        dk.meta_gradient(found, objective(task, student, 4, m, optimizer, **unroll), seed=1)
         for m in (dk.StoreAll(), dk.Replay())
     ]
-    assert got[0].loss == pytest.approx(got[1].loss, abs=1e-12)
-    for field in ("embeds", "targets", "step_sizes"):
-        ours, oracle = getattr(got[1], field), getattr(got[0], field)
-        assert oracle.abs().max() > 0
-        assert (ours - oracle).abs().max() <= 1e-10 * max(1.0, float(oracle.abs().max()))
+    assert_equal(*got, 1e-10)
 
 
 def test_hard_labels_have_no_gradient(world):
@@ -160,3 +171,132 @@ def test_inner_order_is_a_permutation_per_pass_and_always_the_same():
     assert sorted(torch.cat(rows[:3]).tolist()) == sorted(torch.cat(rows[3:]).tolist()) == list(range(6))
     assert torch.cat(rows[:3]).tolist() != torch.cat(rows[3:]).tolist()
     assert all(torch.equal(a, b) for a, b in zip(rows, unroll.rows(6), strict=True))
+
+
+@pytest.mark.parametrize(
+    "metagrad",
+    [dk.Replay(every=2), dk.Replay(every=3, host=True), dk.Replay(every=99), dk.Truncated(5), dk.Truncated(9),
+     dk.Truncated(5, inner=dk.StoreAll()), dk.Truncated(5, place="random")],
+    ids=repr,
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_ways_to_keep_less_change_nothing(world, metagrad, optimizer):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found = a_set(task, student, 5)
+    found.step_sizes = found.step_sizes * (0.02 if optimizer == "adamw" else 1)
+    oracle, ours = (
+        dk.meta_gradient(found, objective(task, student, 5, m, optimizer, dropout=True), seed=2)
+        for m in (dk.Replay(), metagrad)
+    )
+    assert_equal(oracle, ours, 1e-12)
+
+
+@pytest.mark.parametrize("metagrad", [dk.StoreAll(), dk.Replay(), dk.ForwardDifference(change=1e-4)], ids=repr)
+def test_micro_batches_add_up(world, metagrad):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found = a_set(task, student, 3)
+    whole, parts = (
+        dk.meta_gradient(found, objective(task, student, 3, metagrad, micro_batch=m), seed=2) for m in (None, 3)
+    )
+    # A difference of gradients amplifies rounding by 1 / change.
+    assert_equal(whole, parts, 1e-6 if isinstance(metagrad, dk.ForwardDifference) else 1e-12)
+
+
+def test_several_initialisations_are_averaged(world):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found, goal = a_set(task, student, 2), objective(task, student, 2, dk.Replay())
+    singles = [goal.unroll.metagrad(goal.problem(found, 4, member)) for member in range(3)]
+    mean = dk.meta_gradient(found, dataclasses.replace(goal, inits=3), seed=4)
+    assert not torch.equal(singles[0].embeds, singles[1].embeds)
+    for field in FIELDS:
+        expected = torch.stack([getattr(s, field) for s in singles]).mean(0)
+        assert torch.allclose(getattr(mean, field), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_truncation_leaves_out_the_early_steps(world):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found = a_set(task, student, 5)
+    full = dk.meta_gradient(found, objective(task, student, 5, dk.Replay()))
+    last = dk.meta_gradient(found, objective(task, student, 5, dk.Truncated(2)))
+    assert last.loss == pytest.approx(full.loss, abs=1e-12)
+    assert torch.equal(last.step_sizes[:3], torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(last.step_sizes[3:], full.step_sizes[3:], rtol=1e-10)
+    goal = objective(task, student, 9, dk.Truncated(2, place="random"))
+    problems = [goal.problem(a_set(task, student, 9), seed) for seed in range(8)]
+    ends = {int(dk.Truncated(2, place="random")(p).step_sizes.nonzero().max()) for p in problems}
+    assert len(ends) > 2
+    assert min(ends) >= 1
+
+
+@pytest.mark.parametrize(("central", "tolerance"), [(False, 5e-4), (True, 1e-6)])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_forward_difference_approaches_replay(world, central, tolerance, optimizer):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found = a_set(task, student, 4)
+    found.step_sizes = found.step_sizes * (0.02 if optimizer == "adamw" else 1)
+    difference = dk.ForwardDifference(central=central, change=1e-4)
+    exact, near = (
+        dk.meta_gradient(found, objective(task, student, 4, m, optimizer), seed=1) for m in (dk.Replay(), difference)
+    )
+    assert_equal(exact, near, tolerance)
+
+
+def test_forward_difference_reports_its_error(world):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    goal = objective(task, student, 4, dk.ForwardDifference())
+    problem = goal.problem(a_set(task, student, 4), 1)
+    rough, fine = (dk.ForwardDifference(change=c).report_error(problem) for c in (0.3, 1e-3))
+    assert [r["step"] for r in fine] == [0, 1, 2, 3]
+    assert max(r["error"] for r in fine) < 0.01 < max(r["error"] for r in rough)
+    assert min(r["cosine"] for r in fine) > 0.9999
+    assert max(r["share"] for r in fine) == 1.0
+
+
+def test_forward_difference_runs_with_fused_attention(standin_hub):
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    eager, fused = (dk.load_student("bert-base-uncased", task, dtype="float64", attention=a) for a in ("eager", "sdpa"))
+    found = a_set(task, eager, 3)
+    exact = dk.meta_gradient(found, objective(task, eager, 3, dk.Replay()))
+    near = dk.meta_gradient(found, objective(task, fused, 3, dk.ForwardDifference(central=True, change=1e-4)))
+    assert_equal(exact, near, 1e-6)
+
+
+@pytest.mark.parametrize("metagrad", [dk.StoreAll(), dk.Replay(), dk.ForwardDifference()], ids=repr)
+def test_bfloat16_is_refused(standin_hub, metagrad):
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student("bert-base-uncased", task, dtype="bfloat16")
+    found = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+    with pytest.raises(ValueError, match="bfloat16.*dtype='float32'"):
+        dk.meta_gradient(found, objective(task, student, 1, metagrad))
+
+
+def test_a_hundred_steps_of_adamw_stay_finite(world):
+    task, students = world
+    student = students["bert-base-uncased", "head"]
+    found = a_set(task, student, 100)
+    found.step_sizes = torch.full((100,), 0.01, dtype=torch.float64)
+    got = dk.meta_gradient(found, objective(task, student, 100, dk.Replay(every=10), "adamw"))
+    assert all(bool(getattr(got, field).isfinite().all()) for field in FIELDS)
+    assert got.embeds.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: dk.Replay(every=0), "every must be"),
+        (lambda: dk.Truncated(0), "window must be"),
+        (lambda: dk.Truncated(2, place="middle"), "place must be"),
+        (lambda: dk.ForwardDifference(change=0.0), "change must lie"),
+        (lambda: dk.Momentum(decay=1.0), "decay must be"),
+        (lambda: dk.SGD(clip_norm=0.0), "clip_norm must be"),
+    ],
+)
+def test_strategies_and_optimisers_refuse(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

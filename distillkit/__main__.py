@@ -1,0 +1,126 @@
+"""Command line: ``python -m distillkit demo`` and ``python -m distillkit run CONFIG``.
+
+``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
+same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result beside its checkpoints and starts over
+once it was finished; the committed result of it is made by ``run quickstart --fresh``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+RESULTS, WORK = Path("figures/results"), Path("runs")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="python -m distillkit", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw figures/quickstart.png")
+    run = commands.add_parser("run", help="run an experiment from a YAML file of settings")
+    run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
+    show = commands.add_parser("table", help="print the table of a committed result")
+    show.add_argument("name", help="of a result in --results")
+    readme = commands.add_parser("readme", help="write the tables of README.md from the committed results")
+    readme.add_argument("--file", type=Path, default=Path("README.md"))
+    for command in (demo, run, show, readme):
+        command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
+    for command in (demo, run):
+        command.add_argument("--work", type=Path, default=WORK, help=f"folder of checkpoints and sets (default {WORK})")
+        command.add_argument("--fresh", action="store_true", help="forget what an earlier run of it has made")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 for bad input, 130 for an interruption."""
+    args = parser().parse_args(argv)
+    try:
+        return {"demo": _demo, "run": _run, "table": _table, "readme": _readme}[args.command](args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; give the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _config_path(name: Path) -> Path:
+    from distillkit.jobs import CONFIGS
+
+    for candidate in (name, CONFIGS / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
+
+
+def _result(path: Path, args, folder: Path) -> dict:
+    from distillkit.jobs import ClassificationJob, Run, table
+
+    job = ClassificationJob.from_yaml(path)
+    if args.fresh:
+        shutil.rmtree(args.work / job.name, ignore_errors=True)
+        (folder / f"{job.name}.json").unlink(missing_ok=True)
+    begun = time.perf_counter()
+    run = Run(job, folder, args.work, committed=args.results)
+    print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows, "
+          f"{len(run.task.classes)} classes; student {run.student.name}")
+    result = run()
+    print(table(result))
+    print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
+    return result
+
+
+def _run(args) -> int:
+    _result(_config_path(args.config), args, args.results)
+    return 0
+
+
+def _demo(args) -> int:
+    from distillkit import plots
+
+    folder = args.work / "results"
+    args.fresh |= _finished(folder / "quickstart.json")
+    result = _result(_config_path(Path("quickstart")), args, folder)
+    target = args.results.parent / "quickstart.png"
+    plots.save(plots.quickstart(result), target)
+    print(f"figure: {target}")
+    print("the row of the full data was made by: python -m distillkit run classification_docstrings")
+    return 0
+
+
+def _finished(path: Path) -> bool:
+    import json
+
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
+
+
+def _table(args) -> int:
+    import json
+
+    from distillkit.jobs import table
+
+    path = args.results / f"{args.name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no result {path}")
+    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    return 0
+
+
+def _readme(args) -> int:
+    from distillkit.jobs import with_tables
+
+    text = args.file.read_text(encoding="utf-8")
+    args.file.write_text(with_tables(text, args.results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""A whole experiment as one object: settings in, a table of scores out, written down as it goes.
+
+A :class:`ClassificationJob` distils a set by BPTT and scores it beside every honest baseline of its size.  Its settings
+are a frozen dataclass that comes from a YAML file; its result is a JSON file that holds the settings, the versions, the
+corpus by name and hash, and a row for each score.  Rows are written as they are made: a job that was interrupted goes on
+with the first row it has not got.
+
+The rows, all scored on the same test split with the same fresh seeds:
+
+* ``random``, ``k_center``, ``herding``: real sentences with hard labels, recipe tuned on the validation split.
+* ``real + learned labels``: random real sentences left as they are; only soft labels and step sizes were learned.  What
+  it gains over ``random`` is the labels' doing and must not be mistaken for learned inputs.
+* ``embeddings``: the distilled set, under its own recipe and, if asked for, under the others.
+* ``projected``: its nearest-token text.
+* ``full``: the whole training split, standard fine-tuning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from distillkit.distilled import DistilledSet
+from distillkit.distiller import Distiller
+from distillkit.evaluation import Evaluation, evaluate
+from distillkit.inner import SGD, Unroll
+from distillkit.metagrad import ForwardDifference, Replay
+from distillkit.neighbors import project
+from distillkit.objectives import BPTT
+from distillkit.progress import progress
+from distillkit.selection import METHODS, select
+from distillkit.students import load_student
+from distillkit.tasks import load_task
+
+CONFIGS = Path(__file__).parent / "configs"
+ROWS = (
+    *((m, "tuned") for m in METHODS),
+    ("real + learned labels", "own"),
+    *(("embeddings", r) for r in ("own", "standard", "tuned")),
+    *(("projected", r) for r in ("own", "standard", "tuned")),
+    ("full", "standard"),
+)
+ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
+STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference()}
+VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationJob:
+    """Settings of one experiment.
+
+    Args:
+        name: of the result file.
+        corpus, limit, max_length, student: as ``load_task`` and ``load_student`` take them.
+        per_class, length: size of every set: examples of a class, tokens an example.
+        unroll_steps, step_size: inner loop: T steps of SGD, the learned step sizes start at ``step_size``.
+        metagrad: ``"replay"`` (exact) or ``"forward_difference"`` (about half the time).
+        outer_steps, outer_batch, lr: outer loop.
+        label_steps: outer steps for the row ``real + learned labels``.
+        seed: of the distilled and selected sets.
+        eval_seeds: fresh initialisations for each score.
+        full_seeds: of them, those that the full data is trained with, which takes longest.
+        rows: which rows, as ``method/recipe``.
+        full_from: name of a committed result to take the row of the full data from instead of computing it.
+    """
+
+    name: str
+    corpus: str
+    student: str
+    limit: int | None = None
+    max_length: int = 32
+    per_class: int = 1
+    length: int = 32
+    unroll_steps: int = 3
+    step_size: float = 0.2
+    metagrad: str = "forward_difference"
+    outer_steps: int = 100
+    outer_batch: int = 48
+    lr: float = 0.08
+    label_steps: int = 30
+    seed: int = 0
+    eval_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    full_seeds: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[str, ...] = ROW_NAMES
+    full_from: str | None = None
+
+    def __post_init__(self):
+        unknown = [r for r in self.rows if r not in ROW_NAMES]
+        if unknown:
+            raise ValueError(f"unknown row {unknown[0]!r}; there are {', '.join(ROW_NAMES)}")
+        for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ValueError(f"{key} must be a whole number of at least 1, not {getattr(self, key)!r}")
+        for key in ("step_size", "lr"):
+            if not isinstance(getattr(self, key), int | float) or not getattr(self, key) > 0:
+                raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)!r} (YAML reads 1e-3 as "
+                                 "text; write 0.001)")
+        if self.metagrad not in STRATEGIES:
+            raise ValueError(f"metagrad must be one of {', '.join(STRATEGIES)}, not {self.metagrad!r}")
+        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> ClassificationJob:
+        """Read settings; a key that is none of them is an error that names it."""
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} must hold settings as 'key: value' lines")
+        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+        for key in found:
+            if key not in known:
+                raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(known))}")
+        if missing := [key for key, needed in known.items() if needed and key not in found]:
+            raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+class Run:
+    """A job under way: loads once what several rows need, and writes each row to ``folder/<name>.json``.
+
+    Args:
+        job: the settings.
+        folder: where its result goes; one that is there already is gone on with.
+        work: where checkpoints and distilled sets go, ``work/<name>``.
+        committed: folder of the result that ``full_from`` names; default: ``folder``.
+
+    Raises:
+        ValueError: the result that is there was made with other settings or another corpus.
+    """
+
+    def __init__(
+        self, job: ClassificationJob, folder: str | Path, work: str | Path, committed: str | Path | None = None
+    ):
+        self.job, self.work = job, Path(work) / job.name
+        self.path = Path(folder) / f"{job.name}.json"
+        self.committed = Path(folder if committed is None else committed)
+        if job.full_from and "full/standard" in job.rows:
+            self._committed_full()  # said now if it is missing, not after all other rows
+        self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
+        self.student = load_student(job.student, self.task)
+        self.result = self._taken_up()
+        self._sets: dict[str, DistilledSet] = {}
+
+    def __call__(self) -> dict:
+        """Make every row that is missing; returns the result."""
+        for name in progress([r for r in self.job.rows if r not in self.result["rows"]], desc="rows", unit="row"):
+            method, recipe = name.split("/")
+            if method == "full" and self.job.full_from:
+                row = self._committed_full()
+            else:
+                row = self._twin(method, recipe) or self._scored(method, recipe)
+            self.result["rows"][name] = row
+            self._write()
+        # Asked of the rows, not of the sets at hand: an interrupted run may have made those rows in an earlier process.
+        if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.job.rows):
+            self.result["text"] = self.set_of("projected").to_text().to_list()
+            self._write()
+        return self.result
+
+    def _scored(self, method: str, recipe: str) -> dict:
+        set_ = None if method == "full" else self.set_of(method)
+        seeds = self.job.full_seeds if set_ is None else self.job.eval_seeds
+        found = evaluate(set_, self.task, self.student, seeds=seeds, recipe=recipe)
+        return {"method": method, **as_json(found)}
+
+    def _twin(self, method: str, recipe: str) -> dict | None:
+        """The row of another method that selected the very same sentences, as herding and k-centre do at one a class."""
+        if method not in METHODS:
+            return None
+        ours = self.set_of(method)
+        for other in METHODS:
+            row = self.result["rows"].get(f"{other}/{recipe}")
+            if row and torch.equal(self.set_of(other).tokens, ours.tokens):
+                return {**row, "method": method, "same_set_as": other}
+        return None
+
+    def set_of(self, method: str) -> DistilledSet:
+        """The set that a row's scores are of; distilled or selected at its first use."""
+        if method not in self._sets:
+            self._sets[method] = self._make(method)
+        return self._sets[method]
+
+    def _make(self, method: str) -> DistilledSet:
+        job = self.job
+        if method == "embeddings":
+            start = DistilledSet.from_real(self.task, self.student, **self._size())
+            return self._distil("embeddings", start, ("embeds", "targets", "step_sizes"), job.outer_steps)
+        if method == "projected":
+            return project(self.set_of("embeddings"), self.student)
+        if method == "real + learned labels":
+            start = select(self.task, self.student, "random", **self._size()).soften()
+            return self._distil("labels", start, ("targets", "step_sizes"), job.label_steps)
+        return select(self.task, self.student, method, **self._size())
+
+    def _size(self) -> dict:
+        return {"per_class": self.job.per_class, "length": self.job.length, "seed": self.job.seed}
+
+    def objective(self) -> BPTT:
+        """The objective both distillations share."""
+        metagrad = STRATEGIES[self.job.metagrad]
+        unroll = Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size), metagrad=metagrad)
+        return BPTT(self.task, self.student, unroll, batch_size=self.job.outer_batch)
+
+    def _distil(self, name: str, start: DistilledSet, learn: tuple[str, ...], steps: int) -> DistilledSet:
+        distiller = Distiller(
+            start,
+            self.objective(),
+            lr=self.job.lr,
+            learn=learn,
+            seed=self.job.seed,
+            checkpoint_dir=self.work / f"checkpoint-{name}-{steps}",  # the decay of lr depends on the number of steps
+        )
+        for _ in distiller.run(steps):
+            pass
+        distiller.distilled.save(self.work / name)
+        self.result["distilling"][name] = {
+            "steps": steps,
+            "seconds": sum(r.seconds for r in distiller.records),
+            "losses": [round(r.loss, 4) for r in distiller.records],
+        }
+        return distiller.distilled
+
+    def _committed_full(self) -> dict:
+        path = self.committed / f"{self.job.full_from}.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"full_from={self.job.full_from!r}, but there is no result {path}; make it first")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        row = found["rows"].get("full/standard")
+        if row is None:
+            raise ValueError(f"full_from={self.job.full_from!r}, but {path} has no row full/standard; finish it first")
+        # The docstring corpus follows the versions of the installed libraries.
+        same = found["corpus"]["sha256"] == self.task.fingerprint
+        return {**row, "committed": "same corpus" if same else "another version of the corpus"}
+
+    def _taken_up(self) -> dict:
+        config = json.loads(json.dumps(dataclasses.asdict(self.job)))
+        fresh = {
+            "config": config,
+            "corpus": {
+                "name": self.task.name,
+                "sha256": self.task.fingerprint,
+                "rows": {s: len(self.task.split(s)) for s in ("train", "validation", "test")},
+            },
+            "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+            "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": {},
+            "distilling": {},
+        }
+        if not self.path.is_file():
+            return fresh
+        found = json.loads(self.path.read_text(encoding="utf-8"))
+        theirs = {**found.get("config", {}), "rows": config["rows"]}  # more rows may be asked of the same run
+        for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
+            if there != here:
+                raise ValueError(
+                    f"{self.path} is the result of a run with another {key} ({_difference(there, here)}); give --fresh "
+                    "to replace it, or the job another name"
+                )
+        return {**found, "config": config}
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def _difference(theirs, ours: dict) -> str:
+    """The first setting in which two differ, in words."""
+    if not isinstance(theirs, dict):
+        return "it has none"
+    key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
+    return f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+
+
+def as_json(found: Evaluation) -> dict:
+    """An evaluation as JSON values, floats at six digits, null for what is not a number."""
+    row = dataclasses.asdict(found)
+    for key in ("mean", "std", "seconds"):
+        row[key] = _rounded(row[key])
+    row["scores"] = [_rounded(s) for s in row["scores"]]
+    row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
+    return row
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()})"
+
+
+def table(result: dict) -> str:
+    """The result as a Markdown table."""
+    lines = [
+        "| method | recipe | examples | bytes | accuracy (mean ± sd) | seeds | seconds to train |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in result["config"]["rows"]:
+        if name not in result["rows"]:
+            lines.append(f"| {name.split('/')[0]} | {name.split('/')[1]} | | | not run | | |")
+            continue
+        row = result["rows"][name]
+        mark = f" (committed, {row['committed']})" if "committed" in row else ""
+        spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
+        lines.append(
+            f"| {row['method']}{mark} | {row['recipe']['name']} | {row['examples']:,} | {row['nbytes']:,} | "
+            f"{row['mean']:.3f}{spread} | {len(row['scores'])} | {row['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str, folder: str | Path) -> str:
+    """``text`` with the block after each ``<!-- table: name -->`` replaced by that result's table, from ``folder``."""
+
+    def block(found: re.Match) -> str:
+        path = Path(folder) / f"{found[2]}.json"
+        content = table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
+        return f"{found[1]}{content}\n{found[3]}"
+
+    return MARKED.sub(block, text)

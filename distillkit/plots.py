@@ -1,0 +1,170 @@
+"""Figures: data in, a matplotlib Figure out, and nothing shown or saved on the way.
+
+All share one style: seaborn's white-grid theme, its colour-blind palette, and the same colour for the same method
+wherever it appears.  :func:`describe` says in words what a figure holds, so that a test can compare what a picture shows
+without comparing pixels.  Corpus text goes through :func:`plain` first, because matplotlib reads ``$`` as mathematics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+METHOD_COLOURS = dict(
+    zip(
+        ("embeddings", "projected", "full", "random", "k_center", "herding", "real + learned labels"),
+        (sns.color_palette("colorblind", 10)[i] for i in (0, 1, 7, 8, 2, 4, 9)),
+        strict=True,
+    )
+)
+LABELS = {
+    "embeddings": "distilled embeddings",
+    "projected": "… projected to words",
+    "full": "full training data",
+    "k_center": "real, k-centre",
+    "herding": "real, herding",
+    "random": "real, random",
+    "real + learned labels": "real, labels learned",
+}
+DPI = 150
+
+
+@contextlib.contextmanager
+def style():
+    """The kit's style, for the figures made inside; the caller's own settings are left alone."""
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"), matplotlib.rc_context({"figure.dpi": 100}):
+        yield
+
+
+def plain(text: str) -> str:
+    """``text`` as matplotlib prints it letter by letter."""
+    return text.replace("$", r"\$")
+
+
+def _figure(width: float, height: float, columns: int = 1, ratios: Sequence[float] | None = None):
+    # A Figure of its own, not pyplot's: pyplot keeps every figure alive and shows each a second time in a notebook.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, width_ratios=ratios, squeeze=False)[0]
+    return figure, axes
+
+
+def draw_curve(axes, losses: Sequence[float], window: int = 10) -> None:
+    """Outer loss at each step (faint) and its running mean over ``window`` steps."""
+    steps = np.arange(1, len(losses) + 1)
+    colour = METHOD_COLOURS["embeddings"]
+    axes.plot(steps, losses, color=colour, alpha=0.25, lw=1, label="each step")
+    if len(losses) >= window:
+        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+        axes.plot(steps[window - 1 :], mean, color=colour, lw=2, label=f"mean of {window} steps")
+    axes.set(xlabel="outer step", ylabel="loss on real text", title="Learning the set")
+    axes.legend(frameon=False)
+
+
+def draw_scores(axes, rows: Sequence[dict], chance: float | None = None) -> None:
+    """A bar for each row of a result: mean accuracy, a dot for each seed, the recipe in the label."""
+    names = []
+    for place, row in enumerate(rows):
+        axes.barh(place, row["mean"], color=METHOD_COLOURS[row["method"]], alpha=0.85, height=0.65)
+        axes.plot(row["scores"], [place] * len(row["scores"]), ".", color="black", ms=4, alpha=0.6)
+        reach = max(row["mean"], *row["scores"])
+        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        axes.text(reach + 0.012, place, f"{row['mean']:.2f}{spread}", va="center", fontsize=9)
+        names.append(f"{LABELS[row['method']]}\n({row['examples']:,} examples, {row['recipe']['name']})")
+    if chance is not None:
+        axes.axvline(chance, color="black", lw=1, ls=":")
+        axes.annotate("chance", (chance, -0.5), xytext=(3, 0), textcoords="offset points", va="top", fontsize=8)
+    axes.set(yticks=range(len(rows)), xlim=(0, 1), xlabel="accuracy on the test split (dots: seeds)")
+    axes.set_yticklabels(names, fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.75)
+    axes.grid(axis="y", visible=False)
+
+
+def learning_curve(losses: Sequence[float]) -> Figure:
+    """The outer loss of one distillation."""
+    with style():
+        figure, (axes,) = _figure(6, 3.4)
+        draw_curve(axes, losses)
+        sns.despine(figure)
+    return figure
+
+
+def scores(rows: Sequence[dict], chance: float | None = None) -> Figure:
+    """The rows of a result as bars."""
+    with style():
+        figure, (axes,) = _figure(7, 0.62 * len(rows) + 1)
+        draw_scores(axes, rows, chance)
+        sns.despine(figure)
+    return figure
+
+
+def quickstart(result: dict) -> Figure:
+    """The whole story of a classification result: how the set was learned, and what it is worth beside real text."""
+    rows = sorted(result["rows"].values(), key=lambda r: -r["mean"])
+    with style():
+        figure, (left, right) = _figure(11, 0.6 * len(rows) + 1.2, 2, ratios=(2, 3))
+        draw_curve(left, result["distilling"]["embeddings"]["losses"])
+        classes = len(rows[0]["groups"])
+        draw_scores(right, rows, 1 / classes)
+        right.set_title(f"Training on {result['config']['per_class']} example(s) of each of {classes} classes")
+        sns.despine(figure)
+    return figure
+
+
+def soft_labels(before, after, classes: Sequence[str]) -> Figure:
+    """Label probabilities ``[m, c]`` before and after distilling, as two heat maps on one scale."""
+    with style():
+        figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
+        for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
+            sns.heatmap(
+                np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
+                xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
+            )
+            where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
+            where.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def describe(figure: Figure) -> str:
+    """What a figure shows, a line for each panel: title, axis labels, and what is drawn."""
+    lines = []
+    for number, axes in enumerate(figure.axes, start=1):
+        series = [
+            f"{line.get_label()}: {len(line.get_ydata())} points" for line in axes.lines
+            if not line.get_label().startswith("_")
+        ]
+        bars = len(axes.patches)
+        cells = [c.get_array().size for c in axes.collections if c.get_array() is not None]
+        parts = [f"{bars} bars"] * (bars > 0) + [f"{n} cells" for n in cells] + series
+        title = axes.get_title() or "untitled"
+        lines.append(f"panel {number}: {title} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write ``figure`` as PNG, without a date in its metadata, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    return path
+
+
+def text_table(rows: Sequence[dict], classes: Sequence[str]) -> str:
+    """Distilled sentences with their label vectors as an HTML table; every piece of text is escaped.
+
+    Args:
+        rows: ``text``, ``label`` and ``probabilities`` of each example, as ``DistilledSet.to_text()`` gives them.
+    """
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in ("class", "text", *classes))
+    body = []
+    for row in rows:
+        cells = "".join(f"<td>{p:.2f}</td>" for p in row["probabilities"])
+        words = f"<td style='text-align:left'>{html.escape(row['text'])}</td>"
+        body.append(f"<tr><td>{html.escape(row['label'])}</td>{words}{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"

@@ -1,0 +1,130 @@
+"""Figures hold what they are given, and corpus text is never taken for mathematics or for HTML."""
+
+import hashlib
+import xml.etree.ElementTree as ET
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from distillkit import plots
+
+
+def row(method, mean, recipe="own"):
+    return {"method": method, "mean": mean, "std": 0.01, "scores": [mean - 0.01, mean + 0.01], "examples": 1200,
+            "recipe": {"name": recipe}, "groups": {"a": mean, "b": mean}}
+
+
+@pytest.fixture
+def result():
+    rows = {"random/tuned": row("random", 0.31, "tuned"), "embeddings/own": row("embeddings", 0.6),
+            "full/standard": row("full", 0.77, "standard")}
+    return {"rows": rows, "config": {"per_class": 1}, "distilling": {"embeddings": {"losses": [1.5, 1.2, 1.1] * 5}}}
+
+
+def test_learning_curve():
+    losses = [2.0 - 0.1 * step for step in range(15)]
+    figure = plots.learning_curve(losses)
+    (axes,) = figure.axes
+    each, mean = axes.lines
+    assert each.get_xdata().tolist() == list(range(1, 16)) and each.get_ydata().tolist() == pytest.approx(losses)
+    # The mean of steps 1 to 10 stands at step 10.
+    assert mean.get_xdata()[0] == 10 and mean.get_ydata().tolist() == pytest.approx(
+        [sum(losses[i : i + 10]) / 10 for i in range(6)])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("outer step", "loss on real text")
+    assert len(plots.learning_curve(losses[:9]).axes[0].lines) == 1, "too few steps for a mean"
+
+
+def test_scores(result):
+    rows = list(result["rows"].values())
+    (axes,) = plots.scores(rows, chance=0.5).axes
+    assert [bar.get_width() for bar in axes.patches] == [0.31, 0.6, 0.77]
+    dots = [list(line.get_xdata()) for line in axes.lines]
+    assert dots == [*(r["scores"] for r in rows), [0.5, 0.5]]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "real, random\n(1,200 examples, tuned)" and axes.get_xlim() == (0, 1)
+    assert "0.60 ± 0.01" in [text.get_text() for text in axes.texts] and "chance" in [t.get_text() for t in axes.texts]
+    assert "chance" not in [t.get_text() for t in plots.scores(rows).axes[0].texts]
+
+
+def test_a_method_has_one_colour(result):
+    rows = list(result["rows"].values())
+    colours = [[bar.get_facecolor()[:3] for bar in plots.scores(order).axes[0].patches] for order in (rows, rows[::-1])]
+    assert colours[0] == colours[1][::-1] and len({*colours[0]}) == 3
+    assert set(plots.METHOD_COLOURS) == set(plots.LABELS) and len({*plots.METHOD_COLOURS.values()}) == 7
+
+
+def test_quickstart(result):
+    figure = plots.quickstart(result)
+    left, right = figure.axes
+    assert left.get_xlabel() == "outer step" and len(left.lines[0].get_ydata()) == 15
+    assert [bar.get_width() for bar in right.patches] == [0.77, 0.6, 0.31], "the best on top"
+    assert right.get_ylim()[0] > right.get_ylim()[1]
+    assert right.get_title() == "Training on 1 example(s) of each of 2 classes"
+    assert [line.get_xdata()[0] for line in right.lines if line.get_linestyle() == ":"] == [0.5]
+
+
+def test_soft_labels():
+    before, after = np.eye(3), np.full((3, 3), 1 / 3)
+    figure = plots.soft_labels(before, after, ["a", "$b$", "c"])
+    assert [axes.get_title() for axes in figure.axes] == ["at the start", "learned"]
+    for axes, values in zip(figure.axes, (before, after)):
+        mesh = axes.collections[0]
+        assert np.allclose(np.asarray(mesh.get_array()).ravel(), values.ravel()) and mesh.get_clim() == (0, 1)
+    assert [t.get_text() for t in figure.axes[1].texts] == ["0.33"] * 9
+
+
+@pytest.mark.parametrize("make", [lambda r: plots.learning_curve([1.0, 2.0]), plots.quickstart,
+                                  lambda r: plots.scores(list(r["rows"].values())),
+                                  lambda r: plots.soft_labels(np.eye(2), np.eye(2), ["a", "b"])])
+def test_figures_belong_to_nobody_and_settings_stay(result, make):
+    import matplotlib.pyplot as plt
+
+    settings, open_figures = dict(matplotlib.rcParams), plt.get_fignums()
+    assert isinstance(make(result), Figure)
+    assert plt.get_fignums() == open_figures, "pyplot would show it twice and keep it alive"
+    assert dict(matplotlib.rcParams) == settings
+
+
+def test_describe(result):
+    lines = plots.describe(plots.quickstart(result)).splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("panel 1: Learning the set | x: outer step | y: loss on real text | ")
+    assert "each step: 15 points" in lines[0]
+    assert "mean of 10 steps: 6 points" in lines[0]
+    assert "Training on 1 example(s)" in lines[1] and "3 bars" in lines[1]
+    assert "6 cells" in plots.describe(plots.soft_labels(np.ones((3, 2)), np.ones((3, 2)), "ab"))
+    shorter = result | {"distilling": {"embeddings": {"losses": [1.0]}}}
+    assert plots.describe(plots.quickstart(shorter)) != plots.describe(plots.quickstart(result))
+
+
+@pytest.mark.parametrize("text", ["costs $5 or $6", "$x^2$", r"\alpha", r"$\alpha$ and \$5", "100 %", r"a\$b$c"])
+def test_plain_text_is_printed_letter_by_letter(text):
+    """The same pixels as the text drawn with mathematics switched off."""
+
+    def drawn(text, **settings):
+        figure = Figure(figsize=(4, 1))
+        FigureCanvasAgg(figure)
+        figure.text(0.1, 0.4, text, **settings)
+        figure.canvas.draw()
+        return np.asarray(figure.canvas.buffer_rgba()).copy()
+
+    assert np.array_equal(drawn(plots.plain(text)), drawn(text, parse_math=False))
+
+
+def test_saved_figures_are_the_same_bytes(result, tmp_path):
+    paths = [plots.save(plots.quickstart(result), tmp_path / "new" / "folder" / f"{n}.png") for n in "ab"]
+    raw = [path.read_bytes() for path in paths]
+    assert raw[0] == raw[1] and raw[0].startswith(b"\x89PNG") and b"Matplotlib" not in raw[0]
+    other = plots.save(plots.learning_curve([1.0]), str(tmp_path / "c.png"))
+    assert hashlib.sha256(other.read_bytes()).digest() != hashlib.sha256(raw[0]).digest()
+
+
+def test_text_tables_are_escaped():
+    rows = [{"text": "<script>alert('x')</script> & $y$", "label": "<b>", "probabilities": [0.25, 0.75]}]
+    found = plots.text_table(rows, ["<b>", "c & d"])
+    tree = ET.fromstring(found)  # well-formed, and the text is text
+    assert [cell.text for cell in tree.iter("th")] == ["class", "text", "<b>", "c & d"]
+    assert [cell.text for cell in tree.iter("td")] == ["<b>", "<script>alert('x')</script> & $y$", "0.25", "0.75"]

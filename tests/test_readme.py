@@ -1,0 +1,39 @@
+"""What the README prints is what the committed results say, and its ten lines of code run."""
+
+import re
+from pathlib import Path
+
+from distillkit import evaluation
+from distillkit.jobs import MARKED, with_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_tables_are_the_committed_results():
+    names = [found[2] for found in MARKED.finditer(README)]
+    assert {"quickstart", "classification_docstrings"} <= set(names)
+    assert all((ROOT / "figures" / "results" / f"{name}.json").is_file() for name in names)
+    assert with_tables(README, ROOT / "figures" / "results") == README, "run: python -m distillkit readme"
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_its_first_code_runs(standin_hub, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    code = code.replace('"docstrings", max_length=32', '"rotten_tomatoes", max_length=12')
+    code = code.replace('"offline:minilm"', '"bert-base-uncased"').replace("length=32", "length=8")
+    code = code.replace("run(100)", "run(2)").replace("batch_size=48", "batch_size=8")
+    few = {"step_size": (1e-3,), "steps": (2,)}
+    evaluation.GRID, kept = few, evaluation.GRID
+    try:
+        exec(code, {})
+    finally:
+        evaluation.GRID = kept
+    printed = capsys.readouterr().out
+    assert "own" in printed
+    assert printed.startswith("1 ")

