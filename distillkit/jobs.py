@@ -147,10 +147,10 @@ class Run:
         self.job, self.work = job, Path(work) / job.name
         self.path = Path(folder) / f"{job.name}.json"
         self.committed = Path(folder if committed is None else committed)
-        if job.full_from and "full/standard" in job.rows:
-            self._committed_full()  # said now if it is missing, not after all other rows
         self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         self.student = load_student(job.student, self.task)
+        if job.full_from and "full/standard" in job.rows:
+            self._committed_full()  # said now if it is missing, not after all other rows
         self.result = self._taken_up()
         self._sets: dict[str, DistilledSet] = {}
 
