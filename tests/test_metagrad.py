@@ -28,7 +28,7 @@ def world(standin_home):
         students = {
             (name, trainable): dk.load_student(name, task, dtype="float64", trainable=trainable)
             for name in ("bert-base-uncased", "distilbert-base-uncased", "roberta-base")
-            for trainable in ("full", "head")
+            for trainable in ("full", "head", "lora")
         }
     return task, students
 
@@ -84,7 +84,7 @@ def test_store_all_is_the_derivative(world, name, what):
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"])
-@pytest.mark.parametrize("trainable", ["full", "head"])
+@pytest.mark.parametrize("trainable", ["full", "head", "lora"])
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("unroll", [{}, {"batch_size": 3, "dropout": True}], ids=["whole", "batches, dropout"])
 def test_replay_equals_store_all(world, name, trainable, optimizer, unroll):

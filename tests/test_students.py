@@ -375,3 +375,43 @@ def test_a_truncated_weights_file(task, folder):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="the weights of .*mine' are damaged"):
         dk.load_student(str(folder), task)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"])
+def test_lora_starts_at_the_pretrained_model_and_saves_a_plain_adapter(standin_hub, tmp_path, name):
+    import peft
+    import transformers
+
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student(name, task, trainable="lora")
+    whole = dk.load_student(name, task)
+    params = student.init(0)
+    adapters = [n for n in params if ".lora_" in n]
+    assert len(adapters) == 8  # A and B of query and value in each of two layers
+    assert 0 < len(params) - len(adapters) == len(whole.head_names)
+    assert all(float(params[n].abs().max()) > 0 for n in adapters if ".lora_A." in n)
+    batch = task.batch(student.tokenizer, "test", [0, 1, 2])
+    head = whole.init(0)
+    for name_, value in params.items():
+        if ".lora_" not in name_:
+            plain = name_.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            head[plain] = value
+    assert torch.allclose(student.logits(params, batch), whole.logits(head, batch), atol=1e-6)
+
+    moved = {n: p + 0.1 for n, p in params.items()}
+    ours = student.logits(moved, batch)
+    assert not torch.allclose(ours, student.logits(params, batch), atol=1e-3)
+    student.save_adapter(moved, tmp_path / "adapter")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.allclose(ours, loaded(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits, atol=1e-5)
+    assert torch.equal(student.init(0)[adapters[0]], params[adapters[0]])
+
+
+def test_only_lora_saves_an_adapter(standin_hub, tmp_path):
+    student = dk.load_student("bert-base-uncased", dk.load_task("rotten_tomatoes", max_length=12))
+    with pytest.raises(ValueError, match="trains 'full' parameters, not 'lora'"):
+        student.save_adapter(student.init(0), tmp_path)
