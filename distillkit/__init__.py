@@ -24,7 +24,9 @@ _HOMES = {
     "distiller": ("Distiller", "StepRecord"),
     "evaluation": ("Evaluation", "evaluate"),
     "inner": ("SGD", "AdamW", "Momentum", "Unroll"),
-    "metagrad": ("ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated"),
+    "metagrad": (
+        "ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated", "recommend",
+    ),
     "neighbors": ("nearest_tokens", "project"),
     "objectives": ("BPTT", "meta_gradient"),
     "scale": ("settings",),

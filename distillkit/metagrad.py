@@ -455,6 +455,25 @@ class Truncated(_Strategy):
         return self.inner.contributions(problem, max(start, stop - self.window), stop)
 
 
+def recommend(student: Student) -> tuple[_Strategy, str]:
+    """The strategy that suits a student, and why in a sentence.
+
+    Raises:
+        ValueError: none suits: the student is in bfloat16.
+    """
+    _need_precision(student, "Every strategy")
+    if student.attention != "eager":
+        return ForwardDifference(), f"attention={student.attention!r} has no second derivative, and differences need none"
+    if student.trainable != "full":
+        return Replay(), (
+            f"with trainable={student.trainable!r} the body is frozen, so an exact product costs about as much as a "
+            "difference of gradients"
+        )
+    if student.dtype == torch.float64:
+        return Replay(), "float64 is for proofs, and Replay is exact"
+    return ForwardDifference(), "on full parameters it costs two gradients a step where an exact product costs four"
+
+
 def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[dict[str, float]]:
     """Two strategies on one problem, inner step by inner step; see :meth:`ForwardDifference.report_error`."""
     found = [{t: d[0] for t, d, _ in s.contributions(problem, 0, len(problem.rows))[1]} for s in (strategy, oracle)]

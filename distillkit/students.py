@@ -43,7 +43,8 @@ OFFLINE = ("offline:minilm", "offline:distil-minilm")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head", "lora")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-KINDS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
+ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
+DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")
 
 
 @dataclasses.dataclass(eq=False)
@@ -105,7 +106,8 @@ class Student:
             raise ValueError(f"weights must be 'pretrained' or 'random', not {weights!r}")
         own = dict(self.module.named_parameters())
         draw = generator("student-init", seed)
-        std = self.module.config.initializer_range
+        config = self.module.config
+        std = config.init_std if config.model_type == "opt" else config.initializer_range
         params = {}
         for name in self.trained_names:
             if ".lora_" in name:
@@ -123,8 +125,7 @@ class Student:
             params: as :meth:`init` returns them.
             batch: ``input_ids`` ``[b, l]`` or ``inputs_embeds`` ``[b, l, d]``, and ``attention_mask`` ``[b, l]``.
         """
-        kwargs = {"inputs_embeds": self._embed(batch), "attention_mask": self._additive_mask(batch["attention_mask"])}
-        return torch.func.functional_call(self.module, params, kwargs=kwargs).logits
+        return torch.func.functional_call(self.module, params, kwargs=self._inputs(batch)).logits
 
     def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
         """Mean cross-entropy of a batch.
@@ -141,10 +142,10 @@ class Student:
 
     def features(self, batch: Batch, params: Params | None = None) -> Tensor:
         """Sentence representations ``[b, d]``: the mean of the last hidden states over the unmasked tokens."""
-        kwargs = {"inputs_embeds": self._embed(batch), "attention_mask": self._additive_mask(batch["attention_mask"])}
-        kwargs["output_hidden_states"] = True
+        kwargs = self._inputs(batch) | {"output_hidden_states": True}
         hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
-        mask = batch["attention_mask"].to(self.device).unsqueeze(-1)
+        mask = batch["attention_mask"].to(self.device)
+        mask = (mask.flip(1) if self.causal else mask).unsqueeze(-1)
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def save_adapter(self, params: Params, folder: str | Path) -> None:
@@ -181,12 +182,38 @@ class Student:
             return batch["inputs_embeds"].to(self.device, self.dtype)
         return F.embedding(batch["input_ids"].to(self.device), self.embedding)
 
-    def _additive_mask(self, mask: Tensor) -> Tensor:
-        # A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
-        # functional transforms cannot trace.
-        blocked = (mask == 0).to(self.device)[:, None, None, :]
-        bias = torch.zeros(blocked.shape, dtype=self.dtype, device=self.device)
-        return bias.masked_fill(blocked, torch.finfo(self.dtype).min).expand(-1, -1, mask.shape[1], -1)
+    @property
+    def causal(self) -> bool:
+        """Whether each token sees only those before it (OPT, Llama, GPT-2, Qwen kinds)."""
+        return self.module.config.model_type in DECODERS
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What the module is called with.
+
+        A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
+        functional transforms cannot trace.  A decoder classifies by its last position, so its padding goes to the left;
+        positions are counted from the first real token, as they are without padding.
+        """
+        embeds, mask = self._embed(batch), batch["attention_mask"].to(self.device) != 0
+        if not self.causal:
+            return {"inputs_embeds": embeds, "attention_mask": self._bias(mask[:, None, None, :], mask.shape[1])}
+        place = torch.arange(mask.shape[1], device=self.device) - (~mask).sum(1, keepdim=True)
+        source = place % mask.shape[1]
+        embeds = embeds.gather(1, source.unsqueeze(-1).expand_as(embeds))
+        mask = mask.gather(1, source)
+        seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=self.device).tril()
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": self._bias(mask[:, None, None, :] & seen, mask.shape[1]),
+            "position_ids": place.clamp_min(0),
+        }
+
+    def _bias(self, seen: Tensor, queries: int) -> Tensor:
+        """0 where ``seen``, the lowest number elsewhere: ``[b, 1, queries, l]``."""
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
+        # Decoders take their softmax in float32, where the lowest float64 would be −∞ and a row of nothing else NaN.
+        lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
+        return bias.masked_fill(~seen, lowest).expand(-1, -1, queries, -1)
 
 
 def _fresh(name: str, like: Tensor, std: float, draw: torch.Generator) -> Tensor:
@@ -216,7 +243,7 @@ def load_student(
     weights: str = "pretrained",
     attention: str = "eager",
 ) -> Student:
-    """Load a sequence classifier of BERT, DistilBERT or RoBERTa kind as a :class:`Student`.
+    """Load a sequence classifier as a :class:`Student`: BERT, DistilBERT, RoBERTa, OPT, Llama, GPT-2 or Qwen kind.
 
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, a local folder in the hub's layout, or a hub id.
@@ -345,8 +372,8 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
     quiet.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(location)
-        if config.model_type not in KINDS:
-            kinds = ", ".join(KINDS)
+        if config.model_type not in ENCODERS + DECODERS:
+            kinds = ", ".join(ENCODERS + DECODERS)
             raise ValueError(f"{location!r} is a model of kind {config.model_type!r}; a student is one of {kinds}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(location)
         module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -378,6 +405,9 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
             f"{location!r} has no fitting weights for {len(lost)} parameters of its body, such as {lost[0]}: they are "
             "not those of the model its config.json describes; save or download it again"
         )
+    if tokenizer.pad_token is None:  # Llama and GPT-2 were trained without; masked out, it does not matter which
+        tokenizer.pad_token = tokenizer.eos_token
+    module.config.pad_token_id = tokenizer.pad_token_id
     # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
     return module.to(dtype), tokenizer, fresh
 

@@ -40,6 +40,13 @@ MODELS = {
                      transformers.RobertaConfig(**TINY | {"max_position_embeddings": 514, "type_vocab_size": 1}),
                      "bytes"),
     "sentence-transformers/all-MiniLM-L6-v2": (transformers.BertModel, transformers.BertConfig(**TINY), "wordpiece"),
+    "facebook/opt-1.3b": (transformers.OPTForCausalLM,
+                          transformers.OPTConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, ffn_dim=64,
+                                                 word_embed_proj_dim=32, max_position_embeddings=512), "bytes"),
+    "meta-llama/Llama-3.2-1B": (transformers.LlamaForCausalLM,
+                                transformers.LlamaConfig(**TINY | {"num_key_value_heads": 1}), "bytes"),
+    "gpt2": (transformers.GPT2LMHeadModel,
+             transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=512), "bytes"),
 }
 
 # hub id -> (text column, label column, class names, further columns, {split: rows per class}); None: labels are all -1

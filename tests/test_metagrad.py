@@ -100,6 +100,19 @@ def test_replay_equals_store_all(world, name, trainable, optimizer, unroll):
     assert_equal(*got, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"])
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_decoders_agree_as_far_as_their_softmax_allows(standin_hub, name, trainable):
+    """OPT and Llama take softmax and norms in float32 whatever the model's precision."""
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student(name, task, dtype="float64", trainable=trainable)
+    found = a_set(task, student, 3)
+    oracle, exact = (dk.meta_gradient(found, objective(task, student, 3, m)) for m in (dk.StoreAll(), dk.Replay()))
+    for field in FIELDS:
+        expected = getattr(oracle, field)
+        assert (getattr(exact, field) - expected).abs().max() <= 1e-5 * float(expected.abs().max())
+
+
 def test_hard_labels_have_no_gradient(world):
     task, students = world
     student = students["bert-base-uncased", "full"]
@@ -300,3 +313,23 @@ def test_a_hundred_steps_of_adamw_stay_finite(world):
 def test_strategies_and_optimisers_refuse(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "why"),
+    [
+        ({}, dk.ForwardDifference, "two gradients"),
+        ({"trainable": "lora"}, dk.Replay, "frozen"),
+        ({"trainable": "head"}, dk.Replay, "frozen"),
+        ({"dtype": "float64"}, dk.Replay, "exact"),
+        ({"trainable": "head", "attention": "sdpa"}, dk.ForwardDifference, "no second derivative"),
+    ],
+)
+def test_recommendation(standin_hub, options, kind, why):
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student("bert-base-uncased", task, **options)
+    strategy, reason = dk.recommend(student)
+    assert isinstance(strategy, kind)
+    assert why in reason
+    goal = objective(task, student, 2, strategy)
+    assert dk.meta_gradient(dk.DistilledSet.from_real(task, student, per_class=1, length=8), goal).embeds.isfinite().all()

@@ -415,3 +415,36 @@ def test_only_lora_saves_an_adapter(standin_hub, tmp_path):
     student = dk.load_student("bert-base-uncased", dk.load_task("rotten_tomatoes", max_length=12))
     with pytest.raises(ValueError, match="trains 'full' parameters, not 'lora'"):
         student.save_adapter(student.init(0), tmp_path)
+
+
+# --- decoders --------------------------------------------------------------------------------------------------------
+
+DECODERS = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_decoder_classifies_as_transformers_does(standin_hub, name, attention):
+    """Against the plain forward of the same model on each text alone, without any padding."""
+    task = dk.load_task("rotten_tomatoes", max_length=16)
+    student = dk.load_student(name, task, attention=attention)
+    params = student.init(0)
+    batch = task.batch(student.tokenizer, "test", range(6))
+    assert len({int(n) for n in batch["attention_mask"].sum(1)}) > 1
+    ours = student.logits(params, batch)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=2).eval()
+    plain.load_state_dict({**plain.state_dict(), **params})
+    for row, ids in enumerate(batch["input_ids"]):
+        ids = ids[batch["attention_mask"][row] == 1]
+        assert torch.allclose(ours[row], plain(input_ids=ids[None]).logits[0], atol=1e-5)
+    longer = {k: torch.nn.functional.pad(v, (0, 3)) for k, v in batch.items() if k != "labels"}
+    assert torch.allclose(student.logits(params, longer), ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoders_features_leave_padding_out(standin_hub, name):
+    task = dk.load_task("rotten_tomatoes", max_length=16)
+    student = dk.load_student(name, task)
+    batch = task.batch(student.tokenizer, "test", range(6))
+    longer = {k: torch.nn.functional.pad(v, (0, 3)) for k, v in batch.items() if k != "labels"}
+    assert torch.allclose(student.features(longer), student.features(batch), atol=1e-5)
