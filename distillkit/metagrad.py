@@ -31,6 +31,7 @@ from distillkit.inner import Optimizer, Part, State, inner_step, loss_and_grads,
 from distillkit.seeds import derive_seed
 from distillkit.students import Params, Student
 
+ATTEMPTS = 4  # at finding an ε for one product
 Kept = tuple[Params, list[Tensor]] | None
 
 
@@ -348,9 +349,13 @@ class ForwardDifference(_Walk):
 
     The gradient at θ_t is the one of the forward pass, so a step costs two gradients (``central``: three, with θ_t ± ε).
     The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  The rule for ε balances
-    them: it is chosen so that the gradient changes by ``change`` of its own norm.  How fast it changes along γ is known
-    from the step before on the way back; the first step made takes ε = 0.03 √u ‖θ‖, u being the unit of the
+    them: it is chosen so that the gradient changes by ``change`` of its own norm.  How fast it changes along γ is guessed
+    from the step made before on the way back; where it then changes by more than three times as much, the product is
+    taken again with the ε that this tells; the first step made takes ε = 0.03 √u ‖θ‖, u being the unit of the
     floating-point type (1e-5 ‖θ‖ in float32).
+
+    It needs a smooth model: where θ_t and θ_t + ε lie on two sides of a ReLU's kink, the gradient jumps, and the jump is
+    divided by ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).
 
     Args:
         central: difference of θ_t + ε and θ_t − ε: error of second order in ε, half as much work again.
@@ -359,7 +364,7 @@ class ForwardDifference(_Walk):
     """
 
     central: bool = False
-    change: float = 0.01
+    change: float = 0.003
 
     def __post_init__(self):
         super().__post_init__()
@@ -399,24 +404,32 @@ class _Difference(_Walker):
             norm = _norm(gamma)
             if norm == 0.0:
                 return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in self.problem.phi()]
-            epsilon = self._epsilon(params, grads)
-            there = self._at(t, params, gamma, epsilon / norm)
-            here = self._at(t, params, gamma, -epsilon / norm) if self.central else [*grads.values(), *d_phi]
-            factor = norm / (2 * epsilon if self.central else epsilon)
-            found = [(a - b) * factor for a, b in zip(there, here, strict=True)]
+            epsilon, size = self._epsilon(params, grads), _norm(grads.values())
+            for _ in range(ATTEMPTS):
+                found = self._difference(t, params, [*grads.values(), *d_phi], gamma, epsilon / norm)
+                change = _norm(found[: len(gamma)]) * epsilon / norm
+                if change <= 3 * self.change * size:
+                    break
+                epsilon *= self.change * size / change  # the direction is steeper than the last one was
             self.slope = _norm(found[: len(gamma)]) / norm
             return found[: len(gamma)], found[len(gamma) :]
 
         return grads, product
+
+    def _difference(self, t, params, here, gamma, step) -> list[Tensor]:
+        """(∇(θ + step·γ) − ∇(θ)) / step, or the central form; ``here`` is the gradient at θ, of θ and φ."""
+        there = self._at(t, params, gamma, step)
+        back = self._at(t, params, gamma, -step) if self.central else here
+        return [(a - b) / (2 * step if self.central else step) for a, b in zip(there, back, strict=True)]
 
     def _epsilon(self, params: Params, grads: Params) -> float:
         unit = torch.finfo(next(iter(params.values())).dtype).eps
         scale = _norm(params.values())
         if not self.slope:
             return 0.03 * math.sqrt(unit) * scale
-        # Not below what moves the parameters by some bits, nor so far that θ is another model.
+        # Not below what moves the parameters by some bits; nor far, where along a flat direction ε would grow without end.
         wanted = self.change * _norm(grads.values()) / self.slope
-        return min(max(wanted, 4 * unit * scale), 1e-2 * scale)
+        return min(max(wanted, 4 * unit * scale), 1e-4 * scale)
 
     def _at(self, t: int, params: Params, gamma: list[Tensor], step: float) -> list[Tensor]:
         moved = {n: p + step * g for (n, p), g in zip(params.items(), gamma, strict=True)}
@@ -469,6 +482,8 @@ def recommend(student: Student) -> tuple[_Strategy, str]:
             f"with trainable={student.trainable!r} the body is frozen, so an exact product costs about as much as a "
             "difference of gradients"
         )
+    if student.has_kinks:
+        return Replay(), "its ReLU units make the gradient jump where a difference of gradients steps across a kink"
     if student.dtype == torch.float64:
         return Replay(), "float64 is for proofs, and Replay is exact"
     return ForwardDifference(), "on full parameters it costs two gradients a step where an exact product costs four"

@@ -112,7 +112,8 @@ def quickstart(result: dict) -> Figure:
         draw_curve(left, result["distilling"]["embeddings"]["losses"])
         classes = len(rows[0]["groups"])
         draw_scores(right, rows, 1 / classes)
-        right.set_title(f"Training on {result['config']['per_class']} example(s) of each of {classes} classes")
+        k = result["config"]["per_class"]
+        right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
         sns.despine(figure)
     return figure
 
@@ -128,6 +129,28 @@ def soft_labels(before, after, classes: Sequence[str]) -> Figure:
             )
             where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
             where.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def curves(
+    panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]], log: str = ""
+) -> Figure:
+    """Lines in panels side by side.
+
+    Args:
+        panels: for each its title, the labels of x and y, and {name of a line: (x values, y values)}.
+        log: the axes with a logarithmic scale: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
+    """
+    with style():
+        figure, axes = _figure(5 * len(panels), 3.4, len(panels))
+        for where, (title, x, y, lines) in zip(axes, panels, strict=True):
+            for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
+                where.plot(xs, ys, marker=marker, color=colour, label=name)
+            where.set(title=title, xlabel=x, ylabel=y)
+            where.set_xscale("log" if "x" in log else "linear")
+            where.set_yscale("log" if "y" in log else "linear")
+            where.legend(frameon=False)
+        sns.despine(figure)
     return figure
 
 

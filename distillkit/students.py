@@ -187,6 +187,14 @@ class Student:
         """Whether each token sees only those before it (OPT, Llama, GPT-2, Qwen kinds)."""
         return self.module.config.model_type in DECODERS
 
+    @property
+    def has_kinks(self) -> bool:
+        """Whether it has ReLU units: DistilBERT in its head, OPT throughout, others by their configuration."""
+        config = self.module.config.to_dict()
+        return config["model_type"] == "distilbert" or "relu" in (
+            config.get(key) for key in ("activation_function", "hidden_act", "activation")
+        )
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What the module is called with.
 

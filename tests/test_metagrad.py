@@ -333,3 +333,9 @@ def test_recommendation(standin_hub, options, kind, why):
     assert why in reason
     goal = objective(task, student, 2, strategy)
     assert dk.meta_gradient(dk.DistilledSet.from_real(task, student, per_class=1, length=8), goal).embeds.isfinite().all()
+
+
+def test_recommendation_is_exact_where_there_are_kinks(standin_hub):
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    for name, kinks in (("distilbert-base-uncased", True), ("facebook/opt-1.3b", True), ("roberta-base", False)):
+        assert isinstance(dk.recommend(dk.load_student(name, task))[0], dk.Replay if kinks else dk.ForwardDifference)
