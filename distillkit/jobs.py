@@ -51,7 +51,7 @@ ROWS = (
     ("full", "standard"),
 )
 ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
-STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference()}
+STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference(change=0.01)}
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distillkit.inner import Optimizer, Part, State, inner_step, loss_and_grads, set_parts
+from distillkit.inner import SGD, Optimizer, Part, State, inner_step, loss_and_grads, set_parts
 from distillkit.seeds import derive_seed
 from distillkit.students import Params, Student
 
@@ -226,9 +226,9 @@ class _Walk(_Strategy):
                 kept_sets[t] = self._store((params, state, new[2] if self.every == 1 else None))
             params, state = new[0], new[1]
         loss, cotangents = outer_loss_and_grads(problem, params)
-        return loss, self._back(problem, walk, kept_sets, stop, cotangents)
+        return loss, self._back(problem, walk, kept_sets, start, stop, cotangents)
 
-    def _back(self, problem, walk, kept_sets, stop, cotangents):
+    def _back(self, problem, walk, kept_sets, start, stop, cotangents):
         device, sigma = problem.student.device, None
         for first in sorted(kept_sets, reverse=True):
             segment = [_moved(kept_sets.pop(first), device)]
@@ -236,7 +236,7 @@ class _Walk(_Strategy):
                 segment = list(walk.again(first, min(first + self.every, stop), *segment[0][:2]))
             for t in reversed(range(first, first + len(segment))):
                 params, state, kept = segment.pop()
-                cotangents, sigma, d_phi, d_step = walk.back(t, params, state, kept, cotangents, sigma)
+                cotangents, sigma, d_phi, d_step = walk.back(t, params, state, kept, cotangents, sigma, t == start)
                 yield t, d_phi, d_step
 
     def _store(self, kept):
@@ -248,6 +248,11 @@ class _Walk(_Strategy):
 
     def _new_walk(self, problem: Problem) -> _Walker:
         raise NotImplementedError
+
+
+def _split(found: list[Tensor], phi: int) -> tuple[list[Tensor], list[Tensor]]:
+    """What belongs to θ (nothing, if not asked for) and what to the ``phi`` tensors of φ, which come last."""
+    return found[:-phi], found[-phi:]
 
 
 class _Walker:
@@ -275,18 +280,21 @@ class _Walker:
             yield params, state, kept
             params, state = new, new_state
 
-    def back(self, t, params, state, kept, cotangents, sigma):
-        """Step t backwards: cotangents of θ_t and s_t, and the contributions to φ and η_t."""
+    def back(self, t, params, state, kept, cotangents, sigma, first: bool):
+        """Step t backwards: cotangents of θ_t and s_t, and the contributions to φ and η_t.
+
+        Nothing comes before the ``first`` step, so what its product along θ would be is not formed.
+        """
         grads, product = self.linearise(t, params, kept)
         direct, gamma, sigma, d_step = update_vjp(
             self.problem.optimizer, params, state, grads, self.problem.step_sizes[t], cotangents, sigma
         )
-        along_theta, d_phi = product(gamma)
-        cotangents = {n: d + p for (n, d), p in zip(direct.items(), along_theta, strict=True)}
+        along_theta, d_phi = product(gamma, first)
+        cotangents = {n: d + p for (n, d), p in zip(direct.items(), along_theta, strict=True)} if along_theta else {}
         return cotangents, sigma, d_phi, d_step
 
     def linearise(self, t: int, params: Params, kept: Kept):
-        """g_t, and the function γ → (∇²_θθ ℓ·γ, ∇²_φθ ℓ·γ)."""
+        """g_t, and the function (γ, first) → (∇²_θθ ℓ·γ, ∇²_φθ ℓ·γ), the former empty at the first step."""
         raise NotImplementedError
 
 
@@ -296,11 +304,11 @@ class _ReverseOverReverse(_Walker):
         graphs = []
         for part in problem.loss(theta, t, phi):
             graphs.append(_grad(part, tuple(theta.values()), create_graph=True))
-        total = [sum(g) for g in zip(*graphs, strict=True)]
+        total = graphs[0] if len(graphs) == 1 else [sum(g) for g in zip(*graphs, strict=True)]
 
-        def product(gamma: list[Tensor]):
-            found = _grad(total, (*theta.values(), *phi), grad_outputs=gamma)
-            return found[: len(theta)], found[len(theta) :]
+        def product(gamma: list[Tensor], first: bool):
+            wanted = phi if first else (*theta.values(), *phi)
+            return _split(_grad(total, wanted, grad_outputs=gamma), len(phi))
 
         return dict(zip(theta, total, strict=True)), product
 
@@ -313,13 +321,14 @@ class _MicroBatched(_Walker):
     def linearise(self, t, params, kept):
         problem = self.problem
 
-        def product(gamma: list[Tensor]):
+        def product(gamma: list[Tensor], first: bool):
             theta, phi, total = _leaves(params), problem.phi(), None
+            wanted = phi if first else (*theta.values(), *phi)
             for part in problem.loss(theta, t, phi):
                 grads = _grad(part, tuple(theta.values()), create_graph=True)
-                found = _grad(grads, (*theta.values(), *phi), grad_outputs=gamma)
+                found = _grad(grads, wanted, grad_outputs=gamma)
                 total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-            return total[: len(theta)], total[len(theta) :]
+            return _split(total, len(phi))
 
         return kept[0], product
 
@@ -400,41 +409,46 @@ class _Difference(_Walker):
     def linearise(self, t, params, kept):
         grads, d_phi = kept
 
-        def product(gamma: list[Tensor]):
-            norm = _norm(gamma)
+        def product(gamma: list[Tensor], first: bool):
+            norm, size = _norm(gamma), _norm(grads.values())
             if norm == 0.0:
-                return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in self.problem.phi()]
-            epsilon, size = self._epsilon(params, grads), _norm(grads.values())
+                return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in d_phi]
+            epsilon, here = self._epsilon(params, size), [*grads.values(), *d_phi]
+            if first:
+                return [], self._difference(t, params, d_phi, gamma, epsilon / norm, phi_only=True)
             for _ in range(ATTEMPTS):
-                found = self._difference(t, params, [*grads.values(), *d_phi], gamma, epsilon / norm)
-                change = _norm(found[: len(gamma)]) * epsilon / norm
-                if change <= 3 * self.change * size:
+                found = self._difference(t, params, here, gamma, epsilon / norm)
+                self.slope = _norm(found[: len(gamma)]) / norm
+                change = self.slope * epsilon
+                if not change > 3 * self.change * size:
                     break
                 epsilon *= self.change * size / change  # the direction is steeper than the last one was
-            self.slope = _norm(found[: len(gamma)]) / norm
-            return found[: len(gamma)], found[len(gamma) :]
+            return _split(found, len(d_phi))
 
         return grads, product
 
-    def _difference(self, t, params, here, gamma, step) -> list[Tensor]:
-        """(∇(θ + step·γ) − ∇(θ)) / step, or the central form; ``here`` is the gradient at θ, of θ and φ."""
-        there = self._at(t, params, gamma, step)
-        back = self._at(t, params, gamma, -step) if self.central else here
+    def _difference(self, t, params, here, gamma, step, phi_only: bool = False) -> list[Tensor]:
+        """(∇(θ + step·γ) − ∇(θ)) / step, or the central form; ``here`` is the gradient at θ, of θ and φ (or φ only)."""
+        there = self._at(t, params, gamma, step, phi_only)
+        back = self._at(t, params, gamma, -step, phi_only) if self.central else here
         return [(a - b) / (2 * step if self.central else step) for a, b in zip(there, back, strict=True)]
 
-    def _epsilon(self, params: Params, grads: Params) -> float:
+    def _epsilon(self, params: Params, size: float) -> float:
         unit = torch.finfo(next(iter(params.values())).dtype).eps
         scale = _norm(params.values())
         if not self.slope:
             return 0.03 * math.sqrt(unit) * scale
         # Not below what moves the parameters by some bits; nor far, where along a flat direction ε would grow without end.
-        wanted = self.change * _norm(grads.values()) / self.slope
+        wanted = self.change * size / self.slope
         return min(max(wanted, 4 * unit * scale), 1e-4 * scale)
 
-    def _at(self, t: int, params: Params, gamma: list[Tensor], step: float) -> list[Tensor]:
-        moved = {n: p + step * g for (n, p), g in zip(params.items(), gamma, strict=True)}
-        phi = self.problem.phi()
-        _, grads, d_phi = loss_and_grads(self.problem.student, moved, self.problem.parts(t, phi), phi)
+    def _at(self, t: int, params: Params, gamma: list[Tensor], step: float, phi_only: bool) -> list[Tensor]:
+        moved = {n: torch.add(p, g, alpha=step) for (n, p), g in zip(params.items(), gamma, strict=True)}
+        phi, problem = self.problem.phi(), self.problem
+        if phi_only:
+            found = [_grad(part, phi) for part in problem.loss(moved, t, phi)]
+            return [sum(g) for g in zip(*found, strict=True)]
+        _, grads, d_phi = loss_and_grads(problem.student, moved, problem.parts(t, phi), phi)
         return [*grads.values(), *d_phi]
 
 
@@ -479,8 +493,7 @@ def recommend(student: Student) -> tuple[_Strategy, str]:
         return ForwardDifference(), f"attention={student.attention!r} has no second derivative, and differences need none"
     if student.trainable != "full":
         return Replay(), (
-            f"with trainable={student.trainable!r} the body is frozen, so an exact product costs about as much as a "
-            "difference of gradients"
+            f"with trainable={student.trainable!r} the body is frozen, and an exact product costs three gradients a step"
         )
     if student.has_kinks:
         return Replay(), "its ReLU units make the gradient jump where a difference of gradients steps across a kink"
@@ -497,13 +510,13 @@ def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[di
     for t in sorted(found[1]):
         ours, theirs = found[0][t].flatten().double(), found[1][t].flatten().double()
         cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
-        error = float((ours - theirs).norm() / theirs.norm())
-        report.append({"step": t, "cosine": cosine, "error": error, "share": float(theirs.norm()) / largest})
+        error = float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        report.append({"step": t, "cosine": cosine, "error": error, "share": float(theirs.norm()) / (largest or 1.0)})
     return report
 
 
 def _norm(tensors) -> float:
-    return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in tensors))
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors))
 
 
 def _moved(kept, device):
@@ -530,6 +543,9 @@ def _with_tensors(state: State, tensors: list[Tensor]) -> State:
 
 def update_vjp(optimizer, params, state, grads, step_size, cotangents, sigma):
     """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): cotangents of θ (a dict), g, s (lists) and η."""
+    if optimizer == SGD(optimizer.step_size):  # θ' = θ − ηg, known without autograd's passes over every parameter
+        d_step = -sum(torch.dot(cotangents[n].flatten(), g.detach().flatten()) for n, g in grads.items())
+        return cotangents, [-step_size * cotangents[n] for n in grads], [], d_step
     theta = _leaves(params)
     gs = {n: g.detach().requires_grad_() for n, g in grads.items()}
     state_in = [s.detach().requires_grad_() for s in _state_tensors(state)]

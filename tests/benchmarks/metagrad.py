@@ -497,7 +497,7 @@ def tables(result: dict) -> str:
         if "failed" in entry:
             blocks.append(f"{heading}: {entry['failed']}")
             continue
-        size = f"{entry['parameters'] / 1e6:.3g} million parameters, a set is {_megabytes(entry['set_bytes'])} MB"
+        size = f"{entry['parameters']:,} parameters, a set is {entry['set_bytes'] / 1e6:.3g} MB"
         blocks += [f"{heading} ({size})", draw(entry, result)]
     return "\n\n".join(blocks)
 
@@ -505,15 +505,16 @@ def tables(result: dict) -> str:
 def cost_table(entry: dict, result: dict) -> str:
     """A row a contender: cost for each T, live bytes at two, and the worst inner step of all."""
     steps = sorted({row["steps"] for row in entry["rows"]})
-    low, high = next((s for s in steps if s > 1), steps[0]), steps[-1]
+    high = steps[-1]
+    ends = dict.fromkeys((next((s for s in steps if s > 1), high), high))  # of one step nothing is kept
     clock = [f"seconds, T = {high}"] if result["machine"]["cuda"] else []
-    titles = ["", *(f"T = {t}" for t in steps), f"MB, T = {low}", f"MB, T = {high}", f"sets, T = {high}",
+    titles = ["", *(f"T = {t}" for t in steps), *(f"MB, T = {t}" for t in ends), f"sets, T = {high}",
               "worst cosine", "worst error", *clock]
     lines = [_line(titles), _line(["---"] + ["---:"] * (len(titles) - 1))]
     for name in dict.fromkeys(row["contender"] for row in entry["rows"]):
         rows = {row["steps"]: row for row in entry["rows"] if row["contender"] == name}
         cells = [_cell(rows, t, "cost", "{:.2f}") for t in steps]
-        cells += [_cell(rows, t, "activations", "{:.1f}", 1e-6) for t in (low, high)]
+        cells += [_cell(rows, t, "activations", "{:.1f}", 1e-6) for t in ends]
         cells += [_cell(rows, high, "sets", "{:.1f}"), *_worst(rows.values())]
         lines.append(_line([name, *cells, *(_cell(rows, high, "seconds", "{:.4g}") for _ in clock)]))
     return "\n".join([*lines, "", f"The outer batch of {result['settings']['outer_batch']} costs "
@@ -549,10 +550,6 @@ def _line(cells) -> str:
     return "| " + " | ".join(str(c) for c in cells) + " |"
 
 
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.3g}"
-
-
 def _cell(rows: dict, steps: int, key: str, form: str, scale: float = 1.0) -> str:
     row = rows.get(steps, {})
     if "failed" in row:
@@ -576,7 +573,8 @@ def _worst(rows) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--students", nargs="+", default=["offline:minilm"], help=f"what load_student is given, or one of {', '.join(RANDOM)}")
+    names = f"what load_student is given, or one of {', '.join(RANDOM)}"
+    made.add_argument("--students", nargs="+", default=["offline:minilm"], help=names)
     made.add_argument("--trainable", nargs="+", choices=["full", "lora", "head"], help="default: all; full for --accuracy")
     made.add_argument("--steps", nargs="+", type=int, help="inner steps T; default 1 2 4 8 16 32, for --accuracy 2 8 32")
     made.add_argument("--repeats", type=int, default=5, help="rounds of timing")
