@@ -22,6 +22,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -320,7 +321,9 @@ def _with_adapters(module: torch.nn.Module, head: frozenset[str]) -> torch.nn.Mo
     # peft's table of where adapters go (query and value) leaves out DistilBERT, whose names for them are others.
     targets = ["q_lin", "v_lin"] if module.config.model_type == "distilbert" else None
     config = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, modules_to_save=tops, target_modules=targets, **LORA)
-    return peft.get_peft_model(module, config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
+        return peft.get_peft_model(module, config).eval()
 
 
 def _max_positions(config: transformers.PretrainedConfig) -> int:
