@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
     show = commands.add_parser("table", help="print the table of a committed result")
     show.add_argument("name", help="of a result in --results")
+    show.add_argument("--figure", type=Path, help="draw it too, into this file")
     readme = commands.add_parser("readme", help="write the tables of README.md from the committed results")
     readme.add_argument("--file", type=Path, default=Path("README.md"))
     for command in (demo, run, show, readme):
@@ -110,7 +111,12 @@ def _table(args) -> int:
     path = args.results / f"{args.name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"no result {path}")
-    print(table(json.loads(path.read_text(encoding="utf-8"))))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    print(table(result))
+    if args.figure:
+        from distillkit import plots
+
+        plots.save(plots.quickstart(result), args.figure)
     return 0
 
 
