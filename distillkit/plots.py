@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,9 +49,17 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+class _Shown(Figure):
+    """A figure that a notebook shows by itself, without pyplot, which would keep it alive and show it a second time."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png", metadata={"Software": None})
+        return out.getvalue()
+
+
 def _figure(width: float, height: float, columns: int = 1, ratios: Sequence[float] | None = None):
-    # A Figure of its own, not pyplot's: pyplot keeps every figure alive and shows each a second time in a notebook.
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _Shown(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, width_ratios=ratios, squeeze=False)[0]
     return figure, axes
 
