@@ -62,7 +62,7 @@ def test_quickstart(result):
     assert left.get_xlabel() == "outer step" and len(left.lines[0].get_ydata()) == 15
     assert [bar.get_width() for bar in right.patches] == [0.77, 0.6, 0.31], "the best on top"
     assert right.get_ylim()[0] > right.get_ylim()[1]
-    assert right.get_title() == "Training on 1 example(s) of each of 2 classes"
+    assert right.get_title() == "Training on 1 example of each of 2 classes"
     assert [line.get_xdata()[0] for line in right.lines if line.get_linestyle() == ":"] == [0.5]
 
 
@@ -94,7 +94,7 @@ def test_describe(result):
     assert lines[0].startswith("panel 1: Learning the set | x: outer step | y: loss on real text | ")
     assert "each step: 15 points" in lines[0]
     assert "mean of 10 steps: 6 points" in lines[0]
-    assert "Training on 1 example(s)" in lines[1] and "3 bars" in lines[1]
+    assert "Training on 1 example" in lines[1] and "3 bars" in lines[1]
     assert "6 cells" in plots.describe(plots.soft_labels(np.ones((3, 2)), np.ones((3, 2)), "ab"))
     shorter = result | {"distilling": {"embeddings": {"losses": [1.0]}}}
     assert plots.describe(plots.quickstart(shorter)) != plots.describe(plots.quickstart(result))
@@ -128,3 +128,18 @@ def test_text_tables_are_escaped():
     tree = ET.fromstring(found)  # well-formed, and the text is text
     assert [cell.text for cell in tree.iter("th")] == ["class", "text", "<b>", "c & d"]
     assert [cell.text for cell in tree.iter("td")] == ["<b>", "<script>alert('x')</script> & $y$", "0.25", "0.75"]
+
+
+def test_a_notebook_shows_a_figure_as_a_picture():
+    figure = plots.learning_curve([1.0, 0.5, 0.2])
+    assert figure._repr_png_().startswith(b"\x89PNG\r\n")
+    assert figure._repr_png_() == figure._repr_png_()
+
+
+def test_curves():
+    lines = {"a": ([1, 2], [3.0, 4.0]), "b": ([1, 2], [1.0, 0.1])}
+    figure = plots.curves([("left", "x", "y", lines), ("right", "x", "y", {"a": lines["a"]})], log="y")
+    assert [axes.get_title() for axes in figure.axes] == ["left", "right"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1]
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
+    assert "b: 2 points" in plots.describe(figure)
