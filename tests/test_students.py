@@ -328,7 +328,7 @@ def test_a_task_longer_than_the_positions(standin_hub, name):
 
 
 @pytest.mark.parametrize(("option", "value", "known"), [
-    ("trainable", "body", "full, head"),
+    ("trainable", "body", "full, head, lora"),
     ("dtype", "float16", "float32, float64, bfloat16"),
     ("weights", "none", "pretrained, random"),
     ("attention", "flash", "eager, sdpa"),
