@@ -51,7 +51,7 @@ ROWS = (
     ("full", "standard"),
 )
 ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
-STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference(change=0.01)}
+STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference()}
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 
@@ -66,12 +66,13 @@ class ClassificationJob:
         unroll_steps, step_size: inner loop: T steps of SGD, the learned step sizes start at ``step_size``.
         metagrad: ``"replay"`` (exact) or ``"forward_difference"`` (about half the time).
         outer_steps, outer_batch, lr: outer loop.
-        label_steps: outer steps for the row ``real + learned labels``.
+        label_steps: outer steps of the row ``real + learned labels``; None: as many as ``outer_steps``.
         seed: of the distilled and selected sets.
         eval_seeds: fresh initialisations for each score.
         full_seeds: of them, those that the full data is trained with, which takes longest.
         rows: which rows, as ``method/recipe``.
-        full_from: name of a committed result to take the row of the full data from instead of computing it.
+        committed: name of a committed result to take ``committed_rows`` from instead of computing them.
+        committed_rows: which of the rows.
     """
 
     name: str
@@ -87,18 +88,21 @@ class ClassificationJob:
     outer_steps: int = 100
     outer_batch: int = 48
     lr: float = 0.08
-    label_steps: int = 30
+    label_steps: int | None = None
     seed: int = 0
     eval_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     full_seeds: tuple[int, ...] = (0, 1, 2)
     rows: tuple[str, ...] = ROW_NAMES
-    full_from: str | None = None
+    committed: str | None = None
+    committed_rows: tuple[str, ...] = ()
 
     def __post_init__(self):
-        unknown = [r for r in self.rows if r not in ROW_NAMES]
+        unknown = [r for r in (*self.rows, *self.committed_rows) if r not in ROW_NAMES]
         if unknown:
             raise ValueError(f"unknown row {unknown[0]!r}; there are {', '.join(ROW_NAMES)}")
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps"):
+            if getattr(self, key) is None and key == "label_steps":
+                continue
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ValueError(f"{key} must be a whole number of at least 1, not {getattr(self, key)!r}")
         for key in ("step_size", "lr"):
@@ -107,6 +111,8 @@ class ClassificationJob:
                                  "text; write 0.001)")
         if self.metagrad not in STRATEGIES:
             raise ValueError(f"metagrad must be one of {', '.join(STRATEGIES)}, not {self.metagrad!r}")
+        if bool(self.committed) != bool(self.committed_rows):
+            raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")
         if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
 
@@ -135,7 +141,7 @@ class Run:
         job: the settings.
         folder: where its result goes; one that is there already is gone on with.
         work: where checkpoints and distilled sets go, ``work/<name>``.
-        committed: folder of the result that ``full_from`` names; default: ``folder``.
+        committed: folder of the result that ``job.committed`` names; default: ``folder``.
 
     Raises:
         ValueError: the result that is there was made with other settings or another corpus.
@@ -149,23 +155,30 @@ class Run:
         self.committed = Path(folder if committed is None else committed)
         self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         self.student = load_student(job.student, self.task)
-        if job.full_from and "full/standard" in job.rows:
-            self._committed_full()  # said now if it is missing, not after all other rows
+        for name in job.committed_rows:
+            self._committed(name)  # said now if it is missing, not after all other rows
         self.result = self._taken_up()
         self._sets: dict[str, DistilledSet] = {}
 
-    def __call__(self) -> dict:
-        """Make every row that is missing; returns the result."""
-        for name in progress([r for r in self.job.rows if r not in self.result["rows"]], desc="rows", unit="row"):
+    def __call__(self, only: tuple[str, ...] = ()) -> dict:
+        """Make every row that is missing, or those of them that ``only`` names; returns the result.
+
+        Raises:
+            ValueError: ``only`` names a row that is none of the job's.
+        """
+        if unknown := [r for r in only if r not in self.job.rows]:
+            raise ValueError(f"no row {unknown[0]!r} in this job; it has {', '.join(self.job.rows)}")
+        missing = [r for r in only or self.job.rows if r not in self.result["rows"]]
+        for name in progress(missing, desc="rows", unit="row"):
             method, recipe = name.split("/")
-            if method == "full" and self.job.full_from:
-                row = self._committed_full()
+            if name in self.job.committed_rows:
+                row = self._committed(name)
             else:
                 row = self._twin(method, recipe) or self._scored(method, recipe)
             self.result["rows"][name] = row
             self._write()
         # Asked of the rows, not of the sets at hand: an interrupted run may have made those rows in an earlier process.
-        if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.job.rows):
+        if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.result["rows"]):
             self.result["text"] = self.set_of("projected").to_text().to_list()
             self._write()
         return self.result
@@ -202,7 +215,7 @@ class Run:
             return project(self.set_of("embeddings"), self.student)
         if method == "real + learned labels":
             start = select(self.task, self.student, "random", **self._size()).soften()
-            return self._distil("labels", start, ("targets", "step_sizes"), job.label_steps)
+            return self._distil("labels", start, ("targets", "step_sizes"), job.label_steps or job.outer_steps)
         return select(self.task, self.student, method, **self._size())
 
     def _size(self) -> dict:
@@ -233,14 +246,14 @@ class Run:
         }
         return distiller.distilled
 
-    def _committed_full(self) -> dict:
-        path = self.committed / f"{self.job.full_from}.json"
+    def _committed(self, name: str) -> dict:
+        path = self.committed / f"{self.job.committed}.json"
         if not path.is_file():
-            raise FileNotFoundError(f"full_from={self.job.full_from!r}, but there is no result {path}; make it first")
+            raise FileNotFoundError(f"committed={self.job.committed!r}, but there is no result {path}; make it first")
         found = json.loads(path.read_text(encoding="utf-8"))
-        row = found["rows"].get("full/standard")
+        row = found["rows"].get(name)
         if row is None:
-            raise ValueError(f"full_from={self.job.full_from!r}, but {path} has no row full/standard; finish it first")
+            raise ValueError(f"committed={self.job.committed!r}, but {path} has no row {name}; finish it first")
         # The docstring corpus follows the versions of the installed libraries.
         same = found["corpus"]["sha256"] == self.task.fingerprint
         return {**row, "committed": "same corpus" if same else "another version of the corpus"}

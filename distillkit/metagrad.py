@@ -301,10 +301,8 @@ class _Walker:
 class _ReverseOverReverse(_Walker):
     def linearise(self, t, params, kept):
         problem, theta, phi = self.problem, _leaves(params), self.problem.phi()
-        graphs = []
-        for part in problem.loss(theta, t, phi):
-            graphs.append(_grad(part, tuple(theta.values()), create_graph=True))
-        total = graphs[0] if len(graphs) == 1 else [sum(g) for g in zip(*graphs, strict=True)]
+        (loss,) = problem.loss(theta, t, phi)
+        total = _grad(loss, tuple(theta.values()), create_graph=True)
 
         def product(gamma: list[Tensor], first: bool):
             wanted = phi if first else (*theta.values(), *phi)

@@ -11,14 +11,6 @@ from distillkit.distilled import special_frame
 
 
 @pytest.fixture(scope="module")
-def task(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        return dk.load_task("rotten_tomatoes", max_length=12)
-
-
-@pytest.fixture(scope="module")
 def students(task, standin_home):
     import standin_hub
 

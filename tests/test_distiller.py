@@ -17,15 +17,6 @@ VALUES = ("embeds", "targets", "step_sizes")
 OTHERS = ("mask", "free", "tokens")
 
 
-@pytest.fixture(scope="module")
-def world(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        task = dk.load_task("rotten_tomatoes", max_length=12)
-        return task, dk.load_student("bert-base-uncased", task)
-
-
 @pytest.fixture
 def start(world):
     return dk.DistilledSet.from_real(*world, per_class=1, length=8)

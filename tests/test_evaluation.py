@@ -15,14 +15,6 @@ from distillkit.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")
-def task(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        return dk.load_task("rotten_tomatoes", max_length=12)
-
-
-@pytest.fixture(scope="module")
 def tiny(task, standin_home):
     import standin_hub
 

@@ -11,7 +11,7 @@ from distillkit import __main__, evaluation, jobs
 from distillkit.jobs import CONFIGS, ROW_NAMES, ClassificationJob, Run, table, with_tables
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
-         "outer_steps": 3, "outer_batch": 8, "label_steps": 2, "eval_seeds": [0, 1], "full_seeds": [0]}
+         "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
 
 
 @pytest.fixture
@@ -206,20 +206,20 @@ def test_a_checkpoint_of_other_settings_is_refused(copied):
 def test_a_committed_row(copied, scored, finished):
     shutil.copy(copied / "results" / "small.json", copied / "results" / "longer.json")
     (copied / "results" / "small.json").unlink()
-    result = run(copied, rows=["full/standard"], full_from="longer")
+    result = run(copied, rows=["full/standard"], committed="longer", committed_rows=["full/standard"])
     expected = finished[1]["rows"]["full/standard"] | {"committed": "same corpus"}
     assert scored == [] and same(result["rows"]["full/standard"], expected)
 
 
 def test_a_committed_row_that_is_not_there_is_missed_at_once(copied, scored):
     (copied / "results" / "small.json").rename(copied / "results" / "longer.json")
-    with pytest.raises(FileNotFoundError, match=r"full_from='absent', but there is no result .*absent\.json; make it"):
-        run(copied, full_from="absent")
+    with pytest.raises(FileNotFoundError, match=r"committed='absent', but there is no result .*absent\.json; make it"):
+        run(copied, committed="absent", committed_rows=["full/standard"])
     part = json.loads((copied / "results" / "longer.json").read_text())
     part["rows"].pop("full/standard")
     (copied / "results" / "longer.json").write_text(json.dumps(part))
-    with pytest.raises(ValueError, match=r"full_from='longer', but .*longer\.json has no row full/standard; finish it"):
-        run(copied, full_from="longer")
+    with pytest.raises(ValueError, match=r"committed='longer', but .*longer\.json has no row full/standard; finish it"):
+        run(copied, committed="longer", committed_rows=["full/standard"])
     assert scored == []
 
 
@@ -231,7 +231,7 @@ def test_shipped_settings():
     assert "quickstart" in shipped
     assert all(found.name == name for name, found in shipped.items()), "a result is found by its settings' name"
     assert all(len(found.eval_seeds) >= 5 for found in shipped.values())
-    assert {found.full_from for found in shipped.values()} - {None} <= set(shipped)
+    assert all(set(found.committed_rows) <= set(shipped[found.committed].rows) for found in shipped.values() if found.committed)
     demo = shipped["quickstart"]
     assert (demo.corpus, demo.student, demo.per_class, demo.length) == ("docstrings", "offline:minilm", 1, 32)
     honest = {"random/tuned", "k_center/tuned", "herding/tuned", "real + learned labels/own", "projected/own"}
@@ -246,7 +246,7 @@ def test_settings_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"learning_rate": 0.1}, r"a\.yaml: unknown setting 'learning_rate'; there are .*label_steps.*lr"),
+    ({"learning_rate": 0.1}, r"a\.yaml: unknown setting 'learning_rate'; there are .*outer_steps.*seed"),
     ({"rows": ["random/tuned", "random/own"]}, "unknown row 'random/own'; there are random/tuned, k_center/tuned"),
     ({"rows": "full/standard"}, "unknown row 'f'"),
     ({"lr": "1e-3"}, "lr must be a number above 0, not '1e-3'.*write 0.001"),
@@ -254,6 +254,8 @@ def test_settings_from_a_file(tmp_path):
     ({"outer_steps": 2.5}, "outer_steps must be a whole number of at least 1, not 2.5"),
     ({"per_class": 0}, "per_class must be a whole number of at least 1, not 0"),
     ({"metagrad": "exact"}, "metagrad must be one of .*replay.*, not 'exact'"),
+    ({"committed": "longer"}, "committed and committed_rows belong together"),
+    ({"committed_rows": ["full/standard"]}, "committed and committed_rows belong together"),
     ({"name": "../escape"}, "name must be letters, digits, .* not '../escape'"),
     ({"name": ""}, "name must be .* not ''"),
     ({"name": 7}, "name must be .* not 7"),

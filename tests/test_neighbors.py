@@ -10,15 +10,6 @@ import distillkit as dk
 from distillkit.neighbors import allowed_tokens
 
 
-@pytest.fixture(scope="module")
-def world(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        task = dk.load_task("rotten_tomatoes", max_length=12)
-        return task, dk.load_student("bert-base-uncased", task)
-
-
 @pytest.fixture
 def learned(world):
     """A set whose free positions have moved off their tokens."""

@@ -9,15 +9,6 @@ from distillkit import selection
 from distillkit.selection import herding, k_center, sentence_features
 
 
-@pytest.fixture(scope="module")
-def world(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        task = dk.load_task("rotten_tomatoes", max_length=12)
-        return task, dk.load_student("bert-base-uncased", task)
-
-
 def column(*values):
     return np.array(values, dtype=np.float32)[:, None]
 

@@ -18,14 +18,6 @@ TEXTS = ["a warm and funny story", "it was dull", "what a boring lifeless day , 
 
 
 @pytest.fixture(scope="module")
-def task(standin_home):
-    import standin_hub
-
-    with standin_hub.patched(standin_home):
-        return dk.load_task("rotten_tomatoes", max_length=12)
-
-
-@pytest.fixture(scope="module")
 def tiny(task, standin_home):
     """Every hub student, on the stand-in's random weights."""
     import standin_hub
