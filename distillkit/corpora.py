@@ -222,15 +222,49 @@ def _sentences(library: str) -> dict[str, str]:
     return result
 
 
+OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def _docstrings(path: Path) -> list[str]:
+    return [text for node in _statements(_parsed(path)) if isinstance(node, OWNERS) and (text := ast.get_docstring(node))]
+
+
+def documented(library: str) -> dict[str, str]:
+    """The docstrings of an installed library by dotted path, such as ``scipy.signal.convolve``; parsed, never imported.
+
+    Names with a leading underscore are private and left out, private modules are not: much that is public is defined in
+    them, and their names are left out of the path.
+    """
+    root = Path(_spec(library).submodule_search_locations[0])
+    result: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        if SKIPPED.isdisjoint(parts):
+            module = [part for part in parts if not part.startswith("_")]
+            for name, text in _named_docstrings(_parsed(path), module):
+                result.setdefault(name, text)
+    return result
+
+
+def _named_docstrings(node: ast.AST, where: list[str]):
+    """(dotted path, docstring) of `node`, which stands at `where`, and of the public definitions inside it."""
+    if isinstance(node, OWNERS) and (text := ast.get_docstring(node)):
+        yield ".".join(where), text
+    for block in ("body", "orelse", "handlers", "finalbody"):
+        for child in getattr(node, block, ()):
+            named = isinstance(child, OWNERS)
+            if not (named and child.name.startswith("_")):
+                yield from _named_docstrings(child, [*where, child.name] if named else where)
+
+
+def _parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file; an empty one for templates and other files that are not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escape sequences
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and other files that are not Python
-        return []
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [text for node in _statements(tree) if isinstance(node, owners) and (text := ast.get_docstring(node))]
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
 
 
 def _statements(node: ast.AST):
