@@ -27,9 +27,8 @@ def standin_hub(standin_home):
 @pytest.fixture(scope="session")
 def task(standin_home):
     """The stand-in hub's rotten_tomatoes."""
-    import standin_hub
-
     import distillkit as dk
+    import standin_hub
 
     with standin_hub.patched(standin_home):
         return dk.load_task("rotten_tomatoes", max_length=12)
@@ -38,9 +37,8 @@ def task(standin_home):
 @pytest.fixture(scope="session")
 def world(task, standin_home):
     """That task and a tiny BERT for it."""
-    import standin_hub
-
     import distillkit as dk
+    import standin_hub
 
     with standin_hub.patched(standin_home):
         return task, dk.load_student("bert-base-uncased", task)
