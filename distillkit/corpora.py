@@ -10,6 +10,7 @@ Three sources, and never one in place of another:
 * **a known name** (`ag_news`, ...): the folder `$DISTILLKIT_DATA/<name>`, else the Hugging Face hub.
 * **any folder** of `train`, `validation`/`dev` and `test` as `.jsonl`, `.csv` or `.parquet`, or **any hub id**.
 
+Rows are labelled text, or prompts with their responses: which of the two is told by the name or by the columns.
 A `Corpus` is what was found, as it was found: `tasks.py` checks the rows and makes what splits are missing.
 """
 
@@ -26,8 +27,9 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -45,32 +47,43 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one split, unchecked: `texts` and `labels` of equal length, and the place they came from."""
+    """The rows of one split, unchecked: `texts` and `labels` of equal length, and the place they came from.
+
+    For prompts, `texts` are the questions, `labels` the answers, and `further` holds other columns of that length.
+    """
 
     texts: list
     labels: list
     place: str
+    further: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as it was found: `classes` is None where nothing names them; `origin` says in words where it is from."""
+    """Text as it was found: `classes` is None where nothing names them; `origin` says in words where it is from.
+
+    `layout` is "labels" for labelled text, else how a row asks and answers: "prompts", "arc" or "mmlu".
+    """
 
     name: str
     classes: tuple[str, ...] | None
     splits: dict[str, Split]
     origin: str
+    layout: str = "labels"
 
 
 @dataclass(frozen=True)
 class Known:
-    """A corpus on the Hugging Face hub that is known by a short name."""
+    """A corpus on the Hugging Face hub that is known by a short name, and how its columns are called."""
 
     hub_id: str
     classes: tuple[str, ...]
     text: str = "text"
     label: str = "label"
     revision: str | None = None
+    config: str | None = None
+    further: tuple[str, ...] = ()
+    layout: str = "labels"
 
 
 KNOWN = {
@@ -82,22 +95,33 @@ KNOWN = {
     "trec": Known("CogComp/trec", ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"), label="coarse_label",
                   revision="refs/convert/parquet"),
 }
+QUESTIONS = {
+    "arc_easy": Known("allenai/ai2_arc", (), "question", "answerKey", config="ARC-Easy", further=("choices",), layout="arc"),
+    "mmlu": Known("cais/mmlu", (), "question", "answer", config="all", further=("choices", "subject"), layout="mmlu"),
+}
+PROMPTS = Known("", (), "prompt", "response", further=("choices", "answer", "group"), layout="prompts")
+QA_SOURCES = ("docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
 
 
 def load_corpus(source) -> Corpus:
     """The corpus that `source` names: "docstrings", a known name, a folder, or a hub id. Raises `CorpusError`."""
+    known = KNOWN | QUESTIONS
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(source, str) or not source:
         raise CorpusError(f"a task is named by a string or a path, not by {source!r}")
     if source == "docstrings":
         return docstring_corpus()
-    if source in KNOWN:
-        return _known_corpus(source, KNOWN[source])
+    if source in QA_SOURCES:
+        from .instruction import docstrings_qa  # which builds on this module
+
+        return docstrings_qa(source)
+    if source in known:
+        return _known_corpus(source, known[source])
     if Path(source).expanduser().is_dir():
         return folder_corpus(Path(source).expanduser())
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         return _hub_corpus(source, Known(source, ()), looked_in=["this folder: no such folder here"])
-    names = ["docstrings", *KNOWN]
+    names = ["docstrings", *QA_SOURCES, *known]
     close = difflib.get_close_matches(source, names, n=1)
     raise CorpusError(f"unknown task {source!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is none of "
                       f"{', '.join(names)}, not an existing folder, and not a hub id of the form 'owner/name'")
@@ -114,25 +138,31 @@ SKIPPED = frozenset({"test", "tests", "testing", "_testing", "_vendor", "_vendor
 
 
 def docstring_corpus() -> Corpus:
-    """The offline corpus, from the cache if that was built from the versions installed now, else built."""
+    """The offline corpus, from the cache or built."""
+    found, made_of = built("docstrings", build_docstrings, BUILDER)
+    splits = {name: Split(**rows, place=f"the docstring corpus, split {name}") for name, rows in found.items()}
+    return Corpus("docstrings", LIBRARIES, splits, f"first sentences of the docstrings of installed libraries: {made_of}")
+
+
+def built(name: str, build: Callable[[], dict], builder) -> tuple[dict, str]:
+    """What `build` makes of the installed libraries, from the cache if it was made of the versions installed now; and
+    those versions in words. `builder` (JSON) changes whenever `build` would make something else of the same versions."""
     versions = {library: _installed(library) for library in LIBRARIES}
-    recipe = {"builder": BUILDER, "python": list(sys.version_info[:3]), "versions": versions}
+    recipe = {"builder": builder, "python": list(sys.version_info[:3]), "versions": versions}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir() / "corpora" / f"docstrings-{key}"
+    folder = cache_dir() / "corpora" / f"{name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # of two processes, one builds and the other waits
         data = _cached(folder, recipe)
         if data is None:
-            data = {"recipe": recipe, "splits": build_docstrings()}
+            data = {"recipe": recipe, "splits": build()}
             save_folder(folder, kind="corpus", data=data)
-    splits = {name: Split(**rows, place=f"the docstring corpus, split {name}") for name, rows in data["splits"].items()}
-    return Corpus("docstrings", LIBRARIES, splits, "first sentences of the docstrings of installed libraries: "
-                  + ", ".join(f"{library} {version}" for library, version in versions.items()))
+    return data["splits"], ", ".join(f"{library} {version}" for library, version in versions.items())
 
 
 def build_docstrings() -> dict:
     """{split: {"texts": [...], "labels": [...]}}, the same bytes for the same installed versions."""
-    with _collector_paused():
+    with collector_paused():
         found = {library: _sentences(library) for library in progress(LIBRARIES, desc="reading docstrings", leave=False)}
     libraries_of = {}
     for library, sentences in found.items():
@@ -199,7 +229,7 @@ def same_sentence_key(text: str) -> str:
 
 
 @contextmanager
-def _collector_paused():
+def collector_paused():
     """Parsing makes millions of nodes and no cycles; looking for cycles among them takes longer than parsing."""
     enabled = gc.isenabled()
     gc.disable()
@@ -302,7 +332,7 @@ def _cached(folder: Path, recipe: dict) -> dict | None:
         reason = "it was built from other versions"
     except StorageError as error:
         reason = str(error)
-    warnings.warn(f"the cached docstring corpus is built again: {reason}", stacklevel=4)
+    warnings.warn(f"the cached docstring corpus is built again: {reason}", stacklevel=5)
     shutil.rmtree(folder)
     return None
 
@@ -313,29 +343,38 @@ def _cached(folder: Path, recipe: dict) -> dict | None:
 def folder_corpus(folder: Path, *, name: str | None = None, known: Known | None = None) -> Corpus:
     """The corpus in a folder of train, validation or dev, test (.jsonl, .csv, .parquet) and optional labels.json."""
     files = {}
-    for split in ("train", "validation", "dev", "test"):
-        here = [path for suffix in _READERS if (path := folder / f"{split}{suffix}").is_file()]
+    for split, file in SPLIT_NAMES:
+        here = [path for suffix in _READERS if (path := folder / f"{file}{suffix}").is_file()]
         if len(here) > 1:
             raise CorpusError(f"{folder} holds {' and '.join(path.name for path in here)}; keep one of them")
         if here:
-            files[split] = here[0]
+            files.setdefault(split, here[0])
     if not files:
         raise CorpusError(f"{folder} holds none of train, validation, dev, test as {', '.join(_READERS)}; "
                           f"put at least train and test there")
-    if "dev" in files:
-        files.setdefault("validation", files["dev"])
-        del files["dev"]
-    splits = {split: _read_split(path, known) for split, path in files.items()}
-    classes = _folder_classes(folder) or (known.classes if known else None)
     origin = f"the folder {name} in DISTILLKIT_DATA" if known else f"a local folder named {folder.resolve().name}"
-    return Corpus(name or folder.resolve().name, classes, splits, origin)
+    tables = {split: (_READERS[path.suffix](path), str(path), {}) for split, path in files.items()}
+    corpus = _from_tables(name or folder.resolve().name, known or Known("", ()), tables, origin)
+    return replace(corpus, classes=_folder_classes(folder) or corpus.classes)
 
 
-def _read_split(path: Path, known: Known | None) -> Split:
-    columns = _READERS[path.suffix](path)
-    text = _column(columns, ((known.text,) if known else ()) + TEXT_COLUMNS, "text", path)
-    label = _column(columns, ((known.label,) if known else ()) + LABEL_COLUMNS, "label", path)
-    return Split(columns[text], columns[label], str(path))
+# A split of the kit, and what a file or a split of the hub is called that may fill it, the first choice first.
+SPLIT_NAMES = (("train", "train"), ("train", "auxiliary_train"), ("validation", "validation"), ("validation", "dev"),
+               ("test", "test"))
+
+
+def _from_tables(name: str, known: Known, tables: dict, origin: str) -> Corpus:
+    """The corpus in `tables`: split -> (column name -> values, place, column name -> its type where there are types)."""
+    if known.layout == "labels" and any({PROMPTS.text, PROMPTS.label} <= {*columns} for columns, *_ in tables.values()):
+        known = PROMPTS
+    texts, labels = (TEXT_COLUMNS, LABEL_COLUMNS) if known.layout == "labels" else ((known.text,), (known.label,))
+    splits, classes = {}, known.classes or None
+    for split, (columns, place, types) in tables.items():
+        text, label = _column(columns, known.text, texts, place), _column(columns, known.label, labels, place)
+        further = {column: columns[column][:] for column in known.further if column in columns}
+        splits[split] = Split(columns[text][:], columns[label][:], place, further)
+        classes = tuple(getattr(types.get(label), "names", None) or ()) or classes
+    return Corpus(name, classes, splits, origin, known.layout)
 
 
 def _read_jsonl(path: Path) -> dict[str, list]:
@@ -394,12 +433,15 @@ def _folder_classes(folder: Path) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def _column(columns, names: tuple[str, ...], role: str, place) -> str:
-    for name in names:
+def _column(columns, own: str, usual: tuple[str, ...], place: str) -> str:
+    """The name among `columns` that is `own`, or else the first that is one of the `usual`, which begin with the role."""
+    for name in (own, *usual):
         if name in columns:
             return name
-    raise CorpusError(f"{place} has no {role} column: it has {', '.join(map(str, columns)) or 'no columns at all'}; "
-                      f"name the {role} column {names[0]!r} (or {', '.join(dict.fromkeys(names[1:]))})")
+    others = [name for name in usual if name != own]
+    raise CorpusError(f"{place} has no {usual[0]} column: it has {', '.join(map(str, columns)) or 'no columns at all'}; "
+                      f"name the {usual[0]} column {own!r}" + (f" (or {', '.join(others)}); prompts with their responses go "
+                      "into columns named prompt and response" if others else ""))
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -417,25 +459,27 @@ def _hub_corpus(name: str, known: Known, looked_in: list[str]) -> Corpus:
     import datasets  # a second to import
 
     try:
-        found = datasets.load_dataset(known.hub_id, revision=known.revision)
+        found = datasets.load_dataset(known.hub_id, known.config, revision=known.revision)
     except (OSError, ValueError, RuntimeError) as error:  # not there, not reachable, several configurations, a script
-        tried = f"the Hugging Face hub and its cache {datasets.config.HF_CACHE_HOME}, as {known.hub_id}: " + str(error)
+        tried = f"the Hugging Face hub and its cache {datasets.config.HF_CACHE_HOME}, as {_on_hub(known)}: {error}"
         raise CorpusError(
             f"{name} was not found. Looked in\n" + "\n".join(f"  * {place}" for place in [*looked_in, tried])
             + f"\nOn a machine without internet: set DISTILLKIT_DATA to a folder that holds {name.split('/')[-1]}/ "
             "with train.jsonl and test.jsonl, name such a folder itself, copy the hub's cache (HF_HOME) from a machine "
-            "that has it, or use 'docstrings', which needs no download."
+            "that has it, or use 'docstrings' or 'docstrings_qa', which need no download."
         ) from error
     return _from_datasets(name, known, found)
 
 
 def _from_datasets(name: str, known: Known, found) -> Corpus:
-    splits, classes = {}, known.classes or None
-    for split, there in (("train", "train"), ("validation", "validation"), ("validation", "dev"), ("test", "test")):
-        if there in found and split not in splits:
-            rows, place = found[there], f"the hub's {known.hub_id}, split {there}"
-            text = _column(rows.column_names, (known.text, *TEXT_COLUMNS), "text", place)
-            label = _column(rows.column_names, (known.label, *LABEL_COLUMNS), "label", place)
-            classes = tuple(getattr(rows.features[label], "names", None) or ()) or classes
-            splits[split] = Split(rows[text][:], rows[label][:], place)
-    return Corpus(name, classes, splits, f"Hugging Face hub, {known.hub_id}")
+    tables = {}
+    for split, there in SPLIT_NAMES:
+        if there in found and split not in tables:
+            rows = found[there]
+            columns = {column: rows[column] for column in rows.column_names}  # read when they are sliced
+            tables[split] = columns, f"the hub's {_on_hub(known)}, split {there}", rows.features
+    return _from_tables(name, known, tables, f"Hugging Face hub, {_on_hub(known)}")
+
+
+def _on_hub(known: Known) -> str:
+    return known.hub_id + (f" ({known.config})" if known.config else "")

@@ -1,7 +1,8 @@
 """The distilled set φ: a few synthetic examples, as tensors, with everything needed to train on them.
 
 A synthetic example is l input embeddings of width d.  Its label is learned too (a *soft label*: c logits), and so may be
-the step size of each inner step.  A set begins as real sentences (:meth:`DistilledSet.from_real`), moves away from them
+the step size of each inner step.  For an instruction task an example is a prompt, and its label the tokens of the
+response, which are not learned.  A set begins as real sentences (:meth:`DistilledSet.from_real`), moves away from them
 while it is distilled, and comes back to words when it is projected; ``tokens`` is there exactly while each embedding *is*
 the embedding of a token.
 
@@ -20,9 +21,10 @@ import datasets
 import torch
 from torch import Tensor
 
+from distillkit.checks import check_whole
 from distillkit.seeds import generator
 from distillkit.storage import load_folder, save_folder
-from distillkit.students import Student
+from distillkit.students import NO_TARGET, Student
 from distillkit.tasks import Task
 
 KIND = "distilled-set"
@@ -37,7 +39,8 @@ class DistilledSet:
         embeds: ``[m, l, d]`` float32 (float64 for a float64 student).
         mask: ``[m, l]`` bool, which positions are there at all.
         free: ``[m, l]`` bool, which positions are learned; special tokens stay fixed.
-        targets: ``[m, c]`` float label logits (soft labels), or ``[m]`` int64 classes (hard labels).
+        targets: ``[m, c]`` float label logits (soft labels), ``[m]`` int64 classes (hard labels), or ``[m, r]`` int64
+            response ids, short ones filled up with -100.
         step_sizes: ``[t]`` positive step sizes of the inner loop, or None until bound to an Unroll.
         tokens: ``[m, l]`` int64 token ids, or None when the embeddings are no token's.
         meta: JSON values: classes, each example's own class (``labels``), decoded ``text``, ``recipe``, origin.
@@ -95,10 +98,12 @@ class DistilledSet:
 
         Args:
             per_class: examples of each class; or
-            fraction: share of the training split in (0, 1], the same number of each class.
+            fraction: share of the training split in (0, 1], the same number of each class.  An instruction task, which
+                has no classes, takes only this.
             length: l, tokens an example, special tokens included; default ``task.max_length``.  Short sentences are
-                filled up with further ones of their class, so that every set of a size holds as many tokens.
-            soft_labels: label logits that give the own class 0.9; otherwise integer classes.
+                filled up with further ones of their class, so that every set of a size holds as many tokens.  Prompts are
+                never filled up; longer ones lose tokens in front.
+            soft_labels: label logits that give the own class 0.9; otherwise integer classes.  Responses stay as they are.
             seed: which sentences.
 
         Raises:
@@ -108,11 +113,13 @@ class DistilledSet:
         draw = generator("from-real", seed)
         rows = [r[torch.randperm(len(r), generator=draw)[:k].numpy()] for r in task.rows_by_class("train")]
         found = from_rows(task, student, rows, length=length, seed=seed)
-        return found.soften() if soft_labels else found
+        return found.soften() if soft_labels and task.kind == "classification" else found
 
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""
         c = len(self.meta["classes"])
+        if not c:
+            raise ValueError("responses cannot be softened: only classes can")
         if not 1 / c < confidence < 1:
             raise ValueError(f"confidence must lie between 1/{c} and 1, not {confidence!r}")
         gap = math.log(confidence * (c - 1) / (1 - confidence))
@@ -120,13 +127,16 @@ class DistilledSet:
         return dataclasses.replace(self, targets=targets.float(), meta=dict(self.meta))
 
     def to_text(self) -> datasets.Dataset:
-        """One row an example: ``text``, ``label`` (its class's name) and ``probabilities`` (of each class).
+        """One row an example: ``text``, ``label`` (its class's name) and ``probabilities`` (of each class); of an
+        instruction task ``prompt`` and ``response``.
 
         Raises:
             ValueError: the embeddings are not tokens yet.
         """
         if self.tokens is None or "text" not in self.meta:
             raise ValueError("this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
+        if "responses" in self.meta:
+            return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
         classes = self.meta["classes"]
         probabilities = (
             self.targets.softmax(-1)
@@ -162,18 +172,17 @@ def examples_per_class(task: Task, per_class: int | None, fraction: float | None
     """The number of examples of each class that ``per_class`` or ``fraction`` asks for, checked against the task."""
     if (per_class is None) == (fraction is None):
         raise ValueError(f"give one of per_class and fraction, not per_class={per_class!r} and fraction={fraction!r}")
+    if per_class is not None and not task.classes:
+        raise ValueError(f"per_class={per_class!r}, but task {task.name!r} has no classes; give fraction")
     if fraction is not None:
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], not {fraction!r}")
-        per_class = int(fraction * len(task.train) / len(task.classes))
+        per_class = int(fraction * len(task.train) / max(1, len(task.classes)))
         if per_class < 1:
-            raise ValueError(
-                f"fraction={fraction!r} of {len(task.train)} training rows is less than one for each of "
-                f"{len(task.classes)} classes; ask for more"
-            )
-    if not isinstance(per_class, int) or isinstance(per_class, bool) or per_class < 1:
-        raise ValueError(f"per_class must be a whole number of at least 1, not {per_class!r}")
-    for name, rows in zip(task.classes, task.rows_by_class("train"), strict=True):
+            least = f"one for each of {len(task.classes)} classes" if task.classes else "one"
+            raise ValueError(f"fraction={fraction!r} of {len(task.train)} training rows is less than {least}; ask for more")
+    check_whole("per_class", per_class)
+    for name, rows in zip(task.classes, task.rows_by_class("train")):
         if len(rows) < per_class:
             raise ValueError(
                 f"per_class={per_class} but class {name!r} of task {task.name!r} has only {len(rows)} training rows; "
@@ -196,7 +205,7 @@ def from_rows(task: Task, student: Student, rows: list, *, length: int | None = 
     """A set of chosen training rows with hard labels.
 
     Args:
-        rows: for each class, the indices of its training rows, in the order wanted.
+        rows: for each class (of an instruction task: one list) the indices of its training rows, in the order wanted.
         length: l; see :meth:`DistilledSet.from_real`, also on how short sentences are filled up.
         seed: which further sentences fill up.
     """
@@ -207,6 +216,8 @@ def from_rows(task: Task, student: Student, rows: list, *, length: int | None = 
         raise ValueError(f"length must be a whole number above {len(before) + len(after)} (special tokens), not {length!r}")
     if length > student.max_positions:
         raise ValueError(f"length={length} is more than the {student.max_positions} positions of {student.name!r}")
+    if task.kind == "instruction":
+        return _prompts(task, student, [int(row) for row in rows[0]], length, len(before))
     tokens, labels = [], []
     for label, (chosen, pool) in enumerate(zip(rows, task.rows_by_class("train"), strict=True)):
         draw = generator("fill-up", seed, label)
@@ -228,6 +239,33 @@ def from_rows(task: Task, student: Student, rows: list, *, length: int | None = 
         "text": decode(student.tokenizer, ids, mask & ~fixed),
     }
     return DistilledSet(embed(student, ids), mask, mask & ~fixed, torch.tensor(labels), tokens=ids, meta=meta)
+
+
+def _prompts(task, student: Student, rows: list[int], length: int, opening: int) -> DistilledSet:
+    """Prompts cut in front to ``length``, behind their ``opening`` special tokens, with responses as targets."""
+    tokenizer, everything, answers = student.tokenizer, task.token_ids(student.tokenizer, "train"), []
+    tokens = []
+    for row in rows:
+        ids = everything[row]
+        tokens.append(ids if len(ids) <= length else ids[:opening] + ids[len(ids) - length + opening :])
+        answers.append(task.response_ids(tokenizer, "train")[row])
+    ids, targets = _padded(tokens, tokenizer.pad_token_id or 0), _padded(answers, NO_TARGET)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(t) for t in tokens])[:, None]
+    free = mask & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
+    meta = {
+        "task": task.name,
+        "task_fingerprint": task.fingerprint,
+        "student": student.name,
+        "classes": [],
+        "labels": [],
+        "text": decode(tokenizer, ids, free),
+        "responses": [task.train[row]["response"] for row in rows],
+    }
+    return DistilledSet(embed(student, ids), mask, free, targets, tokens=ids, meta=meta)
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def embed(student: Student, ids: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distillkit.checks import check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.objectives import bound_step_sizes, meta_gradient
 from distillkit.progress import progress
@@ -31,13 +32,14 @@ from distillkit.storage import is_vacant, load_folder, save_folder
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
+RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 BETAS = (0.9, 0.99)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One outer step: its number (from 1), the loss before it, loss terms by name, the norm of the embeddings'
-    meta-gradient, the step sizes after it, and the seconds it took."""
+    """One outer step: its number (from 1), the loss before it, its terms by name (without their weights), the norm of the
+    embeddings' meta-gradient, the step sizes after it, and the seconds it took."""
 
     step: int
     loss: float
@@ -66,10 +68,12 @@ class Distiller:
         lr: outer learning rate of the embeddings (Adam).
         label_lr: of the label logits; default: 5 × ``lr``.
         step_size_lr: of the raw step sizes; default: 2 × ``lr``.
-        learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"`` to learn.  Hard targets cannot be.
+        learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"`` to learn.  Hard targets cannot be, and the default
+            leaves them out.
         schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
             the default decay ``run(100)`` and then ``run(200)`` is not one run of 200 steps.
-        regularizers: none yet.
+        regularizers: terms added to the loss that look at the set alone, such as
+            :class:`~distillkit.neighbors.NeighborLoss`.
         seed: draws initialisations and batches.
         checkpoint_dir: folder to save to, and to resume from where it holds a run; the same settings are demanded.
         checkpoint_every: outer steps between checkpoints.
@@ -93,8 +97,8 @@ class Distiller:
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
     ):
-        if regularizers:
-            raise ValueError(f"regularizers are not available yet, so {tuple(regularizers)!r} would be ignored; leave them out")
+        if learn is LEARNABLE and not distilled.soft:
+            learn = tuple(n for n in LEARNABLE if n != "targets")
         unknown = set(learn) - set(LEARNABLE)
         if unknown or not learn:
             raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {tuple(learn)!r}")
@@ -108,6 +112,7 @@ class Distiller:
         if checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, not {checkpoint_every!r}")
         self.objective, self.schedule, self.seed = objective, schedule, seed
+        self.regularizers = tuple(regularizers)
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every = checkpoint_every
@@ -152,10 +157,10 @@ class Distiller:
         """Make outer steps until ``n`` in all have been made, yielding a record of each.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; the set keeps its last good values.
+            FloatingPointError: the loss or a gradient is not finite, or the step sizes have run to zero or to infinity;
+                the checkpoint keeps the last good values.
         """
-        if not isinstance(n, int) or n < 0:
-            raise ValueError(f"n must be a whole number of 0 or more, not {n!r}")
+        check_whole("n", n, least=0)
         with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
             while self.step < n:
                 record = self._one(n)
@@ -182,10 +187,16 @@ class Distiller:
         found = meta_gradient(current, self.objective, seed=derive_seed("distil", self.seed, self.step))
         grads = {"embeds": found.embeds, "targets": found.targets, "step_sizes": found.step_sizes}
         norm = float(found.embeds.norm())
+        loss, terms = found.loss, {"outer": found.loss}
+        for term in self.regularizers:
+            weight = term.weight_at(self.step / n)
+            terms[term.name], gradient = term(current)
+            loss += weight * terms[term.name]
+            grads["embeds"] = grads["embeds"] + weight * gradient.to(grads["embeds"])
         finite = all(g is None or bool(g.isfinite().all()) for g in grads.values())
-        if not (finite and math.isfinite(found.loss)):
+        if not (finite and math.isfinite(loss)):
             raise FloatingPointError(
-                f"outer step {self.step + 1}: loss {found.loss}, gradient norm {norm}, step sizes "
+                f"outer step {self.step + 1}: loss {loss}, gradient norm {norm}, step sizes "
                 f"{[round(s, 5) for s in current.step_sizes.tolist()]}; lower lr or the inner step size"
             )
         factor = self.schedule(self.step / n)
@@ -200,8 +211,16 @@ class Distiller:
                 value.grad = value.grad * value.sigmoid()
         self._adam.step()
         sizes = tuple(self._step_sizes().tolist())
+        start = bound_step_sizes(self._start, self.objective.unroll)
+        if max(sizes) > RUNAWAY * float(start.max()) or max(sizes) * RUNAWAY < float(start.min()):
+            raise FloatingPointError(
+                f"outer step {self.step + 1}: the step sizes have run from {[round(s, 5) for s in start.tolist()]} to "
+                f"{[float(f'{s:.3g}') for s in sizes]}, where training stands still or diverges: this student cannot follow "
+                "what is asked of it; lower step_size_lr, start from the size that search_step_size finds, or take more "
+                "inner steps or an optimiser of the expert's kind"
+            )
         return StepRecord(
-            self.step + 1, found.loss, {"outer": found.loss}, norm, sizes, time.perf_counter() - begun
+            self.step + 1, loss, terms, norm, sizes, time.perf_counter() - begun
         )
 
     def _current(self) -> DistilledSet:
@@ -222,6 +241,7 @@ class Distiller:
             "objective": self.objective.recipe(),
             "rates": self.rates,
             "learn": list(self.learn),
+            "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
             "seed": self.seed,
             "start": {

@@ -5,9 +5,14 @@ A score belongs to a *recipe*, so every :class:`Evaluation` names its own:
 * ``"own"``: the recipe stored with a distilled set, its learned step sizes included.
 * ``"standard"``: AdamW fine-tuning with published settings: step size 5e-5, batches of 32, three epochs, weight decay
   0.01 (Devlin et al., 2019), linear warm-up over a tenth of the steps and linear decay; and at least 200 steps, since
-  three epochs of a few examples train nothing (Mosbach et al., 2021).
-* ``"tuned"``: AdamW at the best point of one grid (:data:`GRID`), judged on the validation split, the same grid for
-  every set.  It is how a set without a recipe, such as selected real sentences, gets a fair chance.
+  three epochs of a few examples train nothing (Mosbach et al., 2021).  Language models: 2e-4 for LoRA (Dettmers et al.,
+  2023), and 1e-3 for all parameters of models as small as the offline ones, which is our choice.
+* ``"tuned"``: AdamW at the best point of one grid (:data:`GRID`; :data:`LANGUAGE_GRID` for language models), judged on
+  the validation split, the same grid for every set.  It is how a set without a recipe, such as selected real sentences,
+  gets a fair chance.
+
+Classification is scored by the largest logit.  Multiple choice is scored as ARC and MMLU are: the choice that the model
+gives the highest log-likelihood after the prompt, and beside it the same divided by the choice's number of characters.
 
 Initialisations for scoring, for tuning and for distilling come from disjoint seed streams.
 """
@@ -29,12 +34,14 @@ from distillkit.inner import AdamW, Optimizer, Part, Unroll, described, from_rec
 from distillkit.objectives import bound_step_sizes
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.students import Params, Student
+from distillkit.students import NO_TARGET, Params, Student
 from distillkit.tasks import Task
 
 STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
+STANDARD_LANGUAGE = {"lora": 2e-4, "full": 1e-3, "head": 1e-3}
 STANDARD_EPOCHS, STANDARD_BATCH, STANDARD_LEAST_STEPS = 3, 32, 200
 GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)}
+LANGUAGE_GRID = {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 100, 200)}
 TUNING_SEEDS, TUNING_ROWS = 2, 300
 
 Feed = Callable[[int], Iterable[Part]]
@@ -47,11 +54,12 @@ class Evaluation:
     Attributes:
         mean, std: accuracy over the seeds, std with n − 1 (nan for one seed).
         scores: one accuracy a seed.
-        groups: accuracy by class, mean over the seeds.
+        groups: accuracy by class, or by kind of question or subject, mean over the seeds.
         seconds: one training run, scoring not counted, mean over the seeds.
         flops: floating-point operations of one training run.
         examples, nbytes: size of what was trained on.
         recipe: how it was trained, as JSON values.
+        normalized: multiple choice by length-normalised log-likelihood, one accuracy a seed; None for classification.
     """
 
     mean: float
@@ -63,6 +71,7 @@ class Evaluation:
     examples: int
     nbytes: int
     recipe: dict
+    normalized: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.std:.3f} (n={len(self.scores)}, {self.recipe['name']})"
@@ -112,6 +121,9 @@ def evaluate(
         raise ValueError(
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
         )
+    if student.kind != task.kind:
+        raise ValueError(f"student {student.name!r} was loaded for {student.kind}, task {task.name!r} is {task.kind}; load "
+                         "it for this task")
     if student.num_classes != len(task.classes):
         raise ValueError(f"student {student.name!r} was loaded for {student.num_classes} classes, task {task.name!r} "
                          f"has {len(task.classes)}; load it for this task")
@@ -120,28 +132,44 @@ def evaluate(
                          f"{len(task.classes)}; evaluate it on the task it was made for")
     task.split(split)  # a name that is none is an error before anything is trained
     plan_for = _planner(distilled, task, student, recipe)
-    scores, groups, seconds = [], [], []
+    scores, normalized, groups, seconds = [], [], [], []
+    names, of_row = _groups(task, split)
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
         plan = plan_for(seed)
         start = student.init(derive_seed("evaluate-init", seed))
         begun = time.perf_counter()
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begun)
-        right = _correct(student, params, task, split)
-        labels = np.array(task.split(split)["label"])
+        right, by_length = _graded(student, params, task, split)
         scores.append(float(right.mean()))
-        groups.append([float(right[labels == c].mean()) for c in range(len(task.classes))])
+        normalized.append(float(by_length.mean()))
+        groups.append([float(right[of_row == g].mean()) for g in range(len(names))])
     return Evaluation(
         mean=float(np.mean(scores)),
         std=float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan"),
         scores=tuple(scores),
-        groups=dict(zip(task.classes, np.mean(groups, axis=0).tolist(), strict=True)),
+        groups=dict(zip(names, np.mean(groups, axis=0).tolist(), strict=True)),
         seconds=float(np.mean(seconds)),
         flops=_flops(plan, student),
         examples=len(task.train) if distilled is None else len(distilled),
-        nbytes=sum(len(t.encode()) for t in task.train["text"]) if distilled is None else distilled.nbytes,
+        nbytes=_text_bytes(task) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
+        normalized=tuple(normalized) if task.kind == "instruction" else None,
     )
+
+
+def _groups(task: Task, split: str) -> tuple[list[str], np.ndarray]:
+    """Names of what scores are told apart by, and which of them each row belongs to."""
+    if task.kind == "classification":
+        return list(task.classes), task.labels(split)
+    column = task.split(split)["group"][:]
+    names = list(dict.fromkeys(column))
+    return names, np.array([names.index(name) for name in column])
+
+
+def _text_bytes(task: Task) -> int:
+    columns = ("text",) if task.kind == "classification" else ("prompt", "response")
+    return sum(len(text.encode()) for column in columns for text in task.train[column])
 
 
 def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
@@ -208,11 +236,17 @@ def _warm_up_and_decay(steps: int, step_size: float) -> Tensor:
     return step_size * torch.minimum(t / warm, (steps + 1 - t) / (steps + 1 - warm))
 
 
-def _standard_recipe(steps: int) -> dict:
+def _standard_optimizer(student: Student) -> AdamW:
+    if student.kind == "classification":
+        return STANDARD
+    return dataclasses.replace(STANDARD, step_size=STANDARD_LANGUAGE[student.trainable])
+
+
+def _standard_recipe(steps: int, optimizer: AdamW) -> dict:
     return {
         "name": "standard",
         "steps": steps,
-        "optimizer": described(STANDARD),
+        "optimizer": described(optimizer),
         "batch_size": STANDARD_BATCH,
         "schedule": "linear warm-up over 10 % of the steps, linear decay",
     }
@@ -221,7 +255,8 @@ def _standard_recipe(steps: int) -> dict:
 def _standard(distilled: DistilledSet, student: Student) -> _Plan:
     steps = max(STANDARD_EPOCHS * -(-len(distilled) // STANDARD_BATCH), STANDARD_LEAST_STEPS)
     feed = _set_feed(distilled, student, Unroll(steps, batch_size=STANDARD_BATCH), 0)
-    return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
+    optimizer = _standard_optimizer(student)
+    return _Plan(optimizer, _warm_up_and_decay(steps, optimizer.step_size), feed, _standard_recipe(steps, optimizer))
 
 
 def _grouped_by_length(order: Tensor, lengths: Tensor, draw: torch.Generator) -> list[Tensor]:
@@ -244,28 +279,74 @@ def _full_data(task: Task, student: Student, seed: int) -> _Plan:
         batch = task.batch(student.tokenizer, "train", rows[t])
         return [(1.0, batch, batch["labels"].to(student.device), None)]
 
-    return _Plan(STANDARD, _warm_up_and_decay(steps, STANDARD.step_size), feed, _standard_recipe(steps))
+    optimizer = _standard_optimizer(student)
+    return _Plan(optimizer, _warm_up_and_decay(steps, optimizer.step_size), feed, _standard_recipe(steps, optimizer))
 
 
 def _tuned(distilled: DistilledSet, task: Task, student: Student) -> _Plan:
     """The grid point with the best mean validation accuracy; a tie goes to the cheaper one."""
     rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0))
+    grid = GRID if student.kind == "classification" else LANGUAGE_GRID
     accuracy: dict[tuple[int, float], list[float]] = {}
-    for step_size in progress(GRID["step_size"], desc="tuning", unit="step size", leave=False):
-        unroll = Unroll(max(GRID["steps"]), optimizer=AdamW(step_size), batch_size=STANDARD_BATCH)
+    for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
+        unroll = Unroll(max(grid["steps"]), optimizer=AdamW(step_size), batch_size=STANDARD_BATCH)
         plan = _constant(distilled, student, unroll, "tuned")
         for seed in range(TUNING_SEEDS):
             params = student.init(derive_seed("tune-init", seed))
             # One run passes through all step counts of the grid, as the step size is constant.
             for steps, trained in enumerate(plan.train(student, params), start=1):
-                if steps in GRID["steps"]:
-                    right = _correct(student, trained, task, "validation", rows)
+                if steps in grid["steps"]:
+                    right, _ = _graded(student, trained, task, "validation", rows)
                     accuracy.setdefault((steps, step_size), []).append(float(right.mean()))
     best = max(accuracy, key=lambda point: (round(float(np.mean(accuracy[point])), 6), -point[0], -point[1]))
     unroll = Unroll(best[0], optimizer=AdamW(best[1]), batch_size=STANDARD_BATCH)
     plan = _constant(distilled, student, unroll, "tuned")
-    judged = {"grid": {k: list(v) for k, v in GRID.items()}, "validation": float(np.mean(accuracy[best]))}
+    judged = {"grid": {k: list(v) for k, v in grid.items()}, "validation": float(np.mean(accuracy[best]))}
     return dataclasses.replace(plan, recipe={**plan.recipe, **judged})
+
+
+def _graded(student: Student, params: Params, task: Task, split: str, rows=None) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each row (default: all of the split) is answered rightly, plainly and by length: ``[n]`` bool each."""
+    rows = np.arange(len(task.split(split))) if rows is None else np.asarray(rows)
+    if task.kind == "classification":
+        right = _correct(student, params, task, split, rows)
+        return right, right
+    answers = np.array(task.split(split)["answer"])[rows]
+    if (answers < 0).any():
+        raise ValueError(f"task {task.name!r}, split {split!r} has rows without choices, which accuracy cannot be told of")
+    plain, by_length = choice_scores(student, params, task, split, rows)
+    return tuple(np.array([np.argmax(s) for s in found]) == answers for found in (plain, by_length))
+
+
+def choice_scores(
+    student: Student, params: Params, task: Task, split: str, rows: Sequence[int], batch_size: int = 256
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-likelihood of each choice of each row after its prompt, and the same per character of the choice.
+
+    Args:
+        rows: of the split.
+        batch_size: choices at a time.
+
+    Returns:
+        for each row an array with an entry a choice, twice; a NaN counts as −∞.
+    """
+    tokenizer, choices = student.tokenizer, task.split(split)["choices"]
+    prompts = task.token_ids(tokenizer, split)
+    items = [(place, ids) for place, row in enumerate(rows) for ids in task.choice_ids(tokenizer, split, int(row))]
+    order = sorted(range(len(items)), key=lambda i: len(prompts[int(rows[items[i][0]])]) + len(items[i][1]))
+    found = np.empty(len(items))
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            where = order[start : start + batch_size]
+            batch = task.batch(tokenizer, split, [rows[items[i][0]] for i in where])
+            said = [torch.tensor(items[i][1]) for i in where]
+            said = torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=NO_TARGET)
+            found[where] = student.log_likelihood(params, batch, said).sum(1).double().cpu().numpy()
+    found = np.nan_to_num(found, nan=-np.inf, neginf=-np.inf)
+    counts = [len(choices[int(row)]) for row in rows]
+    plain = np.split(found, np.cumsum(counts)[:-1])
+    by_length = [s / [len(choice) for choice in choices[int(row)]] for s, row in zip(plain, rows, strict=True)]
+    return plain, by_length
 
 
 def _correct(student: Student, params: Params, task: Task, split: str, rows=None, batch_size: int = 256) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillkit.checks import check_whole
 from distillkit.seeds import derive_seed, generator
 from distillkit.students import Batch, Params, Student
 
@@ -210,16 +211,19 @@ def described(optimizer: Optimizer) -> dict:
     return {"name": type(optimizer).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
-def from_recipe(recipe: dict, metagrad=None) -> Unroll:
-    """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set)."""
-    settings = dict(recipe["optimizer"])
+def optimizer_from(settings: dict) -> Optimizer:
+    """The optimiser that :func:`described` wrote down."""
+    settings = dict(settings)
     kind = OPTIMIZERS.get(settings.pop("name", None))
     if kind is None:
-        raise ValueError(f"unknown inner optimiser in recipe: {recipe['optimizer']!r}; known: {', '.join(OPTIMIZERS)}")
-    if "betas" in settings:
-        settings["betas"] = tuple(settings["betas"])
+        raise ValueError(f"unknown inner optimiser {settings!r}; known: {', '.join(OPTIMIZERS)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+
+
+def from_recipe(recipe: dict, metagrad=None) -> Unroll:
+    """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set)."""
     extra = {} if metagrad is None else {"metagrad": metagrad}
-    return Unroll(recipe["steps"], optimizer=kind(**settings), batch_size=recipe["batch_size"],
+    return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
                   dropout=recipe.get("dropout", False), **extra)
 
 
@@ -250,8 +254,7 @@ class Unroll:
             value = getattr(self, name)
             if value is None and name != "steps":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            check_whole(name, value)
         if self.metagrad is None:
             from distillkit.metagrad import Replay
 

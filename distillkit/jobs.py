@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.distiller import Distiller
 from distillkit.evaluation import Evaluation, evaluate
@@ -103,14 +104,12 @@ class ClassificationJob:
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps"):
             if getattr(self, key) is None and key == "label_steps":
                 continue
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise ValueError(f"{key} must be a whole number of at least 1, not {getattr(self, key)!r}")
+            check_whole(key, getattr(self, key))
         for key in ("step_size", "lr"):
             if not isinstance(getattr(self, key), int | float) or not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)!r} (YAML reads 1e-3 as "
                                  "text; write 0.001)")
-        if self.metagrad not in STRATEGIES:
-            raise ValueError(f"metagrad must be one of {', '.join(STRATEGIES)}, not {self.metagrad!r}")
+        check_choice("metagrad", self.metagrad, STRATEGIES)
         if bool(self.committed) != bool(self.committed_rows):
             raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")
         if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
@@ -305,7 +304,10 @@ def as_json(found: Evaluation) -> dict:
     row = dataclasses.asdict(found)
     for key in ("mean", "std", "seconds"):
         row[key] = _rounded(row[key])
-    row["scores"] = [_rounded(s) for s in row["scores"]]
+    if row["normalized"] is None:
+        del row["normalized"]
+    for key in {"scores", "normalized"} & row.keys():
+        row[key] = [_rounded(s) for s in row[key]]
     row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
     return row
 
@@ -340,15 +342,17 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str, folder: str | Path) -> str:
-    """``text`` with the block after each ``<!-- table: name -->`` replaced by that result's table, from ``folder``."""
+def with_tables(text: str, folder: str | Path, *, marker: str = "table", draw=table) -> str:
+    """``text`` with the block after each ``<!-- marker: name -->`` replaced by ``draw`` of that result in ``folder``."""
 
     def block(found: re.Match) -> str:
-        path = Path(folder) / f"{found[2]}.json"
-        content = table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
-        return f"{found[1]}{content}\n{found[3]}"
+        if found[2] != marker:
+            return found[0]
+        path = Path(folder) / f"{found[3]}.json"
+        content = draw(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
+        return f"{found[1]}{content}\n{found[4]}"
 
     return MARKED.sub(block, text)

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from distillkit.checks import check_whole
 from distillkit.inner import SGD, Optimizer, Part, State, inner_step, loss_and_grads, set_parts
 from distillkit.seeds import derive_seed
 from distillkit.students import Params, Student
@@ -69,7 +70,8 @@ class Problem:
     ``embeds [m, l, d]``, ``mask [m, l]``, ``targets`` and ``step_sizes [T]`` live on the student's device; ``rows`` holds
     T index tensors.  ``outer`` holds functions of θ_T whose values add up to the scalar J: one for each part of the real
     batch, so that no more than one part's activations need be alive.  ``micro_batch`` bounds the examples of an inner
-    step that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it.
+    step that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it; ``state`` is the
+    optimiser's state at the start, fresh where it is None.
     """
 
     student: Student
@@ -83,6 +85,11 @@ class Problem:
     outer: Sequence[Callable[[Params], Tensor]]
     micro_batch: int | None = None
     dropout_seed: int | None = None
+    state: State | None = None
+
+    def start(self) -> tuple[Params, State]:
+        """Where the training run begins."""
+        return self.params, self.optimizer.init(self.params) if self.state is None else self.state
 
     @property
     def learns_labels(self) -> bool:
@@ -186,7 +193,7 @@ class StoreAll(_Strategy):
         """See :meth:`_Strategy.contributions`."""
         _need_double_backward(problem.student, "StoreAll")
         _need_precision(problem.student, "StoreAll")
-        params, state = problem.params, problem.optimizer.init(problem.params)
+        params, state = problem.start()
         for t in range(start):
             params, state, *_ = problem.step(t, params, state)
         params, sizes = _leaves(params), _leaf(problem.step_sizes)
@@ -210,14 +217,13 @@ class _Walk(_Strategy):
     host: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, not {self.every!r}")
+        check_whole("every", self.every)
 
     def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
         """See :meth:`_Strategy.contributions`."""
         self.check(problem.student)
         walk = self._new_walk(problem)
-        params, state = problem.params, problem.optimizer.init(problem.params)
+        params, state = problem.start()
         kept_sets: dict[int, tuple[Params, State, Kept]] = {}
         for t in range(stop):
             keep = t >= start and (t - start) % self.every == 0
@@ -466,8 +472,7 @@ class Truncated(_Strategy):
     place: str = "last"
 
     def __post_init__(self):
-        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
-            raise ValueError(f"window must be a whole number of at least 1, not {self.window!r}")
+        check_whole("window", self.window)
         if self.place not in ("last", "random"):
             raise ValueError(f"place must be 'last' or 'random', not {self.place!r}")
 

@@ -10,7 +10,9 @@ lost is for :func:`~distillkit.evaluation.evaluate` to say.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -86,6 +88,49 @@ def _distances(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
         return 1 - torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(rows, dim=1).T
     squared = queries.square().sum(1, keepdim=True) - 2 * queries @ rows.T + rows.square().sum(1)
     return squared.clamp_min(0).sqrt()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeighborLoss:
+    """Pulls each learned embedding towards the vocabulary: the mean squared distance to its nearest token's embedding.
+
+    After the neighbour term of Yao et al. (2025); its exact form there is not known to us, this one is our choice.
+
+    Args:
+        student: whose embedding table.
+        weight: factor of the term, 0 or more, or a function of the progress in 0..1 (such as one that grows, so that the
+            embeddings first find what to say and then words for it).
+    """
+
+    student: Student
+    _: dataclasses.KW_ONLY
+    weight: float | Callable[[float], float]
+    name = "neighbor"
+
+    def __post_init__(self):
+        self.weight_at(0.0)
+
+    def weight_at(self, progress: float) -> float:
+        """The factor at a progress in 0..1."""
+        found = self.weight(progress) if callable(self.weight) else self.weight
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+            raise ValueError(f"the weight of NeighborLoss must be a finite number of 0 or more, not {found!r} at progress "
+                             f"{progress:g}")
+        return float(found)
+
+    def __call__(self, distilled: DistilledSet) -> tuple[float, Tensor]:
+        """The mean over free positions of ‖e − nearest‖², unweighted, and its gradient ``[m, l, d]``."""
+        table = self.student.embedding
+        free = distilled.embeds[distilled.free]
+        words, _ = nearest_tokens(free, table, allowed=allowed_tokens(self.student.tokenizer, len(table)))
+        gap = free - embed(self.student, words.squeeze(1)).to(free.dtype)
+        gradient = torch.zeros_like(distilled.embeds)
+        gradient[distilled.free] = 2 * gap / max(1, len(gap))
+        return float(gap.square().sum() / max(1, len(gap))), gradient
+
+    def describe(self) -> dict:
+        """The settings as JSON values: a function's weight at eleven points."""
+        return {"name": type(self).__name__, "weight": [self.weight_at(i / 10) for i in range(11)]}
 
 
 def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") -> DistilledSet:

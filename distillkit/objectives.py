@@ -1,20 +1,31 @@
 """Objectives: what a distilled set is scored by while it is learned.
 
+Both train a student on the set and send a gradient back through that training run; they differ in where it starts and in
+what is asked of its end.
+
 :class:`BPTT` is the direct one, *backpropagation through time*: train a student on the set, take its loss on a batch of
 real data, and send the gradient back through the training run (Maclaurin et al., 2015; Wang et al., 2018, "Dataset
 distillation"; for text Sucholutsky & Schonlau, 2021, and Maekawa et al., 2023).  Each call draws a fresh initialisation
 and a fresh real batch from its seed, because a set distilled for one known initialisation is good for that one only.
+
+:class:`TrajectoryMatching` asks for less and is steadier: start where an expert was, train on the set, and arrive where the
+expert went (Cazenavette et al., 2022; for instruction tuning Yao et al., 2025, "Transferable text data distillation by
+trajectory matching").
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.inner import Unroll
+from distillkit.experts import Experts, moved, real_parts
+from distillkit.inner import OPTIMIZERS, Unroll, inner_step, optimizer_from
 from distillkit.metagrad import MetaGradient, Problem
 from distillkit.seeds import derive_seed, generator
 from distillkit.students import Params, Student
@@ -44,14 +55,8 @@ class BPTT:
 
     def __post_init__(self):
         for name in ("micro_batch", "inits"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not isinstance(self.batch_size, int) or not 1 <= self.batch_size <= len(self.task.train):
-            raise ValueError(
-                f"batch_size must be a whole number from 1 to the {len(self.task.train)} training rows, "
-                f"not {self.batch_size!r}"
-            )
+            check_whole(name, getattr(self, name))
+        check_whole("batch_size", self.batch_size, most=len(self.task.train), meaning="the training rows")
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]:
         """One problem for each of the ``inits``, made when its turn comes."""
@@ -93,8 +98,204 @@ class BPTT:
         }
 
 
-def inner_problem(distilled: DistilledSet, student: Student, unroll: Unroll, init_seed: int, outer) -> Problem:
-    """Bind a set to a student: the training run from ``student.init(init_seed)`` on the set, and ``outer`` at its end."""
+STUDENT_STATES = ("fresh", "expert")
+DISTANCES = ("whole", "tensor")
+STILL = 1e-6  # of the largest root mean square move of a tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrajectoryMatching:
+    """Distance to where an expert went, as a share of how far it went.
+
+    A call draws an expert and a start snapshot from its seed, trains a student from there on the set for N steps
+    (``unroll.steps``), and returns ‖θ_N − θ*_end‖² / ‖θ*_start − θ*_end‖², where the expert's end lies ``expert_epochs``
+    further on its path.  1 is what standing still gives, 0 is arrival.
+
+    The paper fixes this much; number of steps, segment length and which parameters are matched are this kit's choices.
+
+    Args:
+        task, student: what the experts were recorded with.
+        unroll: how the student trains.  An optimiser of the experts' kind follows them more easily.
+        experts: as :func:`~distillkit.experts.record_experts` or ``Experts.load`` give them.
+        expert_epochs: length of the segment to match, in the expert's epochs; may be a fraction, down to one snapshot.
+        max_start_epoch: latest epoch a segment may start at; default: the latest that leaves room for it.
+        student_state: ``"fresh"``: the student's optimiser starts empty; ``"expert"``: with the expert's state at that
+            point, for which it must be of the same kind.
+        distance: ``"whole"``: one ratio of sums over all parameters, which the largest movers rule; ``"tensor"``: the mean
+            of the ratios of the single tensors that moved.
+        match: says by its name whether a parameter is matched; default: all that are trained.
+        segments: expert segments whose meta-gradients are averaged in one outer step.
+    """
+
+    task: Task
+    student: Student
+    unroll: Unroll
+    experts: Experts
+    _: dataclasses.KW_ONLY
+    expert_epochs: float = 1
+    max_start_epoch: float | None = None
+    student_state: str = "fresh"
+    distance: str = "whole"
+    match: Callable[[str], bool] | None = None
+    segments: int = 1
+
+    def __post_init__(self):
+        self.experts.check(self.student, self.task)
+        check_choice("student_state", self.student_state, STUDENT_STATES)
+        check_choice("distance", self.distance, DISTANCES)
+        check_whole("segments", self.segments)
+        per_epoch, there = self.experts.settings["snapshots_per_epoch"], self.experts.epochs
+        length = self.expert_epochs * per_epoch
+        if not (math.isfinite(length) and length >= 1 and abs(length - round(length)) < 1e-9):
+            raise ValueError(f"expert_epochs must be a whole number of snapshots, {per_epoch} of which make an epoch, not "
+                             f"{self.expert_epochs!r}")
+        if self.expert_epochs > there:
+            raise ValueError(f"expert_epochs={self.expert_epochs!r}, but the experts in {self.experts.folder} were trained "
+                             f"for {there} epochs; record more, or match less")
+        latest = there - self.expert_epochs
+        if self.max_start_epoch is not None and not 0 <= self.max_start_epoch <= latest:
+            raise ValueError(f"max_start_epoch must lie between 0 and {latest:g} for segments of {self.expert_epochs:g} of "
+                             f"{there} epochs, not {self.max_start_epoch!r}")
+        theirs = self.experts.settings["optimizer"]["name"]
+        if self.student_state == "expert" and OPTIMIZERS[theirs] is not type(self.unroll.optimizer):
+            raise ValueError(f"student_state='expert' hands over the state of {theirs}, which "
+                             f"{type(self.unroll.optimizer).__name__} cannot use; give the unroll an {theirs}")
+        if not self._matched():
+            raise ValueError("match leaves no parameter to be matched; it is asked by name, such as "
+                             f"{self.student.trained_names[0]!r}")
+
+    def segment(self, seed: int, member: int = 0) -> tuple[int, int, int]:
+        """The expert that ``seed`` draws, and the snapshots its segment starts and ends at."""
+        per_epoch = self.experts.settings["snapshots_per_epoch"]
+        length = round(self.expert_epochs * per_epoch)
+        latest = self.experts.snapshots - 1 - length
+        if self.max_start_epoch is not None:
+            latest = min(latest, math.floor(self.max_start_epoch * per_epoch + 1e-9))
+        expert = derive_seed("match-expert", seed, member) % len(self.experts)
+        start = derive_seed("match-start", seed, member) % (latest + 1)
+        return expert, start, start + length
+
+    def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]:
+        """One problem for each of the ``segments``, made when its turn comes."""
+        return (self.problem(distilled, *self.segment(seed, member)) for member in range(self.segments))
+
+    def problem(self, distilled: DistilledSet, expert: int, start: int, end: int) -> Problem:
+        """The inner training run from snapshot ``start`` of ``expert``, and its distance to snapshot ``end``."""
+        params, state = self._from(expert, start)
+        outer = [self._distance(params, self._target(expert, end))]
+        address = derive_seed("match-dropout", expert, start)
+        return inner_problem(
+            distilled, self.student, self.unroll, address, outer, params=params,
+            state=state if self.student_state == "expert" else None,
+        )
+
+    def replayed(self, expert: int, start: int, end: int) -> float:
+        """The loss of a student that repeats the expert's own steps on its own batches: 0, but for rounding."""
+        params, state = first, _ = self._from(expert, start)
+        size = self.experts.settings["optimizer"]["step_size"]
+        optimizer = optimizer_from(self.experts.settings["optimizer"])
+        for rows in self.experts.batches(expert, start, end):
+            params, state, *_ = inner_step(
+                self.student, optimizer, params, state, real_parts(self.task, self.student, rows), size
+            )
+        with torch.no_grad():
+            return float(self._distance(first, self._target(expert, end))(params))
+
+    def recipe(self) -> dict:
+        """How to train on what this objective distils, as JSON values."""
+        return {
+            "objective": type(self).__name__,
+            "student": self.student.name,
+            "trainable": self.student.trainable,
+            "weights": self.student.weights,
+            "expert_epochs": self.expert_epochs,
+            "max_start_epoch": self.max_start_epoch,
+            "student_state": self.student_state,
+            "distance": self.distance,
+            "matched": len(self._matched()),
+            "segments": self.segments,
+            "experts": {k: v for k, v in self.experts.settings.items() if k not in ("parameters", "embedding", "tokenizer")},
+            "metagrad": repr(self.unroll.metagrad),
+            **self.unroll.recipe(),
+        }
+
+    def _matched(self) -> list[str]:
+        return [n for n in self.student.trained_names if self.match is None or self.match(n)]
+
+    def _from(self, expert: int, index: int):
+        params, state = moved(self.experts.snapshot(expert, index), self.student.device)
+        return {n: params[n].to(self.student.dtype) for n in self.student.trained_names}, state
+
+    def _target(self, expert: int, index: int) -> Params:
+        params, _ = self.experts.snapshot(expert, index, state=False)
+        return {n: params[n].to(self.student.device, self.student.dtype) for n in self._matched()}
+
+    def _distance(self, start: Params, end: Params) -> Callable[[Params], Tensor]:
+        """The normalised squared distance to ``end``, as a function of the parameters."""
+        went = {n: (start[n] - e).square().sum() for n, e in end.items()}
+        if self.distance == "whole":
+            total = sum(went.values())
+            weights = dict.fromkeys(end, 1 / total)
+        else:
+            # A tensor that only rounding moved, such as attention's key biases, has nowhere to go.
+            moves = {n: float((w / end[n].numel()).sqrt()) for n, w in went.items()}
+            moving = [n for n in end if moves[n] > STILL * max(moves.values())]
+            weights = {n: 1 / (went[n] * len(moving)) for n in moving}
+        if not weights or not all(torch.isfinite(w) for w in weights.values()):
+            raise ValueError("the expert did not move between the two snapshots, so there is nothing to match")
+
+        def loss(params: Params) -> Tensor:
+            return sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items())
+
+        return loss
+
+
+def search_step_size(
+    distilled: DistilledSet, objective, *, candidates: Sequence[float], seed: int = 0, tries: int = 3
+) -> tuple[float, dict[float, float]]:
+    """The inner step size to start from: the candidate with the lowest outer loss of the set as it is.
+
+    Args:
+        distilled: the set, before it is distilled; its own step sizes are not looked at.
+        objective: :class:`BPTT` or :class:`TrajectoryMatching`.
+        candidates: step sizes to try, such as ``(0.01, 0.03, 0.1, 0.3, 1.0)``.
+        seed, tries: the addresses of the initialisations, batches or segments that the losses are means of.
+
+    Returns:
+        the best candidate, and the mean loss of each (infinite where training diverged).
+    """
+    losses = {}
+    for size in candidates:
+        optimizer = dataclasses.replace(objective.unroll.optimizer, step_size=size)
+        trial = dataclasses.replace(objective, unroll=dataclasses.replace(objective.unroll, optimizer=optimizer))
+        unbound, found = dataclasses.replace(distilled, step_sizes=None), []
+        for member in range(tries):
+            for problem in trial.problems(unbound, derive_seed("search-step-size", seed, member)):
+                found.append(trained_loss(problem))
+        mean = sum(found) / len(found)
+        losses[size] = mean if math.isfinite(mean) else math.inf
+    best = min(losses, key=losses.get)
+    if math.isinf(losses[best]):
+        raise ValueError(f"training diverges at every step size tried, {', '.join(map(str, candidates))}; try smaller ones")
+    return best, losses
+
+
+def trained_loss(problem: Problem) -> float:
+    """The outer loss after the inner training run, without any gradient of it."""
+    params, state = problem.start()
+    for t in range(len(problem.rows)):
+        params, state, *_ = problem.step(t, params, state)
+    with torch.no_grad():
+        return float(sum(part(params) for part in problem.outer))
+
+
+def inner_problem(
+    distilled: DistilledSet, student: Student, unroll: Unroll, init_seed: int, outer, *, params=None, state=None
+) -> Problem:
+    """Bind a set to a student: the training run on the set, and ``outer`` at its end.
+
+    It starts from ``student.init(init_seed)`` with a fresh optimiser, or from ``params`` and ``state``.
+    """
     if distilled.embeds.shape[-1] != student.width:
         raise ValueError(
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants "
@@ -104,7 +305,7 @@ def inner_problem(distilled: DistilledSet, student: Student, unroll: Unroll, ini
     return Problem(
         student=student,
         optimizer=unroll.optimizer,
-        params=student.init(init_seed),
+        params=student.init(init_seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
         mask=distilled.mask.to(student.device),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
@@ -113,6 +314,7 @@ def inner_problem(distilled: DistilledSet, student: Student, unroll: Unroll, ini
         outer=outer,
         micro_batch=unroll.micro_batch,
         dropout_seed=init_seed if unroll.dropout else None,
+        state=state,
     )
 
 
@@ -133,8 +335,8 @@ def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaG
 
     Args:
         distilled: the set φ.
-        objective: :class:`BPTT`.
-        seed: stands for the student's initialisation and the real batch.
+        objective: :class:`BPTT` or :class:`TrajectoryMatching`.
+        seed: stands for the student's initialisation and the real batch, or for expert and segment.
     """
     metagrad = objective.unroll.metagrad
     return MetaGradient.mean([metagrad(problem) for problem in objective.problems(distilled, seed)])

@@ -79,8 +79,11 @@ def save_folder(folder, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: 
     return folder
 
 
-def load_folder(folder, *, kind: str, device="cpu") -> Stored:
+def load_folder(folder, *, kind: str, device="cpu", prefix: str = "", verify: bool = True) -> Stored:
     """Read a folder that `save_folder` wrote, with the tensors on `device`.
+
+    The file of tensors is memory-mapped, so that of those whose names begin with `prefix` alone are read. `verify=False`
+    skips the SHA-256, for a folder that this process has verified before.
 
     Raises `StorageError` if the folder is absent, not distillkit's, of another kind, from a newer version, or if any
     file is missing, a link, or differs by one bit from what was written.
@@ -91,10 +94,12 @@ def load_folder(folder, *, kind: str, device="cpu") -> Stored:
     manifest = _read_manifest(folder)
     if manifest["kind"] != kind:
         raise StorageError(f"{folder} holds {manifest['kind']!r}, not {kind!r}; pass a folder saved as {kind!r}")
-    for name in (DATA, TENSORS):
-        _verify(folder, name, manifest["files"])
+    if verify:
+        for name in (DATA, TENSORS):
+            _verify(folder, name, manifest["files"])
     with safe_open(folder / TENSORS, framework="pt", device=str(device)) as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dictionary)
+        names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
+        tensors = {name: stored.get_tensor(name) for name in names}
     return Stored(tensors, json.loads((folder / DATA).read_text(encoding="utf-8")))
 
 

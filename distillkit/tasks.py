@@ -7,6 +7,8 @@ What a source lacks is made from what it has, and `Task.origin` says so. Where t
 without labels (all -1, as in GLUE), the validation split becomes the test split. Where validation is then missing, a
 tenth of train is carved out for it, class by class. Carving and `limit` are the only uses of `seed`, so the rows of a
 complete corpus never depend on it; `Task.fingerprint` tells two selections of rows apart on any machine.
+
+Prompts with responses make another kind of task, in `instruction.py`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,9 @@ class Task:
     def batch(self, tokenizer, split: str, rows: Sequence[int]) -> dict[str, Tensor]:
         """Rows as `input_ids` [b, l], `attention_mask` [b, l] and `labels` [b], int64, padded right to the longest."""
         rows = [int(row) for row in rows]
+        return self._inputs(tokenizer, split, rows) | {"labels": torch.from_numpy(self.labels(split)[rows])}
+
+    def _inputs(self, tokenizer, split: str, rows: list[int]) -> dict[str, Tensor]:
         if not rows:
             raise ValueError("a batch needs at least one row")
         ids = self.token_ids(tokenizer, split)
@@ -95,7 +100,7 @@ class Task:
         padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
         lengths = torch.tensor([len(tokens) for tokens in chosen])
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": padded, "attention_mask": mask, "labels": torch.from_numpy(self.labels(split)[rows])}
+        return {"input_ids": padded, "attention_mask": mask}
 
     def balanced_rows(self, split: str, size: int, generator: torch.Generator) -> Tensor:
         """`size` row indices in random order, the classes as equal as possible; int64 [size].
@@ -124,17 +129,24 @@ class Task:
 
 
 def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: int = 0) -> Task:
-    """The task that `source` names: "docstrings", a name on the hub, a folder, or a hub id.
+    """The task that `source` names: "docstrings", "docstrings_qa", a name on the hub, a folder, or a hub id.
 
     `max_length`: tokens of a row, special ones included, 3 or more. `limit`: at most so many rows in each split, the
     classes as equal as they can be. `seed`: for `limit`, and for carving validation out of train where it is missing.
+
+    Where the source holds prompts with responses, the task is an `instruction.InstructionTask`.
 
     Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
     """
     _check_whole("max_length", max_length, SHORTEST, "at least one token between two special ones")
     if limit is not None:
         _check_whole("limit", limit, 1, "rows per split, or None for all")
-    corpus = _with_test_split(load_corpus(source))
+    corpus = load_corpus(source)
+    if corpus.layout != "labels":
+        from .instruction import instruction_task  # which builds on this module
+
+        return instruction_task(corpus, max_length=max_length, limit=limit, seed=seed)
+    corpus = with_test_split(corpus)
     classes = corpus.classes or _classes_from_labels(corpus)
     rows = {name: _checked(corpus.name, name, split, classes) for name, split in corpus.splits.items()}
     _check_classes(corpus, classes, rows["train"][1])
@@ -146,21 +158,21 @@ def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: i
         if limit < len(classes):
             raise ValueError(f"limit={limit} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
                              f"use {len(classes)} or more")
-        rows = {name: _limited(pair, limit, len(classes), name, seed) for name, pair in rows.items()}
+        rows = {name: limited(pair, limit, len(classes), name, seed) for name, pair in rows.items()}
     made = {name: _dataset(*rows[name], classes) for name in SPLITS}
     return Task(corpus.name, "classification", classes, **made, max_length=max_length,
                 fingerprint=_fingerprint(classes, rows), origin=origin)
 
 
-def _with_test_split(corpus: Corpus) -> Corpus:
-    """Validation takes the place of a test split that is missing or has no labels."""
+def with_test_split(corpus: Corpus, needed: tuple[str, ...] = ("train", "test")) -> Corpus:
+    """Validation takes the place of a test split that is missing or has no labels; what is `needed` must then be there."""
     splits, origin = dict(corpus.splits), corpus.origin
-    if "test" in splits and splits["test"].labels and {*splits["test"].labels} <= {-1, "-1"}:
+    if "test" in splits and splits["test"].labels and all(label in (-1, "-1") for label in splits["test"].labels):
         del splits["test"]
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         origin += "; its validation split is used as test, for want of a labelled one"
-    for name in ("train", "test"):
+    for name in needed:
         if name not in splits:
             places = ", ".join(split.place for split in splits.values())
             raise CorpusError(f"{corpus.name} has no {name} split and none can be made: found only {places}; "
@@ -171,7 +183,7 @@ def _with_test_split(corpus: Corpus) -> Corpus:
 def _classes_from_labels(corpus: Corpus) -> tuple[str, ...]:
     """Class names where nothing lists them: the distinct names in train in sorted order, or the numbers from 0."""
     found = {label for label in corpus.splits["train"].labels if label is not None}
-    numbers, place = {_whole(label) for label in found}, corpus.splits["train"].place
+    numbers, place = {whole(label) for label in found}, corpus.splits["train"].place
     if None not in numbers:
         if skipped := set(range(len(numbers))) - numbers:
             raise CorpusError(f"{place} has labels up to {max(numbers)} but no row of class {min(skipped)}; "
@@ -190,17 +202,22 @@ def _checked(task: str, name: str, split: Split, classes: tuple[str, ...]) -> tu
     index, labels = {label: number for number, label in enumerate(classes)}, []
     for row, (text, label) in enumerate(zip(split.texts, split.labels)):
         where = f"{task}, split {name}, row {row} (counted from 0; {split.place})"
-        if not isinstance(text, str) or not text.strip():
-            raise CorpusError(f"{where}: the text is {text!r}; fill it in or drop the row")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise CorpusError(f"{where}: half a surrogate pair in the text {text[:40]!r}; repair or drop the row")
+        check_text(text, "text", where)
         number = index.get(label) if isinstance(label, str) else None
-        number = _whole(label) if number is None else number
+        number = whole(label) if number is None else number
         if number is None or not 0 <= number < len(classes):
             raise CorpusError(f"{where}: the label is {label!r}, which is none of the {len(classes)} classes "
                               f"{_listed(classes)}; number classes from 0, or list their names in labels.json")
         labels.append(number)
     return split.texts, labels
+
+
+def check_text(text, role: str, where: str) -> None:
+    """Raise `CorpusError` unless `text`, the `role` at the place `where`, is a string with something in it."""
+    if not isinstance(text, str) or not text.strip():
+        raise CorpusError(f"{where}: the {role} is {text!r}; fill it in or drop the row")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise CorpusError(f"{where}: half a surrogate pair in the {role} {text[:40]!r}; repair or drop the row")
 
 
 def _check_classes(corpus: Corpus, classes: tuple[str, ...], labels: list[int]) -> None:
@@ -228,7 +245,7 @@ def _carve(corpus: Corpus, classes, rows, seed: int):
     return _rows((texts, labels), left), _rows((texts, labels), sorted(taken))
 
 
-def _limited(rows, limit: int, classes: int, split: str, seed: int):
+def limited(rows, limit: int, classes: int, split: str, seed: int):
     """At most `limit` rows in their old order: each class gives the same number, and the large ones what is missing."""
     texts, labels = rows
     if len(texts) <= limit:
@@ -265,7 +282,7 @@ def _fingerprint(classes: tuple[str, ...], rows: dict) -> str:
     return content.hexdigest()
 
 
-def _whole(label) -> int | None:
+def whole(label) -> int | None:
     """The whole number that a label is, as a file may spell it (1, 1.0, "1"), or None."""
     if isinstance(label, bool):
         return None

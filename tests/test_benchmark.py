@@ -150,8 +150,12 @@ def test_the_accuracy_mode_and_reprinting(run_main, monkeypatch, capsys, tmp_pat
     assert all(len(r["cosine"]) == 2 for r in entry["rows"])
     written = capsys.readouterr().out
     assert "| central | 0.01 |" in written
-    benchmark.main(["--readme", "--out", str(tmp_path / "out.json")])
-    assert capsys.readouterr().out == written
+    monkeypatch.setattr(benchmark, "README", tmp_path / "README.md")
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    benchmark.README.write_text("<!-- benchmark: out -->\nold\n<!-- end -->\n<!-- table: out -->\nkept\n<!-- end -->\n")
+    benchmark.main(["--readme"])
+    expected = f"<!-- benchmark: out -->\n{written}<!-- end -->\n<!-- table: out -->\nkept\n<!-- end -->\n"
+    assert benchmark.README.read_text() == expected
 
 
 def test_a_contender_that_cannot_run_is_reported(world, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import distillkit as dk
+from distillkit import distiller as distiller_module
 from distillkit.distiller import LEARNABLE, constant, cosine
 from distillkit.evaluation import TUNING_SEEDS, _tuned
 from distillkit.metagrad import MetaGradient
@@ -103,12 +105,22 @@ def test_fixed_positions_never_move(world, goal):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_step_sizes_stay_positive(start, scripted, sign):
+def test_step_sizes_stay_positive(start, scripted, monkeypatch, sign):
+    monkeypatch.setattr(distiller_module, "RUNAWAY", math.inf)
     goal = scripted(lambda d, step: gradients(d, step_sizes=torch.full((2,), float(sign))))
     distiller = finished(dk.Distiller(start, goal, step_size_lr=1e4, schedule=constant), 3)
     sizes = distiller.distilled.step_sizes
     assert (sizes > 0).all() and sizes.isfinite().all()
     assert (sizes < 0.5).all() if sign > 0 else (sizes > 0.5).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_step_sizes_that_run_away_are_caught(start, scripted, sign):
+    goal = scripted(lambda d, step: gradients(d, step_sizes=torch.full((2,), float(sign))))
+    distiller = dk.Distiller(start, goal, step_size_lr=2.0 if sign > 0 else 2e3, schedule=constant)
+    with pytest.raises(FloatingPointError, match=r"outer step \d: the step sizes have run from .* cannot follow"):
+        finished(distiller, 9)
+    assert (distiller.step >= 3) == (sign > 0), "a little at a time, or at once"
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.5, 30.0, 1e4])
@@ -340,8 +352,9 @@ def test_a_real_run_that_explodes(world, start):
 def test_hard_labels_cannot_be_learned(world, goal):
     hard = dk.DistilledSet.from_real(*world, per_class=1, length=8, soft_labels=False)
     with pytest.raises(ValueError, match="hard targets cannot be learned: use set.soften()"):
-        dk.Distiller(hard, goal)
-    found = finished(dk.Distiller(hard, goal, learn=("embeds", "step_sizes")), 1).distilled
+        dk.Distiller(hard, goal, learn=("embeds", "targets"))
+    found = finished(dk.Distiller(hard, goal), 1).distilled
+    assert found.meta["recipe"]["distiller"]["learn"] == ["embeds", "step_sizes"], "the default leaves them out"
     assert torch.equal(found.targets, hard.targets) and not same(found, hard, ["embeds"])
 
 
@@ -361,7 +374,7 @@ def test_bad_settings_are_named(start, goal, settings, message):
 
 @pytest.mark.parametrize("n", [-1, 2.0, None, "3"])
 def test_bad_numbers_of_steps_are_named(start, goal, n):
-    with pytest.raises(ValueError, match=f"n must be a whole number of 0 or more, not {n!r}"):
+    with pytest.raises(ValueError, match=f"n must be a whole number of at least 0, not {n!r}"):
         next(dk.Distiller(start, goal).run(n))
 
 

@@ -3,18 +3,22 @@
 import re
 from pathlib import Path
 
+from benchmarks import metagrad as benchmark
 from distillkit import evaluation
 from distillkit.jobs import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "figures" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_its_tables_are_the_committed_results():
-    names = [found[2] for found in MARKED.finditer(README)]
+    names = [found[3] for found in MARKED.finditer(README)]
     assert {"quickstart", "classification_docstrings"} <= set(names)
-    assert all((ROOT / "figures" / "results" / f"{name}.json").is_file() for name in names)
-    assert with_tables(README, ROOT / "figures" / "results") == README, "run: python -m distillkit readme"
+    assert all((RESULTS / f"{name}.json").is_file() for name in names)
+    assert with_tables(README, RESULTS) == README, "run: python -m distillkit readme"
+    text = with_tables(README, RESULTS, marker="benchmark", draw=benchmark.tables)
+    assert text == README, "run: python tests/benchmarks/metagrad.py --readme"
 
 
 def test_its_links_lead_somewhere():

@@ -148,15 +148,15 @@ def test_init_is_seeded_and_draws_the_head_only(tiny, name):
     one, same, other = student.init(1), student.init(1), student.init(2)
     assert all(torch.equal(one[n], same[n]) for n in one)
     different = {n for n in one if not torch.equal(one[n], other[n])}
-    assert different == {n for n in student.head_names if n.endswith("weight")}
+    assert different == {n for n in student.fresh_names if n.endswith("weight")}
     own = dict(student.module.named_parameters())
-    assert all(torch.equal(one[n], own[n]) for n in set(one) - student.head_names)
+    assert all(torch.equal(one[n], own[n]) for n in set(one) - student.fresh_names)
     assert not any(p.data_ptr() == own[n].data_ptr() for n, p in one.items())
 
 
 def test_random_weights_change_everything_but_the_table(minilm):
     fresh, own = minilm.init(0, weights="random"), dict(minilm.module.named_parameters())
-    equal = [n for n in set(fresh) - minilm.head_names if torch.equal(fresh[n], own[n])]
+    equal = [n for n in set(fresh) - minilm.fresh_names if torch.equal(fresh[n], own[n])]
     assert equal == ["bert.pooler.dense.bias"], "MiniLM never trained its pooler, whose bias is 0"
     assert set(own) - set(fresh) == {"bert.embeddings.word_embeddings.weight"}
     assert fresh["bert.pooler.dense.weight"].std() == pytest.approx(0.02, rel=0.02)
@@ -194,7 +194,7 @@ def test_a_pooler_the_checkpoint_lacks_is_drawn_like_a_head(task, tiny, folder):
     student = tiny["bert-base-uncased"]
     transformers.BertForMaskedLM(student.module.config).save_pretrained(folder)
     loaded = dk.load_student(folder, task)
-    assert "bert.pooler.dense.weight" in loaded.head_names
+    assert "bert.pooler.dense.weight" in loaded.fresh_names
     again = dk.load_student(folder, task)
     assert all(torch.equal(p, again.init(0)[n]) for n, p in loaded.init(0).items())
 
@@ -383,7 +383,7 @@ def test_lora_starts_at_the_pretrained_model_and_saves_a_plain_adapter(standin_h
     params = student.init(0)
     adapters = [n for n in params if ".lora_" in n]
     assert len(adapters) == 8  # A and B of query and value in each of two layers
-    assert 0 < len(params) - len(adapters) == len(whole.head_names)
+    assert 0 < len(params) - len(adapters) == len(whole.fresh_names)
     assert all(float(params[n].abs().max()) > 0 for n in adapters if ".lora_A." in n)
     batch = task.batch(student.tokenizer, "test", [0, 1, 2])
     head = whole.init(0)

@@ -1,0 +1,120 @@
+"""Language models as students: responses after prompts, padding, parameters, and their meta-gradients."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit.metagrad import Problem
+from distillkit.students import NO_TARGET
+
+NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2"]
+TASK = SimpleNamespace(kind="instruction", classes=(), max_length=16, name="questions")
+BATCH = {
+    "input_ids": torch.tensor([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+}
+RESPONSES = torch.tensor([[5, 6, NO_TARGET], [7, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def students(standin_home):
+    import standin_hub
+
+    with standin_hub.patched(standin_home):
+        return {
+            (name, trainable): dk.load_student(name, TASK, trainable=trainable, dtype="float64")
+            for name in NAMES
+            for trainable in ("full", "lora", "head")
+        }
+
+
+def by_hand(student, row):
+    """Log-probabilities of a row's response tokens, from the model itself on the unpadded sequence."""
+    prompt = BATCH["input_ids"][row][BATCH["attention_mask"][row] == 1]
+    response = RESPONSES[row][RESPONSES[row] != NO_TARGET]
+    with torch.no_grad():
+        found = student.module(input_ids=torch.cat([prompt, response])[None]).logits[0].log_softmax(-1)
+    places = torch.arange(len(response)) + len(prompt) - 1
+    return found[places, response], found[: len(prompt)]
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("name", NAMES)
+def test_log_likelihood_of_padded_batches(students, name, trainable):
+    student = students[name, trainable]
+    params = student.init(0)
+    found, logits = student.log_likelihood(params, BATCH, RESPONSES), student.logits(params, BATCH)
+    means = []
+    for row in range(2):
+        expected, prompt = by_hand(student, row)
+        assert torch.allclose(found[row, : len(expected)], expected, atol=1e-12)
+        assert not found[row, len(expected) :].any()
+        assert torch.allclose(logits[row, : len(prompt)].log_softmax(-1), prompt, atol=1e-12)
+        means.append(expected.mean())
+    assert float(student.loss(params, BATCH, RESPONSES)) == pytest.approx(float(-sum(means) / 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_are_the_same_as_tokens(students, name):
+    student = students[name, "full"]
+    embedded = {"inputs_embeds": student.embedding[BATCH["input_ids"]], "attention_mask": BATCH["attention_mask"]}
+    params = student.init(0)
+    assert torch.equal(student.log_likelihood(params, embedded, RESPONSES), student.log_likelihood(params, BATCH, RESPONSES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_trains(students, name):
+    full, lora, head = (students[name, t] for t in ("full", "lora", "head"))
+    own = dict(full.module.named_parameters())
+    assert full.module.get_input_embeddings().weight is not full.module.get_output_embeddings().weight
+    assert "lm_head.weight" in full.trained_names and head.trained_names == ("lm_head.weight",)
+    assert all(torch.equal(value, own[n]) for n, value in full.init(0).items()), "nothing of a language model is drawn afresh"
+    assert all(".lora_" in n for n in lora.trained_names)
+    assert all(value.any() == (".lora_A." in n) for n, value in lora.init(0).items())
+    assert any(not torch.equal(a, b) for a, b in zip(lora.init(0).values(), lora.init(1).values(), strict=True))
+
+
+def test_lora_is_the_default_of_hub_models(standin_hub):
+    assert dk.load_student("facebook/opt-1.3b", TASK).trainable == "lora"
+
+
+def problem(student, steps=3):
+    draw = torch.Generator().manual_seed(0)
+    embeds = student.embedding[BATCH["input_ids"]]
+    embeds = embeds + 0.1 * torch.randn(embeds.shape, generator=draw, dtype=torch.float64)
+    params = student.init(0)
+    return Problem(
+        student=student, optimizer=dk.SGD(0.1), params=params, embeds=embeds, mask=BATCH["attention_mask"],
+        targets=RESPONSES, step_sizes=torch.full((steps,), 0.1, dtype=torch.float64), rows=[torch.arange(2)] * steps,
+        outer=[lambda p: student.loss(p, BATCH, RESPONSES.flip(0))],
+    )
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora", "head"])
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_agrees_with_store_all(students, name, trainable):
+    """To the rounding of the float32 softmax and norms that OPT and Llama keep in whatever type they compute."""
+    run = problem(students[name, trainable])
+    expected, found = dk.StoreAll()(run), dk.Replay()(run)
+    assert expected.targets is None and expected.embeds.abs().max() > 0
+    assert (found.embeds - expected.embeds).abs().max() <= 1e-5 * expected.embeds.abs().max()
+    assert torch.allclose(found.step_sizes, expected.step_sizes, rtol=1e-5)
+
+
+def test_a_classifier_scores_no_responses(world):
+    with pytest.raises(ValueError, match="'bert-base-uncased' is a classifier; load it for an instruction task"):
+        world[1].log_likelihood(world[1].init(0), BATCH, RESPONSES)
+
+
+@pytest.mark.parametrize("responses", [torch.tensor([1, 2]), torch.ones(2, 3)])
+def test_responses_of_another_shape(students, responses):
+    student = students["gpt2", "head"]
+    with pytest.raises(ValueError, match=r"responses must be token ids \[b, r\], not torch\.\w+ \(2"):
+        student.log_likelihood(student.init(0), BATCH, responses)
+
+
+def test_an_encoder_is_no_language_model(standin_hub):
+    with pytest.raises(ValueError, match="is a model of kind 'bert'; a student for instruction is one of opt, llama"):
+        dk.load_student("bert-base-uncased", TASK)
