@@ -62,18 +62,21 @@ def _config_path(name: Path) -> Path:
 
 
 def _result(path: Path, args, folder: Path) -> dict:
-    from distillkit.jobs import ClassificationJob, Run, table
+    from distillkit.instruction_jobs import InstructionJob, InstructionRun
+    from distillkit.jobs import ClassificationJob, Run
+    from distillkit.results import kind_of
 
-    job = ClassificationJob.from_yaml(path)
+    instruction = kind_of(path) == "instruction"
+    job = (InstructionJob if instruction else ClassificationJob).from_yaml(path)
     if args.fresh:
         shutil.rmtree(args.work / job.name, ignore_errors=True)
         (folder / f"{job.name}.json").unlink(missing_ok=True)
     begun = time.perf_counter()
-    run = Run(job, folder, args.work, committed=args.results)
-    print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows, "
-          f"{len(run.task.classes)} classes; student {run.student.name}")
+    run = InstructionRun(job, folder, args.work) if instruction else Run(job, folder, args.work, committed=args.results)
+    print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
+          f"student {run.student.name}")
     result = run(tuple(getattr(args, "rows", ())))
-    print(table(result))
+    print(draw(result))
     print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result
 
@@ -105,16 +108,22 @@ def _finished(path: Path) -> bool:
     return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
 
 
+def draw(result: dict) -> str:
+    """A result of either kind as a Markdown table."""
+    from distillkit.instruction_jobs import instruction_table
+    from distillkit.jobs import table
+
+    return (instruction_table if result["config"].get("kind") == "instruction" else table)(result)
+
+
 def _table(args) -> int:
     import json
-
-    from distillkit.jobs import table
 
     path = args.results / f"{args.name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"no result {path}")
     result = json.loads(path.read_text(encoding="utf-8"))
-    print(table(result))
+    print(draw(result))
     if args.figure:
         from distillkit import plots
 
@@ -123,10 +132,10 @@ def _table(args) -> int:
 
 
 def _readme(args) -> int:
-    from distillkit.jobs import with_tables
+    from distillkit.results import with_tables
 
     text = args.file.read_text(encoding="utf-8")
-    args.file.write_text(with_tables(text, args.results), encoding="utf-8")
+    args.file.write_text(with_tables(text, args.results, marker="table", draw=draw), encoding="utf-8")
     return 0
 
 

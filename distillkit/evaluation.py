@@ -318,6 +318,12 @@ def _graded(student: Student, params: Params, task: Task, split: str, rows=None)
     return tuple(np.array([np.argmax(s) for s in found]) == answers for found in (plain, by_length))
 
 
+def choice_accuracy(student: Student, params: Params, task: Task, split: str) -> tuple[float, float]:
+    """Share of a split's multiple-choice rows that ``params`` answer rightly, plainly and by length."""
+    plain, by_length = _graded(student, params, task, split)
+    return float(plain.mean()), float(by_length.mean())
+
+
 def choice_scores(
     student: Student, params: Params, task: Task, split: str, rows: Sequence[int], batch_size: int = 256
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -18,27 +18,21 @@ The rows, all scored on the same test split with the same fresh seeds:
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import math
-import os
-import platform
-import re
-import time
 from pathlib import Path
 
 import torch
-import yaml
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.distiller import Distiller
-from distillkit.evaluation import Evaluation, evaluate
+from distillkit.evaluation import evaluate
 from distillkit.inner import SGD, Unroll
 from distillkit.metagrad import ForwardDifference, Replay
 from distillkit.neighbors import project
 from distillkit.objectives import BPTT
 from distillkit.progress import progress
+from distillkit.results import Settings, as_json, take_up, write
 from distillkit.selection import METHODS, select
 from distillkit.students import load_student
 from distillkit.tasks import load_task
@@ -53,11 +47,10 @@ ROWS = (
 )
 ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
 STRATEGIES = {"replay": Replay(), "forward_difference": ForwardDifference()}
-VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassificationJob:
+class ClassificationJob(Settings):
     """Settings of one experiment.
 
     Args:
@@ -105,32 +98,12 @@ class ClassificationJob:
             if getattr(self, key) is None and key == "label_steps":
                 continue
             check_whole(key, getattr(self, key))
-        for key in ("step_size", "lr"):
-            if not isinstance(getattr(self, key), int | float) or not getattr(self, key) > 0:
-                raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)!r} (YAML reads 1e-3 as "
-                                 "text; write 0.001)")
+        self.check_positive("step_size", "lr")
         check_choice("metagrad", self.metagrad, STRATEGIES)
         if bool(self.committed) != bool(self.committed_rows):
             raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")
-        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
+        self.check_name()
 
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> ClassificationJob:
-        """Read settings; a key that is none of them is an error that names it."""
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} must hold settings as 'key: value' lines")
-        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
-        for key in found:
-            if key not in known:
-                raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(known))}")
-        if missing := [key for key, needed in known.items() if needed and key not in found]:
-            raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 class Run:
@@ -156,7 +129,7 @@ class Run:
         self.student = load_student(job.student, self.task)
         for name in job.committed_rows:
             self._committed(name)  # said now if it is missing, not after all other rows
-        self.result = self._taken_up()
+        self.result = take_up(self.path, job, self.task)
         self._sets: dict[str, DistilledSet] = {}
 
     def __call__(self, only: tuple[str, ...] = ()) -> dict:
@@ -175,11 +148,11 @@ class Run:
             else:
                 row = self._twin(method, recipe) or self._scored(method, recipe)
             self.result["rows"][name] = row
-            self._write()
+            write(self.path, self.result)
         # Asked of the rows, not of the sets at hand: an interrupted run may have made those rows in an earlier process.
         if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.result["rows"]):
             self.result["text"] = self.set_of("projected").to_text().to_list()
-            self._write()
+            write(self.path, self.result)
         return self.result
 
     def _scored(self, method: str, recipe: str) -> dict:
@@ -257,71 +230,6 @@ class Run:
         same = found["corpus"]["sha256"] == self.task.fingerprint
         return {**row, "committed": "same corpus" if same else "another version of the corpus"}
 
-    def _taken_up(self) -> dict:
-        config = json.loads(json.dumps(dataclasses.asdict(self.job)))
-        fresh = {
-            "config": config,
-            "corpus": {
-                "name": self.task.name,
-                "sha256": self.task.fingerprint,
-                "rows": {s: len(self.task.split(s)) for s in ("train", "validation", "test")},
-            },
-            "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-            "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
-            "date": time.strftime("%Y-%m-%d"),
-            "rows": {},
-            "distilling": {},
-        }
-        if not self.path.is_file():
-            return fresh
-        found = json.loads(self.path.read_text(encoding="utf-8"))
-        theirs = {**found.get("config", {}), "rows": config["rows"]}  # more rows may be asked of the same run
-        for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
-            if there != here:
-                raise ValueError(
-                    f"{self.path} is the result of a run with another {key} ({_difference(there, here)}); give --fresh "
-                    "to replace it, or the job another name"
-                )
-        return {**found, "config": config}
-
-    def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
-
-
-def _difference(theirs, ours: dict) -> str:
-    """The first setting in which two differ, in words."""
-    if not isinstance(theirs, dict):
-        return "it has none"
-    key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
-    return f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
-
-
-def as_json(found: Evaluation) -> dict:
-    """An evaluation as JSON values, floats at six digits, null for what is not a number."""
-    row = dataclasses.asdict(found)
-    for key in ("mean", "std", "seconds"):
-        row[key] = _rounded(row[key])
-    if row["normalized"] is None:
-        del row["normalized"]
-    for key in {"scores", "normalized"} & row.keys():
-        row[key] = [_rounded(s) for s in row[key]]
-    row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
-    return row
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()})"
-
-
 def table(result: dict) -> str:
     """The result as a Markdown table."""
     lines = [
@@ -340,19 +248,3 @@ def table(result: dict) -> str:
             f"{row['mean']:.3f}{spread} | {len(row['scores'])} | {row['seconds']:.1f} |"
         )
     return "\n".join(lines)
-
-
-MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def with_tables(text: str, folder: str | Path, *, marker: str = "table", draw=table) -> str:
-    """``text`` with the block after each ``<!-- marker: name -->`` replaced by ``draw`` of that result in ``folder``."""
-
-    def block(found: re.Match) -> str:
-        if found[2] != marker:
-            return found[0]
-        path = Path(folder) / f"{found[3]}.json"
-        content = draw(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
-        return f"{found[1]}{content}\n{found[4]}"
-
-    return MARKED.sub(block, text)

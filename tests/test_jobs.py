@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from distillkit import __main__, evaluation, jobs
-from distillkit.jobs import CONFIGS, ROW_NAMES, ClassificationJob, Run, table, with_tables
+from distillkit.jobs import CONFIGS, ROW_NAMES, ClassificationJob, Run, table
+from distillkit.results import VERSIONED, with_tables
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
@@ -92,7 +93,7 @@ def test_every_row_is_made_and_written(finished):
     assert result["config"] == json.loads(json.dumps(dataclasses.asdict(job())))
     assert result["corpus"]["rows"] == {"train": 80, "validation": 40, "test": 40}
     assert len(result["corpus"]["sha256"]) == 64
-    assert set(result["versions"]) == {*jobs.VERSIONED, "python"} and "date" in result and "machine" in result
+    assert set(result["versions"]) == {*VERSIONED, "python"} and "date" in result and "machine" in result
 
 
 def test_what_was_distilled(finished):
@@ -133,10 +134,10 @@ def test_the_table(finished):
 def test_tables_in_a_text(finished):
     folder, result = finished
     text = "before\n<!-- table: small -->\nold\n<!-- end -->\nbetween\n<!-- table: absent -->\n<!-- end -->\nafter\n"
-    once = with_tables(text, folder / "results")
+    once = with_tables(text, folder / "results", marker="table", draw=table)
     assert once == (f"before\n<!-- table: small -->\n{table(result)}\n<!-- end -->\nbetween\n"
                     "<!-- table: absent -->\n*not run*\n<!-- end -->\nafter\n")
-    assert with_tables(once, folder / "results") == once
+    assert with_tables(once, folder / "results", marker="table", draw=table) == once
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

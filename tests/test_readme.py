@@ -5,7 +5,8 @@ from pathlib import Path
 
 from benchmarks import metagrad as benchmark
 from distillkit import evaluation
-from distillkit.jobs import MARKED, with_tables
+from distillkit.__main__ import draw
+from distillkit.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -16,7 +17,7 @@ def test_its_tables_are_the_committed_results():
     names = [found[3] for found in MARKED.finditer(README)]
     assert {"quickstart", "classification_docstrings"} <= set(names)
     assert all((RESULTS / f"{name}.json").is_file() for name in names)
-    assert with_tables(README, RESULTS) == README, "run: python -m distillkit readme"
+    assert with_tables(README, RESULTS, marker="table", draw=draw) == README, "run: python -m distillkit readme"
     text = with_tables(README, RESULTS, marker="benchmark", draw=benchmark.tables)
     assert text == README, "run: python tests/benchmarks/metagrad.py --readme"
 

@@ -49,10 +49,10 @@ import transformers
 from torch import Tensor
 
 import distillkit as dk
-from distillkit.jobs import with_tables
 from distillkit.memory import LiveBytes
 from distillkit.metagrad import MetaGradient, Problem, compare, outer_loss_and_grads, update_vjp
 from distillkit.progress import progress
+from distillkit.results import with_tables
 from distillkit.seeds import generator
 from distillkit.students import Params, Student
 

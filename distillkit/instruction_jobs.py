@@ -1,0 +1,249 @@
+"""Instruction tuning on a fraction of the data: distilled by two objectives, selected by four methods, and all of it.
+
+One *seed* of this experiment is everything anew: another distilled or selected set, in another order.  So the scores of two
+methods at the same seed are paired, and a method beats another when the mean of the paired differences lies above its 95 %
+interval.
+
+Methods:
+
+* ``zero-shot``: the model as it is; ``full``: the whole training split, standard fine-tuning.
+* ``random``, ``k_center``, ``herding``, ``less``: real examples (:mod:`distillkit.selection`).
+* ``nacd``: prompts learned by trajectory matching with the neighbour term (Yao et al., 2025); ``nacd text``: their nearest
+  tokens.
+* ``bptt``: prompts learned through the loss on real data instead, at the same size; ``bptt text``: their nearest tokens.
+
+Each is scored under ``standard`` fine-tuning and under the ``tuned`` grid, and distilled sets under their ``own`` recipe
+too, since a set may be good for the recipe it was distilled with only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+
+from distillkit.checks import check_choice, check_whole
+from distillkit.distilled import DistilledSet
+from distillkit.distiller import Distiller
+from distillkit.evaluation import choice_accuracy, evaluate
+from distillkit.experts import record_experts
+from distillkit.inner import AdamW, Unroll
+from distillkit.metagrad import recommend
+from distillkit.neighbors import NeighborLoss, project
+from distillkit.objectives import BPTT, TrajectoryMatching
+from distillkit.progress import progress
+from distillkit.results import Settings, as_json, take_up, write
+from distillkit.selection import ALL_METHODS, select
+from distillkit.storage import is_vacant
+from distillkit.students import load_student
+from distillkit.tasks import load_task
+
+LEARNED = ("nacd", "bptt")
+ROWS = (
+    "zero-shot/none",
+    *(f"{m}/{r}" for m in ALL_METHODS for r in ("standard", "tuned")),
+    *(f"{m}/{r}" for m in LEARNED for r in ("own", "standard", "tuned")),
+    *(f"{m} text/{r}" for m in LEARNED for r in ("standard", "tuned")),
+    "full/standard",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstructionJob(Settings):
+    """Settings of one experiment.
+
+    Args:
+        name: of the result file.
+        corpus, limit, max_length, student, trainable: as ``load_task`` and ``load_student`` take them.
+        fraction: size of every set, as a share of the training split.
+        seeds: one distilled or selected set, and order, each.
+        expert_count, expert_epochs, expert_step_size, expert_batch, snapshots_per_epoch: of the AdamW experts.
+        segment, max_start_epoch: what is matched, in expert epochs.
+        unroll_steps, batch_size, step_size: inner loop of both objectives: AdamW, its learned step sizes start there.
+        distance: of :class:`~distillkit.objectives.TrajectoryMatching`.
+        neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
+        outer_steps, lr: outer loop of both objectives.
+        outer_batch: real examples an outer step of BPTT.
+        rows: which rows, as ``method/recipe``.
+        kind: tells this kind of settings from others.
+    """
+
+    name: str
+    corpus: str
+    student: str
+    trainable: str | None = None
+    limit: int | None = None
+    max_length: int = 96
+    fraction: float = 0.05
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    expert_count: int = 2
+    expert_epochs: int = 2
+    expert_step_size: float = 1e-3
+    expert_batch: int = 64
+    snapshots_per_epoch: int = 8
+    segment: float = 0.125
+    max_start_epoch: float | None = None
+    unroll_steps: int = 8
+    batch_size: int = 32
+    step_size: float = 1e-3
+    distance: str = "whole"
+    neighbor_weight: float = 0.0
+    outer_steps: int = 100
+    outer_batch: int = 64
+    lr: float = 0.02
+    rows: tuple[str, ...] = ROWS
+    kind: str = "instruction"
+
+    def __post_init__(self):
+        check_choice("kind", self.kind, ("instruction",))
+        for row in self.rows:
+            check_choice("a row", row, ROWS)
+        for key in ("max_length", "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch", "unroll_steps",
+                    "batch_size", "outer_steps", "outer_batch"):
+            check_whole(key, getattr(self, key))
+        self.check_positive("fraction", "expert_step_size", "segment", "step_size", "lr")
+        if not self.seeds or not all(isinstance(s, int) for s in self.seeds):
+            raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
+        self.check_name()
+
+
+class InstructionRun:
+    """A job under way; every score is written to ``folder/<name>.json`` as it is made, seed by seed.
+
+    Args:
+        job: the settings.
+        folder: where its result goes; one that is there already is gone on with.
+        work: where experts, checkpoints and sets go, ``work/<name>``.
+
+    Raises:
+        ValueError: the result that is there was made with other settings or another corpus.
+    """
+
+    def __init__(self, job: InstructionJob, folder: str | Path, work: str | Path):
+        self.job, self.work = job, Path(work) / job.name
+        self.path = Path(folder) / f"{job.name}.json"
+        self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
+        self.student = load_student(job.student, self.task, trainable=job.trainable)
+        self.result = take_up(self.path, job, self.task)
+        self._sets: dict[tuple[str, int], DistilledSet] = {}
+
+    def __call__(self, only: tuple[str, ...] = ()) -> dict:
+        """Make every score that is missing, or those of the rows that ``only`` names; returns the result."""
+        for row in only:
+            check_choice("a row", row, self.job.rows)
+        rows = [row for row in self.job.rows if not only or row in only]
+        missing = [(s, r) for s in self.job.seeds for r in rows if str(s) not in self.result["rows"].get(r, {})]
+        for seed, row in progress(missing, desc="scores", unit="score"):
+            self.result["rows"].setdefault(row, {})[str(seed)] = self._scored(*row.split("/"), seed)
+            write(self.path, self.result)
+        return self.result
+
+    def _scored(self, method: str, recipe: str, seed: int) -> dict:
+        if method == "zero-shot":
+            plain, by_length = choice_accuracy(self.student, self.student.init(seed), self.task, "test")
+            return {"mean": round(plain, 6), "normalized": [round(by_length, 6)], "examples": 0, "nbytes": 0, "seconds": 0.0}
+        set_ = None if method == "full" else self.set_of(method, seed)
+        return as_json(evaluate(set_, self.task, self.student, seeds=(seed,), recipe=recipe))
+
+    def set_of(self, method: str, seed: int) -> DistilledSet:
+        """The set of a method and a seed; distilled or selected at its first use."""
+        key = (method, seed)
+        if key not in self._sets:
+            self._sets[key] = self._make(method, seed)
+        return self._sets[key]
+
+    def _make(self, method: str, seed: int) -> DistilledSet:
+        if method in ALL_METHODS:
+            return select(self.task, self.student, method, fraction=self.job.fraction, seed=seed)
+        if method.endswith(" text"):
+            return project(self.set_of(method.removesuffix(" text"), seed), self.student)
+        return self._distilled(method, seed)
+
+    def _distilled(self, method: str, seed: int) -> DistilledSet:
+        folder = self.work / f"{method}-{seed}"
+        if not is_vacant(folder):
+            return DistilledSet.load(folder)
+        distiller = Distiller(
+            DistilledSet.from_real(self.task, self.student, fraction=self.job.fraction, seed=seed),
+            self.matching(seed) if method == "nacd" else self.bptt(),
+            lr=self.job.lr,
+            regularizers=self._regularizers() if method == "nacd" else (),
+            seed=seed,
+            checkpoint_dir=self.work / f"checkpoint-{method}-{seed}",
+        )
+        for _ in distiller.run(self.job.outer_steps):
+            pass
+        distiller.distilled.save(folder)
+        self.result["distilling"][folder.name] = {
+            "steps": self.job.outer_steps,
+            "seconds": sum(r.seconds for r in distiller.records),
+            "terms": {t: [round(r.terms[t], 5) for r in distiller.records] for t in distiller.records[0].terms},
+            "step_sizes": [float(f"{s:.4g}") for s in distiller.records[-1].step_sizes],
+        }
+        return distiller.distilled
+
+    def _regularizers(self) -> tuple:
+        end = self.job.neighbor_weight
+        return (NeighborLoss(self.student, weight=lambda at: end * at),) if end else ()
+
+    def unroll(self) -> Unroll:
+        """The inner loop of both objectives."""
+        strategy, _ = recommend(self.student)
+        # ε inside the root, without which the derivative of Adam's first steps has no bound.
+        optimizer = AdamW(self.job.step_size, eps_root=1e-12)
+        return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, batch_size=self.job.batch_size)
+
+    def matching(self, seed: int) -> TrajectoryMatching:
+        """Trajectory matching against experts of this seed, which are recorded at its first use."""
+        job = self.job
+        experts = record_experts(
+            self.task, self.student, self.work / f"experts-{seed}", count=job.expert_count, epochs=job.expert_epochs,
+            optimizer=AdamW(job.expert_step_size), batch_size=job.expert_batch,
+            snapshots_per_epoch=job.snapshots_per_epoch, seed=seed,
+        )
+        return TrajectoryMatching(
+            self.task, self.student, self.unroll(), experts, expert_epochs=job.segment, distance=job.distance,
+            max_start_epoch=job.max_start_epoch,
+        )
+
+    def bptt(self) -> BPTT:
+        """The loss on real data after the inner loop."""
+        return BPTT(self.task, self.student, self.unroll(), batch_size=self.job.outer_batch)
+
+
+def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
+    """Mean of the differences between two rows at the same seeds, and half the width of its 95 % interval (Student's t).
+
+    The half width is infinite for fewer than two common seeds.
+    """
+    from scipy.stats import t
+
+    seeds = rows[one].keys() & rows[other].keys()
+    differences = np.array([rows[one][seed]["mean"] - rows[other][seed]["mean"] for seed in sorted(seeds)])
+    if len(differences) < 2:
+        return float(differences.mean()) if len(differences) else math.nan, math.inf
+    spread = differences.std(ddof=1) / math.sqrt(len(differences))
+    return float(differences.mean()), float(t.ppf(0.975, len(differences) - 1) * spread)
+
+
+def instruction_table(result: dict) -> str:
+    """The result as a Markdown table; the last column is the share of the full data's accuracy."""
+    lines = [
+        "| method | recipe | examples | accuracy (mean ± sd) | length-normalised | seeds | of full data |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    full = [row["mean"] for row in result["rows"].get("full/standard", {}).values()]
+    for name in result["config"]["rows"]:
+        method, recipe = name.split("/")
+        found = list(result["rows"].get(name, {}).values())
+        if not found:
+            lines.append(f"| {method} | {recipe} | | not run | | | |")
+            continue
+        scores, by_length = ([f(row) for row in found] for f in (lambda r: r["mean"], lambda r: r["normalized"][0]))
+        spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+        share = f"{np.mean(scores) / np.mean(full):.0%}" if full else ""
+        lines.append(f"| {method} | {recipe} | {found[0]['examples']:,} | {np.mean(scores):.3f}{spread} | "
+                     f"{np.mean(by_length):.3f} | {len(scores)} | {share} |")
+    return "\n".join(lines)

@@ -1,0 +1,157 @@
+"""Results: settings from a YAML file, and a JSON file that grows row by row.
+
+A result holds the settings it was made with, the corpus by name and hash, the machine, the versions, and a row for each
+score.  It is written after every row, so that a run that was interrupted goes on with the first row it has not got, and
+nothing is ever added to a result of other settings or another corpus.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from distillkit.evaluation import Evaluation
+
+VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+
+
+class Settings:
+    """Base of a frozen dataclass of settings that comes from a YAML file; has a ``name`` and ``rows``."""
+
+    def check_name(self) -> None:
+        """Raise ValueError unless ``name`` can name a file."""
+        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
+
+    def check_positive(self, *keys: str) -> None:
+        """Raise ValueError unless each of these settings is a number above 0."""
+        for key in keys:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{key} must be a number above 0, not {value!r} (YAML reads 1e-3 as text; write 0.001)")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path):
+        """Read settings; a key that is none of them is an error that names it."""
+        found = _read(path)
+        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
+        for key in found:
+            if key not in known:
+                raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(known))}")
+        if missing := [key for key, needed in known.items() if needed and key not in found]:
+            raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+
+
+def kind_of(path: str | Path) -> str:
+    """What kind of experiment a file of settings is for: its ``kind``, by default classification."""
+    return _read(path).get("kind", "classification")
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold settings as 'key: value' lines")
+    return found
+
+
+def take_up(path: Path, settings: Settings, task) -> dict:
+    """The result at ``path`` to go on with, or a fresh one.
+
+    Raises:
+        ValueError: the result that is there was made with other settings or another corpus; says in what they differ.
+    """
+    config = json.loads(json.dumps(dataclasses.asdict(settings)))
+    fresh = {
+        "config": config,
+        "corpus": {
+            "name": task.name,
+            "sha256": task.fingerprint,
+            "rows": {s: len(task.split(s)) for s in ("train", "validation", "test")},
+        },
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": {},
+        "distilling": {},
+    }
+    if not path.is_file():
+        return fresh
+    found = json.loads(path.read_text(encoding="utf-8"))
+    theirs = {**found.get("config", {}), "rows": config["rows"]}  # more rows may be asked of the same run
+    for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
+        if there != here:
+            raise ValueError(
+                f"{path} is the result of a run with another {key} ({_difference(there, here)}); give --fresh "
+                "to replace it, or the job another name"
+            )
+    return {**found, "config": config}
+
+
+def write(path: Path, result: dict) -> None:
+    """Write a result, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _difference(theirs, ours: dict) -> str:
+    """The first setting in which two differ, in words."""
+    if not isinstance(theirs, dict):
+        return "it has none"
+    key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
+    return f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+
+
+def as_json(found: Evaluation) -> dict:
+    """An evaluation as JSON values, floats at six digits, null for what is not a number."""
+    row = dataclasses.asdict(found)
+    for key in ("mean", "std", "seconds"):
+        row[key] = _rounded(row[key])
+    if row["normalized"] is None:
+        del row["normalized"]
+    for key in {"scores", "normalized"} & row.keys():
+        row[key] = [_rounded(s) for s in row[key]]
+    row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
+    return row
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()})"
+
+
+MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str, folder: str | Path, *, marker: str, draw: Callable[[dict], str]) -> str:
+    """``text`` with the block after each ``<!-- marker: name -->`` replaced by ``draw`` of that result in ``folder``."""
+
+    def block(found: re.Match) -> str:
+        if found[2] != marker:
+            return found[0]
+        path = Path(folder) / f"{found[3]}.json"
+        content = draw(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
+        return f"{found[1]}{content}\n{found[4]}"
+
+    return MARKED.sub(block, text)
