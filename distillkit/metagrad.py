@@ -494,15 +494,14 @@ def recommend(student: Student) -> tuple[_Strategy, str]:
     _need_precision(student, "Every strategy")
     if student.attention != "eager":
         return ForwardDifference(), f"attention={student.attention!r} has no second derivative, and differences need none"
-    if student.trainable != "full":
-        return Replay(), (
-            f"with trainable={student.trainable!r} the body is frozen, and an exact product costs three gradients a step"
-        )
+    if student.trainable == "head":
+        return Replay(), "with a frozen body an exact product costs three gradients a step, a difference four"
     if student.has_kinks:
         return Replay(), "its ReLU units make the gradient jump where a difference of gradients steps across a kink"
     if student.dtype == torch.float64:
         return Replay(), "float64 is for proofs, and Replay is exact"
-    return ForwardDifference(), "on full parameters it costs two gradients a step where an exact product costs four"
+    exact = "four" if student.trainable == "full" else "three"
+    return ForwardDifference(), f"it costs two gradients a step where an exact product costs {exact}"
 
 
 def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[dict[str, float]]:

@@ -319,7 +319,7 @@ def test_strategies_and_optimisers_refuse(build, message):
     ("options", "kind", "why"),
     [
         ({}, dk.ForwardDifference, "two gradients"),
-        ({"trainable": "lora"}, dk.Replay, "frozen"),
+        ({"trainable": "lora"}, dk.ForwardDifference, "costs three"),
         ({"trainable": "head"}, dk.Replay, "frozen"),
         ({"dtype": "float64"}, dk.Replay, "exact"),
         ({"trainable": "head", "attention": "sdpa"}, dk.ForwardDifference, "no second derivative"),

@@ -67,7 +67,7 @@ RANDOM = {
     "random:opt-1.3b": (transformers.OPTConfig, {**_OPT_LARGE, "num_hidden_layers": 24}),
     "random:bert-base": (transformers.BertConfig, {}),
 }
-ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.1, 0.03, 0.01, 0.003, 0.001)}
+ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
