@@ -24,7 +24,9 @@ _HOMES = {
     "distiller": ("Distiller", "StepRecord"),
     "evaluation": ("Evaluation", "evaluate"),
     "experts": ("Experts", "record_experts"),
+    "influence": ("LessSettings", "influence"),
     "inner": ("SGD", "AdamW", "Momentum", "Unroll"),
+    "instruction": ("InstructionTask",),
     "metagrad": (
         "ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated", "recommend",
     ),

@@ -198,10 +198,10 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
         _save(experts._place(expert, index), params, state)
 
 
-def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = None) -> Iterator[Part]:
-    """The micro-batches of one step on training rows."""
+def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = None, split: str = "train") -> Iterator[Part]:
+    """The micro-batches of one step on real rows."""
     for part in rows.split(micro_batch or len(rows)):
-        batch = task.batch(student.tokenizer, "train", part.tolist())
+        batch = task.batch(student.tokenizer, split, part.tolist())
         yield len(part) / len(rows), batch, batch["labels"].to(student.device), None
 
 

@@ -4,9 +4,12 @@
 * ``k_center`` (Sener & Savarese, 2018): start from the sentence nearest the class mean, then keep adding the one
   farthest from all chosen so far: cover the class.
 * ``herding`` (Welling, 2009): keep adding the sentence that brings the mean of the chosen nearest the class mean.
+* ``less`` (Xia et al., 2024): the sentences whose gradients point where the validation loss falls
+  (:mod:`distillkit.influence`); it takes several gradients a training row.
 
-Both work on L2-normalised sentence representations under the student (mean of its last hidden states).  Texts shorter
-than the budget are filled up with further real sentences, for every method alike (see :func:`distillkit.distilled.from_rows`).
+The two in the middle work on L2-normalised sentence representations under the student (mean of its last hidden states).
+Texts shorter than the budget are filled up with further real sentences, for every method alike (see
+:func:`distillkit.distilled.from_rows`).
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from distillkit.checks import check_choice
 from distillkit.distilled import DistilledSet, examples_per_class, from_rows
+from distillkit.influence import LESS, LessSettings, less_rows
 from distillkit.students import Student
 from distillkit.tasks import Task
 
 METHODS = ("random", "k_center", "herding")
+ALL_METHODS = (*METHODS, "less")
 
 
 def select(
@@ -30,29 +36,34 @@ def select(
     fraction: float | None = None,
     length: int | None = None,
     seed: int = 0,
+    less: LessSettings = LESS,
 ) -> DistilledSet:
     """Real training sentences as a set with hard labels and no recipe.
 
     Args:
-        method: ``"random"``, ``"k_center"`` or ``"herding"``.
+        method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
         per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
             same sentences for every seed; the seed then steers only what short ones are filled up with.
+        less: settings of ``"less"``, noted in ``meta["selection"]``.  It compares gradients of what the student trains;
+            the paper's method takes a student with ``trainable="lora"``.
 
     Raises:
         ValueError: an unknown method or a size that cannot be had.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    check_choice("method", method, ALL_METHODS)
     size = {"per_class": per_class, "fraction": fraction, "length": length, "seed": seed}
     if method == "random":
         found = DistilledSet.from_real(task, student, soft_labels=False, **size)
     else:
         k = examples_per_class(task, per_class, fraction)
-        x = sentence_features(task, student)
-        pick = {"k_center": k_center, "herding": herding}[method]
-        rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
+        if method == "less":
+            rows = less_rows(task, student, k, seed=seed, settings=less)
+        else:
+            x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
+            rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
         found = from_rows(task, student, rows, length=length, seed=seed)
-    found.meta["selection"] = {"method": method, "seed": seed}
+    noted = {"trainable": student.trainable, **less.described()} if method == "less" else {}
+    found.meta["selection"] = {"method": method, "seed": seed, **noted}
     return found
 
 

@@ -5,8 +5,9 @@ data is executed by tests on a machine without a network. A model has the archit
 kind of tokenizer of the real one, and random weights; a data set has the real one's columns, features and split names,
 and a few dozen sentences whose words tell their class, so that something can be learned from them.
 
-A new model is a line in `MODELS`, a new data set a line in `DATASETS`. In a subprocess, use `environment(folder)`:
-huggingface_hub reads its settings when it is imported. In the process itself, `patched(folder)` changes them later.
+A new model is a line in `MODELS`, a new data set a line in `DATASETS` or, if it asks questions, in `QUESTIONS`. In a
+subprocess, use `environment(folder)`: huggingface_hub reads its settings when it is imported. In the process itself,
+`patched(folder)` changes them later.
 """
 
 import hashlib
@@ -60,6 +61,17 @@ DATASETS = {
                      NO_VALIDATION),
 }
 
+# hub id -> (configuration, features, {split: rows}); see `_question` for the rows
+_TEXT, _LIST = datasets.Value("string"), datasets.List(datasets.Value("string"))
+QUESTIONS = {
+    "allenai/ai2_arc": ("ARC-Easy",
+                        {"id": _TEXT, "question": _TEXT, "choices": {"text": _LIST, "label": _LIST}, "answerKey": _TEXT},
+                        {"train": 60, "validation": 20, "test": 20}),
+    "cais/mmlu": ("all", {"question": _TEXT, "subject": _TEXT, "choices": _LIST,
+                          "answer": datasets.ClassLabel(names=["A", "B", "C", "D"])},
+                  {"auxiliary_train": 60, "validation": 20, "dev": 8, "test": 20}),
+}
+
 SUBJECTS = [
     "dull tired boring flat lifeless weak clumsy stale",
     "warm funny moving brilliant charming fresh tender clever",
@@ -80,6 +92,9 @@ def fill(folder: Path) -> Path:
         _put_model(folder, hub_id)
     for hub_id in DATASETS:
         _put_dataset(folder, hub_id)
+    for hub_id, (config, features, sizes) in QUESTIONS.items():
+        rows = {split: [_question(hub_id, split, number) for number in range(size)] for split, size in sizes.items()}
+        _put_rows(folder, hub_id, config, features, rows)
     return folder
 
 
@@ -143,24 +158,45 @@ def _tokenizer(kind: str):
 
 
 def _put_dataset(folder: Path, hub_id: str) -> None:
-    """Write what `load_dataset` leaves behind: one Arrow stream a split, and `dataset_info.json`."""
     text, label, classes, further, sizes = DATASETS[hub_id]
+    features = {text: _TEXT, label: datasets.ClassLabel(names=classes)} | dict.fromkeys(further, datasets.Value("int32"))
+    rows = {split: [{text: sentence, label: value} | dict.fromkeys(further, number)
+                    for number, (sentence, value) in enumerate(pairs)]
+            for split, pairs in _splits(len(classes), sizes).items()}
+    _put_rows(folder, hub_id, "default", features, rows)
+
+
+def _put_rows(folder: Path, hub_id: str, config: str, features: dict, splits: dict[str, list[dict]]) -> None:
+    """Write what `load_dataset` leaves behind: one Arrow stream a split, and `dataset_info.json`."""
     owner, name = hub_id.split("/")
     digest = hashlib.sha256(hub_id.encode()).hexdigest()
-    home = folder / "datasets" / f"{owner}___{camelcase_to_snakecase(name)}" / "default" / "0.0.0" / digest[:40]
+    home = folder / "datasets" / f"{owner}___{camelcase_to_snakecase(name)}" / config / "0.0.0" / digest[:40]
     home.mkdir(parents=True)
-    features = datasets.Features({text: datasets.Value("string"), label: datasets.ClassLabel(names=classes)}
-                                 | dict.fromkeys(further, datasets.Value("int32")))
-    infos = datasets.SplitDict(dataset_name=name)
-    for split, rows in _splits(len(classes), sizes).items():
+    features, infos = datasets.Features(features), datasets.SplitDict(dataset_name=name)
+    for split, rows in splits.items():
         with ArrowWriter(path=str(home / f"{name}-{split}.arrow"), features=features) as writer:
-            for number, (sentence, value) in enumerate(rows):
-                writer.write({text: sentence, label: value} | dict.fromkeys(further, number))
+            for row in rows:
+                writer.write(row)
             count, size_in_bytes = writer.finalize()
         infos.add(datasets.SplitInfo(split, num_bytes=size_in_bytes, num_examples=count, dataset_name=name))
     info = datasets.DatasetInfo(features=features, splits=infos, builder_name="parquet", dataset_name=name,
-                                config_name="default", version="0.0.0")
+                                config_name=config, version="0.0.0")
     info.write_to_directory(str(home))
+
+
+def _question(hub_id: str, split: str, number: int) -> dict:
+    """A sentence of one subject, and words of four of them to choose from: the one of its own subject is right."""
+    rng = random.Random(f"{hub_id}-{split}-{number}")
+    subjects = rng.sample(range(len(SUBJECTS)), 4)
+    answer = rng.randrange(4)
+    question = rng.choice(sentences(subjects[answer], 40, f"{hub_id}-{split}"))
+    choices = [rng.choice(SUBJECTS[subject].split()) for subject in subjects]
+    if hub_id == "cais/mmlu":
+        subject = "" if split == "auxiliary_train" else ["poetry", "trade"][number % 2]
+        return {"question": question, "subject": subject, "choices": choices, "answer": answer}
+    keys = "ABCD" if number % 10 else "1234"  # a few of the real ones have numbers
+    return {"id": f"{split}-{number}", "question": question, "choices": {"text": choices, "label": [*keys]},
+            "answerKey": keys[answer]}
 
 
 def _splits(classes: int, sizes: dict[str, int | None]) -> dict[str, list[tuple[str, int]]]:

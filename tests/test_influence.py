@@ -1,0 +1,366 @@
+"""LESS: gradients of single examples, their projection, Adam's direction, and which rows come out first."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit.influence import (
+    BLOCK,
+    LessSettings,
+    SparseProjection,
+    adam_direction,
+    influence,
+    less_rows,
+    per_example_gradients,
+    warm_up,
+)
+from distillkit.inner import AdamW, loss_and_grads
+from standin_hub import SUBJECTS, sentences
+
+SHORT = LessSettings(fraction=0.25, epochs=2, batch_size=8, projection=256)
+
+
+def tiny(task, trainable, hub_id="bert-base-uncased"):
+    return dk.load_student(hub_id, task, trainable=trainable, dtype="float64")
+
+
+def flat(values):
+    return torch.cat([v.flatten() for v in values.values()])
+
+
+def single(task, student, params, split, row):
+    """The gradient of one row's loss, from its own unpadded batch."""
+    batch = task.batch(student.tokenizer, split, [row])
+    return flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
+
+
+# --- gradients of single examples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hub_id", "trainable"), [("bert-base-uncased", "full"), ("bert-base-uncased", "lora"),
+                                                   ("distilbert-base-uncased", "full"), ("facebook/opt-1.3b", "lora")])
+def test_both_ways_give_each_rows_own_gradient(task, standin_hub, hub_id, trainable):
+    student, rows = tiny(task, trainable, hub_id), [3, 40, 17]
+    params = {n: p + 0.05 * torch.ones_like(p) for n, p in student.init(1).items()}  # LoRA's B = 0 would hide ∇A
+    batch = task.batch(student.tokenizer, "train", rows)
+    assert not batch["attention_mask"].all(), "padding is part of the question"
+    ways = {by: per_example_gradients(student, params, batch, batch["labels"], by=by) for by in ("vmap", "loop")}
+    for found in ways.values():
+        assert found.shape == (3, sum(p.numel() for p in params.values())) and not found.requires_grad
+        for row, grad in zip(rows, found, strict=True):
+            assert (grad - single(task, student, params, "train", row)).abs().max() <= 1e-10
+    mean = flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
+    assert (ways["vmap"].mean(0) - mean).abs().max() <= 1e-10 and mean.abs().max() > 1e-3
+
+
+def test_soft_labels(task, standin_hub):
+    student = tiny(task, "head")
+    params, batch = student.init(0), task.batch(student.tokenizer, "train", range(4))
+    soft = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vmap, loop = (per_example_gradients(student, params, batch, soft, by=by) for by in ("vmap", "loop"))
+    assert (vmap - loop).abs().max() <= 1e-10 and vmap.abs().max() > 1e-3
+
+
+def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
+    student = tiny(task, "head")
+    params, batch = student.init(0), task.batch(student.tokenizer, "train", [0, 1, 2])
+    expected = per_example_gradients(student, params, batch, batch["labels"])
+    calls, loss = [], dk.Student.loss
+
+    def branching(self, params, batch, targets, **kwargs):
+        calls.append(len(targets))
+        if batch["attention_mask"].sum() < 0:  # depends on data, which vmap cannot follow
+            raise AssertionError
+        return loss(self, params, batch, targets, **kwargs)
+
+    monkeypatch.setattr(dk.Student, "loss", branching)
+    with pytest.raises(RuntimeError, match="vmap"):
+        per_example_gradients(student, params, batch, batch["labels"], by="vmap")
+    other = tiny(task, "head")
+    calls.clear()
+    for _ in range(2):
+        assert (per_example_gradients(other, params, batch, batch["labels"]) - expected).abs().max() <= 1e-10
+    assert calls == [1] * 7, "one try, then three rows twice"
+
+
+def test_gradients_of_unequal_numbers_and_by_unknown_ways(world):
+    task, student = world
+    batch = task.batch(student.tokenizer, "train", [0, 1])
+    with pytest.raises(ValueError, match="equally many examples, not .*'targets': 1"):
+        per_example_gradients(student, student.init(0), batch, batch["labels"][:1])
+    with pytest.raises(ValueError, match="by must be one of auto, vmap, loop, not 'map'"):
+        per_example_gradients(student, student.init(0), batch, batch["labels"], by="map")
+
+
+# --- projection ------------------------------------------------------------------------------------------------------
+
+
+def dense(projection):
+    """The matrix ``[n, k]`` that the columns describe."""
+    targets, signs = projection.columns(0, projection.dim_in)
+    matrix = torch.zeros(projection.dim_in, projection.dim_out, dtype=torch.float64)
+    for target, sign in zip(targets, signs, strict=True):
+        matrix[torch.arange(projection.dim_in), target] += sign / projection.entries**0.5
+    return matrix
+
+
+@pytest.mark.parametrize("entries", [1, 4])
+def test_projection_is_its_matrix(entries):
+    """Whole numbers and 1/√s = 1/2 add without rounding, so that equal means equal."""
+    projection = SparseProjection(300, 40, seed=3, entries=entries)
+    x = torch.randint(-9, 9, (5, 300), generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(projection(x), x @ dense(projection))
+
+
+def test_each_coordinate_goes_to_one_output_of_each_part():
+    projection = SparseProjection(5000, 40, entries=4)
+    targets, signs = projection.columns(0, 5000)
+    assert torch.equal(targets // 10, torch.arange(4)[:, None].expand(4, 5000)) and {*signs.unique().tolist()} == {-1, 1}
+    counts = torch.bincount(targets.flatten(), minlength=40)  # 500 each, standard deviation 21
+    assert counts.min() > 400 and counts.max() < 600 and abs(signs.double().mean()) < 0.03
+
+
+def test_chunks_and_neighbours_change_nothing():
+    n = 9 * BLOCK + 777
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
+    projection = SparseProjection(n, 64, seed=1)
+    whole = projection(x)
+    assert torch.equal(projection(x, chunk=5001), whole) and torch.equal(projection(x, chunk=n), whole)
+    assert torch.equal(projection(x[1:2]), whole[1:2]), "a row's image does not depend on its batch"
+    assert torch.equal(SparseProjection(n, 64, seed=1)(x), whole), "drawn again from the seed"
+    assert not torch.equal(SparseProjection(n, 64, seed=2)(x), whole)
+    first, second = projection.columns(0, BLOCK)[0], projection.columns(BLOCK, 2 * BLOCK)[0]
+    assert not torch.equal(first, second), "blocks have streams of their own"
+    across = projection.columns(BLOCK - 5, BLOCK + 5)[0]
+    assert torch.equal(across, torch.cat([first[:, -5:], second[:, :5]], 1))
+
+
+@pytest.mark.parametrize("entries", [1, 4])
+def test_inner_products_are_unbiased(entries):
+    """Mean and variance over 1000 seeds, against the exact ones; √(2/1000) = 0.04 is about a variance's relative error."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(60, generator=draw, dtype=torch.float64)
+    y = x + torch.randn(60, generator=draw, dtype=torch.float64)
+    found = [SparseProjection(60, 16, seed, entries)(torch.stack([x, y])).prod(0).sum() for seed in range(1000)]
+    found = torch.stack(found)
+    variance = (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * y).square().sum()) / 16
+    assert abs(found.mean() - x @ y) < 4 * (variance / 1000).sqrt()
+    assert found.var() / variance == pytest.approx(1, abs=0.15)
+
+
+def test_projections_that_cannot_be():
+    for sizes, message in (((0, 8), "dim_in must be a whole number of at least 1, not 0"),
+                           ((8, 2.0), "dim_out must be a whole number of at least 1, not 2.0"),
+                           ((8, 7), "dim_out must be a multiple of entries=2, not 7")):
+        with pytest.raises(ValueError, match=message):
+            SparseProjection(*sizes)
+    with pytest.raises(ValueError, match=r"x must be \[b, 8\], not \[2, 9\]"):
+        SparseProjection(8, 4)(torch.ones(2, 9))
+
+
+# --- warming up, and Adam's direction --------------------------------------------------------------------------------
+
+
+def test_warm_up_is_adamw_with_linear_decay(task, standin_hub):
+    """On the whole split, one batch an epoch, whatever the order: three steps at 1, 2/3 and 1/3 of the step size."""
+    student = tiny(task, "head")
+    settings = LessSettings(fraction=1.0, epochs=3, batch_size=100, optimizer=AdamW(0.03))
+    points = list(warm_up(task, student, settings=settings))
+    assert [p.step_size for p in points] == pytest.approx([0.03, 0.02, 0.01])
+    mirror = {n: p.clone().requires_grad_() for n, p in student.init(dk.derive_seed("less-init", 0)).items()}
+    optimizer = torch.optim.AdamW(mirror.values(), lr=0.03, weight_decay=0.0)
+    batch = task.batch(student.tokenizer, "train", range(80))
+    for point in points:
+        optimizer.param_groups[0]["lr"] = point.step_size
+        optimizer.zero_grad()
+        student.loss(mirror, batch, batch["labels"]).backward()
+        optimizer.step()
+        for name, parameter in mirror.items():
+            kept = optimizer.state[parameter]
+            assert point.state["count"] == kept["step"]
+            assert (point.params[name] - parameter).abs().max() < 1e-9
+            assert (point.state["m"][name] - kept["exp_avg"]).abs().max() < 1e-9
+            assert (point.state["v"][name] - kept["exp_avg_sq"]).abs().max() < 1e-9
+
+
+def test_epochs_of_several_steps(world):
+    """A quarter of 80 rows in batches of 8 is 3 steps an epoch: sizes 1, 5/6, … 1/6, with means 5/6 and 2/6."""
+    settings = LessSettings(fraction=0.25, epochs=2, batch_size=8, optimizer=AdamW(0.6))
+    points = list(warm_up(*world, settings=settings))
+    assert [p.state["count"] for p in points] == [3, 6] and [p.step_size for p in points] == pytest.approx([0.5, 0.2])
+
+
+def test_direction_is_the_step_torch_would_take(task, standin_hub):
+    """From a checkpoint, one step of torch.optim.AdamW on a single row moves θ by −η Γ, decay and clipping left out."""
+    student = tiny(task, "lora")
+    settings = LessSettings(fraction=0.2, epochs=2, batch_size=8,
+                            optimizer=AdamW(0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1, clip_norm=0.5))
+    *_, point = warm_up(task, student, settings=settings)
+    rows = [5, 60]
+    grads = torch.stack([single(task, student, point.params, "train", row) for row in rows])
+    found = adam_direction(settings.optimizer, point.state, grads)
+    for grad, direction in zip(grads, found, strict=True):
+        theta = torch.nn.Parameter(flat(point.params))
+        optimizer = torch.optim.AdamW([theta], lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.0)
+        optimizer.state[theta] = {"step": torch.tensor(float(point.state["count"])),
+                                  "exp_avg": flat(point.state["m"]).clone(), "exp_avg_sq": flat(point.state["v"]).clone()}
+        before, theta.grad = theta.detach().clone(), grad.clone()
+        optimizer.step()
+        assert ((before - theta) / 0.01 - direction).abs().max() < 1e-9
+
+
+# --- influence -------------------------------------------------------------------------------------------------------
+
+
+def by_definition(task, student, settings, subtasks):
+    """Scores straight from the formula, without projection."""
+    scores = torch.zeros(len(task.train), len(subtasks), dtype=torch.float64)
+    for point in warm_up(task, student, settings=settings):
+        aims = [torch.stack([single(task, student, point.params, "validation", r) for r in rows]).mean(0) for rows in subtasks]
+        for row in range(len(task.train)):
+            grad = single(task, student, point.params, "train", row)
+            step = adam_direction(settings.optimizer, point.state, grad[None])[0]
+            cosines = [torch.nn.functional.cosine_similarity(aim, step, dim=0) for aim in aims]
+            scores[row] += point.step_size * torch.stack(cosines)
+    return scores.amax(1).numpy()
+
+
+def test_scores_by_definition(task, standin_hub):
+    student = tiny(task, "lora")
+    exact = dataclasses.replace(SHORT, projection=None, by_class=True)
+    expected = by_definition(task, student, exact, task.rows_by_class("validation"))
+    assert np.allclose(influence(task, student, settings=exact), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    projected = influence(task, student, settings=dataclasses.replace(exact, projection=256))
+    assert not np.allclose(projected, expected, rtol=0.001) and np.corrcoef(projected, expected)[0, 1] > 0.9
+
+
+@pytest.fixture
+def questions(tmp_path, standin_hub):
+    """An instruction task with three groups and a language model's adapters in float64."""
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    pools, responses = [iter(sentences(label, 40, "questions")) for label in range(3)], ("a river", "yes, profit", "match")
+    for split, count in (("train", 20), ("validation", 9), ("test", 3)):
+        rows = [{"prompt": next(pools[row % 3]), "response": responses[row % 3], "group": "cab"[row % 3]}
+                for row in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dk.load_task(folder, max_length=40)
+    return task, tiny(task, "lora", "facebook/opt-1.3b")
+
+
+def test_groups_of_an_instruction_task(questions):
+    """They are the subtasks, and all training rows are one pool."""
+    task, student = questions
+    params, rows = {n: p + 0.05 for n, p in student.init(0).items()}, [0, 7, 14]
+    batch = task.batch(student.tokenizer, "train", rows)
+    for by in ("vmap", "loop"):
+        found = per_example_gradients(student, params, batch, batch["labels"], by=by)
+        for row, grad in zip(rows, found, strict=True):
+            assert (grad - single(task, student, params, "train", row)).abs().max() <= 1e-10
+    exact = dataclasses.replace(SHORT, projection=None)
+    expected = by_definition(task, student, exact, [range(place, 9, 3) for place in range(3)])
+    scores = influence(task, student, settings=exact)
+    assert np.allclose(scores, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+    (best,) = less_rows(task, student, 7, settings=exact)
+    assert best.tolist() == sorted(range(20), key=lambda row: -scores[row])[:7]
+
+
+def test_validation_rows_are_spread_over_the_subtasks(world, monkeypatch):
+    task, student = world
+    seen, batch = [], dk.Task.batch
+    monkeypatch.setattr(dk.Task, "batch", lambda self, tokenizer, split, rows: seen.append((split, [*map(int, rows)]))
+                        or batch(self, tokenizer, split, rows))
+    for limit, each in ((7, 3), (1, 1), (10_000, 20)):
+        seen.clear()
+        influence(task, student, settings=dataclasses.replace(SHORT, epochs=1, by_class=True, validation_rows=limit))
+        labels = task.labels("validation")[[row for split, rows in seen if split == "validation" for row in rows]]
+        assert np.bincount(labels).tolist() == [each, each]
+
+
+class WordCounts:
+    """A linear classifier on word counts, with as much of a student as this module asks for."""
+
+    name, device = "word counts", torch.device("cpu")
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.cache = tokenizer, {}
+
+    def init(self, seed):
+        return {"w": torch.zeros(len(self.tokenizer), 2)}
+
+    def loss(self, params, batch, targets, *, dropout_seed=None):
+        counts = (params["w"][batch["input_ids"]] * batch["attention_mask"].unsqueeze(-1)).sum(1)
+        return torch.nn.functional.cross_entropy(counts, targets)
+
+
+@pytest.mark.parametrize("projection", [None, 64])
+def test_rows_with_the_wrong_label_come_last(world, tmp_path, projection):
+    """Three words of one class make a row; a fifth of the training rows of each class are under the other one."""
+    folder, draw, wrong = tmp_path / "mislabelled", random.Random(0), {row for row in range(100) if row % 10 in (3, 6)}
+    folder.mkdir()
+    for split, count in (("train", 100), ("validation", 40), ("test", 2)):
+        rows = [{"text": " ".join(draw.sample(SUBJECTS[row % 2].split(), 3)),
+                 "label": row % 2 ^ (split == "train" and row in wrong)} for row in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = dk.load_task(folder, max_length=16)
+    settings = dataclasses.replace(SHORT, projection=projection)
+    chosen = less_rows(task, WordCounts(world[1].tokenizer), 40, settings=settings)
+    for pool, best in zip(task.rows_by_class("train"), chosen, strict=True):
+        assert {*best.tolist()} == {*pool.tolist()} - wrong
+
+
+def test_seeds(world, standin_hub):
+    task, student = world
+    first = less_rows(task, student, 10, seed=1, settings=SHORT)
+    for rows, label in zip(first, (0, 1), strict=True):
+        assert len({*rows.tolist()}) == 10 and (task.labels("train")[rows] == label).all()
+    again = less_rows(task, dk.load_student("bert-base-uncased", task), 10, seed=1, settings=SHORT)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    other = less_rows(task, student, 10, seed=2, settings=SHORT)
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    prefix = less_rows(task, student, 3, seed=1, settings=SHORT)
+    assert all(np.array_equal(a[:3], b) for a, b in zip(first, prefix, strict=True))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"fraction": 0}, r"fraction must be a number in \(0, 1\], not 0"),
+        ({"fraction": float("nan")}, "fraction must be a number in .*, not nan"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1, not 0"),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1, not True"),
+        ({"optimizer": dk.SGD(0.1)}, "optimizer must be an AdamW, .*not SGD"),
+        ({"projection": 0}, "projection must be a whole number of at least 1, not 0"),
+        ({"projection": 9}, "projection must be even, not 9"),
+        ({"validation_rows": 0.5}, "validation_rows must be a whole number of at least 1, not 0.5"),
+    ],
+)
+def test_settings_that_cannot_be(bad, message):
+    with pytest.raises(ValueError, match=message):
+        LessSettings(**bad)
+
+
+def test_counts_that_cannot_be_had(world):
+    for count in (0, 41, 2.0, True):
+        with pytest.raises(ValueError, match=f"count_per_pool must be .* to 40 .*'rotten_tomatoes'.*, not {count}"):
+            less_rows(*world, count)
+
+
+def test_a_diverging_warm_up_is_named(world):
+    settings = dataclasses.replace(SHORT, optimizer=AdamW(1e30))
+    with pytest.raises(ValueError, match=r"training row \d+ of task 'rotten_tomatoes' .*not finite; lower .* 1e\+30"):
+        influence(*world, settings=settings)
+
+
+def test_settings_are_json(world):
+    described = json.loads(json.dumps(SHORT.described()))
+    assert described["fraction"] == 0.25 and described["optimizer"]["name"] == "AdamW"
+    assert described["optimizer"]["betas"] == [0.9, 0.999]

@@ -1,0 +1,531 @@
+"""Instruction tasks: prompts and continuations are tokenised as they are scored, and the offline questions are fair."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit import corpora, instruction
+from distillkit.corpora import CorpusError, same_sentence_key
+from distillkit.instruction import InstructionTask
+from distillkit.seeds import generator
+from distillkit.tasks import SPLITS, Task, load_task
+
+WARM = {"prompt": "It was warm and fresh.\nAnswer:", "response": "tender", "choices": ["dull", "tender", "a stale day"],
+        "answer": 1, "group": "mood"}
+PLAIN = {"prompt": "Name a river", "response": "the coast"}
+
+
+def rows_of(count, prefix="row", **changed):
+    return [WARM | {"prompt": f"{prefix} {number} was fresh.\nAnswer:"} | changed for number in range(count)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes splits as jsonl and returns their folder."""
+
+    def write(name="mine", **splits):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for split, rows in splits.items():
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def mood(write):
+    """Loads a task of the given rows, the same in all splits."""
+    return lambda *rows, **settings: load_task(write(train=rows, validation=rows, test=rows), **settings)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(standin_home):
+    """Two of the stand-in hub: byte-level BPE, `<s> ... </s>`, and word pieces, `[CLS] ... [SEP]`, without end of text."""
+    from transformers import AutoTokenizer
+
+    import standin_hub
+
+    with standin_hub.patched(standin_home):
+        return {name: AutoTokenizer.from_pretrained(name) for name in ("facebook/opt-1.3b", "bert-base-uncased")}
+
+
+@pytest.fixture(scope="session")
+def opt(tokenizers):
+    return tokenizers["facebook/opt-1.3b"]
+
+
+# --- what a task is --------------------------------------------------------------------------------------------------
+
+
+def test_a_task_by_contract(write):
+    folder = write(train=rows_of(5), validation=[WARM, PLAIN], test=rows_of(3, "test"))
+    task = load_task(folder, max_length=32)
+    assert isinstance(task, InstructionTask) and isinstance(task, Task) and dk.InstructionTask is InstructionTask
+    assert (task.name, task.kind, task.classes, task.max_length) == ("mine", "instruction", (), 32)
+    assert [len(task.split(name)) for name in SPLITS] == [5, 2, 3] and str(folder) not in task.origin
+    assert task.validation.column_names == ["prompt", "response", "choices", "answer", "group"]
+    assert task.validation[0] == WARM and task.validation[1] == PLAIN | {"choices": [], "answer": -1, "group": ""}
+    assert not hasattr(task, "labels")
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        task.split("dev")
+    assert load_task(folder, max_length=9, seed=4).fingerprint == task.fingerprint
+    write(test=rows_of(3, "other"))
+    assert load_task(folder).fingerprint != task.fingerprint
+
+
+def test_the_rows_are_one_pool(write):
+    task = load_task(write(train=rows_of(7), test=rows_of(2)))
+    (pool,) = task.rows_by_class("test")
+    assert pool.tolist() == [0, 1]
+    once, more = (task.balanced_rows("train", size, generator("test")) for size in (6, 14))
+    assert len(task.train) == 6 and sorted(once.tolist()) == [*range(6)]
+    assert sorted(Counter(more.tolist()).values()) == [2, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_other_formats_give_the_same_rows(write, suffix):
+    import pandas
+
+    rows = [WARM, PLAIN | {"choices": [], "answer": -1, "group": ""}]
+    folder = write("other")
+    table = pandas.DataFrame(rows)
+    for split in ("train", "validation", "test"):
+        if suffix == "csv":
+            table.assign(choices=table["choices"].map(json.dumps)).to_csv(folder / f"{split}.csv", index=False)
+        else:
+            table.to_parquet(folder / f"{split}.parquet")
+    assert load_task(folder).fingerprint == load_task(write(train=rows, validation=rows, test=rows)).fingerprint
+
+
+def test_validation_is_a_tenth_of_every_group(write):
+    rows = rows_of(40, group="a") + rows_of(20, "other", group="b")
+    task = load_task(write(train=rows, test=rows_of(2, "test")))
+    assert Counter(task.validation["group"]) == {"a": 4, "b": 2} and "validation is 10% of train (seed 0)" in task.origin
+    prompts = task.train["prompt"][:] + task.validation["prompt"][:]
+    assert sorted(prompts) == sorted(row["prompt"] for row in rows)
+    assert task.fingerprint != load_task(write(train=rows), seed=1).fingerprint
+    with pytest.raises(CorpusError, match="small has no validation split .* train has one row"):
+        load_task(write("small", train=rows[:1], test=rows[:1]))
+
+
+def test_limit_takes_as_many_of_every_group(write):
+    rows = rows_of(40, group="a") + rows_of(20, "other", group="b") + rows_of(3, "few", group="c")
+    folder = write(train=rows, validation=rows, test=rows)
+    assert Counter(load_task(folder, limit=13).train["group"]) == {"a": 5, "b": 5, "c": 3}
+    assert len(load_task(folder, limit=2).train) == 2
+    assert load_task(folder, limit=100).fingerprint == load_task(folder).fingerprint
+    assert load_task(folder, limit=13).fingerprint != load_task(folder, limit=13, seed=1).fingerprint
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_continuation_are_tokenised_together(mood, opt):
+    task = mood(WARM, PLAIN)
+    front = [opt.bos_token_id]
+    for row, texts in enumerate(([*WARM["choices"], WARM["response"]], [PLAIN["response"]])):
+        (prompt,) = (task.token_ids(opt, "test")[row],)
+        found = [*task.choice_ids(opt, "test", row), task.response_ids(opt, "test")[row][:-1]]
+        assert prompt == front + opt(task.test[row]["prompt"], add_special_tokens=False)["input_ids"]
+        assert [opt.decode(ids) for ids in found] == [" " + text for text in texts]
+        for text, ids in zip(texts, found):
+            assert prompt + ids + [opt.eos_token_id] == opt(f"{task.test[row]['prompt']} {text}")["input_ids"]
+        assert task.response_ids(opt, "test")[row][-1] == opt.eos_token_id
+    assert task.choice_ids(opt, "test", 1) == []
+    assert task.token_ids(opt, "test") is task.token_ids(opt, "test")
+
+
+def test_a_space_at_the_end_of_the_prompt_belongs_to_the_continuation(mood, opt):
+    task = mood(PLAIN | {"prompt": "Name a river: \n"})
+    (prompt,), (response,) = task.token_ids(opt, "test"), task.response_ids(opt, "test")
+    assert opt.decode(prompt[1:]) == "Name a river:" and opt.decode(response[:-1]) == " \n the coast"
+
+
+def test_a_tokenizer_without_end_of_text(mood, tokenizers):
+    bert = tokenizers["bert-base-uncased"]
+    task = mood(PLAIN)
+    (prompt,), (response,) = task.token_ids(bert, "test"), task.response_ids(bert, "test")
+    assert prompt + response + [bert.sep_token_id] == bert("Name a river the coast")["input_ids"]
+
+
+def test_a_long_prompt_is_cut_from_its_left(mood, opt):
+    long = WARM | {"prompt": "so dull " * 40 + WARM["prompt"]}
+    whole = mood(long, max_length=400)
+    (full,), longest = whole.token_ids(opt, "test"), max(
+        len(ids) for ids in [*whole.choice_ids(opt, "test", 0), *whole.response_ids(opt, "test")])
+    cut = mood(long, max_length=longest + 9)
+    (kept,) = cut.token_ids(opt, "test")
+    assert kept == full[:1] + full[-8:] and cut.response_ids(opt, "test") == whole.response_ids(opt, "test")
+    assert mood(long, max_length=longest + 2).token_ids(opt, "test") == [[full[0], full[-1]]]
+    with pytest.raises(CorpusError, match=rf"mine, split test, row 0 .*a local folder named mine.*'a stale day' leaves no "
+                       rf"token of the prompt within max_length={longest + 1}; use {longest + 2} or more"):
+        mood(long, max_length=longest + 1).token_ids(opt, "test")
+
+
+def test_the_end_of_text_counts_for_the_response(mood, opt):
+    task = mood(PLAIN, max_length=64)
+    ((*_, last),), (response,) = task.token_ids(opt, "test"), task.response_ids(opt, "test")
+    assert mood(PLAIN, max_length=len(response) + 2).token_ids(opt, "test") == [[opt.bos_token_id, last]]
+    with pytest.raises(CorpusError, match="leaves no token of the prompt"):
+        mood(PLAIN, max_length=len(response) + 1).token_ids(opt, "test")
+
+
+def test_a_chat_template_frames_the_prompt(mood, opt):
+    chat = copy.deepcopy(opt)
+    chat.chat_template = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+                          "{% if add_generation_prompt %}<assistant>\n{% endif %}")
+    task = mood(WARM)
+    (prompt,), (response,) = task.token_ids(chat, "test"), task.response_ids(chat, "test")
+    assert chat.decode(prompt) == f"<s><user>{WARM['prompt']}\n<assistant>\n"
+    assert chat.decode(response) == "tender</s>" and chat.decode(task.choice_ids(chat, "test", 0)[2]) == "a stale day"
+    short = mood(WARM, max_length=12).token_ids(chat, "test")[0]
+    assert short[0] == chat.bos_token_id and short[1:] == prompt[-len(short) + 1 :], "the beginning of text is spared"
+
+
+def test_rows_are_tokenised_in_parts(mood, opt, monkeypatch):
+    rows = [WARM | {"prompt": f"day {number}"} for number in range(4)] + [PLAIN]
+    whole, parts = mood(*rows), mood(*rows)
+    whole.token_ids(opt, "test")
+    monkeypatch.setattr(instruction, "CHUNK", 2)
+    for name in ("token_ids", "response_ids"):
+        assert getattr(parts, name)(opt, "test") == getattr(whole, name)(opt, "test")
+    assert [parts.choice_ids(opt, "test", row) for row in range(5)] == [whole.choice_ids(opt, "test", row)
+                                                                         for row in range(5)]
+    with pytest.raises(CorpusError, match="row 3 "):
+        mood(*rows[:3], rows[3] | {"response": "dull " * 99}).token_ids(opt, "test")
+
+
+def test_batch_pads_prompts_and_responses(mood, opt):
+    task = mood(WARM, PLAIN)
+    batch = task.batch(opt, "test", torch.tensor([1, 0]))
+    prompts, responses = task.token_ids(opt, "test"), task.response_ids(opt, "test")
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], torch.int64)
+    assert batch["input_ids"].shape == (2, max(map(len, prompts))) and batch["labels"].shape == (2, max(map(len, responses)))
+    for row, ids, mask, labels in zip((1, 0), batch["input_ids"], batch["attention_mask"], batch["labels"]):
+        assert mask.tolist() == [1] * len(prompts[row]) + [0] * (len(mask) - len(prompts[row]))
+        assert ids[mask.bool()].tolist() == prompts[row] and {*ids[~mask.bool()].tolist()} <= {opt.pad_token_id}
+        assert labels.tolist() == responses[row] + [-100] * (len(labels) - len(responses[row]))
+    with pytest.raises(ValueError, match="at least one row"):
+        task.batch(opt, "test", [])
+
+
+# --- bad rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"prompt": " "}, "the prompt is ' '; fill it in"),
+    ({"response": None}, "the response is None; fill it in"),
+    ({"response": ["tender"]}, r"the response is \['tender'\]; fill it in"),
+    ({"response": "half \ud83d"}, "half a surrogate pair in the response"),
+    ({"choices": ["tender"]}, r"the choices are \['tender'\]; give a list of two or more"),
+    ({"choices": "dull, tender"}, "the choices are 'dull, tender'; write them as a JSON list"),
+    ({"choices": ["", "tender"]}, "the choice 0 is ''; fill it in"),
+    ({"choices": []}, "the answer is 1, but there are no choices"),
+    ({"answer": 3}, "the answer is 3, which is none of the 3 choices; number them from 0"),
+    ({"answer": "B"}, "the answer is 'B', which is none of the 3 choices"),
+    ({"answer": None, "response": "neither"}, "the answer is None, which is none of the 3 choices"),
+    ({"answer": 0}, "the answer is 0, the choice 'dull', but the response is the choice 'tender'; correct one"),
+])
+def test_bad_rows_are_named_by_place(write, changed, message):
+    rows = rows_of(4)
+    rows[2] |= changed
+    with pytest.raises(CorpusError, match=rf"mine, split test, row 2 \(counted from 0; .*test.jsonl\): {message}"):
+        load_task(write(train=rows_of(4), test=rows))
+
+
+def test_the_answer_may_be_left_to_the_response(mood):
+    assert mood({name: WARM[name] for name in ("prompt", "response", "choices")}).test["answer"][:] == [1]
+    assert mood(WARM | {"answer": "2", "response": "the third of them"}).test["answer"][:] == [2]
+
+
+def test_columns_and_splits_that_are_missing(write):
+    with pytest.raises(CorpusError, match="test.jsonl has no response column: it has prompt; name the response column 'resp"):
+        load_task(write(train=rows_of(2), test=[{"prompt": "a"}]))
+    with pytest.raises(CorpusError, match="no label column.*prompts with their responses go into columns named prompt and"):
+        load_task(write("other", train=[{"text": "a"}]))
+    with pytest.raises(CorpusError, match="third has no train split"):
+        load_task(write("third", test=rows_of(2)))
+
+
+def test_a_near_miss_is_pointed_out():
+    for source, meant in (("docstring_qa", "docstrings_qa"), ("docstrings_qa:libary", "docstrings_qa:library"),
+                          ("arc-easy", "arc_easy"), ("mmul", "mmlu")):
+        with pytest.raises(CorpusError, match=f"unknown task '{source}' .did you mean '{meant}'"):
+            load_task(source)
+
+
+# --- ARC and MMLU ----------------------------------------------------------------------------------------------------
+
+ARC = {"id": "1", "question": "What is warm?", "choices": {"text": ["ice", "the sun", "rain"], "label": ["1", "2", "3"]},
+       "answerKey": "2"}
+MMLU = {"question": " What is two and two? ", "subject": "sums", "choices": ["3", "4", "22", "5"], "answer": 1}
+
+
+@pytest.fixture
+def data(write, monkeypatch, tmp_path):
+    """Writes splits of a known name where it is looked for first."""
+    monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
+    return write
+
+
+def test_arc_is_asked_as_the_evaluation_harness_does(data):
+    data("arc_easy", train=[ARC] * 10, test=[ARC])
+    task = load_task("arc_easy")
+    assert task.test[0] == {"prompt": "Question: What is warm?\nAnswer:", "response": "the sun",
+                            "choices": ["ice", "the sun", "rain"], "answer": 1, "group": ""}
+    assert [len(task.split(name)) for name in SPLITS] == [9, 1, 1]
+
+
+def test_mmlu_is_asked_as_the_evaluation_harness_does(data):
+    data("mmlu", auxiliary_train=[MMLU | {"subject": ""}] * 3, dev=[MMLU | {"answer": 3}], test=[MMLU])
+    task = load_task("mmlu")
+    assert task.test[0] == {"prompt": "What is two and two?\nA. 3\nB. 4\nC. 22\nD. 5\nAnswer:", "response": "B",
+                            "choices": ["A", "B", "C", "D"], "answer": 1, "group": "sums"}
+    assert len(task.train) == 3 and task.train["group"][0] == "" and task.validation["response"][:] == ["D"]
+
+
+def test_mmlu_without_training_rows(data, opt):
+    data("mmlu", dev=[MMLU] * 2, validation=[MMLU] * 3, test=[MMLU])
+    task = load_task("mmlu", limit=2)
+    assert task.train is None and [len(task.split(name)) for name in ("validation", "test")] == [2, 1]
+    asked = [lambda: task.split("train"), lambda: task.rows_by_class("train"), lambda: task.batch(opt, "train", [0]),
+             lambda: task.balanced_rows("train", 1, generator("test"))]
+    for ask in asked:
+        with pytest.raises(CorpusError, match=r"mmlu has no train split \(the folder mmlu .*add train.jsonl to its folder"):
+            ask()
+    assert opt.decode(task.batch(opt, "test", [0])["labels"][0]) == " B</s>"
+
+
+@pytest.mark.parametrize("name, row, message", [
+    ("arc_easy", ARC | {"answerKey": "B"}, "the answer key is 'B', which is none of the choices 1, 2, 3"),
+    ("arc_easy", ARC | {"choices": None}, "the choices are None; give a text and a label list"),
+    ("arc_easy", ARC | {"choices": {"text": ["a"], "label": ["2"]}}, r"the choices are \['a'\]; give a list of two"),
+    ("arc_easy", ARC | {"question": ""}, "the question is ''"),
+    ("mmlu", MMLU | {"answer": 4}, "the answer is 4, which is none of the 4 choices"),
+    ("mmlu", MMLU | {"answer": None}, "the answer is None"),
+    ("mmlu", MMLU | {"choices": []}, r"the choices are \[\]; give a list of two or more"),
+])
+def test_bad_questions_are_named_by_place(data, name, row, message):
+    good = ARC if name == "arc_easy" else MMLU
+    data(name, train=[good] * 2, validation=[good], test=[good, row])
+    with pytest.raises(CorpusError, match=rf"{name}, split test, row 1 \(counted from 0; .*test.jsonl\): {message}"):
+        load_task(name)
+
+
+def test_known_names_are_read_from_the_hub(standin_hub, opt):
+    arc, mmlu = load_task("arc_easy"), load_task("mmlu")
+    for task in (arc, mmlu):
+        assert [len(task.split(name)) for name in SPLITS] == [60, 20, 20] and task.origin.startswith("Hugging Face hub, ")
+        assert all(row["choices"][row["answer"]] == row["response"] for row in task.train)
+        assert len(task.batch(opt, "train", range(8))["labels"]) == 8
+    assert {*mmlu.test["group"]} == {"poetry", "trade"} and {*mmlu.test["response"]} == {*"ABCD"}
+
+
+@pytest.mark.parametrize("name, sizes", [("arc_easy", [2025, 226, 2376]), ("mmlu", [None, 285, 2595])])
+def test_real_questions(name, sizes):
+    root = os.environ.get("DISTILLKIT_DATA")
+    if not root or not (Path(root) / name).is_dir():
+        pytest.skip(f"$DISTILLKIT_DATA/{name} is not on this machine")
+    task = load_task(name)
+    assert [getattr(task, split) and len(getattr(task, split)) for split in SPLITS] == sizes
+
+
+# --- questions about made-up libraries -------------------------------------------------------------------------------
+
+# What a function is called, and the word that its sentence has instead.
+VERBS = {"paint": "colour", "wash": "soap", "sell": "money", "build": "stone", "clean": "brooms", "move": "wheels",
+         "open": "keys", "close": "locks", "rent": "guests", "visit": "friends"}
+NOUNS = {"alphalib": "house barn castle tower", "betalib": "horse", "gammalib": "lorry", "deltalib": "violin",
+         "epsilib": "carpet"}
+SHARED = "Sing for the whole town at night."
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """Five libraries that cannot be imported, one of them far larger, and an empty cache; returns their folder."""
+    for library, nouns in NOUNS.items():
+        functions = [(f"{verb}_{noun}", f"Bring {word} to the {noun} of {library} in spring.")
+                     for noun in nouns.split() for verb, word in VERBS.items()]
+        functions += [(f"lend_{library}", f"Lend money to every {nouns.split()[0]}."),
+                      (f"Lender{library}", f"Lend money to every {nouns.split()[0]}.")]
+        if library in ("alphalib", "betalib"):
+            functions.append(("sing", SHARED))
+        (tmp_path / library).mkdir()
+        (tmp_path / library / "__init__.py").write_text('raise RuntimeError("imported")\n' + "".join(
+            f'def {name}():\n    """{text}"""\n' for name, text in functions))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(corpora, "LIBRARIES", tuple(NOUNS))
+    monkeypatch.setattr(corpora, "_installed", lambda library: "1.0")
+    monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def rows_by_kind(task):
+    rows = [row | {"split": split} for split in SPLITS for row in task.split(split)]
+    return {kind: [row for row in rows if row["group"] == kind] for kind in instruction.ASKED}
+
+
+def test_little_questions(little):
+    task = load_task("docstrings_qa")
+    kinds = rows_by_kind(task)
+    for kind, rows in kinds.items():
+        for row in rows:
+            question, sentence, last = row["prompt"].split("\n")
+            assert (question, last) == (instruction.ASKED[kind], "Answer:") and sentence != SHARED
+            assert len({*row["choices"]}) == 4 and row["choices"][row["answer"]] == row["response"]
+            assert not any(library in sentence for library in NOUNS), "names of libraries are masked"
+            word, noun = re.findall(r"(\w+) to (?:the|every) (\w+)", sentence)[0]
+            library = next(name for name, nouns in NOUNS.items() if noun in nouns.split())
+            if kind == "library":
+                assert row["response"] == library and {*row["choices"]} < {*NOUNS}
+            else:
+                verb, named = row["response"].split("_")
+                assert (VERBS[verb], named) == (word, noun)
+                assert all(re.fullmatch(rf"\w+_({NOUNS[library].replace(' ', '|')})|(lend_|Lender){library}", name)
+                           for name in row["choices"]), "all of the same library"
+    prompts = [row["prompt"] for rows in kinds.values() for row in rows]
+    assert len({*prompts}) == len(prompts)
+    assert not any("Lend" in row["prompt"] for row in kinds["function"]), "it describes two names"
+    split_of = {}
+    for row in [*kinds["library"], *kinds["function"]]:
+        assert split_of.setdefault(row["prompt"].split("\n")[1], row["split"]) == row["split"]
+
+
+def test_libraries_alone_tell_nothing(little):
+    rows = rows_by_kind(load_task("docstrings_qa"))["library"]
+    right, offered = Counter(row["response"] for row in rows), Counter(name for row in rows for name in row["choices"])
+    # The largest cap at which no library has more than a quarter: 4 c <= c + 4 * 11, the small ones having 11 sentences.
+    assert right == {"alphalib": 14} | dict.fromkeys([*NOUNS][1:], 11)
+    assert all(abs(offered[name] - 4 * right[name]) <= 2 for name in NOUNS)
+    assert len({row["answer"] for row in rows}) == 4
+
+
+def test_sources_of_one_kind(little):
+    both = rows_by_kind(load_task("docstrings_qa"))
+    for kind in instruction.ASKED:
+        task = load_task(f"docstrings_qa:{kind}")
+        assert task.name == f"docstrings_qa:{kind}" and rows_by_kind(task)[kind] == both[kind] and both[kind]
+        assert {row["group"] for split in SPLITS for row in task.split(split)} == {kind}
+
+
+def test_held_out_is_the_test_split(little):
+    held_out, task = instruction.held_out(), load_task("docstrings_qa")
+    keys = {split: {same_sentence_key(prompt.split("\n")[1]) for prompt in task.split(split)["prompt"]} for split in SPLITS}
+    assert held_out == keys["test"] and not held_out & (keys["train"] | keys["validation"])
+    sizes = [len(keys[split]) for split in SPLITS]
+    assert sizes[0] == sum(sizes) * 8 // 10 and abs(sizes[1] - sizes[2]) <= 1
+
+
+def test_the_questions_are_kept_and_belong_to_the_versions(little, monkeypatch):
+    first, builds, build = load_task("docstrings_qa").fingerprint, [], instruction.build_docstrings_qa
+    monkeypatch.setattr(instruction, "build_docstrings_qa", lambda: builds.append(1) or build())
+    assert load_task("docstrings_qa").fingerprint == first and not builds
+    monkeypatch.setattr(corpora, "_installed", lambda library: "2.0")
+    assert load_task("docstrings_qa").fingerprint == first and len(builds) == 1
+    monkeypatch.setattr(instruction, "BUILDER", instruction.BUILDER + 1)
+    load_task("docstrings_qa")
+    monkeypatch.setattr(corpora, "BUILDER", corpora.BUILDER + 1)
+    load_task("docstrings_qa")
+    assert len(builds) == 3
+
+
+def test_the_questions_do_not_depend_on_hash_randomisation(little):
+    script = textwrap.dedent(f"""
+        import json, sys
+        sys.path.insert(0, {str(little)!r})
+        from distillkit import corpora, instruction
+        corpora.LIBRARIES = {tuple(NOUNS)!r}
+        print(json.dumps(instruction.build_docstrings_qa()))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": "7", "TQDM_DISABLE": "1"},
+                          text=True, capture_output=True, check=True)
+    assert json.loads(done.stdout) == instruction.build_docstrings_qa()
+
+
+# --- wrong names -----------------------------------------------------------------------------------------------------
+
+
+def test_wrong_names_hold_as_many_words_of_the_sentence():
+    far = [f"lib.other.zebra{letter}" for letter in "abcdefgh"]
+    names = instruction._Names(["lib.io.read_table", "lib.io.table_reader", "lib.io.read_only", *far])
+    for sentence in ("read a table from disk", "reads any tables", "table read by us"):
+        choices = names.choices(sentence, "read_table")
+        assert choices[:3] == ["read_table", "table_reader", "read_only"] and choices[3] in [path[10:] for path in far]
+
+
+def test_a_sentence_that_only_the_right_name_echoes_is_left_out():
+    names = instruction._Names(["lib.io.read_table", "lib.io.read_only", "lib.io.write_table", "lib.io.zebra", "lib.io.yak"])
+    assert names.choices("read a table from disk", "read_table") is None
+    assert {*names.choices("read it from disk", "read_table")} > {"read_table", "read_only"}
+
+
+def test_no_two_choices_differ_in_spelling_only():
+    names = instruction._Names(["lib.ReadTable", "lib.read_table", "lib.readtable", "lib.table_reader", "lib.reads_tables",
+                                "lib.zebra"])
+    for number in range(20):
+        choices = names.choices(f"read a table {'again ' * number}", "read_table")
+        assert len({name.replace("_", "").lower() for name in choices}) == 4
+    assert instruction._Names(["lib.read", "lib.Read", "lib.write", "lib.zebra"]).choices("go on", "read") is None
+
+
+def test_the_module_makes_a_name_close():
+    names = instruction._Names([*(f"lib.near.{word}" for word in ("ant", "bee", "cow")),
+                                *(f"lib.far.{word}" for word in ("dog", "elk", "fox", "gnu", "hen", "jay"))])
+    for sentence in ("nothing of this", "neither of these", "none at all"):
+        assert {*names.choices(sentence, "bee")[:3]} == {"ant", "bee", "cow"}
+
+
+# --- the questions of this machine -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def questions():
+    """Those about the real libraries, from the user's cache, built there if need be."""
+    return load_task("docstrings_qa")
+
+
+@pytest.mark.slow
+def test_real_libraries_make_many_questions(questions):
+    for kind in instruction.ASKED:
+        assert Counter(questions.train["group"])[kind] >= 10_000 and Counter(questions.test["group"])[kind] >= 1_500
+
+
+@pytest.mark.slow
+def test_no_guess_that_does_not_read_is_worth_much(questions):
+    """Rules of thumb score little above the chance of 1 in 4."""
+
+    def words(text):
+        return instruction._beginnings(text)
+
+    def share_right(rows, score):
+        right = 0.0
+        for row in rows:
+            scores = [score(row, choice) for choice in row["choices"]]
+            right += (scores[row["answer"]] == max(scores)) / scores.count(max(scores))
+        return right / len(rows)
+
+    kinds = {kind: [row for row in questions.test if row["group"] == kind] for kind in instruction.ASKED}
+    prior = Counter(questions.train["response"])
+    assert share_right(kinds["library"], lambda row, choice: prior[choice]) < 0.3
+    rules = {"words of the sentence": lambda row, choice: len(words(choice) & words(row["prompt"].split("\n")[1])),
+             "most like the others": lambda row, choice: sum(len(words(choice) & words(other)) for other in row["choices"]),
+             "longest": lambda row, choice: len(choice), "shortest": lambda row, choice: -len(choice)}
+    scores = {name: share_right(kinds["function"], score) for name, score in rules.items()}
+    assert all(score < 0.36 for score in scores.values()), scores
+
+
+@pytest.mark.slow
+def test_real_sentences_never_name_a_library(questions):
+    names = re.compile("|".join(corpora.LIBRARIES), re.IGNORECASE)
+    assert not [prompt for prompt in questions.test["prompt"] if names.search(prompt.split("\n")[1])]
