@@ -24,7 +24,7 @@ _HOMES = {
     "distiller": ("Distiller", "StepRecord"),
     "evaluation": ("Evaluation", "evaluate"),
     "experts": ("Experts", "record_experts"),
-    "influence": ("LessSettings", "influence"),
+    "influence": ("LessSettings",),
     "inner": ("SGD", "AdamW", "Momentum", "Unroll"),
     "instruction": ("InstructionTask",),
     "metagrad": (

@@ -12,10 +12,11 @@ choices, and so that the choices alone tell nothing:
   chance. No library has more than a quarter of the rows (the largest lose the rest), and each is offered as a wrong
   choice three times as often as it is right.
 * **function**: which function or class does this sentence describe? All choices are names of one library. Two of the
-  wrong ones are close: they hold as many words of the sentence as can be found, up to what the right one holds, and then
-  they share words or the module with it; for two questions in three the second is close to the first instead, or the
-  name that is most like the others would be the right one. The third is any name. Where every wrong name holds fewer
-  words of the sentence than the right one, the question is left out; so is a sentence that describes several names.
+  wrong ones are close: they hold as many words of the sentence as can be found, and as little else, up to what the right
+  one does, and then they share words or the module with it; for two questions in three the second is close to the first
+  instead, or the name that is most like the others would be the right one. The third is any name. Where each wrong name
+  holds fewer words of the sentence than the right one, the question is left out; so is a sentence that describes
+  several names.
 
 A sentence found in two libraries is left out, and one found twice counts once. Both kinds are split by the sentence.
 """
@@ -279,6 +280,7 @@ ASKED = {"library": "Which library is this sentence from?",
          "function": "Which function or class does this sentence describe?"}
 BUILDER = 1  # raise whenever the same sources would give other questions
 CHOICES = 4
+SHARE = 4  # how many words of a sentence are worth as much as a name that holds nothing else
 
 
 def docstrings_qa(source: str = "docstrings_qa") -> Corpus:
@@ -350,7 +352,7 @@ def _function_questions(summaries: dict) -> Iterator[dict]:
 
 
 class _Names:
-    """The names of one library. A name's features are its words and its module; words are cut to their beginnings."""
+    """The names of one library. A name's features are its words, their beginnings, and its module."""
 
     def __init__(self, paths) -> None:
         homes = {}
@@ -359,7 +361,7 @@ class _Names:
             homes.setdefault(name, home)
         self.names = list(homes)
         self.spelled = np.array([name.replace("_", "").lower() for name in self.names])
-        self.features = [_beginnings(name) | {home} for name, home in homes.items()]
+        self.features = [_words(name) | {home} for name, home in homes.items()]
         self.size = np.array([len(features) for features in self.features])
         having = defaultdict(list)
         for place, features in enumerate(self.features):
@@ -370,8 +372,9 @@ class _Names:
     def choices(self, key: str, name: str) -> list[str] | None:
         """`name` and three wrong ones by the rule in the module's docstring; None where there are none that are fair."""
         draw, right = generator("docstrings-qa", key), self.names.index(name)
-        found = self.shared(_beginnings(key))
-        worth = np.minimum(found + found / self.size, found[right] + found[right] / self.size[right])
+        found = self.shared(_words(key))
+        worth = found + SHARE * found / self.size
+        worth = np.minimum(worth, worth[right])
         worth += 1e-3 * torch.rand(len(worth), generator=draw).numpy()  # ties in random order
         chosen = [right]
         for pivot in (0, int(torch.rand((), generator=draw) > 1 / 3)):
@@ -405,10 +408,10 @@ def _question(kind: str, key: str, sentence: str, choices: list[str]) -> dict:
             "choices": [choices[place] for place in order], "answer": order.index(0), "group": kind}
 
 
-def _beginnings(text: str) -> frozenset[str]:
-    """The first four letters of each word, of a sentence or of a name in snake or camel case."""
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text)
-    return frozenset(word[:4].lower() for word in words if len(word) > 1)
+def _words(text: str) -> frozenset[str]:
+    """The words of a sentence, or of a name in snake or camel case, and the first four letters of each."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text) if len(word) > 1]
+    return frozenset([*words, *(word[:4] for word in words)])
 
 
 def _digest(text: str) -> str:

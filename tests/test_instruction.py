@@ -506,7 +506,7 @@ def test_no_guess_that_does_not_read_is_worth_much(questions):
     """Rules of thumb score little above the chance of 1 in 4."""
 
     def words(text):
-        return instruction._beginnings(text)
+        return instruction._words(text)
 
     def share_right(rows, score):
         right = 0.0
