@@ -1,0 +1,121 @@
+"""The instruction experiment: every score, seed by seed, from settings in a file; and whether one method beats another."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from distillkit import evaluation, instruction_jobs
+from distillkit.__main__ import draw, main
+from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table, paired_difference
+from distillkit.results import kind_of
+
+SMALL = {
+    "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,
+    "fraction": 0.2, "seeds": [0, 1], "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2,
+    "segment": 0.5, "unroll_steps": 2, "batch_size": 4, "neighbor_weight": 0.1, "outer_steps": 2, "outer_batch": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(standin_home, tmp_path_factory):
+    """One complete run from a file of settings: its folder and what it printed to."""
+    import standin_hub
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "instruction"}))
+    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "LANGUAGE_GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setattr(evaluation, "STANDARD_LEAST_STEPS", 2)
+        assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
+    return folder, json.loads((folder / "small.json").read_text())
+
+
+def job(**changes):
+    return InstructionJob(**{k: tuple(v) if isinstance(v, list) else v for k, v in (SMALL | changes).items()})
+
+
+def test_every_score_is_made(finished):
+    folder, result = finished
+    assert list(result["rows"]) == list(ROWS)
+    for name, row in result["rows"].items():
+        assert row.keys() == {"0", "1"}
+        for score in row.values():
+            assert 0 <= score["mean"] <= 1 and len(score["normalized"]) == 1
+            if not name.startswith("zero-shot"):
+                assert score["recipe"]["name"] == name.split("/")[1]
+    sizes = {name.split("/")[0]: row["0"]["examples"] for name, row in result["rows"].items()}
+    rows = result["corpus"]["rows"]["train"]
+    assert sizes.pop("full") == rows and sizes.pop("zero-shot") == 0 and set(sizes.values()) == {int(0.2 * rows)}
+    made = result["distilling"]
+    assert made.keys() == {"nacd-0", "nacd-1", "bptt-0", "bptt-1"}
+    assert made["nacd-0"]["terms"].keys() == {"outer", "neighbor"} and made["bptt-0"]["terms"].keys() == {"outer"}
+    assert made["nacd-0"]["terms"] != made["nacd-1"]["terms"], "a seed is another set"
+
+
+def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
+    folder, result = finished
+    scored = []
+    monkeypatch.setattr(instruction_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
+    assert InstructionRun(job(), folder, folder / "work")() == result
+    monkeypatch.setattr(InstructionRun, "_scored", lambda self, *what: scored.append(what) or {"mean": 0.5})
+    short = job(seeds=[0, 1], rows=["random/tuned", "nacd/own"])
+    part = json.loads((folder / "small.json").read_text())
+    part["rows"]["random/tuned"].pop("1")
+    (folder / "part").mkdir()
+    (folder / "part" / "small.json").write_text(json.dumps(part))
+    InstructionRun(short, folder / "part", folder / "work")()
+    assert scored == [("random", "tuned", 1)]
+
+
+def test_only_some_rows(finished, standin_hub, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr(InstructionRun, "_scored", lambda self, *what: {"mean": 0.5})
+    run = InstructionRun(job(name="other"), folder, folder / "work")
+    assert run(("less/tuned",))["rows"].keys() == {"less/tuned"}
+    with pytest.raises(ValueError, match="a row must be one of zero-shot/none, .* not 'less/own'"):
+        run(("less/own",))
+
+
+def test_the_table(finished):
+    _, result = finished
+    lines = instruction_table(result).splitlines()
+    assert draw(result).splitlines() == lines and len(lines) == 2 + len(ROWS)
+    scores = [result["rows"]["nacd/own"][s]["mean"] for s in "01"]
+    full = [result["rows"]["full/standard"][s]["mean"] for s in "01"]
+    (line,) = (line for line in lines if line.startswith("| nacd | own |"))
+    assert f"| {np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f} |" in line
+    assert line.endswith(f"| 2 | {np.mean(scores) / np.mean(full):.0%} |")
+    del result["rows"]["less/tuned"]
+    assert "| less | tuned | | not run | | | |" in instruction_table(result)
+
+
+def test_paired_differences_by_hand():
+    rows = {"a": {s: {"mean": m} for s, m in zip("0123", (0.5, 0.6, 0.7, 0.9), strict=True)},
+            "b": {s: {"mean": m} for s, m in zip("012", (0.4, 0.4, 0.4), strict=True)}, "c": {"0": {"mean": 0.3}}}
+    mean, half = paired_difference(rows, "a", "b")
+    low, high = stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.4, 0.4]).confidence_interval(0.95)
+    assert (mean, mean - half, mean + half) == pytest.approx((0.2, low, high))
+    assert paired_difference(rows, "a", "c") == (pytest.approx(0.2), math.inf), "one seed tells nothing"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rows": ["nacd/mine"]}, "a row must be one of .* not 'nacd/mine'"),
+    ({"fraction": 0}, "fraction must be a number above 0, not 0"),
+    ({"outer_steps": 0}, "outer_steps must be a whole number of at least 1, not 0"),
+    ({"seeds": []}, r"seeds must be a list of whole numbers, not \(\)"),
+    ({"kind": "other"}, "kind must be one of instruction, not 'other'"),
+    ({"name": "a/b"}, "name must be letters, digits"),
+])
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        job(**change)
+
+
+def test_the_kind_of_a_file(tmp_path):
+    for text, kind in (("name: a\n", "classification"), ("kind: instruction\n", "instruction")):
+        (tmp_path / "a.yaml").write_text(text)
+        assert kind_of(tmp_path / "a.yaml") == kind
