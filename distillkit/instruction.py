@@ -278,7 +278,7 @@ def _dataset(rows: list[tuple]):
 
 ASKED = {"library": "Which library is this sentence from?",
          "function": "Which function or class does this sentence describe?"}
-BUILDER = 1  # raise whenever the same sources would give other questions
+BUILDER = 2  # raise whenever the same sources would give other questions
 CHOICES = 4
 SHARE = 4  # how many words of a sentence are worth as much as a name that holds nothing else
 
@@ -307,7 +307,8 @@ def build_docstrings_qa() -> dict:
     for library in progress(found, desc="writing questions", leave=False):
         rows += _function_questions(found[library])
     rows.sort(key=lambda row: _digest(row["group"] + row["key"]))
-    keys = sorted({row["key"] for row in rows}, key=_digest)
+    # Not by the plain digest: which rows of a large library are kept depends on that, and must not decide the split.
+    keys = sorted({row["key"] for row in rows}, key=lambda key: _digest("split" + key))
     bounds = (0, len(keys) * 8 // 10, len(keys) * 9 // 10, len(keys))
     splits = {}
     for name, first, last in zip(SPLITS, bounds, bounds[1:]):
@@ -347,7 +348,7 @@ def _function_questions(summaries: dict) -> Iterator[dict]:
     names = _Names(path for _, paths in summaries.values() for path in paths)
     for key, (sentence, paths) in summaries.items():
         described = {path.rpartition(".")[2] for path in paths}
-        if len(described) == 1 and (choices := names.choices(key, *described)):
+        if len(described) == 1 and (choices := names.choices(sentence, *described)):
             yield _question("function", key, sentence, choices)
 
 
@@ -369,13 +370,13 @@ class _Names:
                 having[feature].append(place)
         self.having = {feature: np.array(places) for feature, places in having.items()}
 
-    def choices(self, key: str, name: str) -> list[str] | None:
+    def choices(self, sentence: str, name: str) -> list[str] | None:
         """`name` and three wrong ones by the rule in the module's docstring; None where there are none that are fair."""
-        draw, right = generator("docstrings-qa", key), self.names.index(name)
-        found = self.shared(_words(key))
+        draw, right = generator("docstrings-qa", sentence), self.names.index(name)
+        found = self.shared(_words(sentence))
         worth = found + SHARE * found / self.size
-        worth = np.minimum(worth, worth[right])
-        worth += 1e-3 * torch.rand(len(worth), generator=draw).numpy()  # ties in random order
+        ties = 1e-3 * torch.rand(len(worth), generator=draw).numpy()
+        worth = np.minimum(worth, worth[right]) + ties
         chosen = [right]
         for pivot in (0, int(torch.rand((), generator=draw) > 1 / 3)):
             chosen.append(self.closest(chosen[pivot], worth, chosen))

@@ -1,0 +1,316 @@
+"""Pre-training: no question of the test split is read, runs repeat and resume to the bit, and what is written loads."""
+
+import dataclasses
+import itertools
+import json
+import math
+import warnings
+
+import pytest
+import torch
+import transformers
+
+import distillkit as dk
+from distillkit import pretrain
+from distillkit.pretrain import FILES, LENGTHS, AssetError, Pretraining, Text, asset, documents
+
+NAMES = ["tiny-opt", "tiny-llama"]
+STEPS, BATCH = 4, 256
+FACTS = {"docstrings": 240, "kept": 240, "held_out": {"sentences": 0, "sha256": ""}, "libraries": {"alpha": "1.0"}}
+TEXTS = ["Compute x_2[10] via alpha.fit.", "two  spaces\nand a new line", "  in front", "é α 漢 🙂", "tab\there </s> <pad>"]
+
+
+def made_up(start, stop):
+    things = itertools.product(("fast", "slow", "sparse", "dense"), ("matrix", "graph", "series"), ("rows", "nodes", "axes"))
+    words = [" ".join(thing) for thing in things]
+    return [f"alpha.m{i % 7}.f{i}: Return the {words[i % 36]} of the {words[i * 5 % 36]}." for i in range(start, stop)]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return Text([(document, 2) for document in made_up(0, 200)], made_up(200, 216), FACTS)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def finished(request, text, tmp_path_factory):
+    """A finished run of each kind and the folder it wrote."""
+    folder = tmp_path_factory.mktemp(request.param)
+    run = Pretraining(request.param, text, steps=STEPS, batch=BATCH, runs=folder / "runs")
+    list(run.run())
+    return run, run.write(folder / "assets")
+
+
+@pytest.fixture
+def opt(text, tmp_path):
+    """Makes short runs of tiny-opt."""
+    return lambda **kwargs: Pretraining("tiny-opt", text, runs=tmp_path / "runs", **{"steps": STEPS, "batch": BATCH} | kwargs)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_docstring_is_read_in_full_and_as_its_masked_first_sentence():
+    docstring = "Turn a pandas object\n    into rows.\n\nParameters\n----------\nx : int\n    The ``input``."
+    text = documents({"alpha.turn": docstring, "alpha.bare": "No."}, frozenset())
+    assert text.train == [
+        ("alpha.bare\nNo.", 1),
+        ("alpha.turn\nTurn a pandas object into rows.\nParameters\nx : int The ``input``.", 1),
+        ("alpha.turn: Turn a library object into rows.", 1),
+        ("Turn a library object into rows. -- alpha.turn", 2),
+        ("Turn a library object into rows. -> turn (alpha)", 1),
+    ]
+    assert text.validation == [] and text.facts["docstrings"] == text.facts["kept"] == 2
+
+
+def test_long_docstrings_are_cut_after_a_word():
+    (document, _), = documents({"alpha": "ab cd " * 400}, frozenset()).train[:1]
+    assert document.endswith(("ab", "cd"))
+    assert 990 < len(document) - len("alpha\n") <= 1000
+
+
+@pytest.mark.parametrize("docstring", [
+    "Sum all the values here.",
+    "SUM all the values, here!\n\nMore text.",
+    "Another first sentence of it. Sum all the values here. The end.",
+    "Another first sentence of it.\n\nNotes\n-----\nTo sum all the\n    values here is its use.",
+    "Another first sentence of it: sum :func:`all` the ``values`` *here*.",
+])
+def test_a_held_out_sentence_is_read_nowhere(docstring):
+    docstrings = {"alpha.sum": docstring, "alpha.other": "Sum all the values there."}
+    text = documents(docstrings, frozenset({"sum all the values here"}))
+    assert len(text.train) == 4 and all("other" in document for document, _ in text.train)
+    assert text.facts["docstrings"] == 2 and text.facts["kept"] == 1
+
+
+def test_held_out_sentences_are_compared_with_names_masked():
+    held_out = frozenset({"turn a library object into rows"})
+    assert documents({"alpha": "See below for more of it. Turn a pandas object into rows."}, held_out).train == []
+
+
+def test_validation_documents_are_a_few_and_share_no_first_sentence_with_the_others():
+    sentences = [document.split(": ")[1] for document in made_up(0, 36)]
+    docstrings = {f"alpha.f{i}": f"{sentences[i % 36]} Case {i} follows." for i in range(72)}
+    docstrings |= {f"beta.f{i}": f"Sentence of {'a' * (i % 60 + 1)} and {'b' * (i // 60 + 1)} only." for i in range(900)}
+    text = documents(docstrings, frozenset())
+    assert 4 * 4 <= len(text.validation) < 4 * 25 < len(text.train)
+    first = {document.split(" -- ")[0] for document in text.validation if " -- " in document}
+    assert first and first.isdisjoint(document.split(" -- ")[0] for document, _ in text.train)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizers_load_without_a_warning_and_give_text_back(finished, capfd, caplog):
+    run, folder = finished
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert capfd.readouterr().err == "" and caplog.records == []
+    for text in TEXTS[:-1]:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and ids == run.tokenizer(text).input_ids
+        assert tokenizer.unk_token_id not in ids[1:] and tokenizer.decode(ids, skip_special_tokens=True) == text
+    batch = tokenizer(["a", "a much longer one"], padding=True)
+    assert batch["input_ids"][0][-1] == tokenizer.pad_token_id != tokenizer.eos_token_id and batch["attention_mask"][0][-1] == 0
+
+
+def test_the_two_tokenizers_differ(text):
+    opt, llama = (make([document for document, _ in text.train]) for make, _ in pretrain.KINDS.values())
+    assert opt.convert_ids_to_tokens(opt("of rows 10").input_ids)[0] == "</s>" == opt.bos_token == opt.eos_token
+    assert llama.convert_ids_to_tokens(llama("of rows 10").input_ids) == ["<s>", "▁of", "▁rows", "▁", "1", "0"]
+    assert "Ġof" in opt.get_vocab() and "Ġof" not in llama.get_vocab() and "▁of" not in opt.get_vocab()
+    assert llama.convert_ids_to_tokens(llama("漢").input_ids)[-3:] == ["<0xE6>", "<0xBC>", "<0xA2>"]
+
+
+def test_special_tokens_in_a_docstring_are_plain_text(finished):
+    run, _ = finished
+    ids, = run._encode([TEXTS[-1]])
+    bos, eos, pad = (getattr(run.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad"))
+    inner = ids[1:-1] if bos != eos else ids[1:]
+    assert ids[0] == bos and (bos == eos or ids[-1] == eos)
+    assert not {bos, eos, pad} & {*inner.tolist()} and run.tokenizer.decode(inner).strip() == TEXTS[-1]
+
+
+def test_a_pass_holds_every_document_as_often_as_its_copies(finished):
+    run, _ = finished
+    first, second = run._pass(0), run._pass(1)
+    assert len(first) == 2 * sum(map(len, run.encoded)) and not torch.equal(first, second)
+    assert torch.equal(first.bincount(), second.bincount())
+    ids = run.encoded[7]
+    assert sum(torch.equal(window, ids) for window in first.unfold(0, len(ids), 1)) >= 2
+    x, y = pretrain._rows(torch.arange(9), 4)
+    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and y.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_written_models_load_and_are_those_that_were_trained(finished):
+    run, folder = finished
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(model) is type(run.model) and model.dtype == torch.bfloat16 and not any(info.values())
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    loaded = dict(model.named_parameters())
+    assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in run.parameters.items())
+    assert model.config.max_position_embeddings == 256 and model.config.vocab_size == len(run.tokenizer)
+    assert {role: getattr(model.config, f"{role}_token_id") for role in ("bos", "eos", "pad")} == {
+        role: getattr(run.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")
+    }
+
+
+def test_full_size_models_have_one_to_three_million_parameters():
+    for (_, make), size in zip(pretrain.KINDS.values(), (4096, 3072)):
+        with torch.device("meta"):
+            model = make(vocab_size=size, max_position_embeddings=256, tie_word_embeddings=True)
+        assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+
+
+def test_written_models_are_students(finished, task):
+    student = dk.load_student(finished[1], task)
+    batch = dict(student.tokenizer(["a warm story", "dull"], padding=True, return_tensors="pt"))
+    assert student.logits(student.init(0), batch).isfinite().all() and student.causal
+
+
+def test_it_learns_and_writes_down_how(finished):
+    run, folder = finished
+    record = json.loads((folder / "training.json").read_text())
+    assert [point["step"] for point in record["curve"]] == [1, 2, 3, 4]
+    assert record["tokens"] == STEPS * BATCH and record["text"]["libraries"] == {"alpha": "1.0"}
+    assert record["curve"][-1]["validation_loss"] < record["curve"][0]["validation_loss"] - 0.3
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and f"pretrain {run.name} --steps {STEPS} --seed 0" in card
+    assert f"| 4 | 1,024 | {run.seconds / 60:.1f} |" in card and "alpha 1.0" in card
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_steps_and_seed_give_the_same_bytes(finished, text, tmp_path):
+    run, folder = finished
+    state = torch.get_rng_state()
+    again = Pretraining(run.name, text, steps=STEPS, batch=BATCH, runs=tmp_path / "runs")
+    list(again.run())
+    other = again.write(tmp_path)
+    assert all((folder / file).read_bytes() == (other / file).read_bytes() for file in FILES)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_another_seed_gives_another_model(opt):
+    assert not torch.equal(next(iter(opt().parameters.values())), next(iter(opt(seed=1).parameters.values())))
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, text, tmp_path):
+    run, _ = finished
+    settings = {"steps": STEPS, "batch": BATCH, "runs": tmp_path}
+    first = Pretraining(run.name, text, **settings)
+    losses = list(itertools.islice(first.run(), 2))
+    first.save()
+    second = Pretraining(run.name, text, **settings)
+    assert second.losses == losses == run.losses[:2]
+    list(second.run())
+    assert second.losses == run.losses
+    assert all(torch.equal(p, run.parameters[name]) for name, p in second.parameters.items())
+    without_time = [[{k: v for k, v in point.items() if k != "minutes"} for point in r.curve] for r in (run, second)]
+    assert without_time[0] == without_time[1]
+    third = Pretraining(run.name, text, **settings)
+    assert third.done == 1 and list(third.run()) == []
+
+
+def test_a_checkpoint_of_other_settings_or_text_is_refused(opt, text, tmp_path):
+    opt().save()
+    with pytest.raises(ValueError, match="other settings: steps is 4 there and 6 here.*--fresh"):
+        opt(steps=6)
+    other = dataclasses.replace(text, validation=text.validation[:-1])
+    with pytest.raises(ValueError, match="other settings: text is"):
+        Pretraining("tiny-opt", other, steps=STEPS, batch=BATCH, runs=tmp_path / "runs")
+
+
+def test_a_run_of_any_length_in_minutes_ends_with_small_steps(opt, monkeypatch):
+    clock = itertools.count(step=2.0)
+    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: next(clock))
+    run, rates, lengths = opt(steps=None, minutes=0.5), [], []
+    batch = run._batch
+    monkeypatch.setattr(run, "_batch", lambda length: lengths.append(length) or batch(length))
+    for _ in run.run():
+        rates.append(run.optimizer.param_groups[0]["lr"] / pretrain.PEAK)
+    assert run.done == 1 and run.curve[-1]["step"] == len(rates) == len(lengths)
+    assert rates[0] < 0.1 < 0.9 < max(rates) and rates[-1] < 0.1 and rates[1:] == sorted(rates[1:], reverse=True)
+    assert lengths == sorted(lengths) and set(lengths) == set(LENGTHS)
+
+
+def test_the_learning_rate_rises_and_falls():
+    assert pretrain.rate(0) < 0.05 and math.isclose(pretrain.rate(pretrain.WARMUP), 1) and pretrain.rate(1) == 0
+    assert math.isclose(pretrain.rate((1 + pretrain.WARMUP) / 2), 0.5)
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"steps": None}, "steps or minutes.*steps=None, minutes=None"),
+    ({"minutes": 1.0}, "steps or minutes.*minutes=1.0"),
+    ({"steps": 0}, "steps=0"),
+    ({"batch": 100}, "multiple of 256 tokens, not 100"),
+    ({"batch": 2**20}, "too little text.*batch=1048576"),
+])
+def test_settings_that_cannot_be_are_refused(opt, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        opt(**kwargs)
+
+
+def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "library_documents", lambda: text)
+    where = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    threads = torch.get_num_threads()
+    try:
+        assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 0
+        assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
+        assert pretrain.main(["tiny-llama", "--steps", "2", *where]) == 2
+        assert "--fresh" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- assets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packaged(opt, tmp_path, monkeypatch):
+    """An untrained tiny-opt where the package's would be; gives its folder."""
+    monkeypatch.setattr(pretrain, "ASSETS", tmp_path / "assets")
+    run = opt()
+    run.curve.append({"step": 0, "tokens": 0, "minutes": 0.0, "train_loss": 0.0, "validation_loss": 0.0})
+    return run.write(tmp_path / "assets")
+
+
+def test_an_asset_is_found_and_an_older_one_replaced(packaged, opt, tmp_path):
+    assert asset("tiny-opt") == packaged
+    opt(seed=1).write(tmp_path / "assets")
+    assert asset("tiny-opt") == packaged and [path.name for path in packaged.parent.iterdir()] == ["tiny-opt"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_asset_is_refused(packaged, file):
+    content = bytearray((packaged / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (packaged / file).write_bytes(content)
+    with pytest.raises(AssetError, match=f"{file}.*SHA-256.*make it again: python -m distillkit.pretrain tiny-opt"):
+        asset("tiny-opt")
+
+
+def test_missing_or_unknown_assets_are_named_with_the_remedy(packaged):
+    with pytest.raises(AssetError, match="unknown model 'tiny-bert'; the package has tiny-opt, tiny-llama"):
+        asset("tiny-bert")
+    with pytest.raises(AssetError, match="tiny-llama/manifest.json is missing; reinstall"):
+        asset("tiny-llama")
+    (packaged / "model.safetensors").unlink()
+    with pytest.raises(AssetError, match="model.safetensors is missing; reinstall"):
+        asset("tiny-opt")
+    (packaged / "manifest.json").write_text('{"sha256": {}}')
+    with pytest.raises(AssetError, match="manifest.json is damaged.*make it again"):
+        asset("tiny-opt")
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(opt, tmp_path):
+    (tmp_path / "tiny-opt").mkdir()
+    (tmp_path / "tiny-opt" / "notes.txt").write_text("mine")
+    with pytest.raises(AssetError, match="will not overwrite.*choose another folder"):
+        opt().write(tmp_path)
+    assert (tmp_path / "tiny-opt" / "notes.txt").read_text() == "mine"
