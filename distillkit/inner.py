@@ -214,9 +214,10 @@ def described(optimizer: Optimizer) -> dict:
 def optimizer_from(settings: dict) -> Optimizer:
     """The optimiser that :func:`described` wrote down."""
     settings = dict(settings)
-    kind = OPTIMIZERS.get(settings.pop("name", None))
+    name = settings.pop("name", None)
+    kind = OPTIMIZERS.get(name)
     if kind is None:
-        raise ValueError(f"unknown inner optimiser {settings!r}; known: {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"unknown inner optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 

@@ -275,7 +275,7 @@ def test_not_found_says_where_it_looked_and_what_to_do(name, standin_hub, monkey
     assert name != "ag_news" or str(tmp_path / "ag_news") in message
 
 
-@pytest.mark.parametrize("source", ["docstring", "arc_easy", "mmlu", "./absent", "", None, 3])
+@pytest.mark.parametrize("source", ["docstring", "arc_eassy", "mmmlu", "./absent", "", None, 3])
 def test_unknown_names_are_refused_by_name(source):
     with pytest.raises(CorpusError, match=re.escape(repr(source))):
         load_corpus(source)

@@ -99,7 +99,7 @@ def test_every_row_is_made_and_written(finished):
 def test_what_was_distilled(finished):
     folder, result = finished
     assert {n: (d["steps"], len(d["losses"])) for n, d in result["distilling"].items()} == {
-        "labels": (2, 2), "embeddings": (3, 3)}
+        "labels": (3, 3), "embeddings": (3, 3)}
     assert [row["label"] for row in result["text"]] == ["neg", "pos"] and all(row["text"] for row in result["text"])
     embeddings, labels = (jobs.DistilledSet.load(folder / "work" / "small" / n) for n in ("embeddings", "labels"))
     assert embeddings.tokens is None and embeddings.meta["recipe"]["outer_steps"] == 3
@@ -290,7 +290,7 @@ def test_run_from_the_command_line(copied, scored, capsys, tmp_path):
     rewrite(copied, lambda result: result["rows"].pop("random/tuned"))
     assert __main__.main(["run", str(config), *places(copied)]) == 0
     out = capsys.readouterr().out
-    assert "rotten_tomatoes: 80 / 40 / 40 rows, 2 classes; student bert-base-uncased" in out
+    assert "rotten_tomatoes: 80 / 40 / 40 rows; student bert-base-uncased" in out
     assert table(stored(copied)) in out and "written to" in out and scored == ["tuned"]
 
 
