@@ -296,8 +296,12 @@ def docstrings_qa(source: str = "docstrings_qa") -> Corpus:
 
 
 def held_out() -> frozenset[str]:
-    """The `same_sentence_key`s of all sentences in the test split of `docstrings_qa`: what pre-training must leave out."""
-    return frozenset(same_sentence_key(prompt.split("\n")[1]) for prompt in docstrings_qa().splits["test"].texts)
+    """The `same_sentence_key`s of what pre-training must leave out: the sentences that `docstrings_qa` judges models on.
+
+    That is its test split, and its validation split too, or settings would be chosen on questions whose answer was read.
+    """
+    splits = docstrings_qa().splits
+    return frozenset(same_sentence_key(text.split("\n")[1]) for name in ("validation", "test") for text in splits[name].texts)
 
 
 def build_docstrings_qa() -> dict:

@@ -5,17 +5,17 @@ models which know something, of different architecture and with different tokeni
 has none.  So ``tiny-opt`` (OPT, byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for
 rare characters) are pre-trained here, each within the hour on one CPU thread:
 
-    python -m distillkit.pretrain tiny-opt --minutes 30
+    python -m distillkit.pretrain tiny-opt --minutes 45
 
 *What they read.*  The docstrings of the libraries of :mod:`distillkit.corpora`.  Each is read once a pass under its dotted
 path, and several times as its first sentence next to that path, which is the knowledge that later questions ask for.  A
-docstring in which a sentence of the questions' test split occurs, anywhere, is left out altogether.
+docstring in which a sentence of the questions' validation or test split occurs, anywhere, is left out altogether.
 
 *How.*  Documents follow each other without padding.  The learning rate follows the time spent (or the steps made, if
 their number is given, which makes a run repeatable to the bit), so that a run of any length ends with small steps.  The
 first three quarters are read in rows of 128 tokens and the rest in rows of 256, as BERT's training was split (Devlin et
 al., 2019), since short rows are quicker.  Arithmetic is float32: on CPUs without bfloat16 instructions autocast to
-bfloat16 was measured to be ten times slower.
+bfloat16 was measured to be about fifteen times slower.
 
 What is written is a model folder in the hub's layout, with a model card and the SHA-256 of every file that is loaded;
 :func:`asset` checks them.
@@ -135,7 +135,7 @@ def documents(docstrings: Mapping[str, str], held_out: frozenset[str]) -> Text:
 
 
 def library_documents() -> Text:
-    """:func:`documents` of the installed libraries, without the sentences of the questions' test split."""
+    """:func:`documents` of the installed libraries, without the sentences that questions will judge it on."""
     from distillkit import instruction
 
     docstrings = {}
@@ -504,7 +504,7 @@ one architecture can be tried on another on a machine that reaches no model hub.
 {text["kept"]:,} of the {text["docstrings"]:,} docstrings of {_named(text["libraries"])}. Each was read under its dotted \
 path, cut at {LONGEST:,} characters; and its first sentence, library names masked, was read {sum(FORMS.values())} times \
 more, next to its name and path. Left out were all docstrings in which one of the {text["held_out"]["sentences"]:,} first \
-sentences of the test split of `docstrings_qa` occurs; those of its other splits were read, so a score on them flatters. \
+sentences of the validation and test split of `docstrings_qa` occurs; those of its training split were read. \
 One docstring in a hundred was kept for the validation loss.
 
 ## Training
@@ -514,7 +514,7 @@ One docstring in a hundred was kept for the validation loss.
 {record["steps"]:,} steps of {settings["batch"]:,} tokens, {record["tokens"]:,} in all ({record["passes"]:.1f} passes over \
 the text), took {record["minutes"]:.0f} minutes. Threads: {record["threads"]}. AdamW, learning rate {PEAK:g}, falling to 0 \
 along a cosine. Arithmetic was float32; the weights are stored in bfloat16. On a CPU without bfloat16 instructions autocast \
-to bfloat16 was measured to be ten times slower. Made with {_named(record["versions"])}.
+to bfloat16 was measured to be about fifteen times slower. Made with {_named(record["versions"])}.
 
 Loss in nats a token; training: the mean since the row above.
 
@@ -539,7 +539,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m distillkit.pretrain", description=__doc__.split("\n\n")[0])
     top.add_argument("name", choices=tuple(KINDS))
     length = top.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="length of the run (default 30)")
+    length.add_argument("--minutes", type=float, help="length of the run (default 45)")
     length.add_argument("--steps", type=int, help="length of the run, repeatable to the bit")
     top.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     top.add_argument("--seed", type=int, default=0)
@@ -556,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     if args.fresh:
         shutil.rmtree(args.runs / f"pretrain-{args.name}", ignore_errors=True)
-    minutes = 30.0 if args.minutes is None and args.steps is None else args.minutes
+    minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
     try:
         run = Pretraining(args.name, library_documents(), steps=args.steps, minutes=minutes, seed=args.seed, runs=args.runs)
         for _ in run.run():

@@ -96,6 +96,11 @@ class Student:
         """d, the width of an input embedding."""
         return self.embedding.shape[1]
 
+    @property
+    def draws(self) -> bool:
+        """Whether :meth:`init` gives other parameters for another seed; a pretrained language model has nothing to draw."""
+        return self.weights == "random" or bool(self.fresh_names) or any(".lora_" in name for name in self.trained_names)
+
     def init(self, seed: int, *, weights: str | None = None) -> Params:
         """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
 

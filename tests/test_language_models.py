@@ -1,11 +1,14 @@
 """Language models as students: responses after prompts, padding, parameters, and their meta-gradients."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distillkit as dk
+from distillkit.evaluation import choice_accuracy, choice_scores
 from distillkit.metagrad import Problem
 from distillkit.students import NO_TARGET
 
@@ -71,6 +74,7 @@ def test_what_trains(students, name):
     assert full.module.get_input_embeddings().weight is not full.module.get_output_embeddings().weight
     assert "lm_head.weight" in full.trained_names and head.trained_names == ("lm_head.weight",)
     assert all(torch.equal(value, own[n]) for n, value in full.init(0).items()), "nothing of a language model is drawn afresh"
+    assert lora.draws and not full.draws and not head.draws
     assert all(".lora_" in n for n in lora.trained_names)
     assert all(value.any() == (".lora_A." in n) for n, value in lora.init(0).items())
     assert any(not torch.equal(a, b) for a, b in zip(lora.init(0).values(), lora.init(1).values(), strict=True))
@@ -118,3 +122,51 @@ def test_responses_of_another_shape(students, responses):
 def test_an_encoder_is_no_language_model(standin_hub):
     with pytest.raises(ValueError, match="is a model of kind 'bert'; a student for instruction is one of opt, llama"):
         dk.load_student("bert-base-uncased", TASK)
+
+
+def questions(student, tmp_path):
+    """A task of two questions, with three and two choices of unequal length."""
+    rows = [
+        {"prompt": "red or green ?", "response": " a house", "choices": [" a", " a house", " a house by the sea"], "answer": 1},
+        {"prompt": "one", "response": " two", "choices": [" two", " one and two"], "answer": 0},
+    ]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows, dk.load_task(str(tmp_path), max_length=32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_of_choices_are_those_of_the_model_itself(students, name, batch_size, tmp_path):
+    student = students[name, "full"]
+    rows, task = questions(student, tmp_path)
+    plain, by_length = choice_scores(student, student.init(0), task, "test", [1, 0], batch_size)
+    prompts = task.token_ids(student.tokenizer, "test")
+    for place, number in enumerate([1, 0]):
+        row = rows[number]
+        for i, (choice, ids) in enumerate(zip(row["choices"], task.choice_ids(student.tokenizer, "test", number), strict=True)):
+            whole = torch.tensor([[*prompts[number], *ids]])
+            with torch.no_grad():
+                found = student.module(input_ids=whole).logits[0].log_softmax(-1)
+            start = len(prompts[number])
+            expected = sum(float(found[start + j - 1, token]) for j, token in enumerate(ids))
+            assert plain[place][i] == pytest.approx(expected, rel=1e-9)
+            assert by_length[place][i] == pytest.approx(expected / len(choice), rel=1e-9)
+
+
+@pytest.mark.parametrize("scores, right", [
+    ([math.nan, math.nan, math.nan], False),  # and not the first choice, which is the answer
+    ([-math.inf, -math.inf, -math.inf], False),
+    ([-3.0, math.nan, -math.inf], True),
+    ([-3.0, -2.0, math.nan], False),
+])
+def test_a_model_without_finite_scores_has_answered_nothing(students, tmp_path, monkeypatch, scores, right):
+    student = students[NAMES[0], "full"]
+    rows, _ = questions(student, tmp_path)
+    first = {**rows[0], "answer": 0, "response": " a"}
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(first) + "\n", encoding="utf-8")
+    task, given = dk.load_task(str(tmp_path), max_length=32), iter(scores)
+    monkeypatch.setattr(type(student), "log_likelihood", lambda self, params, batch, said: torch.tensor(
+        [[next(given)] for _ in said], dtype=torch.float64))
+    assert choice_accuracy(student, student.init(0), task, "test")[0] == right
