@@ -68,6 +68,8 @@ RANDOM = {
     "random:bert-base": (transformers.BertConfig, {}),
 }
 ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
+WAYS = {False: "forward", True: "central", None: "exact, weights moved by rounding"}
+FELT = 1e-6  # share of the largest contribution; float32 resolves 1.2e-7
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
@@ -287,9 +289,9 @@ def _size(tensors) -> int:
 
 
 def accuracy_of(contender: Contender, problem: Problem, oracle: Known) -> dict[str, list]:
-    """Cosine and relative error with respect to ``oracle``, by inner step."""
+    """Cosine and relative error with respect to ``oracle``, and its share of the largest contribution, by inner step."""
     found = compare(contender.run, oracle, problem)
-    return {key: [_rounded(step[key]) for step in found] for key in ("cosine", "error")}
+    return {key: [_rounded(step[key]) for step in found] for key in ("cosine", "error", "share")}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -463,7 +465,22 @@ def differences(task: dk.Task, student: Student, steps: int, settings: dict) -> 
             contender = Contender("", dk.ForwardDifference(central=central, change=change))
             row = {"step_size": settings["step_size"], "steps": steps, "central": central, "change": change}
             rows.append(row | {"loss": _rounded(oracle.loss)} | accuracy_of(contender, problem, oracle))
-    return rows
+    again = Known.of(dk.Replay(), nudged(problem))
+    row = {"step_size": settings["step_size"], "steps": steps, "central": None, "change": None, "loss": _rounded(again.loss)}
+    return [*rows, row | accuracy_of(Contender("", again), problem, oracle)]
+
+
+def nudged(problem: Problem) -> Problem:
+    """The same training run, every initial weight moved by up to half a unit in its last place.
+
+    How far the *exact* meta-gradient moves with it says how much of it float32 can know.
+    """
+    draw = generator("benchmark-nudge")
+
+    def moved(p: Tensor) -> Tensor:
+        return p * (1 + torch.finfo(p.dtype).eps * (torch.rand(p.shape, generator=draw).to(p) - 0.5))
+
+    return dataclasses.replace(problem, params={name: moved(p) for name, p in problem.params.items()})
 
 
 def machine(device: str | None) -> dict:
@@ -545,9 +562,18 @@ def accuracy_table(entry: dict, result: dict) -> str:
     lines.append(_line(["---"] + ["---:"] * (len(problems) + 1)))
     for central, change in dict.fromkeys((row["central"], row["change"]) for row in entry["rows"]):
         rows = {(r["step_size"], r["steps"]): r for r in entry["rows"] if (r["central"], r["change"]) == (central, change)}
-        cells = [" / ".join(_worst([rows[p]])) if p in rows else "" for p in problems]
-        lines.append(_line(["central" if central else "forward", change, *cells]))
-    return "\n".join([*lines, "", "Worst inner step: cosine / relative error."])
+        cells = [" / ".join(_worst([_felt(rows[p])])) if p in rows else "" for p in problems]
+        lines.append(_line([WAYS[central], change or "", *cells]))
+    lost = {(r["step_size"], r["steps"]): sum(share is not None and share < FELT for share in r["share"]) for r in entry["rows"] if "share" in r}
+    note = "; ".join(f"{count} of {steps} steps at η = {size}, T = {steps}" for (size, steps), count in lost.items() if count)
+    return "\n".join([*lines, "", f"Worst inner step: cosine / relative error. Steps that contribute less than {FELT:g} of what "
+                      f"the largest does are left out: {note or 'none'}."])
+
+
+def _felt(row: dict) -> dict:
+    """``row`` without the steps whose contribution is lost in the sum of all."""
+    kept = [i for i, share in enumerate(row["share"]) if share is None or share >= FELT]
+    return row | {key: [row[key][i] for i in kept] for key in ("cosine", "error")}
 
 
 def _line(cells) -> str:
