@@ -37,7 +37,7 @@ from distillkit.progress import progress
 from distillkit.results import Settings, as_json, take_up, write
 from distillkit.selection import ALL_METHODS, select
 from distillkit.storage import is_vacant
-from distillkit.students import load_student
+from distillkit.students import Student, load_student
 from distillkit.tasks import load_task
 
 LEARNED = ("nacd", "bptt")
@@ -128,6 +128,7 @@ class InstructionRun:
         self.student = load_student(job.student, self.task, trainable=job.trainable)
         self.result = take_up(self.path, job, self.task)
         self._sets: dict[tuple[str, int], DistilledSet] = {}
+        self._adapted: Student | None = None
 
     def __call__(self, only: tuple[str, ...] = ()) -> dict:
         """Make every score that is missing, or those of the rows that ``only`` names; returns the result."""
@@ -156,10 +157,18 @@ class InstructionRun:
 
     def _make(self, method: str, seed: int) -> DistilledSet:
         if method in ALL_METHODS:
-            return select(self.task, self.student, method, fraction=self.job.fraction, seed=seed)
+            return select(self.task, self._selector(method), method, fraction=self.job.fraction, seed=seed)
         if method.endswith(" text"):
             return project(self.set_of(method.removesuffix(" text"), seed), self.student)
         return self._distilled(method, seed)
+
+    def _selector(self, method: str) -> Student:
+        """Who selects: the student itself, for LESS with low-rank adapters, as its paper has it."""
+        if method != "less" or self.student.trainable == "lora":
+            return self.student
+        if self._adapted is None:
+            self._adapted = load_student(self.job.student, self.task, trainable="lora")
+        return self._adapted
 
     def _distilled(self, method: str, seed: int) -> DistilledSet:
         folder = self.work / f"{method}-{seed}"

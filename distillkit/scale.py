@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 SCALES = ("cpu", "gpu")
-_COUNTS = ("per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +31,23 @@ class Settings:
         corpus: what `load_task` is given.
         corpus_limit: rows per split, or None for all of them.
         student: what `load_student` is given.
-        per_class: synthetic examples a class.
-        length: tokens of a synthetic example, at most `max_length`.
         unroll_steps: T, the inner steps of one training run on the synthetic examples.
         outer_steps: updates of the synthetic examples.
         outer_batch: real examples in one outer loss.
         max_length: tokens that a real text is cut to.
-        seeds: the seeds that `evaluate` trains and scores with; two at least, or there is no spread to report.
+        seeds: the seeds that sets are scored with; two at least, or there is no spread to report.
         notebook, scale, reduced: filled in by `settings`.
 
     Raises ValueError, with the field and the value, for a value outside its range.
     """
 
+    # The largest budget of a reduced run.
+    LEAST: ClassVar[dict[str, int]] = {
+        "corpus_limit": 96, "max_length": 16, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8,
+    }
+
     corpus: str
     student: str
-    per_class: int
-    length: int
     unroll_steps: int
     outer_steps: int
     outer_batch: int
@@ -58,12 +59,11 @@ class Settings:
     reduced: bool = False
 
     def __post_init__(self) -> None:
-        for name in _COUNTS + (() if self.corpus_limit is None else ("corpus_limit",)):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.length > self.max_length:
-            raise ValueError(f"length must be at most max_length ({self.max_length}), got {self.length}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            counted = field.type == "int" or (field.type == "int | None" and value is not None)
+            if counted and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be an integer of at least 1, got {value!r}")
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise ValueError(f"seeds must be two or more different integers, got {self.seeds!r}")
 
@@ -77,16 +77,75 @@ class Settings:
         if not (condition or self.reduced):
             raise AssertionError(f"{text} (this did not hold in {self.notebook}, scale {self.scale})")
 
+    def sizes(self) -> str:
+        """The sizes of what is learned, in words."""
+        raise NotImplementedError
+
     def __str__(self) -> str:
         rows = "all rows" if self.corpus_limit is None else f"{self.corpus_limit} rows a split"
         return (
             f"{self.scale} scale{' (reduced)' if self.reduced else ''}: {self.student} on {self.corpus} ({rows}), "
-            f"{self.per_class} synthetic example{'s' * (self.per_class > 1)} a class of {self.length} tokens, "
-            f"{self.unroll_steps} inner steps, {self.outer_steps} outer steps, {len(self.seeds)} seeds"
+            f"{self.sizes()}, {self.unroll_steps} inner steps, {self.outer_steps} outer steps, {len(self.seeds)} seeds"
         )
 
 
-_CPU = Settings(
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSettings(Settings):
+    """Settings of a lesson on classification.
+
+    Args:
+        per_class: synthetic examples a class.
+        length: tokens of a synthetic example, at most `max_length`.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = Settings.LEAST | {"length": 12}
+
+    per_class: int
+    length: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length > self.max_length:
+            raise ValueError(f"length must be at most max_length ({self.max_length}), got {self.length}")
+
+    def sizes(self) -> str:
+        return f"{self.per_class} synthetic example{'s' * (self.per_class > 1)} a class of {self.length} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionSettings(Settings):
+    """Settings of a lesson on instruction tuning.
+
+    Args:
+        trainable: which parameters train, as `load_student` is told.
+        fraction: size of a set, as a share of the training split.
+        batch_size: examples of the set in an inner step.
+        expert_epochs, expert_batch, snapshots_per_epoch: of the expert; the segment that is matched is one snapshot long.
+        judged: rows of the test split that scores are taken on in the lesson.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = Settings.LEAST | {
+        "max_length": 48, "expert_epochs": 1, "expert_batch": 16, "snapshots_per_epoch": 2, "batch_size": 4, "judged": 24,
+    }
+
+    trainable: str
+    fraction: float
+    batch_size: int
+    expert_epochs: int
+    expert_batch: int
+    snapshots_per_epoch: int
+    judged: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must lie above 0 and at most at 1, got {self.fraction!r}")
+
+    def sizes(self) -> str:
+        return f"{self.fraction:.0%} synthetic examples, trained: {self.trainable}"
+
+
+_CPU = ClassificationSettings(
     corpus="docstrings",
     student="offline:minilm",
     per_class=1,
@@ -97,7 +156,7 @@ _CPU = Settings(
     max_length=32,
     seeds=(0, 1, 2),
 )
-_GPU = Settings(
+_GPU = ClassificationSettings(
     corpus="ag_news",
     student="bert-base-uncased",
     per_class=1,
@@ -120,7 +179,7 @@ def settings(notebook: str, **overrides: object) -> Settings:
 
     Args:
         notebook: its file name without .ipynb, such as "00_quickstart".
-        overrides: fields of `Settings` to change, as a reader does to try something out.
+        overrides: fields of its settings to change, as a reader does to try something out.
 
     Raises ValueError for a notebook that is not in the table, a scale other than cpu and gpu, a DISTILLKIT_REDUCED
     other than 0 and 1, an override that is no field, and a value outside its field's range. DISTILLKIT_REDUCED=1 has
@@ -130,7 +189,7 @@ def settings(notebook: str, **overrides: object) -> Settings:
         raise ValueError(f"no settings for a notebook {notebook!r}; distillkit/scale.py has {', '.join(TABLE)}")
     scale = _variable("DISTILLKIT_SCALE", SCALES)
     reduced = _variable("DISTILLKIT_REDUCED", ("0", "1")) == "1"
-    known = {field.name for field in fields(Settings)} - {"notebook", "scale", "reduced"}
+    known = {field.name for field in fields(TABLE[notebook][scale])} - {"notebook", "scale", "reduced"}
     unknown = sorted(overrides.keys() - known)
     if unknown:
         raise ValueError(f"settings have no field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
@@ -148,14 +207,5 @@ def _variable(name: str, allowed: tuple[str, ...]) -> str:
 
 def _reduce(full: Settings) -> Settings:
     """Return `full` with the smallest budgets under which every line of a lesson still does something."""
-    return replace(
-        full,
-        corpus_limit=min(full.corpus_limit or 96, 96),
-        length=min(full.length, 12),
-        max_length=min(full.max_length, 16),
-        unroll_steps=min(full.unroll_steps, 2),
-        outer_steps=min(full.outer_steps, 2),
-        outer_batch=min(full.outer_batch, 8),
-        seeds=full.seeds[:2],
-        reduced=True,
-    )
+    budgets = {name: min(getattr(full, name) or least, least) for name, least in full.LEAST.items()}
+    return replace(full, **budgets, seeds=full.seeds[:2], reduced=True)
