@@ -158,7 +158,7 @@ Part = tuple[float, Batch, Tensor, int | None]
 def set_parts(
     rows: Tensor, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None, dropout: tuple | None
 ) -> Iterator[Part]:
-    """The micro-batches of one step on a distilled set.
+    """The micro-batches of one step on a distilled set: examples of like length together, without common padding.
 
     Args:
         rows: the examples of the step, an index tensor.
@@ -167,9 +167,16 @@ def set_parts(
         dropout: the address of the dropout masks, (seed, step), or None for no dropout.
     """
     rows = rows.to(embeds.device)
-    for i, part in enumerate(rows.split(micro_batch or len(rows))):
+    ends = ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)[rows]
+    if micro_batch is not None and micro_batch < len(rows):
+        ends, order = ends.sort(stable=True)
+        rows = rows[order]
+    size = micro_batch or len(rows)
+    for i, (part, longest) in enumerate(zip(rows.split(size), ends.split(size), strict=True)):
         seed = None if dropout is None else derive_seed("dropout", *dropout, i)
-        yield len(part) / len(rows), {"inputs_embeds": embeds[part], "attention_mask": mask[part]}, targets[part], seed
+        end = int(longest.max())
+        inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
+        yield len(part) / len(rows), inputs, targets[part], seed
 
 
 def loss_and_grads(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.inner import from_recipe
+from distillkit.inner import from_recipe, set_parts
 
 
 def quadratic(params):
@@ -85,3 +85,17 @@ def test_a_bad_step_size_is_named(kind, value):
 def test_adamw_refuses(field, value):
     with pytest.raises(ValueError, match=field):
         dk.AdamW(**{field: value})
+
+
+def test_micro_batches_hold_examples_of_like_length_without_common_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]])
+    embeds, targets = torch.randn(5, 4, 2), torch.arange(5)
+    parts = list(set_parts(torch.tensor([4, 0, 3, 1, 2]), embeds, mask, targets, micro_batch=2, dropout=None))
+    assert [part[2].tolist() for part in parts] == [[1, 3], [2, 4], [0]]
+    assert [part[0] for part in parts] == [0.4, 0.4, 0.2]
+    for share, batch, labels, seed in parts:
+        end = int(max(mask[i].nonzero().max() for i in labels)) + 1
+        assert torch.equal(batch["inputs_embeds"], embeds[labels, :end])
+        assert torch.equal(batch["attention_mask"], mask[labels, :end])
+    ((share, batch, labels, seed),) = set_parts(torch.tensor([2, 1]), embeds, mask, targets, micro_batch=None, dropout=None)
+    assert share == 1 and labels.tolist() == [2, 1] and batch["inputs_embeds"].shape == (2, 2, 2), "one batch keeps its order"
