@@ -93,7 +93,7 @@ def test_micro_batches_hold_examples_of_like_length_without_common_padding():
     parts = list(set_parts(torch.tensor([4, 0, 3, 1, 2]), embeds, mask, targets, micro_batch=2, dropout=None))
     assert [part[2].tolist() for part in parts] == [[1, 3], [2, 4], [0]]
     assert [part[0] for part in parts] == [0.4, 0.4, 0.2]
-    for share, batch, labels, seed in parts:
+    for _, batch, labels, _ in parts:
         end = int(max(mask[i].nonzero().max() for i in labels)) + 1
         assert torch.equal(batch["inputs_embeds"], embeds[labels, :end])
         assert torch.equal(batch["attention_mask"], mask[labels, :end])

@@ -564,10 +564,10 @@ def accuracy_table(entry: dict, result: dict) -> str:
         rows = {(r["step_size"], r["steps"]): r for r in entry["rows"] if (r["central"], r["change"]) == (central, change)}
         cells = [" / ".join(_worst([_felt(rows[p])])) if p in rows else "" for p in problems]
         lines.append(_line([WAYS[central], change or "", *cells]))
-    lost = {(r["step_size"], r["steps"]): sum(share is not None and share < FELT for share in r["share"]) for r in entry["rows"] if "share" in r}
+    lost = {(r["step_size"], r["steps"]): r["steps"] - len(_felt(r)["cosine"]) for r in entry["rows"]}
     note = "; ".join(f"{count} of {steps} steps at η = {size}, T = {steps}" for (size, steps), count in lost.items() if count)
-    return "\n".join([*lines, "", f"Worst inner step: cosine / relative error. Steps that contribute less than {FELT:g} of what "
-                      f"the largest does are left out: {note or 'none'}."])
+    return "\n".join([*lines, "", "Worst inner step: cosine / relative error. Steps that contribute less than "
+                      f"{FELT:g} of what the largest does are left out: {note or 'none'}."])
 
 
 def _felt(row: dict) -> dict:
