@@ -24,8 +24,8 @@ from torch import Tensor
 from distillkit.checks import check_whole
 from distillkit.seeds import generator
 from distillkit.storage import load_folder, save_folder
-from distillkit.students import NO_TARGET, Student
-from distillkit.tasks import Task
+from distillkit.students import Student
+from distillkit.tasks import NO_TARGET, Task
 
 KIND = "distilled-set"
 CONFIDENCE = 0.9  # share of its own class in a soft label before learning

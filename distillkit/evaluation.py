@@ -34,8 +34,8 @@ from distillkit.inner import AdamW, Optimizer, Part, Unroll, described, from_rec
 from distillkit.objectives import bound_step_sizes
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.students import NO_TARGET, Params, Student
-from distillkit.tasks import Task
+from distillkit.students import Params, Student
+from distillkit.tasks import NO_TARGET, Task
 
 STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
 STANDARD_LANGUAGE = {"lora": 2e-4, "full": 1e-3, "head": 1e-3}

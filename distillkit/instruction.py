@@ -38,10 +38,9 @@ from . import corpora
 from .corpora import Corpus, CorpusError, Split, first_sentence, same_sentence_key
 from .progress import progress
 from .seeds import generator
-from .tasks import CARVED, SPLITS, Task, check_text, limited, whole, with_test_split
+from .tasks import CARVED, NO_TARGET, SPLITS, Task, check_text, limited, whole, with_test_split
 
 COLUMNS = ("prompt", "response", "choices", "answer", "group")
-IGNORED = -100  # the label of a position that is not there
 CHUNK = 1000  # rows that are tokenised at once
 
 
@@ -95,7 +94,7 @@ class InstructionTask(Task):
         rows = [int(row) for row in rows]
         inputs, responses = self._inputs(tokenizer, split, rows), self.response_ids(tokenizer, split)
         labels = [torch.tensor(responses[row]) for row in rows]
-        return inputs | {"labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
+        return inputs | {"labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=NO_TARGET)}
 
     def _tokens(self, tokenizer, split: str) -> tuple[list, list, list]:
         """The prompts, the responses and the choices of all rows in ids."""

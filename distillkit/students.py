@@ -37,6 +37,7 @@ from torch import Tensor
 
 from distillkit.checks import check_choice
 from distillkit.seeds import generator
+from distillkit.tasks import NO_TARGET
 
 Params = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -47,7 +48,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:tiny-opt", "offline:tiny-llama")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head", "lora")
-NO_TARGET = -100  # fills up short rows of response ids
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
 DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")

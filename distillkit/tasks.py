@@ -25,12 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_whole
 from .corpora import Corpus, CorpusError, Split, load_corpus
 from .seeds import generator as seeded
 
 if TYPE_CHECKING:
     import datasets  # a second to import, so at run time only where rows are made
 
+NO_TARGET = -100  # fills up short rows of response ids
 SPLITS = ("train", "validation", "test")
 SHORTEST = 3  # a token between two special ones
 CARVED = 0.1  # of train, where validation is missing
@@ -138,9 +140,9 @@ def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: i
 
     Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
     """
-    _check_whole("max_length", max_length, SHORTEST, "at least one token between two special ones")
+    check_whole("max_length", max_length, least=SHORTEST, meaning="at least one token between two special ones")
     if limit is not None:
-        _check_whole("limit", limit, 1, "rows per split, or None for all")
+        check_whole("limit", limit, meaning="rows per split, or None for all")
     corpus = load_corpus(source)
     if corpus.layout != "labels":
         from .instruction import instruction_task  # which builds on this module
@@ -291,11 +293,6 @@ def whole(label) -> int | None:
     if isinstance(label, float):
         return int(label) if label.is_integer() else None
     return label if isinstance(label, int) else None
-
-
-def _check_whole(name: str, value, least: int, meaning: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more ({meaning}), not {value!r}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 import distillkit as dk
 from distillkit.evaluation import choice_accuracy, choice_scores
 from distillkit.metagrad import Problem
-from distillkit.students import NO_TARGET
+from distillkit.tasks import NO_TARGET
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2"]
 TASK = SimpleNamespace(kind="instruction", classes=(), max_length=16, name="questions")
