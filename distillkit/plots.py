@@ -193,10 +193,23 @@ def text_table(rows: Sequence[dict], classes: Sequence[str]) -> str:
     Args:
         rows: ``text``, ``label`` and ``probabilities`` of each example, as ``DistilledSet.to_text()`` gives them.
     """
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ("class", "text", *classes))
-    body = []
-    for row in rows:
-        cells = "".join(f"<td>{p:.2f}</td>" for p in row["probabilities"])
-        words = f"<td style='text-align:left'>{html.escape(row['text'])}</td>"
-        body.append(f"<tr><td>{html.escape(row['label'])}</td>{words}{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    # Lists of cells, not dictionaries: a class may be called "text".
+    head = ["class", "text", *classes]
+    return _html([head, *([row["label"], row["text"], *row["probabilities"]] for row in rows)])
+
+
+def html_table(rows: Sequence[dict]) -> str:
+    """Dictionaries of the same keys as an HTML table, a column a key; every piece of text is escaped."""
+    return _html([[*rows[0]], *([*row.values()] for row in rows)])
+
+
+def _html(rows: list[list]) -> str:
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
+    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _html_cell(value) -> str:
+    if isinstance(value, float):
+        return f"<td>{value:.2f}</td>"
+    return f"<td style='text-align:left'>{html.escape(value)}</td>"
