@@ -40,6 +40,7 @@ from distillkit.tasks import NO_TARGET, Task
 STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
 STANDARD_LANGUAGE = {"lora": 2e-4, "full": 1e-3, "head": 1e-3}
 STANDARD_EPOCHS, STANDARD_BATCH, STANDARD_LEAST_STEPS = 3, 32, 200
+_BATCHES = {"batch_size": STANDARD_BATCH, "micro_batch": 16}  # 16 of like length at a time: less padding
 GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)}
 LANGUAGE_GRID = {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 100, 200)}
 TUNING_SEEDS, TUNING_ROWS = 2, 300
@@ -173,7 +174,10 @@ def _text_bytes(task: Task) -> int:
 
 
 def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
-    """Settle on a recipe; returns seed → plan (the order of the full data and dropout masks depend on the seed)."""
+    """Settle on a recipe; returns seed → plan.
+
+    The seed decides the order of the full data, that of a set under recipes it was not distilled with, and dropout masks.
+    """
     if distilled is None:
         if recipe not in (None, "standard"):
             raise ValueError(f"the full training split is trained on by recipe='standard' only, not {recipe!r}")
@@ -186,18 +190,16 @@ def _planner(distilled, task, student, recipe) -> Callable[[int], _Plan]:
         _own(distilled, student, 0)  # a set without a recipe is an error before anything is trained
         return lambda seed: _own(distilled, student, seed)
     if recipe == "standard":
-        plan = _standard(distilled, student)
-    elif recipe == "tuned":
-        plan = _tuned(distilled, task, student)
-    else:
-        raise ValueError(f"recipe must be 'own', 'standard', 'tuned' or an Unroll, not {recipe!r}")
-    return lambda seed: plan
+        return lambda seed: _standard(distilled, student, seed)
+    if recipe == "tuned":
+        return _tuned(distilled, task, student)
+    raise ValueError(f"recipe must be 'own', 'standard', 'tuned' or an Unroll, not {recipe!r}")
 
 
-def _set_feed(distilled: DistilledSet, student: Student, unroll: Unroll, seed: int) -> Feed:
+def _set_feed(distilled: DistilledSet, student: Student, unroll: Unroll, seed: int, order: int = 0) -> Feed:
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled))
+    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int):
@@ -224,9 +226,9 @@ def _own(distilled: DistilledSet, student: Student, seed: int) -> _Plan:
     return _Plan(unroll.optimizer, bound_step_sizes(distilled, unroll), feed, recipe)
 
 
-def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str, seed: int = 0) -> _Plan:
+def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str, seed: int = 0, order: int = 0) -> _Plan:
     sizes = torch.full((unroll.steps,), float(unroll.optimizer.step_size))
-    feed = _set_feed(distilled, student, unroll, seed)
+    feed = _set_feed(distilled, student, unroll, seed, order)
     return _Plan(unroll.optimizer, sizes, feed, {"name": name, **unroll.recipe()})
 
 
@@ -252,9 +254,10 @@ def _standard_recipe(steps: int, optimizer: AdamW) -> dict:
     }
 
 
-def _standard(distilled: DistilledSet, student: Student) -> _Plan:
+def _standard(distilled: DistilledSet, student: Student, seed: int) -> _Plan:
     steps = max(STANDARD_EPOCHS * -(-len(distilled) // STANDARD_BATCH), STANDARD_LEAST_STEPS)
-    feed = _set_feed(distilled, student, Unroll(steps, batch_size=STANDARD_BATCH), 0)
+    unroll = Unroll(steps, **_BATCHES)
+    feed = _set_feed(distilled, student, unroll, seed, order=seed)
     optimizer = _standard_optimizer(student)
     return _Plan(optimizer, _warm_up_and_decay(steps, optimizer.step_size), feed, _standard_recipe(steps, optimizer))
 
@@ -283,13 +286,13 @@ def _full_data(task: Task, student: Student, seed: int) -> _Plan:
     return _Plan(optimizer, _warm_up_and_decay(steps, optimizer.step_size), feed, _standard_recipe(steps, optimizer))
 
 
-def _tuned(distilled: DistilledSet, task: Task, student: Student) -> _Plan:
-    """The grid point with the best mean validation accuracy; a tie goes to the cheaper one."""
+def _tuned(distilled: DistilledSet, task: Task, student: Student) -> Callable[[int], _Plan]:
+    """Seed → plan of the grid point with the best mean validation accuracy; a tie goes to the cheaper one."""
     rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0))
     grid = GRID if student.kind == "classification" else LANGUAGE_GRID
     accuracy: dict[tuple[int, float], list[float]] = {}
     for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
-        unroll = Unroll(max(grid["steps"]), optimizer=AdamW(step_size), batch_size=STANDARD_BATCH)
+        unroll = Unroll(max(grid["steps"]), optimizer=AdamW(step_size), **_BATCHES)
         plan = _constant(distilled, student, unroll, "tuned")
         for seed in range(TUNING_SEEDS if student.draws else 1):  # or all would be the same run
             params = student.init(derive_seed("tune-init", seed))
@@ -299,10 +302,14 @@ def _tuned(distilled: DistilledSet, task: Task, student: Student) -> _Plan:
                     right, _ = _graded(student, trained, task, "validation", rows)
                     accuracy.setdefault((steps, step_size), []).append(float(right.mean()))
     best = max(accuracy, key=lambda point: (round(float(np.mean(accuracy[point])), 6), -point[0], -point[1]))
-    unroll = Unroll(best[0], optimizer=AdamW(best[1]), batch_size=STANDARD_BATCH)
-    plan = _constant(distilled, student, unroll, "tuned")
+    unroll = Unroll(best[0], optimizer=AdamW(best[1]), **_BATCHES)
     judged = {"grid": {k: list(v) for k, v in grid.items()}, "validation": float(np.mean(accuracy[best]))}
-    return dataclasses.replace(plan, recipe={**plan.recipe, **judged})
+
+    def plan_for(seed: int) -> _Plan:
+        plan = _constant(distilled, student, unroll, "tuned", order=seed)
+        return dataclasses.replace(plan, recipe={**plan.recipe, **judged})
+
+    return plan_for
 
 
 def _graded(student: Student, params: Params, task: Task, split: str, rows=None) -> tuple[np.ndarray, np.ndarray]:

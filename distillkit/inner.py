@@ -268,14 +268,14 @@ class Unroll:
 
             object.__setattr__(self, "metagrad", Replay())
 
-    def rows(self, examples: int) -> list[Tensor]:
-        """Which examples each step sees: T index tensors into a set of ``examples``."""
+    def rows(self, examples: int, order: int = 0) -> list[Tensor]:
+        """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""
         if self.batch_size is None or self.batch_size >= examples:
             return [torch.arange(examples)] * self.steps
         rows: list[Tensor] = []
         for epoch in range(self.steps):
-            order = torch.randperm(examples, generator=generator("inner-order", epoch))
-            rows += order.split(self.batch_size)
+            address = ("inner-order", order, epoch) if order else ("inner-order", epoch)
+            rows += torch.randperm(examples, generator=generator(*address)).split(self.batch_size)
             if len(rows) >= self.steps:
                 break
         return rows[: self.steps]

@@ -191,9 +191,13 @@ def test_warm_up_and_decay(steps, warm):
 
 
 def test_the_standard_recipe(task, tiny):
-    plan = _standard(dk.DistilledSet.from_real(task, tiny, per_class=20, length=6), tiny)
+    distilled = dk.DistilledSet.from_real(task, tiny, per_class=20, length=6)
+    plan, other = (_standard(distilled, tiny, seed) for seed in (0, 1))
     assert plan.optimizer == STANDARD == dk.AdamW(5e-5, weight_decay=0.01)
-    assert len(plan.step_sizes) == 200 and [len(next(iter(plan.feed(t)))[2]) for t in range(4)] == [32, 8, 32, 8]
+    assert len(plan.step_sizes) == 200
+    assert [[len(part[2]) for part in plan.feed(t)] for t in range(4)] == [[16, 16], [8], [16, 16], [8]]
+    first = [torch.cat([part[1]["inputs_embeds"] for part in of.feed(0)]) for of in (plan, other)]
+    assert not torch.equal(*first), "a seed is another order"
 
 
 def test_full_data_goes_through_every_row_once_an_epoch(task, tiny, monkeypatch):
@@ -230,7 +234,7 @@ def test_tuned_takes_the_best_point_of_the_grid(task, tiny, quick, monkeypatch, 
         return np.array([accuracy[next(order)] + next(wobble)])
 
     monkeypatch.setattr(evaluation, "_correct", judged)
-    plan = evaluation._tuned(a_set(task, tiny)[0], task, tiny)
+    plan = evaluation._tuned(a_set(task, tiny)[0], task, tiny)(0)
     assert next(order, None) is None, "every point is tried"
     recipe = plan.recipe
     assert best == (recipe["steps"], recipe["optimizer"]["step_size"])
