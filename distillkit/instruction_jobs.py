@@ -30,6 +30,7 @@ from distillkit.distiller import Distiller
 from distillkit.evaluation import choice_accuracy, evaluate
 from distillkit.experts import record_experts
 from distillkit.inner import AdamW, Unroll
+from distillkit.jobs import STRATEGIES
 from distillkit.metagrad import recommend
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT, TrajectoryMatching
@@ -62,6 +63,8 @@ class InstructionJob(Settings):
         expert_count, expert_epochs, expert_step_size, expert_batch, snapshots_per_epoch: of the AdamW experts.
         segment, max_start_epoch: what is matched, in expert epochs.
         unroll_steps, batch_size, step_size: inner loop of both objectives: AdamW, its learned step sizes start there.
+        micro_batch: examples of an inner step that are computed at once.
+        metagrad: ``"replay"`` or ``"forward_difference"``; None: what :func:`~distillkit.metagrad.recommend` names.
         distance: of :class:`~distillkit.objectives.TrajectoryMatching`.
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
         outer_steps, lr: outer loop of both objectives.
@@ -87,7 +90,9 @@ class InstructionJob(Settings):
     max_start_epoch: float | None = None
     unroll_steps: int = 8
     batch_size: int = 32
+    micro_batch: int = 8
     step_size: float = 1e-3
+    metagrad: str | None = None
     distance: str = "whole"
     neighbor_weight: float = 0.0
     outer_steps: int = 100
@@ -98,10 +103,12 @@ class InstructionJob(Settings):
 
     def __post_init__(self):
         check_choice("kind", self.kind, ("instruction",))
+        if self.metagrad is not None:
+            check_choice("metagrad", self.metagrad, STRATEGIES)
         for row in self.rows:
             check_choice("a row", row, ROWS)
         for key in ("max_length", "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch", "unroll_steps",
-                    "batch_size", "outer_steps", "outer_batch"):
+                    "batch_size", "micro_batch", "outer_steps", "outer_batch"):
             check_whole(key, getattr(self, key))
         self.check_positive("fraction", "expert_step_size", "segment", "step_size", "lr")
         if not self.seeds or not all(isinstance(s, int) for s in self.seeds):
@@ -199,10 +206,11 @@ class InstructionRun:
 
     def unroll(self) -> Unroll:
         """The inner loop of both objectives."""
-        strategy, _ = recommend(self.student)
+        strategy = STRATEGIES[self.job.metagrad] if self.job.metagrad else recommend(self.student)[0]
         # ε inside the root, without which the derivative of Adam's first steps has no bound.
         optimizer = AdamW(self.job.step_size, eps_root=1e-12)
-        return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, batch_size=self.job.batch_size)
+        sizes = {"batch_size": self.job.batch_size, "micro_batch": self.job.micro_batch}
+        return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, **sizes)
 
     def matching(self, seed: int) -> TrajectoryMatching:
         """Trajectory matching against experts of this seed, which are recorded at its first use."""
