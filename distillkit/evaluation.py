@@ -340,28 +340,40 @@ def choice_scores(
 
     Args:
         rows: of the split.
-        batch_size: choices at a time.
+        batch_size: choices at a time (rows, where each choice is a single token).
 
     Returns:
         for each row an array with an entry a choice, twice; a NaN counts as −∞.
     """
     tokenizer, choices = student.tokenizer, task.split(split)["choices"]
-    prompts = task.token_ids(tokenizer, split)
-    items = [(place, ids) for place, row in enumerate(rows) for ids in task.choice_ids(tokenizer, split, int(row))]
-    order = sorted(range(len(items)), key=lambda i: len(prompts[int(rows[items[i][0]])]) + len(items[i][1]))
-    found = np.empty(len(items))
+    offered = [task.choice_ids(tokenizer, split, int(row)) for row in rows]
+    found = [np.empty(len(ids)) for ids in offered]
+    sizes = [len(task.token_ids(tokenizer, split)[int(row)]) for row in rows]
+    # Where every choice is a single token, the prompt is read once and tells of all of them.
+    single = [place for place, ids in enumerate(offered) if all(len(choice) == 1 for choice in ids)]
+    others = [(place, i) for place in sorted({*range(len(rows))} - {*single}) for i in range(len(offered[place]))]
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            where = order[start : start + batch_size]
-            batch = task.batch(tokenizer, split, [rows[items[i][0]] for i in where])
-            said = [torch.tensor(items[i][1]) for i in where]
+        for part in _by_size(single, lambda place: sizes[place], batch_size):
+            batch = task.batch(tokenizer, split, [rows[place] for place in part])
+            scores = student.next_token(params, batch).double().cpu().numpy()
+            for place, of_token in zip(part, scores, strict=True):
+                found[place][:] = [of_token[token] for (token,) in offered[place]]
+        for part in _by_size(others, lambda item: sizes[item[0]] + len(offered[item[0]][item[1]]), batch_size):
+            batch = task.batch(tokenizer, split, [rows[place] for place, _ in part])
+            said = [torch.tensor(offered[place][i]) for place, i in part]
             said = torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=NO_TARGET)
-            found[where] = student.log_likelihood(params, batch, said).sum(1).double().cpu().numpy()
-    found = np.nan_to_num(found, nan=-np.inf, neginf=-np.inf)
-    counts = [len(choices[int(row)]) for row in rows]
-    plain = np.split(found, np.cumsum(counts)[:-1])
+            scores = student.log_likelihood(params, batch, said).sum(1).double().cpu().numpy()
+            for (place, i), score in zip(part, scores, strict=True):
+                found[place][i] = score
+    plain = [np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf) for scores in found]
     by_length = [s / [len(choice) for choice in choices[int(row)]] for s, row in zip(plain, rows, strict=True)]
     return plain, by_length
+
+
+def _by_size(items: list, size: Callable, batch_size: int) -> Iterator[list]:
+    """Batches of items of like size."""
+    items = sorted(items, key=size)
+    yield from (items[i : i + batch_size] for i in range(0, len(items), batch_size))
 
 
 def _correct(student: Student, params: Params, task: Task, split: str, rows=None, batch_size: int = 256) -> np.ndarray:

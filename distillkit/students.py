@@ -163,6 +163,11 @@ class Student:
         logits = torch.func.functional_call(self.module, params, kwargs=kwargs).logits
         return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none", ignore_index=NO_TARGET)
 
+    def next_token(self, params: Params, batch: Batch) -> Tensor:
+        """Log-probability ``[b, v]`` of each token to be the one after the prompt."""
+        kwargs = self._inputs(batch) | {"logits_to_keep": 1}
+        return torch.func.functional_call(self.module, params, kwargs=kwargs).logits[:, -1].log_softmax(-1)
+
     def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
         """Mean cross-entropy of a batch; of a language model, mean over examples of the mean over response tokens.
 

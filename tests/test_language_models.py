@@ -124,15 +124,26 @@ def test_an_encoder_is_no_language_model(standin_hub):
         dk.load_student("bert-base-uncased", TASK)
 
 
-def questions(student, tmp_path):
-    """A task of two questions, with three and two choices of unequal length."""
+WORDS = "the a of in and is to at on by for new it was year team".split()
+
+
+def questions(student, folder):
+    """A task of three questions, two with choices of unequal length and one with choices of a single token."""
+
+    def task_of(rows):
+        for split in ("train", "validation", "test"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return dk.load_task(str(folder), max_length=32)
+
+    probe = task_of([{"prompt": "one or two", "response": WORDS[0], "choices": WORDS, "answer": 0}])
+    short = [w for w, ids in zip(WORDS, probe.choice_ids(student.tokenizer, "test", 0), strict=True) if len(ids) == 1]
+    assert len(short) > 1
     rows = [
-        {"prompt": "red or green ?", "response": " a house", "choices": [" a", " a house", " a house by the sea"], "answer": 1},
-        {"prompt": "one", "response": " two", "choices": [" two", " one and two"], "answer": 0},
+        {"prompt": "red or green ?", "response": "a house", "choices": ["a", "a house", "a house by the sea"], "answer": 1},
+        {"prompt": "one", "response": "two", "choices": ["two", "one and two"], "answer": 0},
+        {"prompt": "one or two", "response": short[0], "choices": short, "answer": 0},
     ]
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return rows, dk.load_task(str(tmp_path), max_length=32)
+    return rows, task_of(rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 256])
@@ -140,9 +151,9 @@ def questions(student, tmp_path):
 def test_scores_of_choices_are_those_of_the_model_itself(students, name, batch_size, tmp_path):
     student = students[name, "full"]
     rows, task = questions(student, tmp_path)
-    plain, by_length = choice_scores(student, student.init(0), task, "test", [1, 0], batch_size)
+    plain, by_length = choice_scores(student, student.init(0), task, "test", [1, 2, 0], batch_size)
     prompts = task.token_ids(student.tokenizer, "test")
-    for place, number in enumerate([1, 0]):
+    for place, number in enumerate([1, 2, 0]):
         row = rows[number]
         for i, (choice, ids) in enumerate(zip(row["choices"], task.choice_ids(student.tokenizer, "test", number), strict=True)):
             whole = torch.tensor([[*prompts[number], *ids]])
@@ -150,8 +161,8 @@ def test_scores_of_choices_are_those_of_the_model_itself(students, name, batch_s
                 found = student.module(input_ids=whole).logits[0].log_softmax(-1)
             start = len(prompts[number])
             expected = sum(float(found[start + j - 1, token]) for j, token in enumerate(ids))
-            assert plain[place][i] == pytest.approx(expected, rel=1e-9)
-            assert by_length[place][i] == pytest.approx(expected / len(choice), rel=1e-9)
+            assert plain[place][i] == pytest.approx(expected, rel=1e-6)  # decoders take their softmax in float32
+            assert by_length[place][i] == pytest.approx(expected / len(choice), rel=1e-6)
 
 
 @pytest.mark.parametrize("scores, right", [
@@ -163,7 +174,7 @@ def test_scores_of_choices_are_those_of_the_model_itself(students, name, batch_s
 def test_a_model_without_finite_scores_has_answered_nothing(students, tmp_path, monkeypatch, scores, right):
     student = students[NAMES[0], "full"]
     rows, _ = questions(student, tmp_path)
-    first = {**rows[0], "answer": 0, "response": " a"}
+    first = {**rows[0], "answer": 0, "response": "a"}
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(first) + "\n", encoding="utf-8")
     task, given = dk.load_task(str(tmp_path), max_length=32), iter(scores)
