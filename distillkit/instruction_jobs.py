@@ -63,11 +63,13 @@ class InstructionJob(Settings):
         expert_count, expert_epochs, expert_step_size, expert_batch, snapshots_per_epoch: of the AdamW experts.
         segment, max_start_epoch: what is matched, in expert epochs.
         unroll_steps, batch_size, step_size: inner loop of both objectives: AdamW, its learned step sizes start there.
+        eps_root: ε inside the root of AdamW, students and experts alike.  It must not be small beside the squares of
+            gradients: Adam's first steps depend on their sign, which has no useful derivative.
         micro_batch: examples of an inner step that are computed at once.
         metagrad: ``"replay"`` or ``"forward_difference"``; None: what :func:`~distillkit.metagrad.recommend` names.
         distance: of :class:`~distillkit.objectives.TrajectoryMatching`.
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
-        outer_steps, lr: outer loop of both objectives.
+        outer_steps, lr, step_size_lr: outer loop of both objectives.
         outer_batch: real examples an outer step of BPTT.
         rows: which rows, as ``method/recipe``.
         kind: tells this kind of settings from others.
@@ -92,12 +94,14 @@ class InstructionJob(Settings):
     batch_size: int = 32
     micro_batch: int = 8
     step_size: float = 1e-3
+    eps_root: float = 1e-4
     metagrad: str | None = None
     distance: str = "whole"
     neighbor_weight: float = 0.0
     outer_steps: int = 100
     outer_batch: int = 64
-    lr: float = 0.02
+    lr: float = 0.003
+    step_size_lr: float = 0.1
     rows: tuple[str, ...] = ROWS
     kind: str = "instruction"
 
@@ -110,7 +114,7 @@ class InstructionJob(Settings):
         for key in ("max_length", "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch", "unroll_steps",
                     "batch_size", "micro_batch", "outer_steps", "outer_batch"):
             check_whole(key, getattr(self, key))
-        self.check_positive("fraction", "expert_step_size", "segment", "step_size", "lr")
+        self.check_positive("fraction", "expert_step_size", "segment", "step_size", "eps_root", "lr", "step_size_lr")
         if not self.seeds or not all(isinstance(s, int) for s in self.seeds):
             raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
         self.check_name()
@@ -185,6 +189,7 @@ class InstructionRun:
             DistilledSet.from_real(self.task, self.student, fraction=self.job.fraction, seed=seed),
             self.matching(seed) if method == "nacd" else self.bptt(),
             lr=self.job.lr,
+            step_size_lr=self.job.step_size_lr,
             regularizers=self._regularizers() if method == "nacd" else (),
             seed=seed,
             checkpoint_dir=self.work / f"checkpoint-{method}-{seed}",
@@ -207,8 +212,7 @@ class InstructionRun:
     def unroll(self) -> Unroll:
         """The inner loop of both objectives."""
         strategy = STRATEGIES[self.job.metagrad] if self.job.metagrad else recommend(self.student)[0]
-        # ε inside the root, without which the derivative of Adam's first steps has no bound.
-        optimizer = AdamW(self.job.step_size, eps_root=1e-12)
+        optimizer = AdamW(self.job.step_size, eps_root=self.job.eps_root)
         sizes = {"batch_size": self.job.batch_size, "micro_batch": self.job.micro_batch}
         return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, **sizes)
 
@@ -217,7 +221,7 @@ class InstructionRun:
         job = self.job
         experts = record_experts(
             self.task, self.student, self.work / f"experts-{seed}", count=job.expert_count, epochs=job.expert_epochs,
-            optimizer=AdamW(job.expert_step_size), batch_size=job.expert_batch,
+            optimizer=AdamW(job.expert_step_size, eps_root=job.eps_root), batch_size=job.expert_batch, micro_batch=16,
             snapshots_per_epoch=job.snapshots_per_epoch, seed=seed,
         )
         return TrajectoryMatching(

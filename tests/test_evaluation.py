@@ -32,7 +32,7 @@ def minilm(task):
 def quick(monkeypatch):
     """Recipes of a few steps."""
     monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3, 1e-2), "steps": (1, 3)})
-    monkeypatch.setattr(evaluation, "STANDARD_LEAST_STEPS", 4)
+    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 4)
 
 
 def a_set(task, student, per_class=4, steps=5, batch_size=3, optimizer=None):
@@ -201,7 +201,7 @@ def test_the_standard_recipe(task, tiny):
 
 
 def test_full_data_goes_through_every_row_once_an_epoch(task, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "STANDARD_LEAST_STEPS", 1)
+    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 1)
     seen, batch = [], dk.Task.batch
     monkeypatch.setattr(dk.Task, "batch", lambda self, *a: seen.append((a[1], a[2].tolist())) or batch(self, *a))
     for seed in (0, 1):

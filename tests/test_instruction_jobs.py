@@ -29,7 +29,7 @@ def finished(standin_home, tmp_path_factory):
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "instruction"}))
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "LANGUAGE_GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setattr(evaluation, "STANDARD_LEAST_STEPS", 2)
+        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "instruction", 2)
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, json.loads((folder / "small.json").read_text())
 

@@ -19,7 +19,7 @@ SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-unc
 def quick(standin_hub, monkeypatch):
     """Recipes of a few steps, on the stand-in hub."""
     monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-    monkeypatch.setattr(evaluation, "STANDARD_LEAST_STEPS", 2)
+    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def finished(standin_home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setattr(evaluation, "STANDARD_LEAST_STEPS", 2)
+        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
         return folder, Run(job(), folder / "results", folder / "work")()
 
 
