@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = set(PROJECT["optional-dependencies"]) - {"benchmark"}  # other people's code, to compare with
+EXTRAS = set(PROJECT["optional-dependencies"]) - {"benchmark", "lm-eval"}  # other people's code, to compare with
 MAKE_TARGETS = {"help", "setup", "demo", "test", "notebooks", "lab", "lint", "clean"}
 
 # Paths that exist on one person's machine only, and options that send an installation to one index.
