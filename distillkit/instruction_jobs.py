@@ -250,21 +250,58 @@ def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
 
 
 def instruction_table(result: dict) -> str:
-    """The result as a Markdown table; the last column is the share of the full data's accuracy."""
+    """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
     lines = [
         "| method | recipe | examples | accuracy (mean ± sd) | length-normalised | seeds | of full data |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    full = [row["mean"] for row in result["rows"].get("full/standard", {}).values()]
+    rows, marked = result["rows"], []
+    full = [row["mean"] for row in rows.get("full/standard", {}).values()]
     for name in result["config"]["rows"]:
         method, recipe = name.split("/")
-        found = list(result["rows"].get(name, {}).values())
+        found = list(rows.get(name, {}).values())
         if not found:
             lines.append(f"| {method} | {recipe} | | not run | | | |")
             continue
         scores, by_length = ([f(row) for row in found] for f in (lambda r: r["mean"], lambda r: r["normalized"][0]))
         spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
         share = f"{np.mean(scores) / np.mean(full):.0%}" if full else ""
+        if recipe == "own" and _only_its_own(rows, method):
+            method += " †"
+            marked.append(method)
         lines.append(f"| {method} | {recipe} | {found[0]['examples']:,} | {np.mean(scores):.3f}{spread} | "
                      f"{np.mean(by_length):.3f} | {len(scores)} | {share} |")
-    return "\n".join(lines)
+    if marked:
+        lines += ["", "† beats random selection under its own recipe, and not under standard fine-tuning."]
+    return "\n".join([*lines, *_differences(result)])
+
+
+def _beats(rows: dict, one: str, other: str) -> bool:
+    mean, half = paired_difference(rows, one, other)
+    return mean > half
+
+
+def _only_its_own(rows: dict, method: str) -> bool:
+    own, standard, random = f"{method}/own", f"{method}/standard", "random/standard"
+    return {own, standard, random} <= rows.keys() and _beats(rows, own, random) and not _beats(rows, standard, random)
+
+
+def _differences(result: dict) -> list[str]:
+    """Lines of the table of paired differences; none where there is nothing to compare."""
+    rows, names = result["rows"], result["config"]["rows"]
+    learned = [name for name in names if name.startswith(LEARNED) and name in rows]
+    selected = [name for name in names if name.split("/")[0] in ALL_METHODS and name in rows]
+    if not learned or not selected:
+        return []
+    lines = ["", "Differences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
+             "column is the share of the way from random selection to the full data.", "",
+             f"| less: | {' | '.join(name.replace('/', ', ') for name in selected)} | of the way |",
+             "|---|" + "---:|" * (len(selected) + 1)]
+    for name in learned:
+        cells = ["{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) for other in selected]
+        way = ""
+        if {"random/standard", "full/standard"} <= rows.keys():
+            gain, most = (paired_difference(rows, one, "random/standard")[0] for one in (name, "full/standard"))
+            way = f"{gain / most:.0%}"
+        lines.append(f"| {name.replace('/', ', ')} | {' | '.join(cells)} | {way} |")
+    return lines

@@ -120,12 +120,12 @@ class InstructionSettings(Settings):
         trainable: which parameters train, as `load_student` is told.
         fraction: size of a set, as a share of the training split.
         batch_size: examples of the set in an inner step.
-        expert_epochs, expert_batch, snapshots_per_epoch: of the expert; the segment that is matched is one snapshot long.
-        judged: rows of the test split that scores are taken on in the lesson.
+        expert_epochs, expert_batch, expert_step_size, snapshots_per_epoch: of the expert.
+        eps_root: ε inside the root of AdamW, as large as the squares of typical gradients.
     """
 
     LEAST: ClassVar[dict[str, int]] = Settings.LEAST | {
-        "max_length": 48, "expert_epochs": 1, "expert_batch": 16, "snapshots_per_epoch": 2, "batch_size": 4, "judged": 24,
+        "max_length": 48, "expert_epochs": 1, "expert_batch": 16, "snapshots_per_epoch": 2, "batch_size": 4,
     }
 
     trainable: str
@@ -133,8 +133,9 @@ class InstructionSettings(Settings):
     batch_size: int
     expert_epochs: int
     expert_batch: int
+    expert_step_size: float
     snapshots_per_epoch: int
-    judged: int
+    eps_root: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +172,41 @@ _GPU = ClassificationSettings(
 TABLE: dict[str, dict[str, Settings]] = {
     "00_quickstart": {"cpu": _CPU, "gpu": _GPU},
     "01_classification_bptt": {"cpu": replace(_CPU, seeds=(0, 1)), "gpu": replace(_GPU, corpus="rotten_tomatoes")},
+    "02_instruction_trajectory_matching": {
+        "cpu": InstructionSettings(
+            corpus="docstrings_qa:library",
+            corpus_limit=600,
+            student="offline:tiny-opt",
+            trainable="full",
+            max_length=96,
+            fraction=0.1,
+            unroll_steps=4,
+            batch_size=15,
+            outer_steps=8,
+            outer_batch=32,
+            expert_epochs=2,
+            expert_batch=32,
+            expert_step_size=5e-4,
+            snapshots_per_epoch=2,
+            eps_root=1e-4,
+        ),
+        "gpu": InstructionSettings(
+            corpus="arc_easy",
+            student="facebook/opt-1.3b",
+            trainable="lora",
+            max_length=128,
+            fraction=0.05,
+            unroll_steps=8,
+            batch_size=14,
+            outer_steps=200,
+            outer_batch=32,
+            expert_epochs=2,
+            expert_batch=32,
+            expert_step_size=1e-3,
+            snapshots_per_epoch=2,
+            eps_root=1e-8,
+        ),
+    },
 }
 
 

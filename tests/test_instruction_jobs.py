@@ -83,10 +83,10 @@ def test_only_some_rows(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines = instruction_table(result).splitlines()
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(ROWS)
+    assert draw(result).splitlines() == lines and lines[2 + len(ROWS)] == ""
     scores = [result["rows"]["nacd/own"][s]["mean"] for s in "01"]
     full = [result["rows"]["full/standard"][s]["mean"] for s in "01"]
-    (line,) = (line for line in lines if line.startswith("| nacd | own |"))
+    (line,) = (line for line in lines if line.startswith(("| nacd | own |", "| nacd † | own |")))
     assert f"| {np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f} |" in line
     assert line.endswith(f"| 2 | {np.mean(scores) / np.mean(full):.0%} |")
     del result["rows"]["less/tuned"]
@@ -100,6 +100,23 @@ def test_paired_differences_by_hand():
     low, high = stats.ttest_rel([0.5, 0.6, 0.7], [0.4, 0.4, 0.4]).confidence_interval(0.95)
     assert (mean, mean - half, mean + half) == pytest.approx((0.2, low, high))
     assert paired_difference(rows, "a", "c") == (pytest.approx(0.2), math.inf), "one seed tells nothing"
+
+
+def scored(*means):
+    return {str(seed): {"mean": mean, "normalized": [mean], "examples": 4} for seed, mean in enumerate(means)}
+
+
+def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_only():
+    rows = {"random/standard": scored(0.4, 0.5, 0.6), "full/standard": scored(0.8, 0.9, 1.0),
+            "nacd/own": scored(0.6, 0.7, 0.79), "nacd/standard": scored(0.3, 0.6, 0.6),
+            "bptt/own": scored(0.5, 0.61, 0.7), "bptt/standard": scored(0.5, 0.61, 0.7)}
+    text = instruction_table({"config": {"rows": list(rows)}, "rows": rows})
+    assert text.count("| nacd † | own |") == 1 and "| bptt † |" not in text and "not under standard" in text
+    mean, half = paired_difference(rows, "nacd/own", "random/standard")
+    assert f"| nacd, own | {mean:+.3f} ± {half:.3f} | {mean / 0.4:.0%} |" in text
+    del rows["random/standard"]
+    text = instruction_table({"config": {"rows": list(rows)}, "rows": rows})
+    assert "†" not in text and "Differences" not in text, "there is nothing to compare with"
 
 
 @pytest.mark.parametrize(("change", "message"), [
