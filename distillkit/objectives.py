@@ -86,16 +86,7 @@ class BPTT:
 
     def recipe(self) -> dict:
         """How to train on what this objective distils, as JSON values."""
-        return {
-            "objective": type(self).__name__,
-            "student": self.student.name,
-            "trainable": self.student.trainable,
-            "weights": self.student.weights,
-            "outer_batch_size": self.batch_size,
-            "inits": self.inits,
-            "metagrad": repr(self.unroll.metagrad),
-            **self.unroll.recipe(),
-        }
+        return _recipe(self, outer_batch_size=self.batch_size, inits=self.inits)
 
 
 STUDENT_STATES = ("fresh", "expert")
@@ -203,21 +194,17 @@ class TrajectoryMatching:
 
     def recipe(self) -> dict:
         """How to train on what this objective distils, as JSON values."""
-        return {
-            "objective": type(self).__name__,
-            "student": self.student.name,
-            "trainable": self.student.trainable,
-            "weights": self.student.weights,
-            "expert_epochs": self.expert_epochs,
-            "max_start_epoch": self.max_start_epoch,
-            "student_state": self.student_state,
-            "distance": self.distance,
-            "matched": len(self._matched()),
-            "segments": self.segments,
-            "experts": {k: v for k, v in self.experts.settings.items() if k not in ("parameters", "embedding", "tokenizer")},
-            "metagrad": repr(self.unroll.metagrad),
-            **self.unroll.recipe(),
-        }
+        known_otherwise = ("parameters", "embedding", "tokenizer")
+        return _recipe(
+            self,
+            expert_epochs=self.expert_epochs,
+            max_start_epoch=self.max_start_epoch,
+            student_state=self.student_state,
+            distance=self.distance,
+            matched=len(self._matched()),
+            segments=self.segments,
+            experts={k: v for k, v in self.experts.settings.items() if k not in known_otherwise},
+        )
 
     def _matched(self) -> list[str]:
         return [n for n in self.student.trained_names if self.match is None or self.match(n)]
@@ -248,6 +235,20 @@ class TrajectoryMatching:
             return sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items())
 
         return loss
+
+
+def _recipe(objective, **own) -> dict:
+    """What the recipes of all objectives hold, with what is the ``own`` of one in the middle."""
+    student, unroll = objective.student, objective.unroll
+    return {
+        "objective": type(objective).__name__,
+        "student": student.name,
+        "trainable": student.trainable,
+        "weights": student.weights,
+        **own,
+        "metagrad": repr(unroll.metagrad),
+        **unroll.recipe(),
+    }
 
 
 def search_step_size(
