@@ -195,7 +195,7 @@ def text_table(rows: Sequence[dict], classes: Sequence[str]) -> str:
     """
     # Lists of cells, not dictionaries: a class may be called "text".
     head = ["class", "text", *classes]
-    return _html([head, *([row["label"], row["text"], *row["probabilities"]] for row in rows)])
+    return _html([head, *([row["label"], row["text"], *row["probabilities"]] for row in rows)], named=True)
 
 
 def html_table(rows: Sequence[dict]) -> str:
@@ -203,13 +203,17 @@ def html_table(rows: Sequence[dict]) -> str:
     return _html([[*rows[0]], *([*row.values()] for row in rows)])
 
 
-def _html(rows: list[list]) -> str:
+def _html(rows: list[list], named: bool = False) -> str:
+    """Rows of cells, the first of them titles; text to the left, but for the names of the rows where they are ``named``."""
     head = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
-    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows[1:])
+    body = "".join(
+        f"<tr>{''.join(_html_cell(value, left=i > 0 or not named) for i, value in enumerate(row))}</tr>" for row in rows[1:]
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _html_cell(value) -> str:
+def _html_cell(value, left: bool) -> str:
     if isinstance(value, float):
         return f"<td>{value:.2f}</td>"
-    return f"<td style='text-align:left'>{html.escape(value)}</td>"
+    style = " style='text-align:left'" if left else ""
+    return f"<td{style}>{html.escape(value)}</td>"
