@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
     run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
                      help="only these rows for now; the same command without it makes the others")
+    run.add_argument("--seeds", nargs="+", type=int, default=(),
+                     help="of an experiment on instruction tuning: only these for now; other processes may make others")
     show = commands.add_parser("table", help="print the table of a committed result")
     show.add_argument("name", help="of a result in --results")
     show.add_argument("--figure", type=Path, help="draw it too, into this file")
@@ -68,6 +70,9 @@ def _result(path: Path, args, folder: Path) -> dict:
 
     instruction = kind_of(path) == "instruction"
     job = (InstructionJob if instruction else ClassificationJob).from_yaml(path)
+    rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
+    if seeds and not instruction:
+        raise ValueError(f"--seeds is for experiments on instruction tuning; every row of {job.name} has all its seeds at once")
     if args.fresh:
         shutil.rmtree(args.work / job.name, ignore_errors=True)
         (folder / f"{job.name}.json").unlink(missing_ok=True)
@@ -75,7 +80,7 @@ def _result(path: Path, args, folder: Path) -> dict:
     run = InstructionRun(job, folder, args.work) if instruction else Run(job, folder, args.work, committed=args.results)
     print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
           f"student {run.student.name}")
-    result = run(tuple(getattr(args, "rows", ())))
+    result = run(rows, seeds) if instruction else run(rows)
     print(draw(result))
     print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result

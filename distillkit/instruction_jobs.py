@@ -23,6 +23,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
@@ -141,16 +142,32 @@ class InstructionRun:
         self._sets: dict[tuple[str, int], DistilledSet] = {}
         self._adapted: Student | None = None
 
-    def __call__(self, only: tuple[str, ...] = ()) -> dict:
-        """Make every score that is missing, or those of the rows that ``only`` names; returns the result."""
+    def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
+        """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
+
+        Processes with the same folders may work on different seeds of one result at the same time.
+        """
         for row in only:
             check_choice("a row", row, self.job.rows)
+        if unknown := [seed for seed in seeds if seed not in self.job.seeds]:
+            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, self.job.seeds))}")
         rows = [row for row in self.job.rows if not only or row in only]
-        missing = [(s, r) for s in self.job.seeds for r in rows if str(s) not in self.result["rows"].get(r, {})]
+        wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
+        missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
         for seed, row in progress(missing, desc="scores", unit="score"):
-            self.result["rows"].setdefault(row, {})[str(seed)] = self._scored(*row.split("/"), seed)
-            write(self.path, self.result)
+            self._add(row, seed, self._scored(*row.split("/"), seed))
         return self.result
+
+    def _add(self, row: str, seed: int, score: dict) -> None:
+        """Write a score, and take over what other processes have written meanwhile."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / "result.lock"):
+            result = take_up(self.path, self.job, self.task)
+            result["rows"].setdefault(row, {})[str(seed)] = score
+            result["distilling"] |= self.result["distilling"]
+            result["rows"] = {name: result["rows"][name] for name in self.job.rows if name in result["rows"]}
+            write(self.path, result)
+            self.result = result
 
     def _scored(self, method: str, recipe: str, seed: int) -> dict:
         if method == "zero-shot":

@@ -93,6 +93,26 @@ def test_the_table(finished):
     assert "| less | tuned | | not run | | | |" in instruction_table(result)
 
 
+def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
+    rows = ["random/standard", "full/standard"]
+    one, other = (InstructionRun(job(rows=rows), tmp_path, tmp_path / "work") for _ in range(2))
+    monkeypatch.setattr(InstructionRun, "_scored", lambda self, method, recipe, seed: {"mean": 0.1 * seed})
+    other.result["distilling"]["nacd-1"] = {"steps": 2}
+    assert one(seeds=(0,))["rows"] == {name: {"0": {"mean": 0.0}} for name in rows}
+    found = other(only=("full/standard",), seeds=(1,))
+    assert found["rows"] == {"random/standard": {"0": {"mean": 0.0}}, "full/standard": {"0": {"mean": 0.0}, "1": {"mean": 0.1}}}
+    assert one()["distilling"] == {"nacd-1": {"steps": 2}}, "nothing that the other has made is lost"
+    assert {seed for row in one.result["rows"].values() for seed in row} == {"0", "1"}
+    assert json.loads((tmp_path / "small.json").read_text())["rows"] == one.result["rows"]
+    with pytest.raises(ValueError, match="no seed 7 in this job; it has 0, 1"):
+        one(seeds=(7,))
+
+
+def test_seeds_are_for_instruction_tuning(capsys):
+    assert main(["run", "quickstart", "--seeds", "0"]) == 2
+    assert "--seeds is for experiments on instruction tuning" in capsys.readouterr().err
+
+
 def test_paired_differences_by_hand():
     rows = {"a": {s: {"mean": m} for s, m in zip("0123", (0.5, 0.6, 0.7, 0.9), strict=True)},
             "b": {s: {"mean": m} for s, m in zip("012", (0.4, 0.4, 0.4), strict=True)}, "c": {"0": {"mean": 0.3}}}
