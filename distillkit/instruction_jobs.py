@@ -289,7 +289,8 @@ def instruction_table(result: dict) -> str:
         lines.append(f"| {method} | {recipe} | {found[0]['examples']:,} | {np.mean(scores):.3f}{spread} | "
                      f"{np.mean(by_length):.3f} | {len(scores)} | {share} |")
     if marked:
-        lines += ["", "† beats random selection under its own recipe, and not under standard fine-tuning."]
+        lines += ["", "† above random selection by more than the 95 % interval under its own recipe, but not under "
+                  "standard fine-tuning."]
     return "\n".join([*lines, *_differences(result)])
 
 

@@ -511,7 +511,8 @@ def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[di
     report = []
     for t in sorted(found[1]):
         ours, theirs = found[0][t].flatten().double(), found[1][t].flatten().double()
-        cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
+        # Not torch's cosine_similarity, whose ε of 1e-8 counts for more than small contributions do.
+        cosine = float(ours @ theirs / (ours.norm() * theirs.norm()).clamp_min(torch.finfo(torch.float64).tiny))
         error = float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny))
         report.append({"step": t, "cosine": cosine, "error": error, "share": float(theirs.norm()) / (largest or 1.0)})
     return report

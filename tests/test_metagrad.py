@@ -1,11 +1,13 @@
 """The meta-gradient against its definition, in float64."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distillkit as dk
+from distillkit.metagrad import compare
 from distillkit.objectives import inner_problem
 
 OPTIMIZERS = {
@@ -339,3 +341,18 @@ def test_recommendation_is_exact_where_there_are_kinks(standin_hub):
     task = dk.load_task("rotten_tomatoes", max_length=12)
     for name, kinks in (("distilbert-base-uncased", True), ("facebook/opt-1.3b", True), ("roberta-base", False)):
         assert isinstance(dk.recommend(dk.load_student(name, task))[0], dk.Replay if kinks else dk.ForwardDifference)
+
+
+def test_the_cosine_of_contributions_does_not_depend_on_their_size():
+    class Given:
+        def __init__(self, *steps):
+            self.steps = steps
+
+        def contributions(self, problem, start, stop):
+            return 0.0, iter([(t, [d], None) for t, d in enumerate(self.steps)])
+
+    problem, direction = SimpleNamespace(rows=[None, None]), torch.tensor([[3.0, 4.0]])
+    found = compare(Given(direction, 1e-12 * direction), Given(direction, 2e-12 * direction), problem)
+    assert [step["cosine"] for step in found] == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert [step["error"] for step in found] == pytest.approx([0.0, 0.5], abs=1e-6)
+    assert [step["share"] for step in found] == pytest.approx([1.0, 2e-12], rel=1e-6)

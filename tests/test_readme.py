@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import distillkit as dk
 from benchmarks import metagrad as benchmark
 from distillkit import evaluation
 from distillkit.__main__ import draw
@@ -42,3 +43,16 @@ def test_its_first_code_runs(standin_hub, capsys):
     printed = capsys.readouterr().out
     assert "own" in printed
     assert printed.startswith("1 ")
+
+
+def test_its_code_for_instruction_tuning_runs(standin_hub, capsys, tmp_path):
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "record_experts" in block)
+    less = {'"docstrings_qa:library", max_length=96': '"arc_easy", max_length=48', '"offline:tiny-opt"': '"facebook/opt-1.3b"',
+            '"runs/experts"': repr(str(tmp_path)), "fraction=0.05": "fraction=0.2", "Unroll(8,": "Unroll(2,",
+            "batch_size=64": "batch_size=16", "run(40)": "run(2)"}
+    for old, new in less.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {"dk": dk})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 {'outer'") and lines[1].startswith("2 ") and "neighbor" in lines[1] and "own" in lines[2]

@@ -69,7 +69,7 @@ RANDOM = {
 }
 ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
 WAYS = {False: "forward", True: "central", None: "exact, weights moved by rounding"}
-FELT = 1e-6  # share of the largest contribution; float32 resolves 1.2e-7
+FELT = 1e-6  # share of the largest contribution; float32 resolves 1.2e-7 in a sum
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
