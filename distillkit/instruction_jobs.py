@@ -313,7 +313,7 @@ def _differences(result: dict) -> list[str]:
         return []
     lines = ["", "Differences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
              "column is the share of the way from random selection to the full data.", "",
-             f"| less: | {' | '.join(name.replace('/', ', ') for name in selected)} | of the way |",
+             f"| minus | {' | '.join(name.replace('/', ', ') for name in selected)} | of the way |",
              "|---|" + "---:|" * (len(selected) + 1)]
     for name in learned:
         cells = ["{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) for other in selected]
