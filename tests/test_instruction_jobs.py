@@ -11,6 +11,7 @@ from scipy import stats
 from distillkit import evaluation, instruction_jobs
 from distillkit.__main__ import draw, main
 from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table, paired_difference
+from distillkit.jobs import CONFIGS
 from distillkit.results import kind_of
 
 SMALL = {
@@ -150,6 +151,14 @@ def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_onl
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         job(**change)
+
+
+def test_shipped_settings():
+    paths = [path for path in sorted(CONFIGS.glob("*.yaml")) if kind_of(path) == "instruction"]
+    shipped = {path.stem: InstructionJob.from_yaml(path) for path in paths}
+    assert "instruction_library" in shipped
+    assert all(found.name == name for name, found in shipped.items()), "a result is found by its settings' name"
+    assert all(len(found.seeds) >= 5 and found.fraction == 0.05 and found.limit >= 4000 for found in shipped.values())
 
 
 def test_the_kind_of_a_file(tmp_path):
