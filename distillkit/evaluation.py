@@ -6,7 +6,7 @@ A score belongs to a *recipe*, so every :class:`Evaluation` names its own:
 * ``"standard"``: AdamW fine-tuning with published settings: step size 5e-5, batches of 32, three epochs, weight decay
   0.01 (Devlin et al., 2019), linear warm-up over a tenth of the steps and linear decay; and at least 200 steps, since
   three epochs of a few examples train nothing (Mosbach et al., 2021).  Language models: 2e-4 for LoRA (Dettmers et al.,
-  2023), and 1e-3 for all parameters of models as small as the offline ones, which is our choice.
+  2023), and 1e-3 for all parameters of models as small as the offline ones, and at least 60 steps, which is our choice.
 * ``"tuned"``: AdamW at the best point of one grid (:data:`GRID`; :data:`LANGUAGE_GRID` for language models), judged on
   the validation split, the same grid for every set.  It is how a set without a recipe, such as selected real sentences,
   gets a fair chance.
