@@ -38,6 +38,10 @@ _HOMES = {
     "storage": ("StorageError",),
     "students": ("Student", "load_student"),
     "tasks": ("Task", "load_task"),
+    "text": (
+        "FrozenJudge", "StudentJudge", "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel",
+    ),
+    "other_models": ("retokenize", "transfer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

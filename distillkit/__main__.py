@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
                      help="only these rows for now; the same command without it makes the others")
     run.add_argument("--seeds", nargs="+", type=int, default=(),
-                     help="of an experiment on instruction tuning: only these for now; other processes may make others")
+                     help="of an experiment whose scores belong to seeds: only these for now; other processes may make others")
     show = commands.add_parser("table", help="print the table of a committed result")
     show.add_argument("name", help="of a result in --results")
     show.add_argument("--figure", type=Path, help="draw it too, into this file")
@@ -63,24 +63,39 @@ def _config_path(name: Path) -> Path:
     raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
 
 
+def _kinds() -> dict:
+    """Settings, run and table of each kind of experiment."""
+    from distillkit.instruction_jobs import InstructionJob, InstructionRun, instruction_table
+    from distillkit.jobs import ClassificationJob, Run, table
+    from distillkit.text_jobs import TextJob, TextRun, text_table
+
+    return {
+        "classification": (ClassificationJob, Run, table),
+        "instruction": (InstructionJob, InstructionRun, instruction_table),
+        "text": (TextJob, TextRun, text_table),
+    }
+
+
 def _result(path: Path, args, folder: Path) -> dict:
-    from distillkit.instruction_jobs import InstructionJob, InstructionRun
-    from distillkit.jobs import ClassificationJob, Run
+    from distillkit.checks import check_choice
     from distillkit.results import kind_of
 
-    instruction = kind_of(path) == "instruction"
-    job = (InstructionJob if instruction else ClassificationJob).from_yaml(path)
+    kind = kind_of(path)
+    check_choice(f"{path}: kind", kind, _kinds())
+    job_class, run_class, _ = _kinds()[kind]
+    job, seeded = job_class.from_yaml(path), kind != "classification"
     rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
-    if seeds and not instruction:
-        raise ValueError(f"--seeds is for experiments on instruction tuning; every row of {job.name} has all its seeds at once")
+    if seeds and not seeded:
+        raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
+                         "at once")
     if args.fresh:
         shutil.rmtree(args.work / job.name, ignore_errors=True)
         (folder / f"{job.name}.json").unlink(missing_ok=True)
     begun = time.perf_counter()
-    run = InstructionRun(job, folder, args.work) if instruction else Run(job, folder, args.work, committed=args.results)
+    run = run_class(job, folder, args.work) if seeded else run_class(job, folder, args.work, committed=args.results)
     print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
           f"student {run.student.name}")
-    result = run(rows, seeds) if instruction else run(rows)
+    result = run(rows, seeds) if seeded else run(rows)
     print(draw(result))
     print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result
@@ -114,11 +129,9 @@ def _finished(path: Path) -> bool:
 
 
 def draw(result: dict) -> str:
-    """A result of either kind as a Markdown table."""
-    from distillkit.instruction_jobs import instruction_table
-    from distillkit.jobs import table
-
-    return (instruction_table if result["config"].get("kind") == "instruction" else table)(result)
+    """A result of any kind as Markdown."""
+    *_, table = _kinds()[result["config"].get("kind", "classification")]
+    return table(result)
 
 
 def _table(args) -> int:

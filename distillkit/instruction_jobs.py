@@ -19,11 +19,9 @@ too, since a set may be good for the recipe it was distilled with only.
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
@@ -35,8 +33,7 @@ from distillkit.jobs import STRATEGIES
 from distillkit.metagrad import recommend
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT, TrajectoryMatching
-from distillkit.progress import progress
-from distillkit.results import Settings, as_json, take_up, write
+from distillkit.results import SeededRun, Settings, as_json, paired_difference
 from distillkit.selection import ALL_METHODS, select
 from distillkit.storage import is_vacant
 from distillkit.students import Student, load_student
@@ -64,8 +61,8 @@ class InstructionJob(Settings):
         expert_count, expert_epochs, expert_step_size, expert_batch, snapshots_per_epoch: of the AdamW experts.
         segment, max_start_epoch: what is matched, in expert epochs.
         unroll_steps, batch_size, step_size: inner loop of both objectives: AdamW, its learned step sizes start there.
-        eps_root: ε inside the root of AdamW, students and experts alike.  It must not be small beside the squares of
-            gradients: Adam's first steps depend on their sign, which has no useful derivative.
+        eps_root: ε inside the root of AdamW, students and experts alike.  Where it is small beside the squares of
+            gradients, Adam's first steps depend on little but their signs, whose derivative is next to nothing.
         micro_batch: examples of an inner step that are computed at once.
         metagrad: ``"replay"`` or ``"forward_difference"``; None: what :func:`~distillkit.metagrad.recommend` names.
         distance: of :class:`~distillkit.objectives.TrajectoryMatching`.
@@ -121,53 +118,13 @@ class InstructionJob(Settings):
         self.check_name()
 
 
-class InstructionRun:
-    """A job under way; every score is written to ``folder/<name>.json`` as it is made, seed by seed.
-
-    Args:
-        job: the settings.
-        folder: where its result goes; one that is there already is gone on with.
-        work: where experts, checkpoints and sets go, ``work/<name>``.
-
-    Raises:
-        ValueError: the result that is there was made with other settings or another corpus.
-    """
+class InstructionRun(SeededRun):
+    """An experiment on instruction tuning under way; see :class:`~distillkit.results.SeededRun`."""
 
     def __init__(self, job: InstructionJob, folder: str | Path, work: str | Path):
-        self.job, self.work = job, Path(work) / job.name
-        self.path = Path(folder) / f"{job.name}.json"
-        self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
-        self.student = load_student(job.student, self.task, trainable=job.trainable)
-        self.result = take_up(self.path, job, self.task)
-        self._sets: dict[tuple[str, int], DistilledSet] = {}
+        task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
+        super().__init__(job, folder, work, task, load_student(job.student, task, trainable=job.trainable))
         self._adapted: Student | None = None
-
-    def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
-        """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
-
-        Processes with the same folders may work on different seeds of one result at the same time.
-        """
-        for row in only:
-            check_choice("a row", row, self.job.rows)
-        if unknown := [seed for seed in seeds if seed not in self.job.seeds]:
-            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, self.job.seeds))}")
-        rows = [row for row in self.job.rows if not only or row in only]
-        wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
-        missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
-        for seed, row in progress(missing, desc="scores", unit="score"):
-            self._add(row, seed, self._scored(*row.split("/"), seed))
-        return self.result
-
-    def _add(self, row: str, seed: int, score: dict) -> None:
-        """Write a score, and take over what other processes have written meanwhile."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / "result.lock"):
-            result = take_up(self.path, self.job, self.task)
-            result["rows"].setdefault(row, {})[str(seed)] = score
-            result["distilling"] |= self.result["distilling"]
-            result["rows"] = {name: result["rows"][name] for name in self.job.rows if name in result["rows"]}
-            write(self.path, result)
-            self.result = result
 
     def _scored(self, method: str, recipe: str, seed: int) -> dict:
         if method == "zero-shot":
@@ -175,13 +132,6 @@ class InstructionRun:
             return {"mean": round(plain, 6), "normalized": [round(by_length, 6)], "examples": 0, "nbytes": 0, "seconds": 0.0}
         set_ = None if method == "full" else self.set_of(method, seed)
         return as_json(evaluate(set_, self.task, self.student, seeds=(seed,), recipe=recipe))
-
-    def set_of(self, method: str, seed: int) -> DistilledSet:
-        """The set of a method and a seed; distilled or selected at its first use."""
-        key = (method, seed)
-        if key not in self._sets:
-            self._sets[key] = self._make(method, seed)
-        return self._sets[key]
 
     def _make(self, method: str, seed: int) -> DistilledSet:
         if method in ALL_METHODS:
@@ -249,21 +199,6 @@ class InstructionRun:
     def bptt(self) -> BPTT:
         """The loss on real data after the inner loop."""
         return BPTT(self.task, self.student, self.unroll(), batch_size=self.job.outer_batch)
-
-
-def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
-    """Mean of the differences between two rows at the same seeds, and half the width of its 95 % interval (Student's t).
-
-    The half width is infinite for fewer than two common seeds.
-    """
-    from scipy.stats import t
-
-    seeds = rows[one].keys() & rows[other].keys()
-    differences = np.array([rows[one][seed]["mean"] - rows[other][seed]["mean"] for seed in sorted(seeds)])
-    if len(differences) < 2:
-        return float(differences.mean()) if len(differences) else math.nan, math.inf
-    spread = differences.std(ddof=1) / math.sqrt(len(differences))
-    return float(differences.mean()), float(t.ppf(0.975, len(differences) - 1) * spread)
 
 
 def instruction_table(result: dict) -> str:

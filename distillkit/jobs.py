@@ -60,6 +60,8 @@ class ClassificationJob(Settings):
         unroll_steps, step_size: inner loop: T steps of SGD, the learned step sizes start at ``step_size``.
         metagrad: ``"replay"`` (exact) or ``"forward_difference"`` (about half the time).
         outer_steps, outer_batch, lr: outer loop.
+        label_lr, step_size_lr: outer learning rates of labels and step sizes; None: as many times ``lr`` as
+            :class:`~distillkit.distiller.Distiller` takes.
         label_steps: outer steps of the row ``real + learned labels``; None: as many as ``outer_steps``.
         seed: of the distilled and selected sets.
         eval_seeds: fresh initialisations for each score.
@@ -82,6 +84,8 @@ class ClassificationJob(Settings):
     outer_steps: int = 100
     outer_batch: int = 48
     lr: float = 0.08
+    label_lr: float | None = None
+    step_size_lr: float | None = None
     label_steps: int | None = None
     seed: int = 0
     eval_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -98,7 +102,7 @@ class ClassificationJob(Settings):
             if getattr(self, key) is None and key == "label_steps":
                 continue
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr")
+        self.check_positive("step_size", "lr", *(k for k in ("label_lr", "step_size_lr") if getattr(self, k) is not None))
         check_choice("metagrad", self.metagrad, STRATEGIES)
         if bool(self.committed) != bool(self.committed_rows):
             raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")
@@ -204,6 +208,8 @@ class Run:
             start,
             self.objective(),
             lr=self.job.lr,
+            label_lr=self.job.label_lr,
+            step_size_lr=self.job.step_size_lr,
             learn=learn,
             seed=self.job.seed,
             checkpoint_dir=self.work / f"checkpoint-{name}-{steps}",  # the decay of lr depends on the number of steps

@@ -18,10 +18,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
+from filelock import FileLock
 
+from distillkit.checks import check_choice
+from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
+from distillkit.progress import progress
+from distillkit.students import Student
+from distillkit.tasks import Task
 
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
@@ -92,7 +99,9 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     if not path.is_file():
         return fresh
     found = json.loads(path.read_text(encoding="utf-8"))
-    theirs = {**found.get("config", {}), "rows": config["rows"]}  # more rows may be asked of the same run
+    # A setting that came later had its default; and more rows may be asked of the same run.
+    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
+    theirs = {**json.loads(json.dumps(defaults)), **found.get("config", {}), "rows": config["rows"]}
     for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
         if there != here:
             raise ValueError(
@@ -108,6 +117,81 @@ def write(path: Path, result: dict) -> None:
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+class SeededRun:
+    """A job under way whose every score belongs to a seed; scores are written to ``folder/<name>.json`` as they are made.
+
+    Args:
+        job: the settings, with ``seeds`` and ``rows`` as ``method/recipe``.
+        folder: where its result goes; one that is there already is gone on with.
+        work: where experts, checkpoints and sets go, ``work/<name>``.
+        task, student: what it is about.
+
+    Raises:
+        ValueError: the result that is there was made with other settings or another corpus.
+    """
+
+    def __init__(self, job: Settings, folder: str | Path, work: str | Path, task: Task, student: Student):
+        self.job, self.work, self.task, self.student = job, Path(work) / job.name, task, student
+        self.path = Path(folder) / f"{job.name}.json"
+        self.result = take_up(self.path, job, task)
+        self._sets: dict[tuple[str, int], DistilledSet] = {}
+
+    def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
+        """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
+
+        Processes with the same folders may work on different seeds of one result at the same time.
+        """
+        for row in only:
+            check_choice("a row", row, self.job.rows)
+        if unknown := [seed for seed in seeds if seed not in self.job.seeds]:
+            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, self.job.seeds))}")
+        rows = [row for row in self.job.rows if not only or row in only]
+        wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
+        missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
+        for seed, row in progress(missing, desc="scores", unit="score"):
+            self._add(row, seed, self._scored(*row.split("/"), seed))
+        return self.result
+
+    def set_of(self, method: str, seed: int) -> DistilledSet:
+        """The set of a method and a seed; distilled or selected at its first use."""
+        key = (method, seed)
+        if key not in self._sets:
+            self._sets[key] = self._make(method, seed)
+        return self._sets[key]
+
+    def _add(self, row: str, seed: int, score: dict) -> None:
+        """Write a score, and take over what other processes have written meanwhile."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / "result.lock"):
+            result = take_up(self.path, self.job, self.task)
+            result["rows"].setdefault(row, {})[str(seed)] = score
+            result["distilling"] |= self.result["distilling"]
+            result["rows"] = {name: result["rows"][name] for name in self.job.rows if name in result["rows"]}
+            write(self.path, result)
+            self.result = result
+
+    def _scored(self, method: str, recipe: str, seed: int) -> dict:
+        raise NotImplementedError
+
+    def _make(self, method: str, seed: int) -> DistilledSet:
+        raise NotImplementedError
+
+
+def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
+    """Mean of the differences between two rows at the same seeds, and half the width of its 95 % interval (Student's t).
+
+    The half width is infinite for fewer than two common seeds.
+    """
+    from scipy.stats import t
+
+    seeds = rows[one].keys() & rows[other].keys()
+    differences = np.array([rows[one][seed]["mean"] - rows[other][seed]["mean"] for seed in sorted(seeds)])
+    if len(differences) < 2:
+        return float(differences.mean()) if len(differences) else math.nan, math.inf
+    spread = differences.std(ddof=1) / math.sqrt(len(differences))
+    return float(differences.mean()), float(t.ppf(0.975, len(differences) - 1) * spread)
 
 
 def _difference(theirs, ours: dict) -> str:

@@ -10,7 +10,8 @@ from scipy import stats
 
 from distillkit import evaluation, instruction_jobs
 from distillkit.__main__ import draw, main
-from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table, paired_difference
+from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table
+from distillkit.results import paired_difference
 from distillkit.jobs import CONFIGS
 from distillkit.results import kind_of
 
@@ -109,9 +110,9 @@ def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
         one(seeds=(7,))
 
 
-def test_seeds_are_for_instruction_tuning(capsys):
+def test_seeds_are_for_experiments_that_have_them(capsys):
     assert main(["run", "quickstart", "--seeds", "0"]) == 2
-    assert "--seeds is for experiments on instruction tuning" in capsys.readouterr().err
+    assert "--seeds is for experiments whose scores belong to seeds" in capsys.readouterr().err
 
 
 def test_paired_differences_by_hand():

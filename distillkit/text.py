@@ -1,0 +1,430 @@
+"""Ways to text: real tokens that train a model, instead of embeddings that lose it when they become tokens.
+
+Nearest-token projection (:mod:`distillkit.neighbors`) asks only which word is near, not which word teaches.  The ways here
+keep the outer loss in sight until the last token stands:
+
+* :class:`SwapSearch`: change one token at a time.  The meta-gradient says which changes look promising, since swapping
+  token u for w changes the outer loss by about ⟨gradient, e_w − e_u⟩ (Ebrahimi et al., 2018, "HotFlip", used that estimate
+  for adversarial examples); a *judge* then takes the real outer loss of the best-looking ones, and the best of those is
+  kept if it is better than what is there.
+* :class:`ThroughProjection`: learn embeddings as ever, but train the student on their nearest tokens; the gradient at the
+  tokens moves the embeddings behind them (the straight-through estimator of Bengio et al., 2013).
+* :func:`nearest_sentences`: snap each example to the nearest *real* sentence, as a reference.
+* :func:`relabel`: learn soft labels and step sizes for a text that stays as it is, by the same budget for every text.
+
+A judge is what makes swaps affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations:
+one candidate costs one forward pass of one sentence, and the head is compared on thousands of real rows at once.
+:class:`StudentJudge` trains the real student and costs accordingly.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillkit.checks import check_whole
+from distillkit.distilled import DistilledSet, decode, embed, from_rows
+from distillkit.distiller import Distiller
+from distillkit.metagrad import MetaGradient
+from distillkit.neighbors import allowed_tokens, project
+from distillkit.objectives import meta_gradient, trained_loss
+from distillkit.progress import progress
+from distillkit.seeds import derive_seed, generator
+from distillkit.selection import sentence_features
+from distillkit.students import Student
+from distillkit.tasks import Task
+
+
+def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
+    """Which tokens may stand in a text: words of the vocabulary seen ``least`` times in the training split, ``[v]`` bool."""
+    check_whole("least", least)
+    allowed = allowed_tokens(student.tokenizer, len(student.embedding))
+    counts = collections.Counter(i for ids in task.token_ids(student.tokenizer, "train") for i in ids)
+    seen = torch.zeros_like(allowed)
+    seen[[i for i, n in counts.items() if n >= least]] = True
+    return allowed & seen
+
+
+def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> DistilledSet:
+    """The set with other ``tokens [m, l]``: their embeddings and their text."""
+    text = decode(student.tokenizer, tokens, distilled.free)
+    return dataclasses.replace(
+        distilled, embeds=embed(student, tokens), tokens=tokens, meta={**distilled.meta, "text": text}
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- judges
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenJudge:
+    """Judges a text by a linear head trained on its frozen representations.
+
+    A sentence is represented as for selection: the mean of the student's last hidden states, of length 1, less the mean
+    over the training split, times √d.  A head that starts at zero takes ``steps`` steps of gradient descent on the set's
+    representations and labels; its cross-entropy on real training rows is the outer loss.  The encoder is never trained,
+    so a set of which one sentence changes needs one forward pass of that sentence.
+
+    Args:
+        task, student: a classification task and the student whose body is the encoder.
+        steps, step_size: of the head's training.
+        batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
+    """
+
+    task: Task
+    student: Student
+    _: dataclasses.KW_ONLY
+    steps: int = 20
+    step_size: float = 0.05
+    batch_size: int | None = 2048
+
+    def __post_init__(self):
+        if self.task.kind != "classification":
+            raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
+        check_whole("steps", self.steps)
+        if not self.step_size > 0:
+            raise ValueError(f"step_size must be a number above 0, not {self.step_size!r}")
+
+    def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
+        embeds = distilled.embeds.to(self.student.device, self.student.dtype).requires_grad_()
+        x = self._represented({"inputs_embeds": embeds, "attention_mask": distilled.mask.long()})
+        loss = self._losses(x[None], self._labels(distilled), seed)[0]
+        return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        changed = [(group, _swapped(distilled.tokens, group)) for group in swaps]
+        needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
+        needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
+        order = sorted(needed)
+        with torch.no_grad():
+            ids, mask = torch.tensor([row for _, row in order]), distilled.mask[[i for i, _ in order]]
+            found = torch.cat([
+                self._represented({"input_ids": i, "attention_mask": m.long()})
+                for i, m in zip(ids.split(64), mask.split(64), strict=True)
+            ])
+            place = {key: n for n, key in enumerate(order)}
+            rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
+            return self._losses(found[torch.tensor(rows)], self._labels(distilled), seed).tolist()
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        return {
+            "name": type(self).__name__, "student": self.student.name, "steps": self.steps, "step_size": self.step_size,
+            "batch_size": self.batch_size,
+        }
+
+    def _labels(self, distilled: DistilledSet) -> Tensor:
+        if distilled.soft:
+            return distilled.targets.softmax(-1).to(self.student.device)
+        return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
+
+    def _represented(self, batch: dict[str, Tensor]) -> Tensor:
+        x = self.student.features(batch)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot tell texts apart
+        x = torch.nn.functional.normalize(x, dim=1)
+        return (x - self._centre().to(x)) * x.shape[1] ** 0.5
+
+    def _centre(self) -> Tensor:
+        return torch.from_numpy(sentence_features(self.task, self.student).mean(0))
+
+    def _losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Outer losses ``[n]`` of heads trained on representations ``x [n, m, d]`` with ``labels [m, c]``."""
+        real, y = (found.to(x.device) for found in self._real(seed))
+        real, labels = real.to(x.dtype), labels.to(x.dtype)
+        weight = x.new_zeros(len(x), labels.shape[1], x.shape[2])
+        bias = x.new_zeros(len(x), 1, labels.shape[1])
+        for _ in range(self.steps):  # the gradient of softmax regression, written out
+            error = ((x @ weight.transpose(1, 2) + bias).softmax(-1) - labels) / x.shape[1]
+            weight = weight - self.step_size * error.transpose(1, 2) @ x
+            bias = bias - self.step_size * error.sum(1, keepdim=True)
+        logits = real @ weight.transpose(1, 2) + bias
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.repeat(len(x)), reduction="none"
+        ).unflatten(0, (len(x), len(real))).mean(1)
+
+    def _real(self, seed: int) -> tuple[Tensor, Tensor]:
+        x = sentence_features(self.task, self.student)
+        rows = np.arange(len(x))
+        if self.batch_size is not None and self.batch_size < len(x):
+            rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed)).numpy()
+        real = (torch.from_numpy(x[rows]) - self._centre()) * x.shape[1] ** 0.5
+        return real, torch.from_numpy(self.task.labels("train")[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StudentJudge:
+    """Judges a text by the real thing: the mean outer loss of an objective over several addresses.
+
+    Args:
+        objective: such as :class:`~distillkit.objectives.BPTT` or :class:`~distillkit.objectives.TrajectoryMatching`.
+        tries: addresses (initialisations and real batches, or segments) that every text is judged on.
+    """
+
+    objective: object
+    _: dataclasses.KW_ONLY
+    tries: int = 2
+
+    def __post_init__(self):
+        check_whole("tries", self.tries)
+
+    def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
+        found = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
+        return float(found.loss), found.embeds.cpu()
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        found = []
+        for group in swaps:
+            tokens = _swapped(distilled.tokens, group)
+            student = self.objective.student
+            trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
+            losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
+            found.append(sum(losses) / len(losses))
+        return found
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        return {"name": type(self).__name__, "tries": self.tries, "objective": self.objective.recipe()}
+
+    def _addresses(self, seed: int) -> list[int]:
+        return [derive_seed("judge", seed, n) for n in range(self.tries)]
+
+
+# ------------------------------------------------------------------------------------------------------------ swaps
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Swap:
+    """Token ``new`` for the one at ``position`` of ``example``."""
+
+    example: int
+    position: int
+    new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapRecord:
+    """One step: its number (from 1), the judge's loss before and after it on the same real rows, the swaps made, the number
+    of candidates judged, and the seconds it took."""
+
+    step: int
+    before: float
+    after: float
+    swaps: tuple[Swap, ...]
+    judged: int
+    seconds: float
+
+
+def _swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
+    tokens = tokens.clone()
+    for swap in swaps:
+        tokens[swap.example, swap.position] = swap.new
+    return tokens
+
+
+class SwapSearch:
+    """Token swaps led by the meta-gradient.
+
+    A step takes the gradient at the text as it is, ranks all swaps by the linear estimate, draws ``candidates`` of the best
+    looking (no more than ``per_position`` for a place, none that was rejected since its sentence last changed), and has
+    them judged on fresh real rows.  The best goes in; then the best of the other sentences too, as long as the judge
+    finds the whole better.  What does not lower the loss on those very rows is never kept.
+
+    Args:
+        distilled: a set with tokens, such as one that was selected or projected.
+        student: whose tokenizer and embedding table.
+        judge: :class:`FrozenJudge` or :class:`StudentJudge`.
+        confirm: a second judge that must find a step's swaps no worse, or they are taken back.
+        candidates: swaps judged a step.
+        per_position: of them at one place at most.
+        pool: candidates are drawn from the ``pool`` × ``candidates`` that look best.
+        allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.neighbors.allowed_tokens`.
+        seed: draws candidates and real rows.
+    """
+
+    def __init__(
+        self, distilled: DistilledSet, student: Student, judge, *, confirm=None, candidates: int = 64, per_position: int = 4,
+        pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
+    ):
+        if distilled.tokens is None:
+            raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, student)")
+        for name, value in {"candidates": candidates, "per_position": per_position, "pool": pool}.items():
+            check_whole(name, value)
+        self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
+        self.candidates, self.per_position, self.pool = candidates, per_position, pool
+        words = allowed_tokens(student.tokenizer, len(student.embedding))
+        self.allowed = words if allowed is None else words & allowed.cpu()
+        if not self.allowed.any():
+            raise ValueError("allowed leaves no token to choose from")
+        self.records: list[SwapRecord] = []
+        self._set = with_tokens(distilled, student, distilled.tokens.clone())
+        self._rejected: set[Swap] = set()
+
+    @property
+    def distilled(self) -> DistilledSet:
+        """The text as it is now; how it was found is in ``meta["search"]``."""
+        meta = {k: v for k, v in self._set.meta.items() if k != "recipe"}
+        meta["search"] = {
+            "judge": self.judge.describe(), "confirm": self.confirm and self.confirm.describe(), "candidates": self.candidates,
+            "steps": len(self.records), "swaps": sum(len(r.swaps) for r in self.records), "seed": self.seed,
+        }
+        return dataclasses.replace(self._set, tokens=self._set.tokens.clone(), meta=meta)
+
+    def run(self, n: int) -> Iterator[SwapRecord]:
+        """Make steps until ``n`` in all have been made, yielding a record of each."""
+        check_whole("n", n, least=0)
+        with progress(total=n, initial=len(self.records), desc="swapping", unit="step") as bar:
+            while len(self.records) < n:
+                record = self._one()
+                self.records.append(record)
+                bar.update()
+                bar.set_postfix(loss=f"{record.after:.3f}")
+                yield record
+
+    def _one(self) -> SwapRecord:
+        begun, step = time.perf_counter(), len(self.records)
+        seed = derive_seed("swap", self.seed, step)
+        _, gradient = self.judge.gradient(self._set, seed)
+        swaps = self._candidates(gradient, generator("swap-candidates", self.seed, step))
+        before, *losses = self.judge.losses(self._set, [[], *([s] for s in swaps)], seed)
+        kept, after = self._combined(swaps, losses, before, seed)
+        if kept and self.confirm is not None:
+            there, here = self.confirm.losses(self._set, [[], kept], derive_seed("confirm", self.seed, step))
+            if not here <= there:
+                kept, after = [], before
+        if kept:
+            self._set = with_tokens(self._set, self.student, _swapped(self._set.tokens, kept))
+        changed = {s.example for s in kept}
+        self._rejected = {s for s in self._rejected.union(swaps) if s.example not in changed}
+        return SwapRecord(step + 1, before, after, tuple(kept), len(swaps), time.perf_counter() - begun)
+
+    def _candidates(self, gradient: Tensor, draw: torch.Generator) -> list[Swap]:
+        """Swaps drawn from those that the linear estimate likes best."""
+        where, table = self._set.free.nonzero(), self.student.embedding
+        slopes = gradient[self._set.free].to(table)
+        words = self.allowed.nonzero().squeeze(1)
+        gains = -(slopes @ table[words.to(table.device)].T).cpu() + (slopes.cpu() * self._set.embeds[self._set.free].to(slopes.cpu())).sum(1, keepdim=True)
+        best, which = gains.topk(min(4 * self.per_position, len(words)), dim=1)
+        listed = []
+        for (example, position), row, scores in zip(where.tolist(), words[which].tolist(), best.tolist(), strict=True):
+            fresh = [
+                (score, Swap(example, position, new)) for score, new in zip(scores, row, strict=True)
+                if score > 0 and new != int(self._set.tokens[example, position]) and Swap(example, position, new) not in self._rejected
+            ]
+            listed += fresh[: self.per_position]
+        listed.sort(key=lambda item: (-item[0], item[1]))
+        listed = listed[: self.pool * self.candidates]
+        chosen = torch.randperm(len(listed), generator=draw)[: self.candidates]
+        return [listed[i][1] for i in sorted(chosen.tolist())]
+
+    def _combined(self, swaps: list[Swap], losses: list[float], before: float, seed: int) -> tuple[list[Swap], float]:
+        """The best swap, and those of other sentences that make the whole still better; with their loss."""
+        best: dict[int, tuple[float, Swap]] = {}
+        for swap, loss in zip(swaps, losses, strict=True):
+            if loss < before and (swap.example not in best or loss < best[swap.example][0]):
+                best[swap.example] = (loss, swap)
+        order = sorted(best.values())
+        if not order:
+            return [], before
+        kept, after = [order[0][1]], order[0][0]
+        if len(order) > 1:
+            # All prefixes of the order at once: sentences hardly depend on each other, so one of them is nearly the best.
+            groups = [[swap for _, swap in order[:size]] for size in range(2, len(order) + 1)]
+            for group, loss in zip(groups, self.judge.losses(self._set, groups, seed), strict=True):
+                if loss < after:
+                    kept, after = group, loss
+        return kept, after
+
+
+# ------------------------------------------------------------------------------------------- through the projection
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThroughProjection:
+    """An objective whose students train on the nearest tokens of the embeddings that are learned.
+
+    Use it in the place of the ``objective`` it wraps.  The meta-gradient is that of the projected set; the
+    :class:`~distillkit.distiller.Distiller` applies it to the embeddings behind, which in time cross into another token's
+    cell.  The end is a set to be projected.
+
+    Args:
+        objective: such as :class:`~distillkit.objectives.BPTT`.
+        metric: of :func:`~distillkit.neighbors.project`.
+    """
+
+    objective: object
+    _: dataclasses.KW_ONLY
+    metric: str = "l2"
+
+    @property
+    def student(self) -> Student:
+        return self.objective.student
+
+    @property
+    def unroll(self):
+        return self.objective.unroll
+
+    def problems(self, distilled: DistilledSet, seed: int):
+        """The wrapped objective's problems of the projected set."""
+        return self.objective.problems(project(distilled, self.student, metric=self.metric), seed)
+
+    def recipe(self) -> dict:
+        """The wrapped objective's recipe, with the projection noted."""
+        return {**self.objective.recipe(), "through_projection": self.metric}
+
+
+# ------------------------------------------------------------------------------------------------------- references
+
+
+def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, length: int | None = None) -> DistilledSet:
+    """For each example the real training sentence of its class whose representation is nearest; none is taken twice.
+
+    Args:
+        distilled: a set of a classification task, embeddings or text.
+        length: tokens an example; default: the set's own.
+
+    Returns:
+        a set of real sentences with hard labels and no recipe.
+    """
+    real = sentence_features(task, student)
+    with torch.no_grad():
+        x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
+    x = torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy()
+    rows, labels = [], np.array(distilled.meta["labels"])
+    for label, pool in enumerate(task.rows_by_class("train")):
+        chosen: list[int] = []
+        for example in np.flatnonzero(labels == label):
+            near = pool[np.argsort(-(real[pool] @ x[example]), kind="stable")]
+            chosen.append(int(next(row for row in near if row not in chosen)))
+        rows.append(np.array(chosen))
+    found = from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
+    found.meta["selection"] = {"method": "nearest sentences"}
+    return found
+
+
+def relabel(
+    distilled: DistilledSet, objective, *, steps: int, lr: float = 0.08, seed: int = 0, **settings
+) -> DistilledSet:
+    """Learn soft labels and step sizes for a set whose examples stay as they are.
+
+    What learned labels gain is theirs and not the text's, so that texts are compared fairly only if all get them.
+
+    Args:
+        distilled: hard labels are softened first; its own step sizes are forgotten.
+        objective, steps, lr, seed, settings: as :class:`~distillkit.distiller.Distiller` takes them.
+    """
+    start = distilled if distilled.soft else distilled.soften()
+    start = dataclasses.replace(start, step_sizes=None)
+    distiller = Distiller(start, objective, lr=lr, learn=("targets", "step_sizes"), seed=seed, **settings)
+    for _ in distiller.run(steps):
+        pass
+    return distiller.distilled

@@ -1,0 +1,252 @@
+"""Which way to text trains best: every way at one size, next to real sentences that were selected.
+
+One *seed* of this experiment is another set of everything: another random start, another distillation, another search.
+Each set is scored on several fresh initialisations of the student.
+
+Methods:
+
+* ``random``, ``k_center``, ``herding``: real sentences (:mod:`distillkit.selection`).
+* ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
+* ``neighbor loss``: distilled with a neighbour term that grows, then projected.
+* ``through projection``: distilled through the projection (:class:`~distillkit.text.ThroughProjection`), then projected.
+* ``nearest sentences``: the real sentences nearest to ``embeddings``.
+* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.SwapSearch`); ``swaps from random``.
+* ``full``: the whole training split.
+
+Recipes: ``tuned``, with hard labels, for every text alike; ``relabelled``: soft labels and step sizes learned for the text
+that stands, by the same number of outer steps for every text; ``own`` for the embeddings; ``standard`` for the full data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distillkit.checks import check_choice, check_whole
+from distillkit.distilled import DistilledSet
+from distillkit.distiller import Distiller
+from distillkit.evaluation import evaluate
+from distillkit.inner import SGD, Unroll
+from distillkit.jobs import STRATEGIES
+from distillkit.neighbors import NeighborLoss, project
+from distillkit.objectives import BPTT
+from distillkit.results import SeededRun, Settings, as_json, paired_difference
+from distillkit.selection import METHODS, select
+from distillkit.storage import is_vacant
+from distillkit.students import load_student
+from distillkit.tasks import load_task
+from distillkit.text import FrozenJudge, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel
+
+DISTILLED = ("projection", "neighbor loss", "through projection")
+WAYS = (*DISTILLED, "nearest sentences", "swaps", "swaps from random")
+TEXTS = (*METHODS, *WAYS)
+ROWS = (
+    *(f"{m}/{r}" for m in TEXTS for r in ("tuned", "relabelled")), "embeddings/own", "embeddings/tuned", "full/standard",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextJob(Settings):
+    """Settings of one experiment.
+
+    Args:
+        name: of the result file.
+        corpus, limit, max_length, student: as ``load_task`` and ``load_student`` take them.
+        per_class, length: size of every set: examples of a class, tokens an example.
+        seeds: one set of everything each.
+        eval_seeds: fresh initialisations that each set is scored on.
+        unroll_steps, step_size, metagrad, outer_batch, lr, label_lr, step_size_lr: as for
+            :class:`~distillkit.jobs.ClassificationJob`.
+        outer_steps: of each distillation.
+        label_steps: outer steps of relabelling, for every text alike.
+        neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
+        judge_steps, judge_step_size: of the head that judges swaps.
+        swap_steps, candidates: of the search; the same for both starts.
+        least: how often a token must occur in the training split to be swapped in.
+        rows: which rows, as ``method/recipe``.
+    """
+
+    name: str
+    corpus: str
+    student: str
+    limit: int | None = None
+    max_length: int = 32
+    per_class: int = 1
+    length: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2)
+    eval_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    unroll_steps: int = 3
+    step_size: float = 0.2
+    metagrad: str = "forward_difference"
+    outer_steps: int = 100
+    outer_batch: int = 48
+    lr: float = 0.12
+    label_lr: float | None = None
+    step_size_lr: float | None = None
+    label_steps: int = 40
+    neighbor_weight: float = 0.1
+    judge_steps: int = 100
+    judge_step_size: float = 0.1
+    swap_steps: int = 100
+    candidates: int = 64
+    least: int = 2
+    rows: tuple[str, ...] = ROWS
+    kind: str = "text"
+
+    def __post_init__(self):
+        check_choice("kind", self.kind, ("text",))
+        check_choice("metagrad", self.metagrad, STRATEGIES)
+        for row in self.rows:
+            check_choice("a row", row, ROWS)
+        for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps",
+                    "judge_steps", "swap_steps", "candidates", "least"):
+            check_whole(key, getattr(self, key))
+        self.check_positive("step_size", "lr", "neighbor_weight", "judge_step_size",
+                            *(k for k in ("label_lr", "step_size_lr") if getattr(self, k) is not None))
+        for key in ("seeds", "eval_seeds"):
+            value = getattr(self, key)
+            if not value or not all(isinstance(s, int) for s in value):
+                raise ValueError(f"{key} must be a list of whole numbers, not {value!r}")
+        self.check_name()
+
+
+class TextRun(SeededRun):
+    """An experiment on ways to text under way; see :class:`~distillkit.results.SeededRun`."""
+
+    def __init__(self, job: TextJob, folder: str | Path, work: str | Path):
+        task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
+        super().__init__(job, folder, work, task, load_student(job.student, task))
+
+    def _scored(self, method: str, recipe: str, seed: int) -> dict:
+        if method == "full":
+            return as_json(evaluate(None, self.task, self.student, seeds=(seed,)))
+        set_ = self.set_of(method, seed)
+        if recipe == "relabelled":
+            set_ = self._kept(f"{method} relabelled", seed, lambda: self._relabelled(method, seed))
+        elif recipe == "tuned":
+            set_ = hardened(set_)
+        found = evaluate(set_, self.task, self.student, seeds=self.job.eval_seeds,
+                         recipe="own" if recipe == "relabelled" else recipe)
+        row = as_json(found)
+        if method in WAYS:
+            row["text"] = set_.to_text().to_list()
+        return row
+
+    def _make(self, method: str, seed: int) -> DistilledSet:
+        if method in METHODS:
+            return select(self.task, self.student, method, **self._size(seed))
+        return self._kept(method, seed, lambda: self._found(method, seed))
+
+    def _found(self, method: str, seed: int) -> DistilledSet:
+        if method == "projection":
+            return project(self.set_of("embeddings", seed), self.student)
+        if method == "nearest sentences":
+            return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
+        if method.startswith("swaps"):
+            return self._swapped(method, seed)
+        objective, terms = self.objective(), ()
+        if method == "through projection":
+            objective = ThroughProjection(objective)
+        if method == "neighbor loss":
+            end = self.job.neighbor_weight
+            terms = (NeighborLoss(self.student, weight=lambda at: end * at),)
+        distiller = Distiller(
+            DistilledSet.from_real(self.task, self.student, **self._size(seed)), objective, regularizers=terms, seed=seed,
+            checkpoint_dir=self.work / f"checkpoint-{_file(method)}-{seed}", **self._rates(),
+        )
+        for _ in distiller.run(self.job.outer_steps):
+            pass
+        self._noted(method, seed, distiller.records, [r.loss for r in distiller.records])
+        return distiller.distilled if method == "embeddings" else project(distiller.distilled, self.student)
+
+    def _swapped(self, method: str, seed: int) -> DistilledSet:
+        start = self.set_of("random" if method.endswith("random") else "k_center", seed)
+        judge = FrozenJudge(self.task, self.student, steps=self.job.judge_steps, step_size=self.job.judge_step_size)
+        search = SwapSearch(
+            start, self.student, judge, candidates=self.job.candidates, seed=seed,
+            allowed=corpus_tokens(self.task, self.student, least=self.job.least),
+        )
+        for _ in search.run(self.job.swap_steps):
+            pass
+        self._noted(method, seed, search.records, [r.after for r in search.records])
+        return search.distilled
+
+    def _relabelled(self, method: str, seed: int) -> DistilledSet:
+        start = hardened(self.set_of(method, seed))
+        return relabel(start, self.objective(), steps=self.job.label_steps, seed=seed, **self._rates())
+
+    def _kept(self, name: str, seed: int, make) -> DistilledSet:
+        """A set that is read from ``work`` if it was made before."""
+        folder = self.work / f"{_file(name)}-{seed}"
+        if is_vacant(folder):
+            make().save(folder)
+        return DistilledSet.load(folder)
+
+    def _noted(self, method: str, seed: int, records, losses: list[float]) -> None:
+        seconds = round(sum(r.seconds for r in records), 1)
+        self.result["distilling"][f"{method} {seed}"] = {
+            "steps": len(records), "seconds": seconds, "losses": [round(loss, 4) for loss in losses],
+        }
+
+    def _size(self, seed: int) -> dict:
+        return {"per_class": self.job.per_class, "length": self.job.length, "seed": seed}
+
+    def _rates(self) -> dict:
+        return {"lr": self.job.lr, "label_lr": self.job.label_lr, "step_size_lr": self.job.step_size_lr}
+
+    def objective(self) -> BPTT:
+        """The objective of every distillation and relabelling."""
+        job = self.job
+        unroll = Unroll(job.unroll_steps, optimizer=SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
+        return BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
+
+
+def hardened(distilled: DistilledSet) -> DistilledSet:
+    """The same examples with each its own class as a hard label, without step sizes or recipe."""
+    meta = {k: v for k, v in distilled.meta.items() if k != "recipe"}
+    return dataclasses.replace(distilled, targets=torch.tensor(distilled.meta["labels"]), step_sizes=None, meta=meta)
+
+
+def _file(method: str) -> str:
+    return method.replace(" ", "_")
+
+
+def text_table(result: dict) -> str:
+    """The result as a Markdown table: scores by recipe, and what each text gains on k-centre's with the same labels."""
+    lines = [
+        "| method | hard labels, tuned | minus k-centre | learned labels, own | minus k-centre | sets |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    rows, names = result["rows"], result["config"]["rows"]
+    shown = {"embeddings/own": "relabelled", "full/standard": "tuned"}
+    for method in dict.fromkeys(name.split("/")[0] for name in names):
+        cells = []
+        for recipe in ("tuned", "relabelled"):
+            name = f"{method}/{recipe}"
+            name = next((n for n, r in shown.items() if r == recipe and n.split("/")[0] == method), name)
+            scores = [row["mean"] for row in rows.get(name, {}).values()]
+            spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+            mark = " (standard)" if name == "full/standard" else ""
+            cells.append(f"{np.mean(scores):.3f}{spread}{mark}" if scores else "not run" if name in names else "")
+            other = f"k_center/{recipe}"
+            comparable = scores and method in WAYS and rows.get(other)
+            cells.append("{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) if comparable else "")
+        sets = max((len(found) for name, found in rows.items() if name.split("/")[0] == method), default=0)
+        lines.append(f"| {method} | {' | '.join(cells)} | {sets} |")
+    return "\n".join([*lines, *_recovery(rows)])
+
+
+def _recovery(rows: dict) -> list[str]:
+    """How much of what projection loses each way gets back, learned labels for all; none where a part is missing."""
+    top, bottom = "embeddings/own", "projection/relabelled"
+    found = [f"{m}/relabelled" for m in WAYS if m != "projection" and rows.get(f"{m}/relabelled")]
+    if not (rows.get(top) and rows.get(bottom) and found):
+        return []
+    gap = paired_difference(rows, top, bottom)[0]
+    if gap <= 0:
+        return ["", "Recovery is not told: projection lost nothing here."]
+    shares = ", ".join(f"{n.split('/')[0]} {paired_difference(rows, n, bottom)[0] / gap:.2f}" for n in found)
+    return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {shares}."]

@@ -1,0 +1,267 @@
+"""Ways to text: swaps that only help, gradients that pass through the projection, and labels that are learned apart."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit.neighbors import allowed_tokens
+from distillkit.text import (
+    FrozenJudge, StudentJudge, Swap, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel, with_tokens,
+)
+
+
+@pytest.fixture
+def start(world):
+    return dk.select(*world, "random", per_class=2, length=8)
+
+
+@pytest.fixture
+def goal(world):
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+
+
+def judges(world, goal):
+    return [FrozenJudge(*world, batch_size=16), StudentJudge(goal, tries=2)]
+
+
+@pytest.fixture(params=[0, 1], ids=["frozen", "student"])
+def judge(request, world, goal):
+    return judges(world, goal)[request.param]
+
+
+def swapped(start, student, *swaps):
+    tokens = start.tokens.clone()
+    for swap in swaps:
+        tokens[swap.example, swap.position] = swap.new
+    return with_tokens(start, student, tokens)
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["frozen", "student"])
+def test_a_judges_gradient_is_that_of_its_loss(task, standin_hub, which):
+    """Central differences in float64 along a few directions."""
+    student = dk.load_student("bert-base-uncased", task, dtype="float64")
+    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    judge, start = judges((task, student), goal)[which], dk.select(task, student, "random", per_class=2, length=8)
+    _, gradient = judge.gradient(start, 3)
+    assert gradient.shape == start.embeds.shape
+    for seed in range(3):
+        way = torch.randn(start.embeds.shape, generator=torch.Generator().manual_seed(seed)).double()
+        sides = [judge.gradient(dataclasses.replace(start, embeds=start.embeds + e * way), 3)[0] for e in (1e-5, -1e-5)]
+        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(float((gradient * way).sum()), rel=1e-4, abs=1e-9)
+
+
+def test_a_judge_tells_what_swaps_would_do(world, start, judge):
+    one, other = Swap(0, 2, 30), Swap(3, 4, 40)
+    found = judge.losses(start, [[], [one], [one, other]], 5)
+    after = [swapped(start, world[1]), swapped(start, world[1], one), swapped(start, world[1], one, other)]
+    assert found == pytest.approx([judge.gradient(s, 5)[0] for s in after], abs=1e-5)
+    assert len({round(loss, 7) for loss in found}) == 3, "swaps make a difference"
+    assert judge.losses(start, [[]], 6) != judge.losses(start, [[]], 5), "fresh rows at each address"
+
+
+def test_the_frozen_judge_is_softmax_regression_on_what_it_says(world, start):
+    """Against a linear layer trained by torch.optim on the same representations."""
+    task, student = world
+    judge = FrozenJudge(*world, steps=7, step_size=0.3, batch_size=None)
+    every = student.features(task.batch(student.tokenizer, "train", range(len(task.train))))
+    every = torch.nn.functional.normalize(every.detach(), dim=1)
+    ours = student.features({"inputs_embeds": start.embeds, "attention_mask": start.mask.long()}).detach()
+    scale = student.width**0.5
+    x, real = ((torch.nn.functional.normalize(ours, dim=1) - every.mean(0)) * scale, (every - every.mean(0)) * scale)
+    head = torch.nn.Linear(student.width, 2)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    sgd = torch.optim.SGD(head.parameters(), lr=0.3)
+    for _ in range(7):
+        sgd.zero_grad()
+        torch.nn.functional.cross_entropy(head(x), start.targets).backward()
+        sgd.step()
+    expected = float(torch.nn.functional.cross_entropy(head(real), torch.from_numpy(task.labels("train"))))
+    assert judge.losses(start, [[]], 0)[0] == pytest.approx(expected, abs=1e-5)
+    assert judge.losses(start.soften(0.999999), [[]], 0)[0] == pytest.approx(expected, abs=1e-4), "soft labels too"
+
+
+def test_judging_is_the_same_in_one_go_or_several(world, start, judge):
+    swaps = [[Swap(i % 4, 1 + i % 6, 20 + i)] for i in range(9)]
+    together = judge.losses(start, swaps, 1)
+    assert together == pytest.approx([judge.losses(start, [group], 1)[0] for group in swaps], abs=1e-5)
+
+
+def test_the_frozen_judge_wants_classes(world):
+    task = dk.load_task("docstrings_qa:library", max_length=64, limit=20)
+    with pytest.raises(ValueError, match="needs classes.*StudentJudge"):
+        FrozenJudge(task, world[1])
+
+
+# --- swaps -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_step_makes_the_loss_on_its_rows_worse(world, start, judge):
+    search = SwapSearch(start, world[1], judge, candidates=8)
+    before = start
+    for record in search.run(4):
+        there = judge.losses(before, [[], list(record.swaps)], dk.derive_seed("swap", 0, record.step - 1))
+        assert record.before == pytest.approx(there[0], abs=1e-6) and record.after == pytest.approx(there[1], abs=1e-6)
+        assert record.after < record.before or (not record.swaps and record.after == record.before)
+        before = swapped(before, world[1], *record.swaps)
+    assert torch.equal(search.distilled.tokens, before.tokens)
+    assert any(record.swaps for record in search.records), "something was found"
+
+
+def test_only_allowed_tokens_at_free_positions(world, start):
+    allowed = allowed_tokens(world[1].tokenizer, len(world[1].embedding)) & (torch.arange(len(world[1].embedding)) % 3 == 0)
+    search = SwapSearch(start, world[1], judges(world, None)[0], candidates=16, allowed=allowed)
+    list(search.run(6))
+    found = search.distilled
+    changed = found.tokens != start.tokens
+    assert changed.any() and not (changed & ~start.free).any()
+    assert allowed[found.tokens[changed]].all()
+    assert torch.equal(found.embeds, world[1].embedding[found.tokens])
+    assert found.meta["text"] != start.meta["text"] and "recipe" not in found.meta
+    assert found.meta["search"]["swaps"] == sum(len(r.swaps) for r in search.records)
+
+
+def test_a_planted_word_is_found(world):
+    """One word's embedding makes every class of the judge what it is: the search puts it where it belongs."""
+    start = dk.select(*world, "random", per_class=1, length=6)
+    secret = 25
+
+    class Planted:
+        def gradient(self, distilled, seed):
+            embeds = distilled.embeds.clone().requires_grad_()
+            goal = world[1].embedding[secret]
+            loss = (embeds[0, 2] - goal).square().sum()
+            return float(loss), torch.autograd.grad(loss, embeds)[0]
+
+        def losses(self, distilled, swaps, seed):
+            return [self.gradient(swapped(distilled, world[1], *group), seed)[0] for group in swaps]
+
+        def describe(self):
+            return {"name": "Planted"}
+
+    search = SwapSearch(start, world[1], Planted(), candidates=8)
+    list(search.run(10))
+    assert search.distilled.tokens[0, 2] == secret
+    assert search.records[-1].after == 0 and (search.distilled.tokens != start.tokens).sum() == 1
+
+
+def test_the_same_seed_finds_the_same_text(world, start):
+    def found(seed):
+        search = SwapSearch(start, world[1], judges(world, None)[0], candidates=8, seed=seed)
+        list(search.run(3))
+        return search.distilled.tokens
+
+    assert torch.equal(found(1), found(1)) and not torch.equal(found(1), found(2))
+
+
+def test_what_the_second_judge_finds_worse_is_taken_back(world, start):
+    class Never:
+        def losses(self, distilled, swaps, seed):
+            return [float(len(group)) for group in swaps]
+
+        def describe(self):
+            return {"name": "Never"}
+
+    search = SwapSearch(start, world[1], judges(world, None)[0], confirm=Never(), candidates=8)
+    list(search.run(3))
+    assert torch.equal(search.distilled.tokens, start.tokens)
+    judged = [record.judged for record in search.records]
+    assert all(judged) and all(not record.swaps for record in search.records)
+
+
+def test_a_swap_is_not_judged_again_before_its_sentence_changes(world, start):
+    class Deaf:
+        seen: list = []
+
+        def gradient(self, distilled, seed):
+            return 1.0, torch.ones_like(distilled.embeds)
+
+        def losses(self, distilled, swaps, seed):
+            self.seen.extend(s for group in swaps for s in group)
+            return [1.0] * len(swaps)
+
+    search = SwapSearch(start, world[1], Deaf(), candidates=6)
+    list(search.run(4))
+    assert len(Deaf.seen) == len(set(Deaf.seen)) > 6
+
+
+def test_a_search_needs_tokens_and_something_to_choose_from(world, start):
+    judge = judges(world, None)[0]
+    with pytest.raises(ValueError, match="project it first"):
+        SwapSearch(dataclasses.replace(start, tokens=None), world[1], judge)
+    with pytest.raises(ValueError, match="no token to choose"):
+        SwapSearch(start, world[1], judge, allowed=torch.zeros(len(world[1].embedding), dtype=torch.bool))
+    with pytest.raises(ValueError, match="candidates must be"):
+        SwapSearch(start, world[1], judge, candidates=0)
+
+
+def test_corpus_tokens_are_words_that_occur(world):
+    task, student = world
+    once, often = corpus_tokens(task, student, least=1), corpus_tokens(task, student, least=30)
+    seen = {i for ids in task.token_ids(student.tokenizer, "train") for i in ids}
+    assert set(once.nonzero().flatten().tolist()) <= seen and often.sum() < once.sum()
+    assert not once[student.tokenizer.all_special_ids].any()
+
+
+# --- through the projection ------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_that_of_the_projected_set(world, start, goal):
+    """Straight through: embeddings that moved within their tokens' cells get the gradient taken at the tokens."""
+    start = start.soften()
+    noise = 1e-3 * torch.randn(start.embeds.shape, generator=torch.Generator().manual_seed(0)) * start.free.unsqueeze(-1)
+    moved = dataclasses.replace(start, embeds=start.embeds + noise, tokens=None)
+    through = dk.meta_gradient(moved, ThroughProjection(goal), seed=4)
+    at_tokens = dk.meta_gradient(start, goal, seed=4)
+    assert through.loss == at_tokens.loss
+    assert torch.equal(through.embeds, at_tokens.embeds) and torch.equal(through.targets, at_tokens.targets)
+    assert not torch.equal(dk.meta_gradient(moved, goal, seed=4).embeds, at_tokens.embeds)
+
+
+def test_learning_through_the_projection_changes_tokens(world, start, goal):
+    distiller = dk.Distiller(start.soften(), ThroughProjection(goal), lr=0.05)
+    list(distiller.run(6))
+    found = dk.project(distiller.distilled, world[1])
+    assert (found.tokens != start.tokens).any()
+    assert found.meta["recipe"]["through_projection"] == "l2"
+    assert dk.evaluate(found, *world, seeds=(0,), recipe="own").recipe["steps"] == 2
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_sentences_are_real_and_none_twice(world, start):
+    task, student = world
+    found = nearest_sentences(start, task, student)
+    assert found.meta["labels"] == start.meta["labels"] and len(found) == len(start)
+    again = nearest_sentences(dk.select(*world, "k_center", per_class=3, length=12), task, student, length=12)
+    assert len({tuple(row) for row in again.tokens.tolist()}) == len(again)
+
+
+def test_the_nearest_sentence_of_a_real_sentence_is_itself(world):
+    task, student = world
+    rows = [r[:1] for r in task.rows_by_class("train")]
+    batch = task.batch(student.tokenizer, "train", np.concatenate(rows))
+    mask = batch["attention_mask"].bool()
+    real = dk.DistilledSet(
+        student.embedding[batch["input_ids"]], mask, mask, batch["labels"], tokens=batch["input_ids"],
+        meta={"labels": batch["labels"].tolist(), "classes": list(task.classes)},
+    )
+    found = nearest_sentences(real, task, student)
+    expected = [task.train[int(r[0])]["text"] for r in rows]
+    for said, text in zip(found.meta["text"], expected, strict=True):
+        assert said.replace(" ", "").startswith(text.lower().replace(" ", "")[:12]) or text.lower()[:8] in said
+
+
+def test_relabelling_leaves_the_words_alone(world, start, goal):
+    found = relabel(start, goal, steps=3)
+    assert torch.equal(found.tokens, start.tokens) and torch.equal(found.embeds, start.embeds)
+    assert found.soft and not torch.equal(found.targets, start.soften().targets)
+    assert found.step_sizes.shape == (2,) and "recipe" in found.meta
+    assert found.meta["text"] == start.meta["text"]

@@ -1,0 +1,117 @@
+"""The experiment on ways to text: every way, the same labels for all, set by set, from settings in a file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import distillkit as dk
+from distillkit import evaluation, text_jobs
+from distillkit.__main__ import draw, main
+from distillkit.results import paired_difference
+from distillkit.selection import METHODS
+from distillkit.text_jobs import ROWS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
+
+SMALL = {
+    "name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
+    "seeds": [0, 1], "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "label_steps": 2,
+    "judge_steps": 5, "swap_steps": 2, "candidates": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(standin_home, tmp_path_factory):
+    """One complete run from a file of settings."""
+    import standin_hub
+
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "text"}))
+    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+        assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
+    return folder, json.loads((folder / "small.json").read_text())
+
+
+def job(**changes):
+    return TextJob(**{k: tuple(v) if isinstance(v, list) else v for k, v in (SMALL | changes).items()})
+
+
+def test_every_score_is_made(finished):
+    _, result = finished
+    assert list(result["rows"]) == list(ROWS)
+    for name, row in result["rows"].items():
+        method, recipe = name.split("/")
+        assert row.keys() == {"0", "1"}
+        for score in row.values():
+            assert len(score["scores"]) == (1 if method == "full" else 2)
+            assert score["recipe"]["name"] == {"relabelled": "own"}.get(recipe, recipe)
+            assert ("text" in score) == (method in WAYS)
+            if method != "full":
+                assert score["examples"] == 2
+    searches = {f"{m} {s}" for m in ("swaps", "swaps from random") for s in (0, 1)}
+    learned = {f"{m} {s}" for m in ("embeddings", "neighbor loss", "through projection") for s in (0, 1)}
+    assert result["distilling"].keys() == searches | learned
+
+
+def test_hard_labels_are_the_same_for_all_and_learned_ones_belong_to_the_text(finished):
+    folder, _ = finished
+    for method in ("swaps", "projection", "through_projection"):
+        plain = dk.DistilledSet.load(folder / "work" / "small" / f"{method}-0")
+        labelled = dk.DistilledSet.load(folder / "work" / "small" / f"{method}_relabelled-0")
+        assert torch.equal(plain.tokens, labelled.tokens) and plain.meta["text"] == labelled.meta["text"]
+        assert labelled.soft and len(labelled.step_sizes) == 2 and labelled.meta["recipe"]["outer_steps"] == 2
+        assert hardened(labelled).targets.tolist() == [0, 1] and "recipe" not in hardened(labelled).meta
+
+
+def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
+    folder, result = finished
+    monkeypatch.setattr(text_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
+    assert TextRun(job(), folder, folder / "work")() == result
+    monkeypatch.setattr(TextRun, "_found", lambda *a: pytest.fail("made again"))
+    assert TextRun(job(), folder, folder / "work").set_of("swaps", 1).tokens is not None
+
+
+def test_the_table(finished):
+    _, result = finished
+    lines = text_table(result).splitlines()
+    assert draw(result).splitlines() == lines
+    for method in WAYS:
+        (line,) = (line for line in lines if line.startswith(f"| {method} |"))
+        for recipe in ("tuned", "relabelled"):
+            scores = [result["rows"][f"{method}/{recipe}"][s]["mean"] for s in "01"]
+            assert f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}" in line
+            mean, half = paired_difference(result["rows"], f"{method}/{recipe}", f"k_center/{recipe}")
+            assert f"{mean:+.3f} ± {half:.3f}" in line
+    assert lines[-1].startswith("Recovery") == (len(lines) > 2 + len(TEXTS) + 2)
+    for method in METHODS:
+        assert any(line.startswith(f"| {method} |") for line in lines)
+    del result["rows"]["swaps/tuned"]
+    assert "| swaps | not run |" in text_table(result)
+
+
+def test_recovery_by_hand():
+    rows = {f"{n}": {"0": {"mean": v}} for n, v in (
+        ("embeddings/own", 0.7), ("projection/relabelled", 0.3), ("swaps/relabelled", 0.6), ("k_center/relabelled", 0.5))}
+    table = text_table({"rows": rows, "config": {"rows": list(rows)}})
+    assert table.endswith("learned labels: swaps 0.75.")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rows": ["swaps/own"]}, "a row must be one of"),
+    ({"candidates": 0}, "candidates must be a whole number"),
+    ({"seeds": []}, "seeds must be a list"),
+    ({"neighbor_weight": 0}, "neighbor_weight must be a number above 0"),
+    ({"label_lr": -1}, "label_lr must be a number above 0"),
+])
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job(**changes)
+
+
+def test_an_unknown_kind_is_named(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("kind: poetry\nname: x\n")
+    assert main(["run", str(tmp_path / "x.yaml")]) == 2
+    assert "kind must be one of classification, instruction, text, not 'poetry'" in capsys.readouterr().err
