@@ -256,7 +256,8 @@ class SwapSearch:
         pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
     ):
         if distilled.tokens is None:
-            raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, student)")
+            raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, "
+                             "student)")
         for name, value in {"candidates": candidates, "per_position": per_position, "pool": pool}.items():
             check_whole(name, value)
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
@@ -309,22 +310,25 @@ class SwapSearch:
 
     def _candidates(self, gradient: Tensor, draw: torch.Generator) -> list[Swap]:
         """Swaps drawn from those that the linear estimate likes best."""
-        where, table = self._set.free.nonzero(), self.student.embedding
-        slopes = gradient[self._set.free].to(table)
-        words = self.allowed.nonzero().squeeze(1)
-        gains = -(slopes @ table[words.to(table.device)].T).cpu() + (slopes.cpu() * self._set.embeds[self._set.free].to(slopes.cpu())).sum(1, keepdim=True)
-        best, which = gains.topk(min(4 * self.per_position, len(words)), dim=1)
+        table, words = self.student.embedding, self.allowed.nonzero().squeeze(1)
         listed = []
-        for (example, position), row, scores in zip(where.tolist(), words[which].tolist(), best.tolist(), strict=True):
-            fresh = [
-                (score, Swap(example, position, new)) for score, new in zip(scores, row, strict=True)
-                if score > 0 and new != int(self._set.tokens[example, position]) and Swap(example, position, new) not in self._rejected
-            ]
-            listed += fresh[: self.per_position]
+        for places in self._set.free.nonzero().split(256):  # memory is that many positions times the vocabulary
+            example, position = places.T
+            slopes, here = gradient[example, position].to(table), self._set.embeds[example, position].to(table)
+            gains = (slopes * here).sum(1, keepdim=True) - slopes @ table[words.to(table.device)].T
+            gains, best = gains.topk(min(4 * self.per_position, len(words)), dim=1)
+            ids = words[best.cpu()]
+            for place, row, scores in zip(places.tolist(), ids.tolist(), gains.tolist(), strict=True):
+                found = [(gain, Swap(*place, new)) for gain, new in zip(scores, row, strict=True)]
+                listed += [item for item in found if self._is_worth_judging(*item)][: self.per_position]
         listed.sort(key=lambda item: (-item[0], item[1]))
         listed = listed[: self.pool * self.candidates]
         chosen = torch.randperm(len(listed), generator=draw)[: self.candidates]
         return [listed[i][1] for i in sorted(chosen.tolist())]
+
+    def _is_worth_judging(self, gain: float, swap: Swap) -> bool:
+        same = swap.new == int(self._set.tokens[swap.example, swap.position])
+        return gain > 0 and not same and swap not in self._rejected
 
     def _combined(self, swaps: list[Swap], losses: list[float], before: float, seed: int) -> tuple[list[Swap], float]:
         """The best swap, and those of other sentences that make the whole still better; with their loss."""

@@ -11,9 +11,8 @@ from scipy import stats
 from distillkit import evaluation, instruction_jobs
 from distillkit.__main__ import draw, main
 from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table
-from distillkit.results import paired_difference
 from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of
+from distillkit.results import kind_of, paired_difference
 
 SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,

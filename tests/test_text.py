@@ -9,7 +9,15 @@ import torch
 import distillkit as dk
 from distillkit.neighbors import allowed_tokens
 from distillkit.text import (
-    FrozenJudge, StudentJudge, Swap, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel, with_tokens,
+    FrozenJudge,
+    StudentJudge,
+    Swap,
+    SwapSearch,
+    ThroughProjection,
+    corpus_tokens,
+    nearest_sentences,
+    relabel,
+    with_tokens,
 )
 
 
