@@ -163,6 +163,27 @@ def curves(
     return figure
 
 
+def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]], diagonal=False) -> Figure:
+    """Points of one or more clouds.
+
+    Args:
+        title, x, y: of the panel and its axes.
+        clouds: {name: (x values, y values)}.
+        diagonal: draw the line on which y is x.
+    """
+    with style():
+        figure, (axes,) = _figure(5.5, 4)
+        for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
+            axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
+        if diagonal:
+            axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
+        axes.axhline(0, color="black", lw=0.5)
+        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.legend(frameon=False)
+        sns.despine(figure)
+    return figure
+
+
 def describe(figure: Figure) -> str:
     """What a figure shows, a line for each panel: title, axis labels, and what is drawn."""
     lines = []

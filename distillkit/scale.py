@@ -113,6 +113,19 @@ class ClassificationSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextSettings(ClassificationSettings):
+    """Settings of a lesson on ways to text.
+
+    Args:
+        swap_steps: steps of the search for words.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = ClassificationSettings.LEAST | {"swap_steps": 2}
+
+    swap_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class InstructionSettings(Settings):
     """Settings of a lesson on instruction tuning.
 
@@ -206,6 +219,37 @@ TABLE: dict[str, dict[str, Settings]] = {
             snapshots_per_epoch=2,
             eps_root=1e-8,
         ),
+    },
+    "03_from_embeddings_to_text": {
+        "cpu": TextSettings(
+            corpus="docstrings",
+            corpus_limit=1200,
+            student="offline:minilm",
+            per_class=1,
+            length=32,
+            max_length=32,
+            unroll_steps=3,
+            outer_steps=8,
+            outer_batch=48,
+            swap_steps=25,
+            seeds=(0, 1),
+        ),
+        "gpu": TextSettings(
+            corpus="rotten_tomatoes",
+            student="bert-base-uncased",
+            per_class=1,
+            length=64,
+            max_length=64,
+            unroll_steps=8,
+            outer_steps=100,
+            outer_batch=128,
+            swap_steps=200,
+            seeds=(0, 1, 2, 3, 4),
+        ),
+    },
+    "05_seeing_distilled_prompts": {
+        "cpu": replace(_CPU, corpus_limit=300, outer_steps=10, outer_batch=32, seeds=(0, 1)),
+        "gpu": replace(_GPU, outer_steps=200),
     },
 }
 

@@ -187,10 +187,25 @@ class Student:
 
     def features(self, batch: Batch, params: Params | None = None) -> Tensor:
         """Sentence representations ``[b, d]``: the mean of the last hidden states over the unmasked tokens."""
+        return self._mean(self._hidden(batch, params)[-1], batch)
+
+    def layer_features(self, batch: Batch, params: Params | None = None) -> Tensor:
+        """Of each layer the mean hidden state over the unmasked tokens, and of an encoder that of its first token too.
+
+        Returns:
+            ``[b, n, d]``, n the number of layers, twice that for an encoder; the embeddings' own layer is left out.
+        """
+        hidden = self._hidden(batch, params)[1:]
+        parts = [self._mean(h, batch) for h in hidden]
+        return torch.stack(parts if self.causal else parts + [h[:, 0] for h in hidden], 1)
+
+    def _hidden(self, batch: Batch, params: Params | None) -> tuple[Tensor, ...]:
         kwargs = self._inputs(batch) | {"output_hidden_states": True}
         if self.kind == "instruction":
             kwargs["logits_to_keep"] = 1  # a vocabulary's width at every token would be for nothing
-        hidden = torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states[-1]
+        return torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states
+
+    def _mean(self, hidden: Tensor, batch: Batch) -> Tensor:
         mask = batch["attention_mask"].to(self.device)
         mask = (mask.flip(1) if self.causal else mask).unsqueeze(-1)
         return (hidden * mask).sum(1) / mask.sum(1)

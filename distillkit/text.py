@@ -13,7 +13,7 @@ keep the outer loss in sight until the last token stands:
 * :func:`relabel`: learn soft labels and step sizes for a text that stays as it is, by the same budget for every text.
 
 A judge is what makes swaps affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations:
-one candidate costs one forward pass of one sentence, and the head is compared on thousands of real rows at once.
+one candidate costs one forward pass of one sentence, and its head is tried on thousands of real rows at once.
 :class:`StudentJudge` trains the real student and costs accordingly.
 """
 
@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,8 +40,11 @@ from distillkit.objectives import meta_gradient, trained_loss
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
 from distillkit.selection import sentence_features
+from distillkit.storage import is_vacant, load_folder, save_folder
 from distillkit.students import Student
 from distillkit.tasks import Task
+
+KIND = "swap-search-checkpoint"
 
 
 def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
@@ -66,30 +72,29 @@ def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> Di
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
-    A sentence is represented as for selection: the mean of the student's last hidden states, of length 1, less the mean
-    over the training split, times √d.  A head that starts at zero takes ``steps`` steps of gradient descent on the set's
-    representations and labels; its cross-entropy on real training rows is the outer loss.  The encoder is never trained,
-    so a set of which one sentence changes needs one forward pass of that sentence.
+    A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained:
+    the parts that :meth:`~distillkit.students.Student.layer_features` gives, each less its mean over the training split and
+    scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts
+    at zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
+    allows anywhere; its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of
+    which one sentence changes needs one forward pass of that sentence.
 
     Args:
         task, student: a classification task and the student whose body is the encoder.
-        steps, step_size: of the head's training.
+        steps: of the head's training.
         batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
     """
 
     task: Task
     student: Student
     _: dataclasses.KW_ONLY
-    steps: int = 20
-    step_size: float = 0.05
+    steps: int = 400
     batch_size: int | None = 2048
 
     def __post_init__(self):
         if self.task.kind != "classification":
             raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
         check_whole("steps", self.steps)
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be a number above 0, not {self.step_size!r}")
 
     def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
@@ -117,7 +122,7 @@ class FrozenJudge:
     def describe(self) -> dict:
         """The settings as JSON values."""
         return {
-            "name": type(self).__name__, "student": self.student.name, "steps": self.steps, "step_size": self.step_size,
+            "name": type(self).__name__, "student": self.student.name, "steps": self.steps,
             "batch_size": self.batch_size,
         }
 
@@ -127,36 +132,51 @@ class FrozenJudge:
         return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
 
     def _represented(self, batch: dict[str, Tensor]) -> Tensor:
-        x = self.student.features(batch)
+        x = self.student.layer_features(batch)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot tell texts apart
-        x = torch.nn.functional.normalize(x, dim=1)
-        return (x - self._centre().to(x)) * x.shape[1] ** 0.5
+        _, mean, scale = self._of_the_corpus()
+        return ((x - mean.to(x)) * scale.to(x)).flatten(1)
 
-    def _centre(self) -> Tensor:
-        return torch.from_numpy(sentence_features(self.task, self.student).mean(0))
+    def _of_the_corpus(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Representations ``[rows, n·d]`` of the training split, and the mean ``[n, d]`` and scale ``[n, 1]``; remembered."""
+        student, task = self.student, self.task
+        key = ("layers", task.fingerprint, task.max_length)
+        if key not in student.cache:
+            lengths = np.array([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
+            order, found = np.argsort(lengths, kind="stable"), None
+            with torch.no_grad():
+                for start in progress(range(0, len(order), 128), desc="reading the corpus", leave=False):
+                    rows = order[start : start + 128]
+                    x = student.layer_features(task.batch(student.tokenizer, "train", rows)).float().cpu()
+                    found = torch.empty(len(order), *x.shape[1:]) if found is None else found
+                    found[torch.from_numpy(rows)] = x
+            mean = found.mean(0)
+            found -= mean
+            scale = (found.square().sum(2).mean(0) * found.shape[1]).rsqrt().unsqueeze(1)
+            student.cache[key] = (found * scale).flatten(1), mean, scale
+        return student.cache[key]
 
     def _losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Outer losses ``[n]`` of heads trained on representations ``x [n, m, d]`` with ``labels [m, c]``."""
         real, y = (found.to(x.device) for found in self._real(seed))
         real, labels = real.to(x.dtype), labels.to(x.dtype)
-        weight = x.new_zeros(len(x), labels.shape[1], x.shape[2])
-        bias = x.new_zeros(len(x), 1, labels.shape[1])
-        for _ in range(self.steps):  # the gradient of softmax regression, written out
-            error = ((x @ weight.transpose(1, 2) + bias).softmax(-1) - labels) / x.shape[1]
-            weight = weight - self.step_size * error.transpose(1, 2) @ x
-            bias = bias - self.step_size * error.sum(1, keepdim=True)
-        logits = real @ weight.transpose(1, 2) + bias
+        # The head is a sum of the representations, weight = αᵀx, so that its training needs their inner products only.
+        inner = x @ x.transpose(1, 2)
+        step = 2 * x.shape[1] / torch.linalg.eigvalsh(inner)[:, -1].clamp_min(1e-12)[:, None, None]
+        alpha = x.new_zeros(len(x), x.shape[1], labels.shape[1])
+        for _ in range(self.steps):  # the gradient of softmax regression, written out; its curvature is at most 1/step
+            alpha = alpha - step / x.shape[1] * ((inner @ alpha).softmax(-1) - labels)
+        logits = real @ (alpha.transpose(1, 2) @ x).transpose(1, 2)
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), y.repeat(len(x)), reduction="none"
         ).unflatten(0, (len(x), len(real))).mean(1)
 
     def _real(self, seed: int) -> tuple[Tensor, Tensor]:
-        x = sentence_features(self.task, self.student)
+        x, *_ = self._of_the_corpus()
         rows = np.arange(len(x))
         if self.batch_size is not None and self.batch_size < len(x):
             rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed)).numpy()
-        real = (torch.from_numpy(x[rows]) - self._centre()) * x.shape[1] ** 0.5
-        return real, torch.from_numpy(self.task.labels("train")[rows])
+        return x[torch.from_numpy(rows)], torch.from_numpy(self.task.labels("train")[rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -249,16 +269,23 @@ class SwapSearch:
         pool: candidates are drawn from the ``pool`` × ``candidates`` that look best.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.neighbors.allowed_tokens`.
         seed: draws candidates and real rows.
+        checkpoint_dir: folder to save to, and to resume from where it holds a search; the same settings are demanded.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: a set without tokens, no tokens to choose from, or a checkpoint made with other settings.
     """
 
     def __init__(
         self, distilled: DistilledSet, student: Student, judge, *, confirm=None, candidates: int = 64, per_position: int = 4,
-        pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
+        pool: int = 4, allowed: Tensor | None = None, seed: int = 0, checkpoint_dir: str | Path | None = None,
+        checkpoint_every: int = 10,
     ):
         if distilled.tokens is None:
             raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, "
                              "student)")
-        for name, value in {"candidates": candidates, "per_position": per_position, "pool": pool}.items():
+        given = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
+        for name, value in given.items():
             check_whole(name, value)
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
         self.candidates, self.per_position, self.pool = candidates, per_position, pool
@@ -269,15 +296,23 @@ class SwapSearch:
         self.records: list[SwapRecord] = []
         self._set = with_tokens(distilled, student, distilled.tokens.clone())
         self._rejected: set[Swap] = set()
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_every = checkpoint_every
+        self._settings = {
+            "judge": judge.describe(), "confirm": confirm and confirm.describe(), "candidates": candidates,
+            "per_position": per_position, "pool": pool, "seed": seed, "allowed": int(self.allowed.sum()),
+            "start": hashlib.sha256(distilled.tokens.numpy().tobytes()).hexdigest(),
+        }
+        self._settings = json.loads(json.dumps(self._settings))
+        if self.checkpoint_dir is not None and not is_vacant(self.checkpoint_dir):
+            self._resume()
 
     @property
     def distilled(self) -> DistilledSet:
         """The text as it is now; how it was found is in ``meta["search"]``."""
         meta = {k: v for k, v in self._set.meta.items() if k != "recipe"}
-        meta["search"] = {
-            "judge": self.judge.describe(), "confirm": self.confirm and self.confirm.describe(), "candidates": self.candidates,
-            "steps": len(self.records), "swaps": sum(len(r.swaps) for r in self.records), "seed": self.seed,
-        }
+        made = {"steps": len(self.records), "swaps": sum(len(r.swaps) for r in self.records)}
+        meta["search"] = {**self._settings, **made}
         return dataclasses.replace(self._set, tokens=self._set.tokens.clone(), meta=meta)
 
     def run(self, n: int) -> Iterator[SwapRecord]:
@@ -287,9 +322,33 @@ class SwapSearch:
             while len(self.records) < n:
                 record = self._one()
                 self.records.append(record)
+                if self.checkpoint_dir is not None and (record.step % self.checkpoint_every == 0 or record.step == n):
+                    self.save()
                 bar.update()
                 bar.set_postfix(loss=f"{record.after:.3f}")
                 yield record
+
+    def save(self) -> None:
+        """Write a checkpoint of the search to ``checkpoint_dir``."""
+        if self.checkpoint_dir is None:
+            raise ValueError("this search has no checkpoint_dir to save to")
+        rejected = [dataclasses.astuple(s) for s in sorted(self._rejected)]
+        records = [dataclasses.asdict(r) for r in self.records]
+        data = {"settings": self._settings, "records": records, "rejected": rejected}
+        save_folder(self.checkpoint_dir, kind=KIND, tensors={"tokens": self._set.tokens}, data=data)
+
+    def _resume(self) -> None:
+        stored = load_folder(self.checkpoint_dir, kind=KIND)
+        theirs = stored.data["settings"]
+        if different := [k for k in self._settings if theirs.get(k) != self._settings[k]]:
+            raise ValueError(f"{self.checkpoint_dir} holds a search with other settings: {different[0]} is "
+                             f"{theirs.get(different[0])!r} there and {self._settings[different[0]]!r} here; resume with the "
+                             "same settings or choose another checkpoint_dir")
+        self._set = with_tokens(self._set, self.student, stored.tensors["tokens"])
+        self._rejected = {Swap(*s) for s in stored.data["rejected"]}
+        self.records = [
+            SwapRecord(**{**r, "swaps": tuple(Swap(**s) for s in r["swaps"])}) for r in stored.data["records"]
+        ]
 
     def _one(self) -> SwapRecord:
         begun, step = time.perf_counter(), len(self.records)

@@ -14,12 +14,14 @@ Methods:
 * ``full``: the whole training split.
 
 Recipes: ``tuned``, with hard labels, for every text alike; ``relabelled``: soft labels and step sizes learned for the text
-that stands, by the same number of outer steps for every text; ``own`` for the embeddings; ``standard`` for the full data.
+that stands, by the same number of outer steps for every text; ``transfer``: hard labels, tuned, on another model that reads
+the text with its own tokenizer; ``own`` for the embeddings; ``standard`` for the full data.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +35,20 @@ from distillkit.inner import SGD, Unroll
 from distillkit.jobs import STRATEGIES
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT
+from distillkit.other_models import transfer
 from distillkit.results import SeededRun, Settings, as_json, paired_difference
 from distillkit.selection import METHODS, select
 from distillkit.storage import is_vacant
-from distillkit.students import load_student
+from distillkit.students import Student, load_student
 from distillkit.tasks import load_task
 from distillkit.text import FrozenJudge, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel
 
 DISTILLED = ("projection", "neighbor loss", "through projection")
 WAYS = (*DISTILLED, "nearest sentences", "swaps", "swaps from random")
 TEXTS = (*METHODS, *WAYS)
+RECIPES = ("tuned", "relabelled", "transfer")
 ROWS = (
-    *(f"{m}/{r}" for m in TEXTS for r in ("tuned", "relabelled")), "embeddings/own", "embeddings/tuned", "full/standard",
+    *(f"{m}/{r}" for m in TEXTS for r in RECIPES), "embeddings/own", "embeddings/tuned", "full/standard",
 )
 
 
@@ -63,9 +67,10 @@ class TextJob(Settings):
         outer_steps: of each distillation.
         label_steps: outer steps of relabelling, for every text alike.
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
-        judge_steps, judge_step_size: of the head that judges swaps.
+        judge_steps: of the head that judges swaps.
         swap_steps, candidates: of the search; the same for both starts.
         least: how often a token must occur in the training split to be swapped in.
+        target: the other model that rows with ``transfer`` are scored on.
         rows: which rows, as ``method/recipe``.
     """
 
@@ -88,11 +93,11 @@ class TextJob(Settings):
     step_size_lr: float | None = None
     label_steps: int = 40
     neighbor_weight: float = 0.1
-    judge_steps: int = 100
-    judge_step_size: float = 0.1
+    judge_steps: int = 400
     swap_steps: int = 100
     candidates: int = 64
     least: int = 2
+    target: str = "offline:distil-minilm"
     rows: tuple[str, ...] = ROWS
     kind: str = "text"
 
@@ -104,7 +109,7 @@ class TextJob(Settings):
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps",
                     "judge_steps", "swap_steps", "candidates", "least"):
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", "neighbor_weight", "judge_step_size",
+        self.check_positive("step_size", "lr", "neighbor_weight",
                             *(k for k in ("label_lr", "step_size_lr") if getattr(self, k) is not None))
         for key in ("seeds", "eval_seeds"):
             value = getattr(self, key)
@@ -119,11 +124,15 @@ class TextRun(SeededRun):
     def __init__(self, job: TextJob, folder: str | Path, work: str | Path):
         task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         super().__init__(job, folder, work, task, load_student(job.student, task))
+        self._target: Student | None = None
 
     def _scored(self, method: str, recipe: str, seed: int) -> dict:
         if method == "full":
             return as_json(evaluate(None, self.task, self.student, seeds=(seed,)))
         set_ = self.set_of(method, seed)
+        if recipe == "transfer":
+            self._target = self._target or load_student(self.job.target, self.task)
+            return as_json(transfer(hardened(set_), self.task, self._target, seeds=self.job.eval_seeds))
         if recipe == "relabelled":
             set_ = self._kept(f"{method} relabelled", seed, lambda: self._relabelled(method, seed))
         elif recipe == "tuned":
@@ -164,10 +173,11 @@ class TextRun(SeededRun):
 
     def _swapped(self, method: str, seed: int) -> DistilledSet:
         start = self.set_of("random" if method.endswith("random") else "k_center", seed)
-        judge = FrozenJudge(self.task, self.student, steps=self.job.judge_steps, step_size=self.job.judge_step_size)
+        judge = FrozenJudge(self.task, self.student, steps=self.job.judge_steps)
         search = SwapSearch(
             start, self.student, judge, candidates=self.job.candidates, seed=seed,
             allowed=corpus_tokens(self.task, self.student, least=self.job.least),
+            checkpoint_dir=self.work / f"checkpoint-{_file(method)}-{seed}",
         )
         for _ in search.run(self.job.swap_steps):
             pass
@@ -216,27 +226,34 @@ def _file(method: str) -> str:
 
 def text_table(result: dict) -> str:
     """The result as a Markdown table: scores by recipe, and what each text gains on k-centre's with the same labels."""
-    lines = [
-        "| method | hard labels, tuned | minus k-centre | learned labels, own | minus k-centre | sets |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
     rows, names = result["rows"], result["config"]["rows"]
-    shown = {"embeddings/own": "relabelled", "full/standard": "tuned"}
+    heads = {"tuned": "hard labels, tuned", "relabelled": "learned labels, own", "transfer": "on another model, tuned"}
+    heads = {recipe: head for recipe, head in heads.items() if any(name.endswith(f"/{recipe}") for name in names)}
+    lines = ["| method | " + "".join(f"{head} | minus k-centre | " for head in heads.values()) + "sets |",
+             "|---|" + "---:|" * (2 * len(heads) + 1)]
     for method in dict.fromkeys(name.split("/")[0] for name in names):
-        cells = []
-        for recipe in ("tuned", "relabelled"):
-            name = f"{method}/{recipe}"
-            name = next((n for n, r in shown.items() if r == recipe and n.split("/")[0] == method), name)
-            scores = [row["mean"] for row in rows.get(name, {}).values()]
-            spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
-            mark = " (standard)" if name == "full/standard" else ""
-            cells.append(f"{np.mean(scores):.3f}{spread}{mark}" if scores else "not run" if name in names else "")
-            other = f"k_center/{recipe}"
-            comparable = scores and method in WAYS and rows.get(other)
-            cells.append("{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) if comparable else "")
+        cells = [cell for recipe in heads for cell in _cells(rows, names, method, recipe)]
         sets = max((len(found) for name, found in rows.items() if name.split("/")[0] == method), default=0)
         lines.append(f"| {method} | {' | '.join(cells)} | {sets} |")
     return "\n".join([*lines, *_recovery(rows)])
+
+
+# Where methods with a recipe of their own stand in the table.
+INSTEAD = {("embeddings", "relabelled"): "embeddings/own", ("full", "tuned"): "full/standard"}
+
+
+def _cells(rows: dict, names: Sequence[str], method: str, recipe: str) -> tuple[str, str]:
+    """A method's score under a recipe, and what it gains on k-centre's."""
+    name = INSTEAD.get((method, recipe), f"{method}/{recipe}")
+    scores = [row["mean"] for row in rows.get(name, {}).values()]
+    if not scores:
+        return "not run" if name in names else "", ""
+    spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
+    mark = " (standard)" if name == "full/standard" else ""
+    other = f"k_center/{recipe}"
+    gains = method in WAYS and rows.get(other)
+    gain = "{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) if gains else ""
+    return f"{np.mean(scores):.3f}{spread}{mark}", gain
 
 
 def _recovery(rows: dict) -> list[str]:

@@ -32,7 +32,7 @@ def goal(world):
 
 
 def judges(world, goal):
-    return [FrozenJudge(*world, batch_size=16), StudentJudge(goal, tries=2)]
+    return [FrozenJudge(*world, steps=20, batch_size=16), StudentJudge(goal, tries=2)]
 
 
 @pytest.fixture(params=[0, 1], ids=["frozen", "student"])
@@ -60,8 +60,8 @@ def test_a_judges_gradient_is_that_of_its_loss(task, standin_hub, which):
     assert gradient.shape == start.embeds.shape
     for seed in range(3):
         way = torch.randn(start.embeds.shape, generator=torch.Generator().manual_seed(seed)).double()
-        sides = [judge.gradient(dataclasses.replace(start, embeds=start.embeds + e * way), 3)[0] for e in (1e-5, -1e-5)]
-        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(float((gradient * way).sum()), rel=1e-4, abs=1e-9)
+        sides = [judge.gradient(dataclasses.replace(start, embeds=start.embeds + e * way), 3)[0] for e in (1e-7, -1e-7)]
+        assert (sides[0] - sides[1]) / 2e-7 == pytest.approx(float((gradient * way).sum()), rel=1e-4, abs=1e-9)
 
 
 def test_a_judge_tells_what_swaps_would_do(world, start, judge):
@@ -76,23 +76,34 @@ def test_a_judge_tells_what_swaps_would_do(world, start, judge):
 def test_the_frozen_judge_is_softmax_regression_on_what_it_says(world, start):
     """Against a linear layer trained by torch.optim on the same representations."""
     task, student = world
-    judge = FrozenJudge(*world, steps=7, step_size=0.3, batch_size=None)
-    every = student.features(task.batch(student.tokenizer, "train", range(len(task.train))))
-    every = torch.nn.functional.normalize(every.detach(), dim=1)
-    ours = student.features({"inputs_embeds": start.embeds, "attention_mask": start.mask.long()}).detach()
-    scale = student.width**0.5
-    x, real = ((torch.nn.functional.normalize(ours, dim=1) - every.mean(0)) * scale, (every - every.mean(0)) * scale)
-    head = torch.nn.Linear(student.width, 2)
+    judge = FrozenJudge(*world, steps=7, batch_size=None)
+    every = parts(student, task.batch(student.tokenizer, "train", range(len(task.train))))
+    ours = parts(student, {"inputs_embeds": start.embeds, "attention_mask": start.mask.long()})
+    sizes = [(b - b.mean(0)).square().sum(1).mean().sqrt() for b in every]
+    x, real = (
+        torch.cat([(a - b.mean(0)) / size for a, b, size in zip(which, every, sizes, strict=True)], 1) / len(every) ** 0.5
+        for which in (ours, every)
+    )
+    head = torch.nn.Linear(x.shape[1], 2, bias=False)
     torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    sgd = torch.optim.SGD(head.parameters(), lr=0.3)
+    sgd = torch.optim.SGD(head.parameters(), lr=float(2 * len(x) / torch.linalg.matrix_norm(x, 2) ** 2))
     for _ in range(7):
         sgd.zero_grad()
         torch.nn.functional.cross_entropy(head(x), start.targets).backward()
         sgd.step()
-    expected = float(torch.nn.functional.cross_entropy(head(real), torch.from_numpy(task.labels("train"))))
+    expected = torch.nn.functional.cross_entropy(head(real), torch.from_numpy(task.labels("train"))).item()
     assert judge.losses(start, [[]], 0)[0] == pytest.approx(expected, abs=1e-5)
     assert judge.losses(start.soften(0.999999), [[]], 0)[0] == pytest.approx(expected, abs=1e-4), "soft labels too"
+
+
+def parts(student, batch):
+    """The mean over tokens and the first token of each layer, from the module itself."""
+    inputs = batch.get("inputs_embeds", student.embedding[batch["input_ids"]] if "input_ids" in batch else None)
+    mask = batch["attention_mask"]
+    with torch.no_grad():
+        found = student.module(inputs_embeds=inputs, attention_mask=mask, output_hidden_states=True).hidden_states[1:]
+    means = [(h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True) for h in found]
+    return [*means, *(h[:, 0] for h in found)]
 
 
 def test_judging_is_the_same_in_one_go_or_several(world, start, judge):
@@ -194,9 +205,34 @@ def test_a_swap_is_not_judged_again_before_its_sentence_changes(world, start):
             self.seen.extend(s for group in swaps for s in group)
             return [1.0] * len(swaps)
 
+        def describe(self):
+            return {"name": "Deaf"}
+
     search = SwapSearch(start, world[1], Deaf(), candidates=6)
     list(search.run(4))
     assert len(Deaf.seen) == len(set(Deaf.seen)) > 6
+
+
+def test_an_interrupted_search_goes_on_as_if_it_had_not_been(world, start, tmp_path):
+    def search(**options):
+        return SwapSearch(start, world[1], judges(world, None)[0], candidates=8, **options)
+
+    whole = search()
+    list(whole.run(5))
+    half = search(checkpoint_dir=tmp_path / "search", checkpoint_every=2)
+    for record in half.run(5):
+        if record.step == 3:
+            break
+    resumed = search(checkpoint_dir=tmp_path / "search")
+    assert len(resumed.records) == 2, "the checkpoint of every second step"
+    list(resumed.run(5))
+    assert torch.equal(resumed.distilled.tokens, whole.distilled.tokens)
+    assert [r.swaps for r in resumed.records] == [r.swaps for r in whole.records]
+    assert resumed.distilled.meta == whole.distilled.meta
+    with pytest.raises(ValueError, match="other settings: seed is 0 there and 1 here"):
+        search(checkpoint_dir=tmp_path / "search", seed=1)
+    with pytest.raises(ValueError, match="no checkpoint_dir"):
+        whole.save()
 
 
 def test_a_search_needs_tokens_and_something_to_choose_from(world, start):

@@ -12,12 +12,12 @@ from distillkit import evaluation, text_jobs
 from distillkit.__main__ import draw, main
 from distillkit.results import paired_difference
 from distillkit.selection import METHODS
-from distillkit.text_jobs import ROWS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
+from distillkit.text_jobs import RECIPES, ROWS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
 
 SMALL = {
     "name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
     "seeds": [0, 1], "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "label_steps": 2,
-    "judge_steps": 5, "swap_steps": 2, "candidates": 4,
+    "judge_steps": 5, "swap_steps": 2, "candidates": 4, "target": "distilbert-base-uncased",
 }
 
 
@@ -47,8 +47,8 @@ def test_every_score_is_made(finished):
         assert row.keys() == {"0", "1"}
         for score in row.values():
             assert len(score["scores"]) == (1 if method == "full" else 2)
-            assert score["recipe"]["name"] == {"relabelled": "own"}.get(recipe, recipe)
-            assert ("text" in score) == (method in WAYS)
+            assert score["recipe"]["name"] == {"relabelled": "own", "transfer": "tuned"}.get(recipe, recipe)
+            assert ("text" in score) == (method in WAYS and recipe != "transfer")
             if method != "full":
                 assert score["examples"] == 2
     searches = {f"{m} {s}" for m in ("swaps", "swaps from random") for s in (0, 1)}
@@ -80,7 +80,7 @@ def test_the_table(finished):
     assert draw(result).splitlines() == lines
     for method in WAYS:
         (line,) = (line for line in lines if line.startswith(f"| {method} |"))
-        for recipe in ("tuned", "relabelled"):
+        for recipe in RECIPES:
             scores = [result["rows"][f"{method}/{recipe}"][s]["mean"] for s in "01"]
             assert f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}" in line
             mean, half = paired_difference(result["rows"], f"{method}/{recipe}", f"k_center/{recipe}")
