@@ -198,8 +198,9 @@ def _difference(theirs, ours: dict) -> str:
     """The first setting in which two differ, in words."""
     if not isinstance(theirs, dict):
         return "it has none"
-    key = next(k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k))
-    return f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+    key = next(k for k in {**ours, **theirs} if (k in theirs, theirs.get(k)) != (k in ours, ours.get(k)))
+    there, here = (repr(values[key]) if key in values else "absent" for values in (theirs, ours))
+    return f"{key}: {there} there, {here} here"
 
 
 def as_json(found: Evaluation) -> dict:

@@ -191,6 +191,14 @@ def test_other_settings_do_not_replace_a_result(copied, scored, change, message)
     assert scored == [] and same(stored(copied), before)
 
 
+def test_settings_that_came_or_went_since(copied, scored):
+    rewrite(copied, lambda result: result["config"].pop("label_lr"))
+    assert run(copied)["config"]["label_lr"] is None and scored == [], "what a result does not name had its default"
+    rewrite(copied, lambda result: result["config"].update(gone=None))
+    with pytest.raises(ValueError, match="gone: None there, absent here"):
+        run(copied)
+
+
 def test_other_rows_are_made_in_addition(copied, scored):
     rewrite(copied, lambda result: result["rows"].pop("herding/tuned"))
     result = run(copied, rows=["herding/tuned", "embeddings/own"])
