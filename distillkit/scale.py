@@ -223,15 +223,15 @@ TABLE: dict[str, dict[str, Settings]] = {
     "03_from_embeddings_to_text": {
         "cpu": TextSettings(
             corpus="docstrings",
-            corpus_limit=1200,
+            corpus_limit=1000,
             student="offline:minilm",
             per_class=1,
             length=32,
             max_length=32,
             unroll_steps=3,
-            outer_steps=8,
+            outer_steps=6,
             outer_batch=48,
-            swap_steps=25,
+            swap_steps=20,
             seeds=(0, 1),
         ),
         "gpu": TextSettings(

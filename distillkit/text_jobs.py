@@ -21,6 +21,7 @@ the text with its own tokenizer; ``own`` for the embeddings; ``standard`` for th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -252,7 +253,8 @@ def _cells(rows: dict, names: Sequence[str], method: str, recipe: str) -> tuple[
     mark = " (standard)" if name == "full/standard" else ""
     other = f"k_center/{recipe}"
     gains = method in WAYS and rows.get(other)
-    gain = "{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) if gains else ""
+    mean, half = paired_difference(rows, name, other) if gains else (math.nan, math.nan)
+    gain = "" if not gains else f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
     return f"{np.mean(scores):.3f}{spread}{mark}", gain
 
 
