@@ -263,8 +263,12 @@ def test_features_ignore_padding(tiny):
     for student in tiny.values():
         together = student.features(tokens(student))
         alone = torch.cat([student.features(tokens(student, [text])) for text in TEXTS])
+        layers = student.layer_features(tokens(student))
         assert together.shape == (3, student.width)
         assert (together - alone).abs().max() <= 1e-5
+        half = layers.shape[1] // 2  # means first, first tokens behind them
+        assert torch.allclose(layers[:, half - 1], together, atol=1e-6)
+        assert not torch.allclose(layers[:, -1], together, atol=1e-3)
 
 
 def test_the_module_never_trains(tiny, task):
@@ -440,3 +444,7 @@ def test_a_decoders_features_leave_padding_out(standin_hub, name):
     batch = task.batch(student.tokenizer, "test", range(6))
     longer = {k: torch.nn.functional.pad(v, (0, 3)) for k, v in batch.items() if k != "labels"}
     assert torch.allclose(student.features(longer), student.features(batch), atol=1e-5)
+    layers = student.layer_features(longer)
+    assert layers.shape[1] == student.module.config.num_hidden_layers, "a decoder's first token has seen nothing"
+    assert torch.allclose(layers, student.layer_features(batch), atol=1e-5)
+    assert torch.allclose(layers[:, -1], student.features(batch), atol=1e-5)
