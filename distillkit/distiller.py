@@ -248,7 +248,7 @@ class Distiller:
                 "examples": len(distilled),
                 "length": distilled.embeds.shape[1],
                 "task": distilled.meta["task"],
-                "sha256": _digest(distilled),
+                "sha256": digest(distilled),
             },
             "task_fingerprint": distilled.meta["task_fingerprint"],
         }
@@ -274,7 +274,7 @@ class Distiller:
         self.records = [StepRecord(**{**r, "step_sizes": tuple(r["step_sizes"])}) for r in stored.data["records"]]
 
 
-def _digest(distilled: DistilledSet) -> str:
+def digest(distilled: DistilledSet) -> str:
     """SHA-256 of a set's tensors."""
     found = hashlib.sha256()
     for field in dataclasses.fields(distilled):

@@ -102,7 +102,7 @@ class ClassificationJob(Settings):
             if getattr(self, key) is None and key == "label_steps":
                 continue
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", *(k for k in ("label_lr", "step_size_lr") if getattr(self, k) is not None))
+        self.check_positive("step_size", "lr", "label_lr", "step_size_lr")
         check_choice("metagrad", self.metagrad, STRATEGIES)
         if bool(self.committed) != bool(self.committed_rows):
             raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")

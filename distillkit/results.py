@@ -42,9 +42,12 @@ class Settings:
             raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
 
     def check_positive(self, *keys: str) -> None:
-        """Raise ValueError unless each of these settings is a number above 0."""
+        """Raise ValueError unless each of these settings is a number above 0, or None where that is its default."""
+        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
         for key in keys:
             value = getattr(self, key)
+            if value is None and key in optional:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{key} must be a number above 0, not {value!r} (YAML reads 1e-3 as text; write 0.001)")
 

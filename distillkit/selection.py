@@ -14,12 +14,16 @@ Texts shorter than the budget are filled up with further real sentences, for eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from distillkit.checks import check_choice
 from distillkit.distilled import DistilledSet, examples_per_class, from_rows
 from distillkit.influence import LESS, LessSettings, less_rows
+from distillkit.progress import progress
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -94,13 +98,16 @@ def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np
     """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
     key = f"features:{task.fingerprint}:{task.max_length}"
     if key not in student.cache:
-        lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
-        order = np.argsort(lengths, kind="stable")
-        x = np.empty((len(lengths), student.width), dtype=np.float32)
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                found = student.features(task.batch(student.tokenizer, "train", rows))
-                x[rows] = torch.nn.functional.normalize(found.float(), dim=1).cpu().numpy()
-        student.cache[key] = x
+        found = over_training_rows(task, student, student.features, batch_size)
+        student.cache[key] = torch.nn.functional.normalize(found, dim=1).numpy()
     return student.cache[key]
+
+
+def over_training_rows(task: Task, student: Student, read: Callable, batch_size: int = 128) -> Tensor:
+    """What ``read`` gives for batches of the training split: ``[rows, …]`` float32 on the CPU, in the split's order."""
+    lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
+    order = torch.from_numpy(np.argsort(lengths, kind="stable"))  # rows of like length together: little padding
+    batches = progress(order.split(batch_size), desc="reading the corpus", leave=False)
+    with torch.no_grad():
+        found = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu() for rows in batches])
+    return torch.empty_like(found).index_copy_(0, order, found)

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from distillkit.checks import check_whole
 from distillkit.distilled import DistilledSet, decode, embed, from_rows
-from distillkit.distiller import Distiller
+from distillkit.distiller import Distiller, digest
 from distillkit.metagrad import MetaGradient
 from distillkit.neighbors import allowed_tokens, project
 from distillkit.objectives import meta_gradient, trained_loss
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.selection import sentence_features
+from distillkit.selection import over_training_rows, sentence_features
 from distillkit.storage import is_vacant, load_folder, save_folder
 from distillkit.students import Student
 from distillkit.tasks import Task
@@ -142,14 +142,7 @@ class FrozenJudge:
         student, task = self.student, self.task
         key = ("layers", task.fingerprint, task.max_length)
         if key not in student.cache:
-            lengths = np.array([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
-            order, found = np.argsort(lengths, kind="stable"), None
-            with torch.no_grad():
-                for start in progress(range(0, len(order), 128), desc="reading the corpus", leave=False):
-                    rows = order[start : start + 128]
-                    x = student.layer_features(task.batch(student.tokenizer, "train", rows)).float().cpu()
-                    found = torch.empty(len(order), *x.shape[1:]) if found is None else found
-                    found[torch.from_numpy(rows)] = x
+            found = over_training_rows(task, student, student.layer_features)
             mean = found.mean(0)
             found -= mean
             scale = (found.square().sum(2).mean(0) * found.shape[1]).rsqrt().unsqueeze(1)
@@ -300,8 +293,8 @@ class SwapSearch:
         self.checkpoint_every = checkpoint_every
         self._settings = {
             "judge": judge.describe(), "confirm": confirm and confirm.describe(), "candidates": candidates,
-            "per_position": per_position, "pool": pool, "seed": seed, "allowed": int(self.allowed.sum()),
-            "start": hashlib.sha256(distilled.tokens.numpy().tobytes()).hexdigest(),
+            "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
+            "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
         self._settings = json.loads(json.dumps(self._settings))
         if self.checkpoint_dir is not None and not is_vacant(self.checkpoint_dir):

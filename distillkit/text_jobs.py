@@ -44,8 +44,7 @@ from distillkit.students import Student, load_student
 from distillkit.tasks import load_task
 from distillkit.text import FrozenJudge, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel
 
-DISTILLED = ("projection", "neighbor loss", "through projection")
-WAYS = (*DISTILLED, "nearest sentences", "swaps", "swaps from random")
+WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "swaps", "swaps from random")
 TEXTS = (*METHODS, *WAYS)
 RECIPES = ("tuned", "relabelled", "transfer")
 ROWS = (
@@ -110,8 +109,7 @@ class TextJob(Settings):
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps",
                     "judge_steps", "swap_steps", "candidates", "least"):
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", "neighbor_weight",
-                            *(k for k in ("label_lr", "step_size_lr") if getattr(self, k) is not None))
+        self.check_positive("step_size", "lr", "neighbor_weight", "label_lr", "step_size_lr")
         for key in ("seeds", "eval_seeds"):
             value = getattr(self, key)
             if not value or not all(isinstance(s, int) for s in value):

@@ -149,3 +149,12 @@ def test_curves():
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
     assert {axes.get_yscale() for axes in figure.axes} == {"log"}
     assert "b: 2 points" in plots.describe(figure)
+
+
+def test_points():
+    figure = plots.points("swaps", "promised", "done", {"a": ([1, 2, 3], [1.0, 2.0, 0.5])}, diagonal=True)
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 2.0], [3, 0.5]]
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("swaps", "promised", "done")
+    assert "a: 3 points" in plots.describe(figure) and "y = x" in plots.describe(figure)
+    assert "y = x" not in plots.describe(plots.points("", "", "", {"a": ([1], [1])}))

@@ -85,7 +85,7 @@ def test_the_table(finished):
             assert f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}" in line
             mean, half = paired_difference(result["rows"], f"{method}/{recipe}", f"k_center/{recipe}")
             assert f"{mean:+.3f} ± {half:.3f}" in line
-    assert lines[-1].startswith("Recovery") == (len(lines) > 2 + len(TEXTS) + 2)
+    assert lines[-1].startswith("Recovery") and len(lines) == 2 + len(TEXTS) + 2 + 2
     for method in METHODS:
         assert any(line.startswith(f"| {method} |") for line in lines)
     del result["rows"]["swaps/tuned"]
