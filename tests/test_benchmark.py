@@ -142,6 +142,20 @@ def test_the_command_writes_its_table(run_main, capsys):
     assert "not loaded: unknown student" in table
 
 
+def test_an_interrupted_measurement_goes_on(run_main, tmp_path):
+    options = ("--trainable", "head", "--steps", "1", "2", "--repeats", "1")
+    whole = run_main(*options)
+    (entry,) = whole["entries"]
+    kept = [row | {"cost": 42.0} for row in entry["rows"] if row["steps"] == 1]
+    cut = whole | {"entries": [entry | {"rows": kept}]}
+    (tmp_path / "out.json").write_text(json.dumps(cut), encoding="utf-8")
+    (resumed,) = run_main(*options, "--resume")["entries"]
+    assert [row for row in resumed["rows"] if row["steps"] == 1] == kept
+    assert [(r["steps"], r["contender"]) for r in resumed["rows"]] == [(r["steps"], r["contender"]) for r in entry["rows"]]
+    with pytest.raises(ValueError, match="other settings"):
+        run_main("--trainable", "head", "--steps", "1", "--repeats", "1", "--resume")
+
+
 def test_the_accuracy_mode_and_reprinting(run_main, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "ACCURACY", {"step_size": (0.1,), "steps": (2,), "change": (0.1, 0.01)})
     found = run_main("--accuracy", "--students", "bert-base-uncased")

@@ -4,6 +4,7 @@
     python tests/benchmarks/metagrad.py --steps 2 8 --trainable full     # a part of it
     python tests/benchmarks/metagrad.py --students random:opt-small
     python tests/benchmarks/metagrad.py --accuracy                       # how far forward differences may be trusted
+    python tests/benchmarks/metagrad.py --resume                         # go on with an interrupted one of the same options
     python tests/benchmarks/metagrad.py --readme                         # write README.md's tables from the stored results
 
 *Cost* is time relative to plain training of the same inner steps with the same attention: 1 is training without any
@@ -393,8 +394,8 @@ class Run:
         """For each student and kind of parameters that can be loaded: its entry in the result, and the student."""
         for source in self.sources:
             for trainable in self.settings["trainable"]:
-                entry = {"student": shown(source), "trainable": trainable, "rows": []}
-                self.result["entries"].append(entry)
+                entry = self.entry(shown(source), trainable)
+                entry.pop("failed", None)
                 try:
                     students = self.loaded(source, trainable)
                 except (ValueError, OSError, ImportError) as error:
@@ -404,6 +405,14 @@ class Run:
                     entry |= {"parameters": sum(p.numel() for p in own), "set_bytes": _size(own)}
                     yield entry, students
                 self.save()
+
+    def entry(self, student: str, trainable: str) -> dict:
+        """Its entry in the result: the one an interrupted run has left, or a new one."""
+        for found in self.result["entries"]:
+            if (found["student"], found["trainable"]) == (student, trainable):
+                return found
+        self.result["entries"].append({"student": student, "trainable": trainable, "rows": []})
+        return self.result["entries"][-1]
 
     def loaded(self, source: str, trainable: str) -> dict[str, Student]:
         """The student once for each kind of attention."""
@@ -441,8 +450,10 @@ def measure_cost(run: Run) -> None:
     steps = run.settings["steps"]
     for entry, students in run.entries():
         problem = real_problem(run.task, students["eager"], min(steps), run.settings)
-        entry["outer_batch_cost"] = outer_batch_cost(problem, run.settings["repeats"])
-        for count in progress(steps, desc=f"{entry['student']}, {entry['trainable']}", unit="T"):
+        if "outer_batch_cost" not in entry:
+            entry["outer_batch_cost"] = outer_batch_cost(problem, run.settings["repeats"])
+        made = {row["steps"] for row in entry["rows"]}
+        for count in progress([s for s in steps if s not in made], desc=f"{entry['student']}, {entry['trainable']}", unit="T"):
             entry["rows"] += at_steps(run.task, students, count, run.settings)
             run.save()
 
@@ -451,7 +462,9 @@ def measure_accuracy(run: Run) -> None:
     """Fill the result with what forward differences get right, by step size, T and ``change``."""
     grid = [(size, steps) for size in run.settings["step_sizes"] for steps in run.settings["steps"]]
     for entry, students in run.entries():
-        for size, steps in progress(grid, desc=f"{entry['student']}, {entry['trainable']}", unit="run"):
+        made = {(row["step_size"], row["steps"]) for row in entry["rows"]}
+        left = [cell for cell in grid if cell not in made]
+        for size, steps in progress(left, desc=f"{entry['student']}, {entry['trainable']}", unit="run"):
             entry["rows"] += differences(run.task, students["eager"], steps, run.settings | {"step_size": size})
             run.save()
 
@@ -617,6 +630,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", help="default: the GPU if there is one")
     made.add_argument("--out", type=Path, help="default: metagrad.json or metagrad_accuracy.json in figures/results")
     made.add_argument("--accuracy", action="store_true", help="measure forward differences instead of costs")
+    made.add_argument("--resume", action="store_true", help="go on with the interrupted run that has written --out")
     made.add_argument("--readme", action="store_true", help="measure nothing: write the tables of README.md")
     return made
 
@@ -637,6 +651,15 @@ def settings_of(args: argparse.Namespace) -> dict:
     return common | {"step_size": args.step_size, "repeats": args.repeats}
 
 
+def taken_up(path: Path, fresh: dict) -> dict:
+    """The result at ``path``; ValueError if it was measured otherwise than ``fresh`` is going to be."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("kind", "settings", "machine", "versions"):
+        if found[key] != fresh[key]:
+            raise ValueError(f"{path} has other {key}: {found[key]} there, {fresh[key]} here; measure anew without --resume")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, write the JSON, print the tables."""
     args = parser().parse_args(argv)
@@ -655,6 +678,8 @@ def main(argv: list[str] | None = None) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "entries": [],
     }
+    if args.resume and path.is_file():
+        result = taken_up(path, result)
     path.parent.mkdir(parents=True, exist_ok=True)
     run = Run(result, path, dk.load_task(args.corpus, max_length=args.length), args.students, args.device)
     (measure_accuracy if args.accuracy else measure_cost)(run)
