@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
+from collections.abc import Sequence
+
 
 def check_whole(name: str, value, *, least: int = 1, most: int | None = None, meaning: str = "") -> None:
     """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most`` (None: no limit)."""
@@ -13,5 +17,41 @@ def check_whole(name: str, value, *, least: int = 1, most: int | None = None, me
 
 def check_choice(name: str, value, allowed) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def check_rate(name: str, value) -> None:
+    """Raise ValueError unless ``value`` is a finite number of 0 or more."""
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
+
+
+def check_number(name: str, value, *, least: float = 0.0, most: float = math.inf, without: str = "") -> None:
+    """Raise ValueError unless ``value`` is a finite number from ``least`` to ``most``, ``without`` those named (``"least"``,
+    ``"most"`` or both)."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    left_out = [end for name, end in (("least", least), ("most", most)) if name in without]
+    if number and least <= value <= most and value not in left_out:
+        return
+    left, right = "(" if "least" in without else "[", ")" if "most" in without or most == math.inf else "]"
+    raise ValueError(f"{name} must be a number in {left}{least:g}, {most:g}{right}, not {value!r}")
+
+
+def check_flag(name: str, value) -> None:
+    """Raise ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def check_seeds(name: str, value) -> None:
+    """Raise ValueError unless ``value`` is a sequence of whole numbers, one at least."""
+    if isinstance(value, Sequence) and value and all(isinstance(s, int) and not isinstance(s, bool) for s in value):
+        return
+    raise ValueError(f"{name} must name at least one seed, such as (0, 1, 2), not {value!r}")
+
+
+def check_is(name: str, value, kind: type) -> None:
+    """Raise TypeError unless ``value`` is a ``kind``, told by the beginning of what it is instead."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, not the {type(value).__name__} {reprlib.repr(value)}")

@@ -21,6 +21,7 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -383,7 +384,7 @@ def _read_jsonl(path: Path) -> dict[str, list]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CorpusError(f"{path}, line {number}: not JSON ({error}); put one object on a line") from error
             if not isinstance(row, dict):
                 raise CorpusError(f"{path}, line {number}: {line[:40]!r} is not a JSON object with named columns")
@@ -393,7 +394,8 @@ def _read_jsonl(path: Path) -> dict[str, list]:
 
 
 def _read_csv(path: Path) -> dict[str, list]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
+    # Not splitlines(), which would end a row at other characters too, such as U+2028.
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
@@ -406,7 +408,7 @@ def _read_parquet(path: Path) -> dict[str, list]:
 
     try:
         return parquet.read_table(path).to_pydict()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
 
 
@@ -426,11 +428,16 @@ def _folder_classes(folder: Path) -> tuple[str, ...] | None:
         return None
     try:
         names = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{path}: not JSON ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len({*names}) < len(names):
+    if not isinstance(names, list) or not all(map(_is_name, names)) or len({*names}) < len(names):
         raise CorpusError(f"{path}: must be a list of distinct class names, like [\"negative\", \"positive\"]")
     return tuple(names)
+
+
+def _is_name(value) -> bool:
+    """Whether `value` is a string with something in it, and no half of a surrogate pair."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _column(columns, own: str, usual: tuple[str, ...], place: str) -> str:

@@ -7,6 +7,11 @@ distillation codes run into NaN.
 
 The loop is an iterator of records, so that a notebook can plot while it runs, a script can stop it, and a checkpoint
 folder can take it up again at the step where it ended.
+
+A step either happens or does not: embeddings, labels, step sizes, Adam's moments and the record change together, in one
+assignment, so that whatever ends a run (Ctrl-C, a closed loop, memory that ran out, a loss that is not a number) leaves
+the last complete step to be saved.  What only a checkpoint can survive, such as a killed process, costs the steps since
+the last one; they are made again, to the bit, since every draw has an address (:mod:`distillkit.seeds`).
 """
 
 from __future__ import annotations
@@ -14,32 +19,43 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
+import platform
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_choice, check_is, check_rate, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.objectives import bound_step_sizes, meta_gradient
+from distillkit.objectives import bound_step_sizes, check_objective, meta_gradient
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed
-from distillkit.storage import is_vacant, load_folder, save_folder
+from distillkit.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder, unwritten
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 BETAS = (0.9, 0.99)
+NONFINITE = ("stop", "skip")
+PATIENCE = 10  # steps skipped in a row that say the trouble is not the batch's
+VERSIONED = ("torch", "transformers", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
     """One outer step: its number (from 1), the loss before it, its terms by name (without their weights), the norm of the
-    embeddings' meta-gradient, the step sizes after it, and the seconds it took."""
+    embeddings' meta-gradient, the step sizes after it, and the seconds it took.
+
+    A step that was skipped has the term ``"skipped"``, and NaN for what was not finite."""
 
     step: int
     loss: float
@@ -47,6 +63,16 @@ class StepRecord:
     grad_norm: float
     step_sizes: tuple[float, ...]
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Made:
+    """All that outer steps change: the values by name (step sizes as they are before softplus), Adam's moments of those
+    that are learned, and the records."""
+
+    values: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    records: list[StepRecord]
 
 
 def cosine(progress: float) -> float:
@@ -76,10 +102,17 @@ class Distiller:
             :class:`~distillkit.neighbors.NeighborLoss`.
         seed: draws initialisations and batches.
         checkpoint_dir: folder to save to, and to resume from where it holds a run; the same settings are demanded.
-        checkpoint_every: outer steps between checkpoints.
+            It holds the settings, the versions of what computes, the values, and all records.  Beside it are a log,
+            ``<name>.log.jsonl``, with a line of settings and then one for each record as it is made, and the lock that
+            keeps other runs out while this one runs.
+        checkpoint_every: outer steps between checkpoints; the last complete step is saved too when a run ends early.
+        nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
+            ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
+            initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
 
     Raises:
         ValueError: settings that cannot be, or a checkpoint made with other settings, naming which.
+        StorageError: a checkpoint that cannot be trusted.
     """
 
     def __init__(
@@ -96,39 +129,49 @@ class Distiller:
         seed: int = 0,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
+        nonfinite: str = "stop",
     ):
+        check_is("distilled", distilled, DistilledSet)
+        check_objective(objective)
         if learn is LEARNABLE and not distilled.soft:
             learn = tuple(n for n in LEARNABLE if n != "targets")
-        unknown = set(learn) - set(LEARNABLE)
-        if unknown or not learn:
-            raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {tuple(learn)!r}")
+        if isinstance(learn, str) or not isinstance(learn, Sequence) or not learn or any(n not in LEARNABLE for n in learn):
+            raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
         if "targets" in learn and not distilled.soft:
             raise ValueError("hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
+        for name, rate, of in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
+            if rate is not None or name == "lr":
+                check_rate(f"{name}: the learning rate of {of}", rate)
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr}
         self.rates["step_sizes"] = 2 * lr if step_size_lr is None else step_size_lr
-        for name, rate in self.rates.items():
-            if not (math.isfinite(rate) and rate >= 0):
-                raise ValueError(f"the learning rate of {name} must be a finite number of 0 or more, not {rate!r}")
-        if checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, not {checkpoint_every!r}")
+        check_whole("checkpoint_every", checkpoint_every)
+        check_choice("nonfinite", nonfinite, NONFINITE)
+        derive_seed("distil", seed)  # an error now if it is none
+        if not callable(schedule):
+            raise TypeError(f"schedule must be a function of the progress in 0..1, not {schedule!r}")
+        if not isinstance(regularizers, list | tuple) or not all(callable(term) for term in regularizers):
+            raise TypeError(f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}")
         self.objective, self.schedule, self.seed = objective, schedule, seed
         self.regularizers = tuple(regularizers)
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.checkpoint_every = checkpoint_every
-        self.records: list[StepRecord] = []
+        self.checkpoint_every, self.nonfinite = checkpoint_every, nonfinite
         self._start = copy.deepcopy(distilled)
         self._settings = self._describe(distilled)
-        self._values = {
+        values = {
             "embeds": distilled.embeds.clone(),
             "targets": distilled.targets.clone(),
             "step_sizes": _inverse_softplus(bound_step_sizes(distilled, objective.unroll)),
         }
-        self._adam = torch.optim.Adam(
-            [{"params": [self._values[n]], "name": n} for n in self.learn], betas=BETAS, lr=lr
-        )
-        if self.checkpoint_dir is not None and not is_vacant(self.checkpoint_dir):
-            self._resume()
+        self._made = _Made(values, {}, [])
+        self._saved = 0  # steps in the checkpoint
+        self._claim = None if self.checkpoint_dir is None else Claim(self.checkpoint_dir)
+        self._resume()
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """One of each outer step made so far."""
+        return self._made.records
 
     @property
     def step(self) -> int:
@@ -143,10 +186,10 @@ class Distiller:
         meta["recipe"] = {**self.objective.recipe(), "distiller": self._settings, "outer_steps": self.step}
         return copy.deepcopy(
             DistilledSet(
-                embeds=self._values["embeds"].detach(),
+                embeds=self._made.values["embeds"],
                 mask=self._start.mask,
                 free=self._start.free,
-                targets=self._values["targets"].detach(),
+                targets=self._made.values["targets"],
                 step_sizes=self._step_sizes(),
                 tokens=None if moved else self._start.tokens,
                 meta=meta,
@@ -156,33 +199,66 @@ class Distiller:
     def run(self, n: int) -> Iterator[StepRecord]:
         """Make outer steps until ``n`` in all have been made, yielding a record of each.
 
+        With a ``checkpoint_dir``, a run that ends before (by Ctrl-C, by an error, or because the loop over it was left)
+        saves its last complete step and says on stderr how to go on.
+
         Raises:
-            FloatingPointError: the loss or a gradient is not finite, or the step sizes have run to zero or to infinity;
-                the checkpoint keeps the last good values.
+            FloatingPointError: the loss, a gradient or a value is not finite, or the step sizes have run to zero or to
+                infinity; values and checkpoint are the last good ones.
+            StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
         """
         check_whole("n", n, least=0)
-        with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
-            while self.step < n:
-                record = self._one(n)
-                self.records.append(record)
-                if self.checkpoint_dir is not None and (self.step % self.checkpoint_every == 0 or self.step == n):
-                    self.save()
-                bar.update()
-                bar.set_postfix(loss=f"{record.loss:.3f}")
-                yield record
+        with self._claim or nullcontext():
+            self._take_up()
+            try:
+                with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
+                    while self.step < n:
+                        record = self._one(n)
+                        self._log(record)
+                        if self.step % self.checkpoint_every == 0 or self.step == n:
+                            self._save()
+                        bar.update()
+                        bar.set_postfix(loss=f"{record.loss:.3f}")
+                        yield record
+            except BaseException:
+                self._leave(n)
+                raise
 
     def save(self) -> None:
-        """Write a checkpoint of the whole run to ``checkpoint_dir``."""
-        if self.checkpoint_dir is None:
+        """Write a checkpoint of the whole run to ``checkpoint_dir``.
+
+        Raises:
+            StorageError: another run works there, or it cannot be written.
+        """
+        if self._claim is None:
             raise ValueError("this distiller has no checkpoint_dir to save to")
-        tensors = {f"value.{n}": v.detach() for n, v in self._values.items()}
-        for name, value in ((n, self._values[n]) for n in self.learn):
-            tensors |= {f"adam.{name}.{k}": v for k, v in self._adam.state.get(value, {}).items()}
-        data = {"settings": self._settings, "records": [dataclasses.asdict(r) for r in self.records]}
+        with self._claim:
+            self._save()
+
+    def _save(self) -> None:
+        if self.checkpoint_dir is None:
+            return
+        made = self._made
+        tensors = {f"value.{name}": value for name, value in made.values.items()}
+        for name, moments in made.moments.items():
+            tensors |= {f"adam.{name}.{key}": value for key, value in moments.items()}
+        data = {"settings": self._settings, "versions": _versions(), "records": [_as_json(r) for r in made.records]}
         save_folder(self.checkpoint_dir, kind=KIND, tensors=tensors, data=data)
+        self._saved = len(made.records)
+
+    def _leave(self, n: int) -> None:
+        """Save what an early end would lose, and say how to go on."""
+        if self.checkpoint_dir is None:
+            return
+        if self.step > self._saved:
+            self._save()
+        if self.step < n:
+            print(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to "
+                  f"go on, make a Distiller with the same settings and call run({n})", file=sys.stderr)
 
     def _one(self, n: int) -> StepRecord:
-        begun = time.perf_counter()
+        """Make a step: all of it, or nothing where an exception ends it."""
+        begun, made, step = time.perf_counter(), self._made, self.step + 1
         current = self._current()
         found = meta_gradient(current, self.objective, seed=derive_seed("distil", self.seed, self.step))
         grads = {"embeds": found.embeds, "targets": found.targets, "step_sizes": found.step_sizes}
@@ -193,48 +269,69 @@ class Distiller:
             terms[term.name], gradient = term(current)
             loss += weight * terms[term.name]
             grads["embeds"] = grads["embeds"] + weight * gradient.to(grads["embeds"])
-        finite = all(g is None or bool(g.isfinite().all()) for g in grads.values())
-        if not (finite and math.isfinite(loss)):
-            raise FloatingPointError(
-                f"outer step {self.step + 1}: loss {loss}, gradient norm {norm}, step sizes "
+        values, moments = made.values, made.moments
+        finite = math.isfinite(loss) and all(g is None or bool(g.isfinite().all()) for g in grads.values())
+        if finite:
+            values, moments = self._moved(grads, self.schedule(self.step / n))
+            finite = all(bool(value.isfinite().all()) for value in values.values())
+        if not finite:
+            self._stop_or_skip(
+                f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
                 f"{[round(s, 5) for s in current.step_sizes.tolist()]}; lower lr or the inner step size"
             )
-        factor = self.schedule(self.step / n)
-        for group in self._adam.param_groups:
-            name = group["name"]
-            group["lr"] = self.rates[name] * factor
-            value = self._values[name]
+            values, moments, terms = made.values, made.moments, terms | {"skipped": 1.0}
+        sizes = tuple(_positive(values["step_sizes"]).tolist())
+        start = bound_step_sizes(self._start, self.objective.unroll)
+        if max(sizes) > RUNAWAY * float(start.max()) or max(sizes) * RUNAWAY < float(start.min()):
+            raise FloatingPointError(
+                f"outer step {step}: the step sizes have run from {[round(s, 5) for s in start.tolist()]} to "
+                f"{[float(f'{s:.3g}') for s in sizes]}, where training stands still or diverges: this student cannot follow "
+                "what is asked of it; lower step_size_lr, start from the size that search_step_size finds, or take more "
+                "inner steps or an optimiser of the expert's kind"
+            )
+        record = StepRecord(step, loss, terms, norm, sizes, time.perf_counter() - begun)
+        if not finite:
+            record = _from_json(_as_json(record))  # as it comes back from a checkpoint
+        self._made = _Made(values, moments, [*made.records, record])
+        return record
+
+    def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
+        """The values after Adam's step along ``grads``, and its moments then; those there are stay as they are."""
+        values = {name: value.clone() for name, value in self._made.values.items()}
+        groups = [{"params": [values[name]], "lr": self.rates[name] * factor} for name in self.learn]
+        adam = torch.optim.Adam(groups, betas=BETAS)
+        for name in self.learn:
+            value = values[name]
             value.grad = grads[name].to(value.device, value.dtype)
             if name == "embeds":
                 value.grad = value.grad * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus
                 value.grad = value.grad * value.sigmoid()
-        self._adam.step()
-        sizes = tuple(self._step_sizes().tolist())
-        start = bound_step_sizes(self._start, self.objective.unroll)
-        if max(sizes) > RUNAWAY * float(start.max()) or max(sizes) * RUNAWAY < float(start.min()):
-            raise FloatingPointError(
-                f"outer step {self.step + 1}: the step sizes have run from {[round(s, 5) for s in start.tolist()]} to "
-                f"{[float(f'{s:.3g}') for s in sizes]}, where training stands still or diverges: this student cannot follow "
-                "what is asked of it; lower step_size_lr, start from the size that search_step_size finds, or take more "
-                "inner steps or an optimiser of the expert's kind"
-            )
-        return StepRecord(
-            self.step + 1, loss, terms, norm, sizes, time.perf_counter() - begun
-        )
+            if name in self._made.moments:
+                adam.state[value] = {key: moment.clone() for key, moment in self._made.moments[name].items()}
+        adam.step()
+        return {name: value.detach() for name, value in values.items()}, {name: adam.state[values[name]] for name in self.learn}
+
+    def _stop_or_skip(self, message: str) -> None:
+        skipped = 1
+        while skipped <= self.step and "skipped" in self.records[-skipped].terms:
+            skipped += 1
+        if self.nonfinite == "skip" and skipped < PATIENCE:
+            warnings.warn(f"skipped: {message}", stacklevel=4)
+            return
+        raise FloatingPointError(message if self.nonfinite == "stop" else f"{skipped} steps in a row; the last: {message}")
 
     def _current(self) -> DistilledSet:
         return dataclasses.replace(
             self._start,
-            embeds=self._values["embeds"],
-            targets=self._values["targets"],
+            embeds=self._made.values["embeds"],
+            targets=self._made.values["targets"],
             step_sizes=self._step_sizes(),
             tokens=None,
         )
 
     def _step_sizes(self) -> Tensor:
-        raw = self._values["step_sizes"]
-        return torch.nn.functional.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny)  # far below 0 it rounds to 0
+        return _positive(self._made.values["step_sizes"])
 
     def _describe(self, distilled: DistilledSet) -> dict:
         settings = {
@@ -254,9 +351,43 @@ class Distiller:
         }
         return json.loads(json.dumps(settings))
 
+    def _take_up(self) -> None:
+        """What a run does first in its folder: clear away what killed ones left, and begin the log where the values are."""
+        if self.checkpoint_dir is None:
+            return
+        remove_orphans(self.checkpoint_dir)
+        self._resume()  # another run may have gone on since this object was made
+        head = {"settings": self._settings, "versions": _versions()}
+        lines = [json.dumps(line, ensure_ascii=False) for line in (head, *(_as_json(r) for r in self.records))]
+        # Written anew, the log loses a line that a kill cut short, and the steps after the checkpoint, which are made again.
+        fresh = self.log_file.with_suffix(".partial")
+        try:
+            fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(fresh, self.log_file)
+        except OSError as error:
+            raise unwritten(self.log_file, error) from error
+
+    def _log(self, record: StepRecord) -> None:
+        if self.checkpoint_dir is None:
+            return
+        try:
+            with self.log_file.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(_as_json(record)) + "\n")
+        except OSError as error:
+            raise unwritten(self.log_file, error) from error
+
     def _resume(self) -> None:
+        """Take up the checkpoint, if it has more steps than have been made here."""
+        if self.checkpoint_dir is None or is_vacant(self.checkpoint_dir):
+            return
         stored = load_folder(self.checkpoint_dir, kind=KIND)
-        theirs = stored.data["settings"]
+        try:
+            theirs, versions = stored.data["settings"], stored.data.get("versions", _versions())
+            records = [_from_json(r) for r in stored.data["records"]]
+            values = {name: stored.tensors[f"value.{name}"] for name in self._made.values}
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{self.checkpoint_dir} is no checkpoint of this distillkit: it has no {error}; choose another "
+                               "checkpoint_dir") from error
         different = [k for k in self._settings if theirs.get(k) != self._settings[k]]
         if different:
             k = different[0]
@@ -264,14 +395,49 @@ class Distiller:
                 f"{self.checkpoint_dir} holds a run with other settings: {k} is {theirs.get(k)!r} there and "
                 f"{self._settings[k]!r} here; resume with the same settings or choose another checkpoint_dir"
             )
-        for name, value in self._values.items():
-            value.copy_(stored.tensors[f"value.{name}"])
-        for name in self.learn:
-            prefix = f"adam.{name}."
-            found = {k.removeprefix(prefix): v for k, v in stored.tensors.items() if k.startswith(prefix)}
-            if found:
-                self._adam.state[self._values[name]] = found
-        self.records = [StepRecord(**{**r, "step_sizes": tuple(r["step_sizes"])}) for r in stored.data["records"]]
+        if len(records) <= self.step:
+            return
+        if versions != _versions():
+            warnings.warn(f"{self.checkpoint_dir} was made with {versions}, and goes on with {_versions()}: what comes may "
+                          "differ by rounding from an uninterrupted run", stacklevel=3)
+        moments = {name: {} for name in self.learn}
+        for name, value in stored.tensors.items():
+            if name.startswith("adam."):
+                _, of, key = name.split(".")
+                moments[of][key] = value
+        self._made = _Made(values, {name: found for name, found in moments.items() if found}, records)
+        self._saved = len(records)
+
+    @property
+    def log_file(self) -> Path:
+        """Where the log is, a JSON value a line: the settings and versions, then the records."""
+        if self._claim is None:
+            raise ValueError("this distiller has no checkpoint_dir, beside which a log would be")
+        return self._claim.folder.with_name(f"{self._claim.folder.name}.log.jsonl")
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in VERSIONED} | {"python": platform.python_version()}
+
+
+def _as_json(record: StepRecord) -> dict:
+    """A record as strict JSON values, which have no NaN."""
+    found = dataclasses.asdict(record)
+    found["terms"] = {name: _finite(value) for name, value in record.terms.items()}
+    return found | {"loss": _finite(record.loss), "grad_norm": _finite(record.grad_norm)}
+
+
+def _from_json(found: dict) -> StepRecord:
+    def number(value):
+        return math.nan if value is None else value
+
+    terms = {name: number(value) for name, value in found["terms"].items()}
+    again = {"loss": number(found["loss"]), "grad_norm": number(found["grad_norm"]), "terms": terms}
+    return StepRecord(**found | again | {"step_sizes": tuple(found["step_sizes"])})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def digest(distilled: DistilledSet) -> str:
@@ -283,6 +449,11 @@ def digest(distilled: DistilledSet) -> str:
             found.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def _positive(raw: Tensor) -> Tensor:
+    """softplus(``raw``), which far below 0 would round to 0."""
+    return torch.nn.functional.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny)
 
 
 def _inverse_softplus(positive: Tensor) -> Tensor:

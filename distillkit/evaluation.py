@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from distillkit.checks import check_is, check_seeds
 from distillkit.distilled import DistilledSet
 from distillkit.inner import AdamW, Optimizer, Part, Unroll, described, from_recipe, inner_step, set_parts
 from distillkit.objectives import bound_step_sizes
@@ -118,8 +119,11 @@ def evaluate(
     Raises:
         ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds, another model's embeddings.
     """
-    if not seeds:
-        raise ValueError(f"seeds must name at least one seed, not {seeds!r}")
+    if distilled is not None:
+        check_is("distilled", distilled, DistilledSet)
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    check_seeds("seeds", tuple(seeds) if isinstance(seeds, range) else seeds)
     if distilled is not None and distilled.embeds.shape[-1] != student.width:
         raise ValueError(
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"

@@ -6,7 +6,8 @@ be walked again, step for step.  Trajectory matching (Cazenavette et al., 2022) 
 along the same segment in fewer steps.
 
 On disk an expert is a folder of snapshots, each one atomic and with SHA-256 sums, so that an interrupted recording goes on
-after its last snapshot and a damaged file is noticed.  Snapshots are memory-mapped when read.
+after its last snapshot and a damaged file is noticed.  Of two processes that record into one folder the second waits, and
+finds there what the first has made.  Snapshots are memory-mapped when read.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_is, check_whole
 from distillkit.inner import AdamW, Optimizer, Part, State, described, inner_step
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.storage import StorageError, is_vacant, load_folder, save_folder
+from distillkit.storage import Claim, StorageError, is_vacant, load_folder, save_folder
 from distillkit.students import Params, Student
+from distillkit.tasks import Task
 
 KIND, SNAPSHOT = "experts", "expert-snapshot"
 EXTENDABLE = ("count", "epochs")  # more of these may be asked of a folder than it holds
@@ -150,7 +153,14 @@ def record_experts(
         ValueError: settings that cannot be, or others than the folder's, naming which.
         OSError: the disk has less room than the trajectories will take.
     """
-    check_whole("batch_size", batch_size, most=len(task.train))
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {optimizer!r}")
+    check_whole("batch_size", batch_size, most=len(task.split("train")))
+    if micro_batch is not None:
+        check_whole("micro_batch", micro_batch)
+    derive_seed("expert-order", seed)  # an error now if it is none
     folder, steps = Path(folder).expanduser(), -(-len(task.train) // batch_size)
     settings = {
         "count": count,
@@ -165,16 +175,25 @@ def record_experts(
     }
     for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
         check_whole(name, settings[name], most=most)
-    settings = _settled(folder, settings)
-    experts = Experts(folder, settings)
-    missing = [(e, i) for e in range(len(experts)) for i in range(experts.snapshots) if is_vacant(experts._place(e, i))]
-    _need_room(folder, student, optimizer, len(missing))
-    save_folder(folder / "settings", kind=KIND, data=settings)
+    with Claim(folder, wait=True):
+        experts = Experts(folder, _settled(folder, settings))
+        missing = [(e, i) for e in range(len(experts)) for i in range(experts.snapshots) if is_vacant(experts._place(e, i))]
+        _need_room(folder, student, optimizer, len(missing))
+        save_folder(folder / "settings", kind=KIND, data=experts.settings)
+        try:
+            _record_missing(experts, missing, task, student, optimizer, micro_batch)
+        except KeyboardInterrupt:
+            print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
+                  file=sys.stderr)
+            raise
+    return Experts.load(folder)
+
+
+def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
     total = sum(experts.step(i) - experts.step(i - 1) for _, i in missing if i)
     with progress(total=total, desc="recording experts", unit="step") as bar:
         for expert in sorted({e for e, _ in missing}):
             _record(experts, expert, task, student, optimizer, micro_batch, bar)
-    return Experts.load(folder)
 
 
 def _record(experts: Experts, expert: int, task, student: Student, optimizer: Optimizer, micro_batch, bar) -> None:
@@ -192,7 +211,8 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
             parts = real_parts(task, student, rows, micro_batch)
             params, state, *_ = inner_step(student, optimizer, params, state, parts, optimizer.step_size)
             bar.update()
-        if not all(bool(p.isfinite().all()) for p in params.values()):
+        kept = [params, *(v for v in state.values() if isinstance(v, dict))]
+        if not all(bool(t.isfinite().all()) for tensors in kept for t in tensors.values()):
             raise FloatingPointError(f"expert {expert} is not finite after {experts.step(index)} steps at step size "
                                      f"{optimizer.step_size}; lower it, or clip gradients (clip_norm)")
         _save(experts._place(expert, index), params, state)

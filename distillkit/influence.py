@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_choice, check_whole
+from distillkit.checks import check_choice, check_flag, check_number, check_whole
 from distillkit.experts import real_parts
 from distillkit.inner import AdamW, State, described, inner_step, loss_and_grads
 from distillkit.progress import progress
@@ -194,8 +194,8 @@ class LessSettings:
     by_class: bool = False
 
     def __post_init__(self):
-        if not (isinstance(self.fraction, int | float) and 0 < self.fraction <= 1):
-            raise ValueError(f"fraction must be a number in (0, 1], not {self.fraction!r}")
+        check_number("fraction", self.fraction, most=1, without="least")
+        check_flag("by_class", self.by_class)
         if not isinstance(self.optimizer, AdamW):
             raise ValueError(f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
         for name in ("epochs", "batch_size", "projection", "validation_rows"):

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_flag, check_number, check_rate, check_whole
 from distillkit.seeds import derive_seed, generator
 from distillkit.students import Batch, Params, Student
 
@@ -28,7 +29,7 @@ State = dict[str, Any]
 
 
 def _positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
 
 
@@ -88,8 +89,8 @@ class Momentum:
     def __post_init__(self):
         _positive("step_size", self.step_size)
         _check_clip(self.clip_norm)
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {self.decay!r}")
+        check_number("decay", self.decay, most=1, without="most")
+        check_flag("nesterov", self.nesterov)
 
     def init(self, params: Params) -> State:
         return {"u": {n: torch.zeros_like(p) for n, p in params.items()}}
@@ -122,11 +123,12 @@ class AdamW:
     def __post_init__(self):
         _positive("step_size", self.step_size)
         _check_clip(self.clip_norm)
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas!r}")
+        for beta in self.betas:
+            check_number("betas, both,", beta, most=1, without="most")
         for name in ("eps", "eps_root", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)!r}")
+            check_rate(name, getattr(self, name))
 
     def init(self, params: Params) -> State:
         zeros = {n: torch.zeros_like(p) for n, p in params.items()}
@@ -179,20 +181,50 @@ def set_parts(
         yield len(part) / len(rows), inputs, targets[part], seed
 
 
+def _halves(part: Part) -> list[Part]:
+    """A micro-batch in two; raises the exception that is being handled where it is a single example."""
+    share, batch, targets, seed = part
+    examples = len(targets)
+    if examples == 1:
+        raise
+    cut = examples // 2
+    warnings.warn(f"out of memory with {examples} examples at a time: they are taken again in parts of {examples - cut}, which "
+                  f"changes the gradient by rounding only{'' if seed is None else ' (and the masks of dropout)'}; set "
+                  f"micro_batch={cut} to spare the failed attempt", stacklevel=3)
+    found = []
+    for number, chosen in enumerate((slice(None, cut), slice(cut, None))):
+        own = None if seed is None else derive_seed("dropout-half", seed, number)
+        size = len(targets[chosen])
+        found.append((share * size / examples, {n: t[chosen] for n, t in batch.items()}, targets[chosen], own))
+    return found
+
+
 def loss_and_grads(
     student: Student, params: Params, parts: Iterable[Part], phi: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Params, list[Tensor]]:
     """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, without a graph, one micro-batch at a time.
 
-    ``parts`` must be built from ``phi`` (and lazily, so that only one micro-batch's activations are alive).
+    ``parts`` must be built from ``phi`` (and lazily, so that only one micro-batch's activations are alive).  A micro-batch
+    that memory has no room for is taken again in halves, with a warning; but for dropout, whose masks belong to a
+    micro-batch, the sum is the same up to rounding.
     """
     leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
     inputs, loss, total = (*leaves.values(), *phi), 0.0, None
-    for share, batch, targets, seed in parts:
-        part = share * student.loss(leaves, batch, targets, dropout_seed=seed)
-        found = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True)
-        loss = loss + part.detach()
-        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    for whole in parts:
+        waiting, halved = [whole], False
+        while waiting:
+            share, batch, targets, seed = waiting.pop()
+            part = None  # the graph of the one before goes
+            try:
+                part = share * student.loss(leaves, batch, targets, dropout_seed=seed)
+                # Halves are slices of one tensor, whose way back to ``phi`` all of them take.
+                found = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True, retain_graph=halved)
+            except torch.OutOfMemoryError:
+                waiting += reversed(_halves((share, batch, targets, seed)))
+                halved = True
+                continue
+            loss = loss + part.detach()
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
     return loss, dict(zip(leaves, total[: len(leaves)], strict=True)), list(total[len(leaves) :])
 
 
@@ -263,10 +295,15 @@ class Unroll:
             if value is None and name != "steps":
                 continue
             check_whole(name, value)
+        check_flag("dropout", self.dropout)
+        if not isinstance(self.optimizer, Optimizer):
+            raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {self.optimizer!r}")
         if self.metagrad is None:
             from distillkit.metagrad import Replay
 
             object.__setattr__(self, "metagrad", Replay())
+        if not callable(self.metagrad):
+            raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {self.metagrad!r}")
 
     def rows(self, examples: int, order: int = 0) -> list[Tensor]:
         """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""

@@ -34,6 +34,7 @@ from distillkit.objectives import BPTT
 from distillkit.progress import progress
 from distillkit.results import Settings, as_json, take_up, write
 from distillkit.selection import METHODS, select
+from distillkit.storage import Claim
 from distillkit.students import load_student
 from distillkit.tasks import load_task
 
@@ -141,9 +142,14 @@ class Run:
 
         Raises:
             ValueError: ``only`` names a row that is none of the job's.
+            StorageError: another process makes rows of this job.
         """
         if unknown := [r for r in only if r not in self.job.rows]:
             raise ValueError(f"no row {unknown[0]!r} in this job; it has {', '.join(self.job.rows)}")
+        with Claim(self.work):
+            return self._completed(only)
+
+    def _completed(self, only: tuple[str, ...]) -> dict:
         missing = [r for r in only or self.job.rows if r not in self.result["rows"]]
         for name in progress(missing, desc="rows", unit="row"):
             method, recipe = name.split("/")

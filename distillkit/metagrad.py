@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_choice, check_flag, check_is, check_number, check_whole
 from distillkit.inner import SGD, Optimizer, Part, State, inner_step, loss_and_grads, set_parts
 from distillkit.seeds import derive_seed
 from distillkit.students import Params, Student
@@ -218,6 +218,7 @@ class _Walk(_Strategy):
 
     def __post_init__(self):
         check_whole("every", self.every)
+        check_flag("host", self.host)
 
     def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
         """See :meth:`_Strategy.contributions`."""
@@ -381,8 +382,8 @@ class ForwardDifference(_Walk):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.change < 1:
-            raise ValueError(f"change must lie between 0 and 1, not {self.change!r}")
+        check_number("change", self.change, most=1, without="least and most")
+        check_flag("central", self.central)
 
     def check(self, student: Student) -> None:
         """See :meth:`_Walk.check`."""
@@ -473,8 +474,9 @@ class Truncated(_Strategy):
 
     def __post_init__(self):
         check_whole("window", self.window)
-        if self.place not in ("last", "random"):
-            raise ValueError(f"place must be 'last' or 'random', not {self.place!r}")
+        check_choice("place", self.place, ("last", "random"))
+        if not isinstance(self.inner, _Strategy):
+            raise TypeError(f"inner must be a strategy such as Replay(), not {self.inner!r}")
 
     def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
         """See :meth:`_Strategy.contributions`."""
@@ -491,6 +493,7 @@ def recommend(student: Student) -> tuple[_Strategy, str]:
     Raises:
         ValueError: none suits: the student is in bfloat16.
     """
+    check_is("student", student, Student)
     _need_precision(student, "Every strategy")
     if student.attention != "eager":
         return ForwardDifference(), f"attention={student.attention!r} has no second derivative, and differences need none"

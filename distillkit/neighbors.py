@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distillkit.checks import check_choice, check_is, check_whole
 from distillkit.distilled import DistilledSet, decode, embed
 from distillkit.students import Student
 
@@ -60,8 +61,11 @@ def nearest_tokens(
     Raises:
         ValueError: unknown metric, widths that differ, or fewer than ``k`` rows to choose from.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+    check_choice("metric", metric, METRICS)
+    for name, value in (("queries", queries), ("table", table), *([] if allowed is None else [("allowed", allowed)])):
+        check_is(name, value, Tensor)
+    for name, value in (("k", k), ("query_chunk", query_chunk), ("table_chunk", table_chunk)):
+        check_whole(name, value)
     if queries.shape[-1] != table.shape[-1]:
         raise ValueError(f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
     candidates = torch.arange(len(table)) if allowed is None else allowed.nonzero().squeeze(1).cpu()
@@ -108,6 +112,7 @@ class NeighborLoss:
     name = "neighbor"
 
     def __post_init__(self):
+        check_is("student", self.student, Student)
         self.weight_at(0.0)
 
     def weight_at(self, progress: float) -> float:
@@ -145,6 +150,9 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         A set with ``tokens`` and text, embeddings equal to those tokens', labels, step sizes and recipe kept;
         ``meta["projection"]`` tells the metric and the mean distance moved.
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("student", student, Student)
+    check_choice("metric", metric, METRICS)
     if distilled.embeds.shape[-1] != student.width:
         raise ValueError(
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"

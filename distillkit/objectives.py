@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_choice, check_whole
+from distillkit.checks import check_choice, check_is, check_number, check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.experts import Experts, moved, real_parts
 from distillkit.inner import OPTIMIZERS, Unroll, inner_step, optimizer_from
@@ -54,9 +56,10 @@ class BPTT:
     inits: int = 1
 
     def __post_init__(self):
+        _check_parts(self)
         for name in ("micro_batch", "inits"):
             check_whole(name, getattr(self, name))
-        check_whole("batch_size", self.batch_size, most=len(self.task.train), meaning="the training rows")
+        check_whole("batch_size", self.batch_size, most=len(self.task.split("train")), meaning="the training rows")
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]:
         """One problem for each of the ``inits``, made when its turn comes."""
@@ -87,6 +90,15 @@ class BPTT:
     def recipe(self) -> dict:
         """How to train on what this objective distils, as JSON values."""
         return _recipe(self, outer_batch_size=self.batch_size, inits=self.inits)
+
+
+def _check_parts(objective) -> None:
+    """Whatever can be asked for a loss is a student, and trajectory matching asks nothing of a task but to be the experts'."""
+    if objective.task is not None and not isinstance(getattr(objective.task, "kind", None), str):
+        raise TypeError(f"task must be what load_task returns, not {objective.task!r}")
+    if not callable(getattr(objective.student, "loss", None)):
+        raise TypeError(f"student must be what load_student returns, not {objective.student!r}")
+    check_is("unroll", objective.unroll, Unroll)
 
 
 STUDENT_STATES = ("fresh", "expert")
@@ -131,7 +143,15 @@ class TrajectoryMatching:
     segments: int = 1
 
     def __post_init__(self):
+        _check_parts(self)
+        if not isinstance(getattr(self.experts, "settings", None), dict):
+            raise TypeError(f"experts must be what record_experts or Experts.load returns, not {self.experts!r}")
         self.experts.check(self.student, self.task)
+        check_number("expert_epochs", self.expert_epochs, without="least")
+        if self.max_start_epoch is not None:
+            check_number("max_start_epoch", self.max_start_epoch)
+        if self.match is not None and not callable(self.match):
+            raise TypeError(f"match must be a function of a parameter's name, not {self.match!r}")
         check_choice("student_state", self.student_state, STUDENT_STATES)
         check_choice("distance", self.distance, DISTANCES)
         check_whole("segments", self.segments)
@@ -265,6 +285,13 @@ def search_step_size(
     Returns:
         the best candidate, and the mean loss of each (infinite where training diverged).
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_objective(objective)
+    check_whole("tries", tries)
+    if not isinstance(candidates, Sequence) or not candidates:
+        raise ValueError(f"candidates must be step sizes to try, such as (0.01, 0.1, 1.0), not {candidates!r}")
+    for size in candidates:
+        check_number("candidates, each of them,", size, without="least")
     losses = {}
     for size in candidates:
         optimizer = dataclasses.replace(objective.unroll.optimizer, step_size=size)
@@ -331,13 +358,62 @@ def bound_step_sizes(distilled: DistilledSet, unroll: Unroll) -> torch.Tensor:
     return distilled.step_sizes
 
 
+def check_objective(objective) -> None:
+    """Raise TypeError unless ``objective`` trains a student by an :class:`~distillkit.inner.Unroll`."""
+    if not isinstance(getattr(objective, "unroll", None), Unroll):
+        raise TypeError(f"objective must be one such as BPTT or TrajectoryMatching, not {objective!r}")
+
+
 def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaGradient:
     """Gradient of the objective with respect to the set, at one seeded initialisation and real batch.
+
+    Where memory runs out, the same batch is taken again in parts of half the size, with a warning, and so it is from then
+    on.  The gradient is the same up to rounding (but for dropout, whose masks belong to the parts).
 
     Args:
         distilled: the set φ.
         objective: :class:`BPTT` or :class:`TrajectoryMatching`.
         seed: stands for the student's initialisation and the real batch, or for expert and segment.
+
+    Raises:
+        torch.OutOfMemoryError: single examples do not fit either.
     """
-    metagrad = objective.unroll.metagrad
-    return MetaGradient.mean([metagrad(problem) for problem in objective.problems(distilled, seed)])
+    check_is("distilled", distilled, DistilledSet)
+    check_objective(objective)
+    while True:
+        trial = FITTING.get(objective, objective)
+        try:
+            metagrad = trial.unroll.metagrad
+            return MetaGradient.mean([metagrad(problem) for problem in trial.problems(distilled, seed)])
+        except torch.OutOfMemoryError as error:
+            FITTING[objective] = _halved(trial, len(distilled), error)
+        # Here the exception is gone, and with it the tensors that its frames held.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+FITTING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # objective → as it fits into memory
+
+
+def _halved(objective, examples: int, error: Exception):
+    """``objective`` with half as many examples alive at a time; raises ``error`` where one is left."""
+    if not dataclasses.is_dataclass(objective):
+        raise error
+    inner = getattr(objective, "objective", None)
+    if inner is not None:  # a wrapper, such as ThroughProjection
+        return dataclasses.replace(objective, objective=_halved(inner, examples, error))
+    unroll = objective.unroll
+    sizes = {"unroll.micro_batch": unroll.micro_batch or min(unroll.batch_size or examples, examples)}
+    if isinstance(objective, BPTT):
+        sizes["micro_batch"] = min(objective.micro_batch, objective.batch_size)
+    largest = max(sizes.values())
+    if largest == 1:
+        raise error
+    size = largest // 2
+    warnings.warn(
+        f"out of memory with {largest} examples at a time: the same batch is taken again in parts of {size}, which changes "
+        f"the gradient by rounding only{' (and the masks of dropout)' if unroll.dropout else ''}; set micro_batch={size} to "
+        "spare the failed attempt", stacklevel=3,
+    )
+    own = {"micro_batch": min(sizes["micro_batch"], size)} if "micro_batch" in sizes else {}
+    return dataclasses.replace(objective, unroll=dataclasses.replace(unroll, micro_batch=size), **own)

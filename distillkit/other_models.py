@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import datasets
 import torch
 
+from distillkit.checks import check_is
 from distillkit.distilled import DistilledSet, decode, embed, from_rows, special_frame
 from distillkit.evaluation import Evaluation, evaluate
 from distillkit.students import Student
@@ -36,6 +37,9 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
     Raises:
         ValueError: the set holds free embeddings; the task is of another kind; a text that makes no token.
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("task", task, Task)
+    check_is("student", student, Student)
     texts = distilled.to_text()
     if ("responses" in distilled.meta) != (task.kind == "instruction"):
         raise ValueError(f"the set was made for another kind of task than {task.name!r}, which is {task.kind}")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_choice
+from distillkit.checks import check_choice, check_is
 from distillkit.distilled import DistilledSet, examples_per_class, from_rows
 from distillkit.influence import LESS, LessSettings, less_rows
 from distillkit.progress import progress
@@ -54,6 +54,9 @@ def select(
     Raises:
         ValueError: an unknown method or a size that cannot be had.
     """
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    check_is("less", less, LessSettings)
     check_choice("method", method, ALL_METHODS)
     size = {"per_class": per_class, "fraction": fraction, "length": length, "seed": seed}
     if method == "random":

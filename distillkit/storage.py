@@ -9,24 +9,34 @@ old one is set aside first, and `load_folder` reads the folder set aside if a cr
 
 *Reading trusts nothing.* Neither safetensors nor JSON notices a flipped bit, so every byte is hashed before it is used.
 Nothing is pickled, links are not followed, and each refusal names the folder, the file and what to do about it.
+
+*Processes do not meet.* What is being written is locked, so that what a killed process left unfinished can be told from
+what another one is writing, and is removed. A run holds its folder with a :class:`Claim` while it runs. Both locks are
+the operating system's and end with the process, however it ends.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT, VERSION = "distillkit", 1
 TENSORS, DATA, MANIFEST = "tensors.safetensors", "data.json", "manifest.json"
+ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class StorageError(ValueError):
@@ -52,21 +62,40 @@ def cache_dir() -> Path:
 def save_folder(folder, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: Mapping = {}) -> Path:
     """Write `tensors` and `data` as the folder `folder`, in one atomic step, and return its path.
 
-    An empty folder, or an earlier folder of the same kind, is replaced. Anything else that stands there is left alone
-    and a `StorageError` is raised; so it is if `data` is not strict JSON (NaN and infinity are not).
+    An empty folder, or an earlier folder of the same kind, is replaced, and what killed processes left unfinished beside
+    it is removed.
+
+    Raises `StorageError`, and leaves what stands there as it is, if that is anything else; if `data` is not strict JSON or
+    a tensor holds NaN or infinity, so that nothing stored and verified can hold them; and if it cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
     _refuse_to_overwrite(folder, kind)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise StorageError(f"cannot save {folder}: the tensor {name!r} holds NaN or infinity; find out where they came "
+                               "from, and save what was there before them")
     try:
         text = json.dumps(dict(data), ensure_ascii=False, allow_nan=False, indent=1)
     except (TypeError, ValueError) as error:
         raise StorageError(f"cannot save {folder}: data is not strict JSON ({error}); store finite numbers, strings, "
                            "lists and dictionaries, and put arrays into tensors") from error
+    try:
+        _write(folder, kind, _independent(tensors), text)
+    except (OSError, SafetensorError) as error:
+        raise unwritten(folder, error) from error
+    return folder
+
+
+def _write(folder: Path, kind: str, tensors: dict[str, Tensor], text: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(folder, "new")
-    fresh.mkdir()
-    try:
-        save_file(_independent(tensors), fresh / TENSORS)
+    with ExitStack() as stack:
+        with _locked(folder.parent):  # or it would look like an orphan before it is locked
+            _remove_orphans(folder)
+            fresh.mkdir()
+            stack.callback(shutil.rmtree, fresh, ignore_errors=True)  # already gone if all went well
+            stack.enter_context(_locked(fresh))
+        save_file(tensors, fresh / TENSORS)
         (fresh / DATA).write_text(text, encoding="utf-8")
         files = {name: _size_and_hash(fresh / name) for name in (DATA, TENSORS)}
         manifest = {"format": FORMAT, "version": VERSION, "kind": kind, "files": files}
@@ -74,9 +103,73 @@ def save_folder(folder, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: 
         for path in (fresh / DATA, fresh / TENSORS, fresh / MANIFEST, fresh):
             _flush(path)
         _move_into_place(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # already gone if all went well
-    return folder
+
+
+def unwritten(folder: Path, error: Exception) -> StorageError:
+    """What to raise where `folder` (or a file) could not be written: it says what to do about it."""
+    # safetensors tells the operating system's number in words only: "... (os error 28)".
+    said = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    existing = next(path for path in folder.parents if path.exists())
+    remedy = "look at the message before this one"
+    if number in ROOM:
+        remedy = f"free some space on its disk ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free), or use another disk"
+    elif number in RIGHTS:
+        remedy = f"get the right to write to {existing}, or use another folder"
+    reason = os.strerror(number) if number else str(error)
+    return StorageError(f"cannot save {folder}: {reason}; {remedy}, and go on from what was saved there before, which is "
+                        "untouched")
+
+
+def remove_orphans(folder) -> None:
+    """Remove what killed processes left beside `folder`: unfinished versions of it, and replaced ones if it is there."""
+    folder = Path(folder).expanduser().resolve()
+    if folder.parent.is_dir():
+        with _locked(folder.parent):
+            _remove_orphans(folder)
+
+
+def _remove_orphans(folder: Path) -> None:
+    for path in _others(folder, "new"):
+        try:
+            with _locked(path, wait=False):
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # its writer lives, or has just moved it into place
+            continue
+    if folder.exists():
+        for path in _set_aside(folder):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Claim:
+    """Holds `folder` for one run, so that no other one, in this process or another, works in it at the same time.
+
+    Use it in a ``with`` block; blocks of one object may be nested. The lock is a file beside the folder, which stays there;
+    the lock on it ends with the block, or with the process.
+
+    Args:
+        folder: what is held; it need not exist.
+        wait: whether to wait for another run's end, or else raise `StorageError`.
+    """
+
+    def __init__(self, folder, *, wait: bool = False):
+        self.folder = Path(folder).expanduser().resolve()
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        self._lock = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+
+    def __enter__(self):
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise StorageError(f"{self.folder} is in use by another run, in this process or in another one; wait for its end, "
+                               "end it, or choose another folder") from error
+        except OSError as error:
+            raise unwritten(self.folder, error) from error
+        return self
+
+    def __exit__(self, *error):
+        self._lock.release()
 
 
 def load_folder(folder, *, kind: str, device="cpu", prefix: str = "", verify: bool = True) -> Stored:
@@ -89,18 +182,39 @@ def load_folder(folder, *, kind: str, device="cpu", prefix: str = "", verify: bo
     file is missing, a link, or differs by one bit from what was written.
     """
     folder = Path(folder).expanduser()
-    if not folder.exists():
-        folder = _set_aside(folder)[-1] if _set_aside(folder) else folder
+    while True:
+        place = _standing(folder)
+        try:
+            return _read(place[0], kind, device, prefix, verify)
+        except (StorageError, OSError) as error:
+            if _standing(folder) != place:  # another process replaced it meanwhile, and parts of two versions were read
+                continue
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"{folder} cannot be read ({error}); check the disk and your rights") from error
+
+
+def _read(folder: Path, kind: str, device, prefix: str, verify: bool) -> Stored:
     manifest = _read_manifest(folder)
     if manifest["kind"] != kind:
         raise StorageError(f"{folder} holds {manifest['kind']!r}, not {kind!r}; pass a folder saved as {kind!r}")
     if verify:
         for name in (DATA, TENSORS):
             _verify(folder, name, manifest["files"])
-    with safe_open(folder / TENSORS, framework="pt", device=str(device)) as stored:
-        names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
-        tensors = {name: stored.get_tensor(name) for name in names}
-    return Stored(tensors, json.loads((folder / DATA).read_text(encoding="utf-8")))
+    remedy = f"another program wrote it; delete {folder} and make it again"
+    try:
+        with safe_open(folder / TENSORS, framework="pt", device=str(device)) as stored:
+            names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)
+            tensors = {name: stored.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise StorageError(f"{folder / TENSORS} is not a safetensors file ({error}); {remedy}") from error
+    try:
+        data = json.loads((folder / DATA).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{folder / DATA} is not JSON ({error}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise StorageError(f"{folder / DATA} is not a JSON object; {remedy}")
+    return Stored(tensors, data)
 
 
 def is_vacant(folder) -> bool:
@@ -120,7 +234,7 @@ def _read_manifest(folder: Path) -> dict:
                            "check the path, or make it again")
     try:
         manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({error}); delete {folder} and make it again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StorageError(f"{path} is not a distillkit manifest; check the path")
@@ -184,9 +298,46 @@ def _beside(folder: Path, suffix: str) -> Path:
 
 def _set_aside(folder: Path) -> list[Path]:
     """The earlier versions of `folder` that a crash kept from being deleted, newest last."""
-    pattern = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{16}\.old")
-    found = [path for path in folder.parent.glob(".*.old") if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+    aged = []
+    for path in _others(folder, "old"):
+        try:
+            aged.append((path.stat().st_mtime_ns, path))
+        except FileNotFoundError:  # another process has just removed it
+            continue
+    return [path for _, path in sorted(aged)]
+
+
+def _others(folder: Path, suffix: str) -> list[Path]:
+    """What :func:`_beside` named for `folder`, by whichever process."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + rf"[0-9a-f]{{16}}\.{suffix}")
+    return [path for path in folder.parent.glob(f".*.{suffix}") if pattern.fullmatch(path.name)]
+
+
+def _standing(folder: Path) -> tuple[Path, int | None]:
+    """Where the newest version of `folder` is, and the number that tells it from another one at the same place."""
+    place = folder if folder.exists() else next(reversed(_set_aside(folder)), folder)
+    try:
+        return place, place.stat().st_ino
+    except OSError:
+        return place, None
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """`folder` itself locked by this process; `OSError` if it cannot be had and this process does not `wait` for it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not wait:
+            os.close(descriptor)
+            raise
+        if error.errno == errno.EWOULDBLOCK:  # or this file system has no locks: then nothing is held to be an orphan
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -143,6 +143,7 @@ def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: i
     check_whole("max_length", max_length, least=SHORTEST, meaning="at least one token between two special ones")
     if limit is not None:
         check_whole("limit", limit, meaning="rows per split, or None for all")
+    seeded("task-limit", seed)  # an error now if it is none
     corpus = load_corpus(source)
     if corpus.layout != "labels":
         from .instruction import instruction_task  # which builds on this module
@@ -192,6 +193,8 @@ def _classes_from_labels(corpus: Corpus) -> tuple[str, ...]:
                               "number the classes from 0 without gaps")
         return tuple(str(number) for number in range(len(numbers)))
     if all(isinstance(label, str) for label in found):
+        for label in found:
+            check_text(label, "label", place)
         return tuple(sorted(found))
     raise CorpusError(f"{place} mixes kinds of labels, such as {sorted(map(repr, found))[:4]}; "
                       "use whole numbers from 0, or names")

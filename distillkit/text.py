@@ -23,24 +23,26 @@ import collections
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_choice, check_is, check_whole
 from distillkit.distilled import DistilledSet, decode, embed, from_rows
 from distillkit.distiller import Distiller, digest
 from distillkit.metagrad import MetaGradient
-from distillkit.neighbors import allowed_tokens, project
-from distillkit.objectives import meta_gradient, trained_loss
+from distillkit.neighbors import METRICS, allowed_tokens, project
+from distillkit.objectives import check_objective, meta_gradient, trained_loss
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
 from distillkit.selection import over_training_rows, sentence_features
-from distillkit.storage import is_vacant, load_folder, save_folder
+from distillkit.storage import Claim, is_vacant, load_folder, remove_orphans, save_folder
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -49,6 +51,8 @@ KIND = "swap-search-checkpoint"
 
 def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
     """Which tokens may stand in a text: words of the vocabulary seen ``least`` times in the training split, ``[v]`` bool."""
+    check_is("task", task, Task)
+    check_is("student", student, Student)
     check_whole("least", least)
     allowed = allowed_tokens(student.tokenizer, len(student.embedding))
     counts = collections.Counter(i for ids in task.token_ids(student.tokenizer, "train") for i in ids)
@@ -92,13 +96,17 @@ class FrozenJudge:
     batch_size: int | None = 2048
 
     def __post_init__(self):
+        check_is("task", self.task, Task)
+        check_is("student", self.student, Student)
+        if self.batch_size is not None:
+            check_whole("batch_size", self.batch_size)
         if self.task.kind != "classification":
             raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
         check_whole("steps", self.steps)
 
     def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
-        embeds = distilled.embeds.to(self.student.device, self.student.dtype).requires_grad_()
+        embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
         x = self._represented({"inputs_embeds": embeds, "attention_mask": distilled.mask.long()})
         loss = self._losses(x[None], self._labels(distilled), seed)[0]
         return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
@@ -187,6 +195,7 @@ class StudentJudge:
 
     def __post_init__(self):
         check_whole("tries", self.tries)
+        check_objective(self.objective)
 
     def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
@@ -274,6 +283,14 @@ class SwapSearch:
         pool: int = 4, allowed: Tensor | None = None, seed: int = 0, checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 10,
     ):
+        check_is("distilled", distilled, DistilledSet)
+        check_is("student", student, Student)
+        for name, value in (("judge", judge), *([] if confirm is None else [("confirm", confirm)])):
+            if not callable(getattr(value, "losses", None)):
+                raise TypeError(f"{name} must be a judge such as FrozenJudge or StudentJudge, not {value!r}")
+        if allowed is not None:
+            check_is("allowed", allowed, Tensor)
+        derive_seed("swap", seed)  # an error now if it is none
         if distilled.tokens is None:
             raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, "
                              "student)")
@@ -297,8 +314,9 @@ class SwapSearch:
             "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
         self._settings = json.loads(json.dumps(self._settings))
-        if self.checkpoint_dir is not None and not is_vacant(self.checkpoint_dir):
-            self._resume()
+        self._claim = None if self.checkpoint_dir is None else Claim(self.checkpoint_dir)
+        self._saved = 0  # steps in the checkpoint
+        self._resume()
 
     @property
     def distilled(self) -> DistilledSet:
@@ -309,39 +327,70 @@ class SwapSearch:
         return dataclasses.replace(self._set, tokens=self._set.tokens.clone(), meta=meta)
 
     def run(self, n: int) -> Iterator[SwapRecord]:
-        """Make steps until ``n`` in all have been made, yielding a record of each."""
+        """Make steps until ``n`` in all have been made, yielding a record of each.
+
+        With a ``checkpoint_dir``, a run that ends before saves its last complete step and says on stderr how to go on.
+
+        Raises:
+            StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
+        """
         check_whole("n", n, least=0)
-        with progress(total=n, initial=len(self.records), desc="swapping", unit="step") as bar:
-            while len(self.records) < n:
-                record = self._one()
-                self.records.append(record)
-                if self.checkpoint_dir is not None and (record.step % self.checkpoint_every == 0 or record.step == n):
-                    self.save()
-                bar.update()
-                bar.set_postfix(loss=f"{record.after:.3f}")
-                yield record
+        with self._claim or nullcontext():
+            if self.checkpoint_dir is not None:
+                remove_orphans(self.checkpoint_dir)
+                self._resume()  # another run may have gone on since this object was made
+            try:
+                with progress(total=n, initial=len(self.records), desc="swapping", unit="step") as bar:
+                    while len(self.records) < n:
+                        record = self._one()
+                        if self.checkpoint_dir is not None and (record.step % self.checkpoint_every == 0 or record.step == n):
+                            self.save()
+                        bar.update()
+                        bar.set_postfix(loss=f"{record.after:.3f}")
+                        yield record
+            except BaseException:
+                self._leave(n)
+                raise
+
+    def _leave(self, n: int) -> None:
+        """Save what an early end would lose, and say how to go on."""
+        if self.checkpoint_dir is None:
+            return
+        if len(self.records) > self._saved:
+            self.save()
+        if len(self.records) < n:
+            print(f"the search ended after step {len(self.records)} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
+                  f"make a SwapSearch with the same settings and call run({n})", file=sys.stderr)
 
     def save(self) -> None:
         """Write a checkpoint of the search to ``checkpoint_dir``."""
-        if self.checkpoint_dir is None:
+        if self._claim is None:
             raise ValueError("this search has no checkpoint_dir to save to")
         rejected = [dataclasses.astuple(s) for s in sorted(self._rejected)]
         records = [dataclasses.asdict(r) for r in self.records]
         data = {"settings": self._settings, "records": records, "rejected": rejected}
-        save_folder(self.checkpoint_dir, kind=KIND, tensors={"tokens": self._set.tokens}, data=data)
+        with self._claim:
+            save_folder(self.checkpoint_dir, kind=KIND, tensors={"tokens": self._set.tokens}, data=data)
+        self._saved = len(self.records)
 
     def _resume(self) -> None:
+        """Take up the checkpoint, if it has more steps than have been made here."""
+        if self.checkpoint_dir is None or is_vacant(self.checkpoint_dir):
+            return
         stored = load_folder(self.checkpoint_dir, kind=KIND)
         theirs = stored.data["settings"]
         if different := [k for k in self._settings if theirs.get(k) != self._settings[k]]:
             raise ValueError(f"{self.checkpoint_dir} holds a search with other settings: {different[0]} is "
                              f"{theirs.get(different[0])!r} there and {self._settings[different[0]]!r} here; resume with the "
                              "same settings or choose another checkpoint_dir")
+        if len(stored.data["records"]) <= len(self.records):
+            return
         self._set = with_tokens(self._set, self.student, stored.tensors["tokens"])
         self._rejected = {Swap(*s) for s in stored.data["rejected"]}
         self.records = [
             SwapRecord(**{**r, "swaps": tuple(Swap(**s) for s in r["swaps"])}) for r in stored.data["records"]
         ]
+        self._saved = len(self.records)
 
     def _one(self) -> SwapRecord:
         begun, step = time.perf_counter(), len(self.records)
@@ -354,11 +403,13 @@ class SwapSearch:
             there, here = self.confirm.losses(self._set, [[], kept], derive_seed("confirm", self.seed, step))
             if not here <= there:
                 kept, after = [], before
-        if kept:
-            self._set = with_tokens(self._set, self.student, _swapped(self._set.tokens, kept))
+        made = with_tokens(self._set, self.student, _swapped(self._set.tokens, kept)) if kept else self._set
         changed = {s.example for s in kept}
-        self._rejected = {s for s in self._rejected.union(swaps) if s.example not in changed}
-        return SwapRecord(step + 1, before, after, tuple(kept), len(swaps), time.perf_counter() - begun)
+        rejected = {s for s in self._rejected.union(swaps) if s.example not in changed}
+        record = SwapRecord(step + 1, before, after, tuple(kept), len(swaps), time.perf_counter() - begun)
+        # In one statement, as no signal comes between its parts: a step has either happened or not.
+        self._set, self._rejected, self.records = made, rejected, [*self.records, record]
+        return record
 
     def _candidates(self, gradient: Tensor, draw: torch.Generator) -> list[Swap]:
         """Swaps drawn from those that the linear estimate likes best."""
@@ -421,6 +472,10 @@ class ThroughProjection:
     _: dataclasses.KW_ONLY
     metric: str = "l2"
 
+    def __post_init__(self):
+        check_objective(self.objective)
+        check_choice("metric", self.metric, METRICS)
+
     @property
     def student(self) -> Student:
         return self.objective.student
@@ -451,6 +506,9 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     Returns:
         a set of real sentences with hard labels and no recipe.
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("task", task, Task)
+    check_is("student", student, Student)
     real = sentence_features(task, student)
     with torch.no_grad():
         x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
@@ -478,6 +536,8 @@ def relabel(
         distilled: hard labels are softened first; its own step sizes are forgotten.
         objective, steps, lr, seed, settings: as :class:`~distillkit.distiller.Distiller` takes them.
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_whole("steps", steps, least=0)
     start = distilled if distilled.soft else distilled.soften()
     start = dataclasses.replace(start, step_sizes=None)
     distiller = Distiller(start, objective, lr=lr, learn=("targets", "step_sizes"), seed=seed, **settings)

@@ -307,7 +307,7 @@ def test_a_hundred_steps_of_adamw_stay_finite(world):
         (lambda: dk.Replay(every=0), "every must be"),
         (lambda: dk.Truncated(0), "window must be"),
         (lambda: dk.Truncated(2, place="middle"), "place must be"),
-        (lambda: dk.ForwardDifference(change=0.0), "change must lie"),
+        (lambda: dk.ForwardDifference(change=0.0), "change must be a number in"),
         (lambda: dk.Momentum(decay=1.0), "decay must be"),
         (lambda: dk.SGD(clip_norm=0.0), "clip_norm must be"),
     ],
