@@ -1,8 +1,9 @@
-"""Command line: ``python -m distillkit demo`` and ``python -m distillkit run CONFIG``.
+"""Command line: ``python -m distillkit demo``, ``run CONFIG``, the single steps ``distil``, ``evaluate``, ..., and ``doctor``.
 
 ``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
 same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result beside its checkpoints and starts over
-once it was finished; the committed result of it is made by ``run quickstart --fresh``.
+once it was finished; the committed result of it is made by ``run quickstart --fresh``.  The steps are in
+:mod:`distillkit.commands`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import shutil
 import sys
 import time
 from pathlib import Path
+
+from distillkit import commands as steps
 
 RESULTS, WORK = Path("figures/results"), Path("runs")
 
@@ -30,22 +33,25 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser("table", help="print the table of a committed result")
     show.add_argument("name", help="of a result in --results")
     show.add_argument("--figure", type=Path, help="draw it too, into this file")
+    figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
     readme = commands.add_parser("readme", help="write the tables of README.md from the committed results")
     readme.add_argument("--file", type=Path, default=Path("README.md"))
-    for command in (demo, run, show, readme):
+    for command in (demo, run, show, figures, readme):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
     for command in (demo, run):
         command.add_argument("--work", type=Path, default=WORK, help=f"folder of checkpoints and sets (default {WORK})")
         command.add_argument("--fresh", action="store_true", help="forget what an earlier run of it has made")
+    steps.add_commands(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input, 130 for an interruption."""
+    """Run a command; returns the exit code: 0, or 2 for bad input, 130 for an interruption; 1 where ``verify`` finds damage."""
     args = parser().parse_args(argv)
+    own = {"demo": _demo, "run": _run, "table": _table, "figures": _figures, "readme": _readme}
     try:
-        return {"demo": _demo, "run": _run, "table": _table, "readme": _readme}[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
+        return own.get(args.command, steps.run)(args)
+    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -67,12 +73,21 @@ def _kinds() -> dict:
     """Settings, run and table of each kind of experiment."""
     from distillkit.instruction_jobs import InstructionJob, InstructionRun, instruction_table
     from distillkit.jobs import ClassificationJob, Run, table
+    from distillkit.merging_jobs import ContinualJob, ContinualRun, continual_table
+    from distillkit.prompting_jobs import PromptingJob, PromptingRun, prompting_table
+    from distillkit.scaling_jobs import GridJob, GridRun, scaling_table, slides_table
     from distillkit.text_jobs import TextJob, TextRun, text_table
+    from distillkit.transfer_jobs import TransferJob, TransferRun, transfer_table
 
     return {
         "classification": (ClassificationJob, Run, table),
         "instruction": (InstructionJob, InstructionRun, instruction_table),
+        "prompting": (PromptingJob, PromptingRun, prompting_table),
+        "continual": (ContinualJob, ContinualRun, continual_table),
+        "scaling": (GridJob, GridRun, scaling_table),
+        "slides": (GridJob, GridRun, slides_table),
         "text": (TextJob, TextRun, text_table),
+        "transfer": (TransferJob, TransferRun, transfer_table),
     }
 
 
@@ -93,8 +108,11 @@ def _result(path: Path, args, folder: Path) -> dict:
         (folder / f"{job.name}.json").unlink(missing_ok=True)
     begun = time.perf_counter()
     run = run_class(job, folder, args.work) if seeded else run_class(job, folder, args.work, committed=args.results)
-    print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
-          f"student {run.student.name}")
+    if kind in ("scaling", "slides"):
+        print(f"{job.name}: {len(job.cells())} cells")
+    else:
+        print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
+              f"student {run.student.name}")
     result = run(rows, seeds) if seeded else run(rows)
     print(draw(result))
     print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
@@ -146,6 +164,14 @@ def _table(args) -> int:
         from distillkit import plots
 
         plots.save(plots.quickstart(result), args.figure)
+    return 0
+
+
+def _figures(args) -> int:
+    from distillkit.gallery import regenerate
+
+    for line in regenerate(args.results, args.results.parent):
+        print(line)
     return 0
 
 

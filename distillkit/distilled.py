@@ -21,9 +21,9 @@ import datasets
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_whole
+from distillkit.checks import check_flag, check_is, check_whole
 from distillkit.seeds import generator
-from distillkit.storage import load_folder, save_folder
+from distillkit.storage import StorageError, load_folder, save_folder
 from distillkit.students import Student
 from distillkit.tasks import NO_TARGET, Task
 
@@ -55,6 +55,12 @@ class DistilledSet:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("embeds", "mask", "free", "targets", "step_sizes", "tokens"):
+            if (value := getattr(self, name)) is not None or name not in ("step_sizes", "tokens"):
+                check_is(name, value, Tensor)
+        check_is("meta", self.meta, dict)
+        if self.embeds.ndim != 3 or not self.embeds.is_floating_point():
+            raise ValueError(f"embeds must be floats [m, l, d], not {self.embeds.dtype} {tuple(self.embeds.shape)}")
         m, l, _ = self.embeds.shape
         wrong = [n for n in ("mask", "free") if getattr(self, n).shape != (m, l)]
         if self.targets.shape[:1] != (m,):
@@ -109,6 +115,9 @@ class DistilledSet:
         Raises:
             ValueError: a size that cannot be had, naming class and rows.
         """
+        check_is("task", task, Task)
+        check_is("student", student, Student)
+        check_flag("soft_labels", soft_labels)
         k = examples_per_class(task, per_class, fraction)
         draw = generator("from-real", seed)
         rows = [r[torch.randperm(len(r), generator=draw)[:k].numpy()] for r in task.rows_by_class("train")]
@@ -138,18 +147,25 @@ class DistilledSet:
         if "responses" in self.meta:
             return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
         classes = self.meta["classes"]
-        probabilities = (
-            self.targets.softmax(-1)
-            if self.soft
-            else torch.nn.functional.one_hot(self.targets, len(classes)).to(torch.float32)
-        )
         return datasets.Dataset.from_dict(
             {
                 "text": self.meta["text"],
                 "label": [classes[i] for i in self.meta["labels"]],
-                "probabilities": probabilities.tolist(),
+                "probabilities": self.probabilities().tolist(),
             }
         )
+
+    def probabilities(self) -> Tensor:
+        """What each label says of each class, ``[m, c]``: the softmax of soft labels, 0 and 1 for hard ones.
+
+        Raises:
+            ValueError: the targets are responses, not classes.
+        """
+        if self.soft:
+            return self.targets.softmax(-1)
+        if self.targets.ndim != 1:
+            raise ValueError("the targets of this set are responses, which have no probabilities of classes")
+        return torch.nn.functional.one_hot(self.targets, len(self.meta["classes"])).to(torch.float32)
 
     def save(self, folder: str | Path) -> Path:
         """Write the set to ``folder``, all or nothing; returns the folder."""
@@ -165,7 +181,23 @@ class DistilledSet:
             StorageError: the folder is missing, damaged, or holds something else; named in the message.
         """
         stored = load_folder(folder, kind=KIND)
-        return cls(**stored.tensors, meta=dict(stored.data))
+        try:
+            return cls(**stored.tensors, meta=dict(stored.data))
+        except (TypeError, ValueError) as error:
+            raise StorageError(f"{folder} holds no set that this distillkit can read ({error}); make it again") from error
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Put the set on the Hugging Face hub, with a card; see :func:`distillkit.publish.push_to_hub`."""
+        from distillkit.publish import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    @staticmethod
+    def from_hub(repo_id: str, revision: str | None = None) -> DistilledSet:
+        """A set from the Hugging Face hub, every byte checked; see :func:`distillkit.publish.from_hub`."""
+        from distillkit.publish import from_hub
+
+        return from_hub(repo_id, revision)
 
 
 def examples_per_class(task: Task, per_class: int | None, fraction: float | None) -> int:
@@ -175,7 +207,7 @@ def examples_per_class(task: Task, per_class: int | None, fraction: float | None
     if per_class is not None and not task.classes:
         raise ValueError(f"per_class={per_class!r}, but task {task.name!r} has no classes; give fraction")
     if fraction is not None:
-        if not 0 < fraction <= 1:
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], not {fraction!r}")
         per_class = int(fraction * len(task.train) / max(1, len(task.classes)))
         if per_class < 1:

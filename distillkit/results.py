@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from filelock import FileLock
 
 from distillkit.checks import check_choice
+from distillkit.configuration import Settings
+from distillkit.configuration import kind_of as kind_of
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
 from distillkit.progress import progress
@@ -31,52 +32,6 @@ from distillkit.students import Student
 from distillkit.tasks import Task
 
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
-
-
-class Settings:
-    """Base of a frozen dataclass of settings that comes from a YAML file; has a ``name`` and ``rows``."""
-
-    def check_name(self) -> None:
-        """Raise ValueError unless ``name`` can name a file."""
-        if not isinstance(self.name, str) or not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"name must be letters, digits, '_' and '-', as it names a file, not {self.name!r}")
-
-    def check_positive(self, *keys: str) -> None:
-        """Raise ValueError unless each of these settings is a number above 0, or None where that is its default."""
-        optional = {f.name for f in dataclasses.fields(self) if f.default is None}
-        for key in keys:
-            value = getattr(self, key)
-            if value is None and key in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{key} must be a number above 0, not {value!r} (YAML reads 1e-3 as text; write 0.001)")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path):
-        """Read settings; a key that is none of them is an error that names it."""
-        found = _read(path)
-        known = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
-        for key in found:
-            if key not in known:
-                raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(known))}")
-        if missing := [key for key, needed in known.items() if needed and key not in found]:
-            raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
-
-
-def kind_of(path: str | Path) -> str:
-    """What kind of experiment a file of settings is for: its ``kind``, by default classification."""
-    return _read(path).get("kind", "classification")
-
-
-def _read(path: str | Path) -> dict:
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold settings as 'key: value' lines")
-    return found
 
 
 def take_up(path: Path, settings: Settings, task) -> dict:
@@ -101,7 +56,10 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     }
     if not path.is_file():
         return fresh
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); give --fresh to make it again") from error
     # A setting that came later had its default; and more rows may be asked of the same run.
     defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
     theirs = {**json.loads(json.dumps(defaults)), **found.get("config", {}), "rows": config["rows"]}
