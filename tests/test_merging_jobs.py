@@ -1,0 +1,95 @@
+"""An experiment on merging, streams and updates in small, through the command line."""
+
+import json
+
+import pytest
+import yaml
+
+from distillkit import __main__, evaluation, merging_jobs
+from distillkit.jobs import CONFIGS
+from distillkit.merging_jobs import ROWS, ContinualJob, continual_table
+from distillkit.results import kind_of
+
+SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
+         "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],
+         "unroll_steps": 2, "outer_steps": 2, "outer_batch": 6, "stream_steps": 2, "stream_batch": 4, "memory_batch": 4,
+         "stream_step_sizes": [0.001], "weights": [0.3, 0.6]}
+CLASSES = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
+
+
+def settings(**changes):
+    return SMALL | {"corpus": "trec", "groups": [CLASSES[:2], CLASSES[2:4], CLASSES[4:]]} | changes
+
+
+def job(**changes):
+    return ContinualJob(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings(**changes).items()})
+
+
+@pytest.fixture(scope="module")
+def finished(standin_home, tmp_path_factory):
+    """A complete run, given in two parts: the folder and the result."""
+    import standin_hub
+
+    folder = tmp_path_factory.mktemp("continual")
+    (folder / "small.yaml").write_text(yaml.safe_dump(settings()))
+    command = ["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]
+    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setattr(merging_jobs, "rescaled", lambda s, t, u: (s, {1.0: 0.0}))
+        assert __main__.main([*command, "--rows", "merged/own", "after/update"]) == 0
+        part = json.loads((folder / "small.json").read_text())
+        assert __main__.main(command) == 0
+    return part, json.loads((folder / "small.json").read_text())
+
+
+def test_every_row_is_made_once(finished):
+    part, found = finished
+    assert [*part["rows"]] == ["merged/own", "after/update"] and [*found["rows"]] == [*ROWS]
+    assert all(found["rows"][name] == part["rows"][name] for name in part["rows"])
+    assert {*found["distilling"]} == {"task0 0", "task1 0", "task2 0", "joint 0"}, "each set is distilled once"
+    assert found["corpus"]["name"].count("trec[") == 3
+
+
+def test_budgets_are_equal(finished):
+    rows = {name: row["0"] for name, row in finished[1]["rows"].items()}
+    assert len({rows[f"{m}/own"]["examples"] for m in ("merged", "joint", "random", "k_center")}) == 1
+    assert rows["merged/own"]["nbytes"] >= rows["random/own"]["nbytes"]
+    stream = {m: rows[f"{m}/stream"] for m in merging_jobs.MEMORIES}
+    assert stream["none"]["examples"] == stream["none"]["nbytes"] == 0 and stream["none"]["settings"]["weight"] is None
+    assert stream["distilled"]["examples"] == stream["random"]["examples"] == stream["k_center"]["examples"] == 4
+    assert stream["random"]["examples"] < stream["bytes"]["examples"]
+    assert 0 < stream["bytes"]["nbytes"] <= stream["distilled"]["nbytes"]
+    assert all(len(row["settings"]["tried"]) == 2 for name, row in stream.items() if name != "none")
+
+
+def test_an_update_tells_the_new_from_the_rest(finished):
+    for name in ("before", "after"):
+        row = finished[1]["rows"][f"{name}/update"]["0"]
+        assert {*row["groups"]} == {*CLASSES[:4]} and row["examples"] == 4
+        assert row["new"] == pytest.approx(sum(row["groups"][c] for c in CLASSES[2:4]) / 2, abs=1e-5)
+        assert row["rest"] == pytest.approx(sum(row["groups"][c] for c in CLASSES[:2]) / 2, abs=1e-5)
+
+
+def test_the_table(finished):
+    table = continual_table(finished[1])
+    assert table.count("not run") == 0 and table.splitlines()[0] == "| trained on | own, rescaled | AdamW, tuned | sets |"
+    for start in ("| merged | ", "| alone | ", "| none | 0 | 0 | ", "| bytes | ", "| after the update | "):
+        assert f"\n{start}" in table
+    part = continual_table(finished[0] | {"config": finished[1]["config"]})
+    assert "| joint | not run | not run | 0 |" in part and "| none |  |  | not run | not run | 0 |" in part
+
+
+def test_shipped_settings():
+    shipped = {p.stem: ContinualJob.from_yaml(p) for p in CONFIGS.glob("*.yaml") if kind_of(p) == "continual"}
+    assert "continual_docstrings" in shipped and all(found.name == name for name, found in shipped.items())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"groups": [["a", "b"]]}, "groups must be two or more lists"), ({"groups": ["ab", "cd"]}, "groups must be two or more"),
+    ({"groups": [["a", "b"], ["c", "d"]]}, "an update need three groups"), ({"rows": ["none/own"]}, "a row must be one of"),
+    ({"outer_steps": 0}, "outer_steps must be"), ({"weights": []}, "weights must not be empty"),
+    ({"metagrad": "exact"}, "metagrad must be one of"), ({"lr": 0}, "lr must be a number above 0"),
+])
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        job(**change)

@@ -1,0 +1,200 @@
+"""Grids of experiments in small: the slides' table on the stand-in hub, taken up again, with cells that cannot be run."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from distillkit import __main__, evaluation, jobs, scaling_jobs
+from distillkit.jobs import CONFIGS
+from distillkit.results import kind_of
+from distillkit.scaling_jobs import GridJob, GridRun, along, scaling_table, slides_table
+
+BASE = {"max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8, "eval_seeds": [0, 1],
+        "full_seeds": [0]}
+SLIDES = {"kind": "slides", "name": "small", "base": BASE, "rows": ["random/tuned", "embeddings/own", "full/standard"],
+          "product": {"corpus": ["ag_news", "rotten_tomatoes"], "student": ["bert-base-uncased", "roberta-base"]}}
+SCALING = {"kind": "scaling", "name": "sizes", "rows": ["random/tuned", "embeddings/own"], "product": {"seed": [0, 1]},
+           "base": BASE | {"corpus": "rotten_tomatoes", "student": "bert-base-uncased"},
+           "around": {"per_class": [1, 2]}}
+
+
+@pytest.fixture(autouse=True)
+def quick(standin_hub, monkeypatch):
+    """Recipes of a few steps, on the stand-in hub."""
+    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+
+
+@pytest.fixture(scope="module")
+def finished(standin_home, tmp_path_factory):
+    """A complete slides' table, and a scaling grid, made by the command line."""
+    import standin_hub
+
+    folder = tmp_path_factory.mktemp("grids")
+    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+        for settings in (SLIDES, SCALING):
+            assert command(folder, settings) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    noted, evaluate = [], jobs.evaluate
+    monkeypatch.setattr(jobs, "evaluate", lambda *a, **kw: noted.append(a[2].name) or evaluate(*a, **kw))
+    return noted
+
+
+def command(folder, settings, *options):
+    path = folder / f"{settings['name']}.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return __main__.main(["run", str(path), "--results", str(folder / "results"), "--work", str(folder / "work"), *options])
+
+
+def result(folder, name="small"):
+    return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+def job(settings, **changes):
+    return GridJob(**{k: tuple(v) if k == "rows" else v for k, v in (settings | changes).items()})
+
+
+# --- a complete run --------------------------------------------------------------------------------------------------
+
+
+def test_one_command_fills_the_slides_table(finished):
+    cells = result(finished)["cells"]
+    assert list(cells) == ["corpus=ag_news,student=bert-base-uncased", "corpus=ag_news,student=roberta-base",
+                           "corpus=rotten_tomatoes,student=bert-base-uncased", "corpus=rotten_tomatoes,student=roberta-base"]
+    for key, cell in cells.items():
+        assert list(cell["rows"]) == SLIDES["rows"] and cell["corpus"]["name"] in key
+        assert cell["rows"]["full/standard"]["examples"] == cell["corpus"]["rows"]["train"]
+        assert cell["distilling"]["embeddings"]["steps"] == 2 and "losses" not in cell["distilling"]["embeddings"]
+        assert cell["machine"]["processor"] and "torch" in cell["versions"]
+    lines = slides_table(result(finished)).splitlines()
+    assert lines[0] == "| corpus | trained on | bert-base-uncased | roberta-base |"
+    row = cells["corpus=ag_news,student=roberta-base"]["rows"]["embeddings/own"]
+    assert lines[3].startswith("| ag_news | embeddings/own | ")
+    assert lines[3].endswith(f" {row['mean']:.3f} ± {row['std']:.3f} |")
+    assert len(lines) == 2 + 2 * 3 + 2 and "not run" not in "".join(lines) and lines[-1].startswith("Made on: ")
+    assert str(finished) not in json.dumps(result(finished))
+
+
+def test_a_scaling_grid_varies_one_setting_at_a_time(finished):
+    sizes = {k: (c.per_class, c.length) for k, c in job(SCALING, around={"per_class": [1, 2], "length": [6]}).cells().items()}
+    assert sizes == {f"seed={s}{c}": size for s in (0, 1) for c, size in
+                     (("", (1, 8)), (",per_class=2", (2, 8)), (",length=6", (1, 6)))}
+    found = result(finished, "sizes")
+    assert list(found["cells"]) == ["seed=0", "seed=0,per_class=2", "seed=1", "seed=1,per_class=2"]
+    lines = scaling_table(found).splitlines()
+    assert len(lines) == 2 + 2 and lines[2].startswith("| base | 1 | 8 | 2 | ") and lines[2].endswith(" | 2 |")
+    assert lines[3].startswith("| per_class=2 | 2 | 8 | 2 | ")
+    means = [found["cells"][f"seed={s},per_class=2"]["rows"]["random/tuned"]["mean"] for s in (0, 1)]
+    curve = along(found, "per_class", "random/tuned")
+    assert [*curve] == [1, 2] and curve[2] == pytest.approx(sum(means) / 2)
+    assert [*along(found, "length", "embeddings/own")] == [8], "the base alone"
+    assert f"{curve[2]:.3f}" in lines[3]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_grid_does_nothing(copied, scored):
+    before = result(copied)
+    assert command(copied, SLIDES) == 0 and scored == [] and result(copied) == before
+
+
+def test_a_row_that_is_missing_is_made_from_the_result_alone(copied, scored):
+    """As it is for somebody who has the committed result and none of the work behind it."""
+    found = result(copied)
+    key = "corpus=rotten_tomatoes,student=roberta-base"
+    gone = found["cells"][key]["rows"].pop("random/tuned")
+    (copied / "results" / "small.json").write_text(json.dumps(found))
+    shutil.rmtree(copied / "work")
+    assert command(copied, SLIDES) == 0 and scored == ["roberta-base"]
+    again = result(copied)["cells"][key]["rows"]
+    assert again["random/tuned"]["scores"] == gone["scores"] and set(again) == {*SLIDES["rows"]}
+
+
+def test_single_cells_and_rows(tmp_path, scored):
+    one = "corpus=ag_news,student=roberta-base"
+    assert command(tmp_path, SLIDES, "--rows", one, "random/tuned") == 0
+    assert {k: [*c["rows"]] for k, c in result(tmp_path)["cells"].items()} == {one: ["random/tuned"]} and len(scored) == 1
+    lines = slides_table(result(tmp_path)).splitlines()
+    assert lines[2].startswith("| ag_news | random/tuned | not run | 0.") and lines[3].endswith("| not run | not run |")
+    scored.clear()
+    assert command(tmp_path, SCALING, "--rows", "random/tuned", "--seeds", "1") == 0
+    assert all(key.startswith("seed=1") for key in result(tmp_path, "sizes")["cells"]) and len(scored) == 2
+    with pytest.raises(ValueError, match="a cell or a row must be one of corpus=.*, not 'nonsense'"):
+        GridRun(job(SLIDES), tmp_path / "results", tmp_path / "work")(("nonsense",))
+
+
+def test_what_is_not_here_is_skipped_and_said(tmp_path, capsys, scored):
+    settings = SLIDES | {"product": {"corpus": ["imdb_of_nobody/gone", "ag_news"], "student": ["bert-base-uncased", "gone"]},
+                         "rows": ["random/tuned"]}
+    assert command(tmp_path, settings) == 0
+    said = capsys.readouterr().out
+    assert "corpus=imdb_of_nobody/gone,student=bert-base-uncased: skipped: imdb_of_nobody/gone was not found" in said
+    assert "corpus=ag_news,student=gone: skipped: unknown student 'gone'" in said
+    assert [*result(tmp_path)["cells"]] == ["corpus=ag_news,student=bert-base-uncased"] and scored == ["bert-base-uncased"]
+    assert slides_table(result(tmp_path)).count("not run") == 3
+
+
+def test_a_cell_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
+    distil = jobs.Run._distil
+
+    def runs_away(self, *args):
+        if self.job.corpus == "ag_news":
+            raise FloatingPointError("outer step 3: loss nan")
+        return distil(self, *args)
+
+    monkeypatch.setattr(jobs.Run, "_distil", runs_away)
+    settings = SLIDES | {"product": SLIDES["product"] | {"student": ["bert-base-uncased"]}, "rows": ["embeddings/own"]}
+    assert command(tmp_path, settings) == 0
+    assert "ag_news,student=bert-base-uncased: skipped: outer step 3" in capsys.readouterr().out
+    assert [*result(tmp_path)["cells"]] == ["corpus=rotten_tomatoes,student=bert-base-uncased"]
+
+
+def test_cells_of_other_settings_are_refused(copied, capsys, scored):
+    assert command(copied, SLIDES | {"base": BASE | {"lr": 0.5}}) == 2
+    assert "with other settings (lr: 0.08 there, 0.5 here)" in capsys.readouterr().err and scored == []
+    wider = SLIDES | {"product": SLIDES["product"] | {"corpus": ["ag_news", "rotten_tomatoes", "sst2"]}}
+    assert command(copied, wider, "--rows", "random/tuned") == 0 and len(scored) == 2, "a grid may grow"
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_shipped_grids():
+    shipped = {p.stem: GridJob.from_yaml(p) for p in CONFIGS.glob("*.yaml") if kind_of(p) in scaling_jobs.KINDS}
+    assert {"scaling_docstrings", "slides_table", "slides_offline"} <= {*shipped}
+    assert all(found.name == name for name, found in shipped.items())
+    assert len(shipped["slides_table"].cells()) == 12 and len(shipped["scaling_docstrings"].cells()) == 7
+    for found in shipped.values():
+        assert {"random/tuned", "embeddings/own"} <= {*found.rows}, "a distilled set stands beside real sentences of its size"
+        assert len({cell.name for cell in found.cells().values()}) == len(found.cells())
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"base": {**BASE, "lerning": 1}}, "base: unknown setting 'lerning'"),
+    ({"around": {"per_class": 3}}, "around: per_class must be a list of values, not 3"),
+    ({"around": {"per_class": [0]}}, "cell seed=0,per_class=0: per_class must be a whole number of at least 1"),
+    ({"product": {"name": ["a"]}}, "product: unknown setting 'name'"),
+    ({"base": BASE}, "cell seed=0: .*'corpus' and 'student'"),
+    ({"base": 3}, "base must hold settings"),
+    ({"kind": "slides"}, "product of corpus and student"),
+    ({"kind": "table"}, "kind must be one of scaling, slides, not 'table'"),
+    ({"rows": ["random/none"]}, "unknown row 'random/none'"),
+])
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        job(SCALING, **change)
