@@ -35,6 +35,7 @@ LABELS = {
     "real + learned labels": "real, labels learned",
 }
 DPI = 150
+LONGEST = 200  # characters of a label or title
 
 
 @contextlib.contextmanager
@@ -45,7 +46,8 @@ def style():
 
 
 def plain(text: str) -> str:
-    """``text`` as matplotlib prints it letter by letter."""
+    """``text`` as matplotlib prints it letter by letter; cut where it would be longer than any figure."""
+    text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return text.replace("$", r"\$")
 
 
@@ -238,3 +240,143 @@ def _html_cell(value, left: bool) -> str:
         return f"<td>{value:.2f}</td>"
     style = " style='text-align:left'" if left else ""
     return f"<td{style}>{html.escape(value)}</td>"
+
+
+# Methods of the larger experiments; nobody else has their colours.
+_BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
+MORE_COLOURS = METHOD_COLOURS | {
+    "projection": METHOD_COLOURS["projected"], "swaps": _BRIGHT[3], "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6],
+    "through projection": _DARK[4], "nearest sentences": _DARK[2], "swaps from random": _DARK[3],
+    "bptt": METHOD_COLOURS["embeddings"], "bptt text": _DARK[0], "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
+}
+MORE_LABELS = LABELS | {"less": "real, LESS", "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT",
+                        "bptt text": "BPTT → text", "zero-shot": "no training"}
+STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
+
+
+def seeded(result: dict, title: str) -> Figure:
+    """Every row of a result whose scores belong to seeds that has run: a bar for the mean, a dot a set.
+
+    Args:
+        result: as the experiments on text or on instruction tuning write it.
+        title: of the figure.
+    """
+    names = [name for name in result["config"]["rows"] if result["rows"].get(name)]
+    with style():
+        figure, (axes,) = _figure(7, 0.36 * len(names) + 1.3)
+        for place, name in enumerate(names):
+            means = [row["mean"] for row in result["rows"][name].values()]
+            axes.barh(place, np.mean(means), color=MORE_COLOURS[name.split("/")[0]], alpha=0.85, height=0.65)
+            axes.plot(means, [place] * len(means), ".", color="black", ms=4, alpha=0.6)
+            spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
+            axes.text(max(means) + 0.012, place, f"{np.mean(means):.2f}{spread}", va="center", fontsize=9)
+        axes.set(yticks=range(len(names)), xlim=(0, 1), title=title, xlabel="accuracy on the test split (dots: sets)")
+        axes.set_yticklabels([_row_label(name) for name in names], fontsize=9)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        sns.despine(figure)
+    return figure
+
+
+def _row_label(name: str) -> str:
+    """A row ``method/recipe`` in words."""
+    method, recipe = name.split("/")
+    return MORE_LABELS.get(method, method) + (f" ({recipe})" if recipe != "none" else "")
+
+
+def differences(result: dict, against: Sequence[str]) -> Figure:
+    """How much better learned sets are than selected ones, seed by seed: mean and 95 % interval of the paired differences.
+
+    Args:
+        result: of an experiment on instruction tuning.
+        against: rows to compare with, as ``method/recipe``; those that have not run are left out.
+    """
+    from distillkit.results import paired_difference
+
+    rows = result["rows"]
+    others = [name for name in against if name in rows]
+    learned = [n for n in result["config"]["rows"] if n in rows and n.startswith(("nacd", "bptt"))]
+    with style():
+        figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
+        for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
+            found = np.array([paired_difference(rows, name, other) for name in learned])
+            halves = np.where(np.isfinite(found[:, 1]), found[:, 1], 0)  # of a single seed there is no interval
+            axes.errorbar(
+                found[:, 0], np.arange(len(learned)) + shift, xerr=halves, fmt="o", ms=5, capsize=3,
+                color=MORE_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
+            )
+        axes.axvline(0, color="black", lw=1, ls=":")
+        axes.set(yticks=range(len(learned)), xlabel="difference of accuracy at the same seed (95 % interval)")
+        axes.set_yticklabels([_row_label(name) for name in learned], fontsize=9)
+        axes.set_ylim(len(learned) - 0.5, -0.5)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
+        sns.despine(figure)
+    return figure
+
+
+def metagrad_cost(result: dict) -> Figure:
+    """Time and memory of meta-gradients against the number of inner steps T, our strategies and their peers.
+
+    Args:
+        result: what ``tests/benchmarks/metagrad.py`` writes; its first model is drawn.
+    """
+    entry, lines = result["entries"][0], ({}, {})
+    for name in STRATEGIES_SHOWN:
+        rows = [row for row in entry["rows"] if row["contender"] == name and row.get("cost") is not None]
+        if rows:
+            lines[0][name] = [row["steps"] for row in rows], [row["cost"] for row in rows]
+            lines[1][name] = [row["steps"] for row in rows], [row["activations"] / 1e6 for row in rows]
+    figure = curves([
+        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training", lines[0]),
+        ("Memory", "inner steps T", "live MB beside the parameters", lines[1]),
+    ], log="x")
+    steps = sorted({row["steps"] for row in entry["rows"]})
+    for axes in figure.axes:
+        axes.set_xticks(steps, [str(t) for t in steps])
+        axes.minorticks_off()
+        axes.get_legend().remove()
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    return figure
+
+
+def transfer_map(result: dict) -> Figure:
+    """Scores of texts on other models: a row a source and method, a column a target, absolute and by the target's full data.
+
+    Cells that have not run stay white; so do those of a text on its own source, which is no transfer.
+
+    Args:
+        result: of an experiment on transfer.
+    """
+    from distillkit.transfer_jobs import of_full, parsed, short_name
+
+    rows, names = result["rows"], [n for n in result["config"]["rows"] if parsed(n)[0]]
+    sides = list(dict.fromkeys((source, method) for source, _, method in map(parsed, names)))
+    reached = {target for _, target, _ in map(parsed, names)}
+    targets = [name for name in map(short_name, result["config"]["students"]) if name in reached]
+    values = np.full((2, len(sides), len(targets)), np.nan)
+    words = np.full(values.shape, "", dtype=object)
+    for name in names:
+        source, target, method = parsed(name)
+        place = sides.index((source, method)), targets.index(target)
+        scores, share = [row["mean"] for row in rows.get(name, {}).values()], of_full(rows, name)
+        spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
+        values[0][place], values[1][place] = np.mean(scores) if scores else np.nan, np.nan if share is None else share
+        words[0][place] = f"{np.mean(scores):.2f}{spread}" if scores else "not run"
+        words[1][place] = f"{share:.0%}" if share is not None else "no full score" if scores else "not run"
+    with style():
+        figure, axes = _figure(3 + 2.3 * len(targets), 0.42 * len(sides) + 1.4, 2)
+        labels = [f"{source}: {MORE_LABELS.get(method, method)}" for source, method in sides]
+        for where, value, word, title in zip(axes, values, words, ("accuracy", "share of the target's full data"), strict=True):
+            sns.heatmap(value, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
+                        yticklabels=labels)
+            for place in np.ndindex(value.shape):
+                dark = np.isfinite(value[place]) and value[place] > 0.45
+                where.text(place[1] + 0.5, place[0] + 0.5, word[place], ha="center", va="center", fontsize=9,
+                           color="white" if dark else "0.1")
+            where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
+            where.tick_params(axis="y", rotation=0)
+            where.grid(False)
+        axes[1].set_yticklabels([])
+    return figure

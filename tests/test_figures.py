@@ -1,0 +1,117 @@
+"""Every figure of the project is drawn from a committed result by one command, and shows what that result says."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from distillkit import gallery, plots
+from distillkit.__main__ import main
+from distillkit.jobs import CONFIGS
+from distillkit.results import paired_difference
+
+RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
+COMMITTED = {path.stem for path in RESULTS.glob("*.json")}
+
+
+def stored(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def moved():
+    """A result on transfer: one pair has run, with the target's full data, one without, one has not run at all."""
+    rows = {f"a to b/{m}": {str(s): {"mean": v + s / 50} for s in range(2)} for m, v in (("random", 0.3), ("swaps", 0.5))}
+    rows |= {"b/full": {"0": {"mean": 0.8}}, "b to a/random": {"0": {"mean": 0.2}}}
+    names = [*rows, "b to a/swaps", "a/full"]
+    return {"rows": rows, "config": {"rows": names, "students": ["x/a", "x/b"], "kind": "transfer"}}
+
+
+def test_the_command_draws_what_has_run_and_says_what_has_not(tmp_path, monkeypatch, moved, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "moved.json").write_text(json.dumps(moved))
+    (results / "begun.json").write_text(json.dumps(moved | {"rows": {}}))
+    monkeypatch.setattr(gallery, "FIGURES", {n: (n, plots.transfer_map) for n in ("moved", "begun", "absent")})
+    assert main(["figures", "--results", str(results)]) == 0
+    drawn, begun, absent = capsys.readouterr().out.splitlines()
+    assert drawn == f"moved: {tmp_path / 'moved.png'}" and (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
+    assert "begun: skipped, nothing in" in begun and "absent: skipped, no result" in absent
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_every_result_can_be_drawn():
+    drawn = {source for source, _ in gallery.FIGURES.values()}
+    assert drawn <= COMMITTED | {path.stem for path in CONFIGS.glob("*.yaml")}, "a figure of what nobody makes"
+    configs = {name: stored(name).get("config", {}) for name in COMMITTED}
+    known = {name for name, config in configs.items() if config.get("kind") in ("instruction", "text", "transfer")}
+    assert known | {name for name in COMMITTED if name.startswith("classification")} <= drawn
+
+
+@pytest.mark.parametrize("name", [name for name, (source, _) in gallery.FIGURES.items() if source in COMMITTED])
+def test_a_figure_of_a_committed_result(name):
+    source, draw = gallery.FIGURES[name]
+    with matplotlib.rc_context():
+        figure = draw(stored(source))
+    assert plots.describe(figure) and all(axes.get_xlabel() for axes in figure.axes)
+    figure.draw_without_rendering()
+    edges = figure.bbox
+    for axes in figure.axes:
+        box = axes.get_tightbbox()
+        assert edges.x0 - 1 <= box.x0 and box.x1 <= edges.x1 + 1 and edges.y0 - 1 <= box.y0 and box.y1 <= edges.y1 + 1
+
+
+def test_bars_of_seeded_results():
+    result = stored("instruction_library")
+    (axes,) = plots.seeded(result, "Which?").axes
+    names = [name for name in result["config"]["rows"] if name in result["rows"]]
+    expected = [np.mean([row["mean"] for row in result["rows"][name].values()]) for name in names]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)
+    assert [len(line.get_xdata()) for line in axes.lines] == [len(result["rows"][name]) for name in names]
+    assert "distilled, NACD (own)" in [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_differences_are_paired_with_their_intervals():
+    result = stored("instruction_library")
+    (axes,) = plots.differences(result, ("random/standard", "herding/standard", "k_center/standard")).axes
+    assert len(axes.containers) == 2, "herding has not run"
+    line, _, (bars,) = axes.containers[0].lines
+    learned = [n for n in result["config"]["rows"] if n in result["rows"] and n.startswith(("nacd", "bptt"))]
+    for place, name in enumerate(learned):
+        mean, half = paired_difference(result["rows"], name, "random/standard")
+        assert line.get_xdata()[place] == pytest.approx(mean)
+        assert bars.get_segments()[place][:, 0] == pytest.approx([mean - half, mean + half])
+
+
+def test_the_cost_of_a_meta_gradient_against_its_steps():
+    result = stored("metagrad")
+    time, memory = plots.metagrad_cost(result).axes
+    rows = [row for row in result["entries"][0]["rows"] if row["contender"] == "Replay"]
+    for axes, key, scale in ((time, "cost", 1), (memory, "activations", 1e-6)):
+        (line,) = (line for line in axes.lines if line.get_label() == "Replay")
+        assert list(line.get_xdata()) == [row["steps"] for row in rows]
+        assert list(line.get_ydata()) == pytest.approx([row[key] * scale for row in rows])
+        assert {line.get_label() for line in axes.lines} <= {*plots.STRATEGIES_SHOWN}
+
+
+def test_the_map_of_transfer(moved):
+    figure = plots.transfer_map(moved)
+    absolute, relative = figure.axes
+    assert [t.get_text() for t in absolute.get_xticklabels()] == ["a", "b"]
+    assert [t.get_text() for t in absolute.get_yticklabels()] == [
+        "a: real, random", "a: swaps", "b: real, random", "b: swaps"]
+    words = [[t.get_text() for t in axes.texts] for axes in figure.axes]
+    assert words[0] == ["", "0.31 ± 0.01", "", "0.51 ± 0.01", "0.20", "", "not run", ""]
+    assert words[1] == ["", "39%", "", "64%", "no full score", "", "not run", ""]
+    values = relative.collections[0].get_array().reshape(4, 2)
+    assert values[1, 1] == pytest.approx(0.51 / 0.8) and np.ma.getmaskarray(values)[[0, 2], [0, 0]].all()
+    assert plots.transfer_map(moved | {"rows": {}}).axes[0].texts[1].get_text() == "not run"
+
+
+def test_no_two_methods_of_a_figure_share_a_colour():
+    for names in (("instruction_library",), ("text_docstrings",)):
+        methods = {name.split("/")[0] for source in names for name in stored(source)["config"]["rows"]}
+        assert len({plots.MORE_COLOURS[m] for m in methods}) == len(methods)
+    assert all(plots.MORE_COLOURS[method] == colour for method, colour in plots.METHOD_COLOURS.items())

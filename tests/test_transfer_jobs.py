@@ -1,0 +1,159 @@
+"""The experiment on transfer: texts made on one student, scored on others, pair by pair, from settings in a file."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+import distillkit as dk
+from distillkit import evaluation, transfer_jobs
+from distillkit.__main__ import draw, main
+from distillkit.jobs import CONFIGS
+from distillkit.results import kind_of, paired_difference
+from distillkit.transfer_jobs import TransferJob, TransferRun, parsed, short_name, transfer_table
+
+SETS = {
+    "kind": "text", "corpus": "rotten_tomatoes", "max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2,
+    "outer_batch": 4, "judge_steps": 5, "swap_steps": 2, "candidates": 4,
+}
+METHODS = ("random", "k_center", "projection", "swaps")
+PAIR, BACK = "bert-base-uncased to roberta-base", "distilbert-base-uncased to bert-base-uncased"
+SMALL = {
+    "name": "small", "sets": SETS, "students": ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"],
+    "seeds": [0, 1], "eval_seeds": [0, 1],
+    "rows": [*(f"{PAIR}/{m}" for m in METHODS), f"{BACK}/random", f"{BACK}/swaps", "roberta-base/full"],
+}
+ASKED = {
+    "name": "asked", "students": ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"], "seeds": [0], "eval_seeds": [0],
+    "recipe": "standard", "rows": ["opt-1-3b to Llama-3-2-1B/random", "opt-1-3b to Llama-3-2-1B/nacd text"],
+    "sets": {"kind": "instruction", "corpus": "arc_easy", "trainable": "full", "max_length": 48, "fraction": 0.2,
+             "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2, "segment": 0.5,
+             "unroll_steps": 2, "batch_size": 4, "outer_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(standin_home, tmp_path_factory):
+    """Both kinds of run from files of settings: their folder and the two results."""
+    import standin_hub
+
+    folder = tmp_path_factory.mktemp("finished")
+    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setattr(evaluation, "STANDARD_LEAST_STEPS", {"classification": 2, "instruction": 2})
+        for settings in (SMALL, ASKED):
+            path = folder / f"{settings['name']}.yaml"
+            path.write_text(yaml.safe_dump(settings | {"kind": "transfer"}))
+            assert main(["run", str(path), "--results", str(folder), "--work", str(folder / "work")]) == 0
+    return folder, *(json.loads((folder / f"{name}.json").read_text()) for name in ("small", "asked"))
+
+
+def job(**changes):
+    return TransferJob(**{k: tuple(v) if isinstance(v, list) else v for k, v in (SMALL | changes).items()})
+
+
+def test_every_score_is_made(finished):
+    _, result, _ = finished
+    assert list(result["rows"]) == SMALL["rows"] and result["config"]["sets"] == SETS
+    for name, row in result["rows"].items():
+        full = name.endswith("/full")
+        assert row.keys() == {"0", "1"}
+        for score in row.values():
+            assert len(score["scores"]) == (1 if full else 2)
+            assert score["recipe"]["name"] == ("standard" if full else "tuned")
+            assert full or (score["examples"] == 2 and score["retokenized"]["from"] == parsed(name)[0])
+    assert result["distilling"].keys() == {
+        f"{source} {method} {seed}" for source, method in (
+            ("bert-base-uncased", "embeddings"), ("bert-base-uncased", "swaps"), ("distilbert-base-uncased", "swaps"))
+        for seed in (0, 1)}
+
+
+def test_what_is_scored_is_the_text_with_hard_labels(finished, standin_hub):
+    folder, result, _ = finished
+    found = dk.DistilledSet.load(folder / "work" / "small" / "bert-base-uncased" / "swaps-1")
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    target = dk.load_student("roberta-base", task)
+    moved = dk.retokenize(transfer_jobs.hardened(found), task, target)
+    row = result["rows"][f"{PAIR}/swaps"]["1"]
+    assert row["retokenized"] == moved.meta["retokenized"] and row["nbytes"] == moved.nbytes and not moved.soft
+    recipe = dk.Unroll(row["recipe"]["steps"], optimizer=dk.AdamW(row["recipe"]["optimizer"]["step_size"]), batch_size=32)
+    again = dk.evaluate(moved, task, target, seeds=(0, 1), recipe=recipe)
+    assert again.scores == pytest.approx(row["scores"], abs=1e-6)
+
+
+def test_prompts_move_too(finished):
+    _, _, result = finished
+    for row in result["rows"].values():
+        assert row["0"]["recipe"]["name"] == "standard" and row["0"]["retokenized"]["tokens_after"] > 0
+    assert list(result["distilling"]) == ["opt-1-3b nacd-0"]
+
+
+def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
+    folder, result, _ = finished
+    monkeypatch.setattr(transfer_jobs, "transfer", lambda *a, **kw: pytest.fail("scored again"))
+    run = TransferRun(job(), folder, folder / "work")
+    assert run() == result
+    monkeypatch.setattr(transfer_jobs.TextRun, "_found", lambda *a: pytest.fail("made again"))
+    assert run._source("bert-base-uncased").set_of("swaps", 1).tokens is not None
+    assert not list((folder / "work" / "small").glob("*.json")), "who makes the sets writes no result"
+
+
+def test_the_table(finished):
+    _, result, _ = finished
+    lines = transfer_table(result).splitlines()
+    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    rows = result["rows"]
+    scores = [row["mean"] for row in rows[f"{PAIR}/swaps"].values()]
+    full = [row["mean"] for row in rows["roberta-base/full"].values()]
+    gain = "{:+.3f} ± {:.3f}".format(*paired_difference(rows, f"{PAIR}/swaps", f"{PAIR}/random"))
+    spread = f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+    expected = f"| bert-base-uncased | roberta-base | swaps | {spread} | {gain} | {np.mean(scores) / np.mean(full):.0%} | 2 |"
+    assert expected in lines
+    assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  | 2 |"), "no full score of that target"
+
+
+def test_the_table_by_hand_and_unfinished():
+    rows = {f"a to {t}/{m}": {str(s): {"mean": v + s / 1000} for s in range(3)} for t, m, v in (
+        ("b", "random", 0.3), ("b", "swaps", 0.4), ("c", "random", 0.3), ("c", "swaps", 0.2))}
+    names = [*rows, "a to b/projection", "b/full"]
+    lines = transfer_table({"rows": rows | {"b/full": {"0": {"mean": 0.8}}}, "config": {"rows": names}}).splitlines()
+    assert lines[3] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | 50% | 3 |"
+    assert "| a | b | projection | not run | | | |" in lines and "| — | b | full data | 0.800 |  | 100% | 1 |" in lines
+    assert lines[-1] == "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1."
+    unfinished = transfer_table({"rows": {}, "config": {"rows": names}}).splitlines()
+    assert len(unfinished) == 2 + len(names) and all("not run" in line for line in unfinished[2:])
+
+
+def test_short_names():
+    assert [short_name(s) for s in ("offline:small-bert", "meta-llama/Llama-3.2-1B", "folder/mine/")] == [
+        "small-bert", "Llama-3-2-1B", "mine"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("transfer_*.yaml")), ids=lambda path: path.stem)
+def test_the_settings_that_come_with_the_kit(path):
+    found = TransferJob.from_yaml(path)
+    assert kind_of(path) == "transfer" and found.name == path.stem
+    pairs = {(source, target) for source, target, _ in map(parsed, found.rows) if source}
+    assert {f"{target}/full" for _, target in pairs} <= set(found.rows), "relative scores need the targets' full data"
+    assert all(f"{source} to {target}/random" in found.rows for source, target in pairs)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"recipe": "own"}, "recipe must be one of tuned, standard"),
+    ({"eval_seeds": []}, "eval_seeds must be a list"),
+    ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
+    ({"sets": SETS | {"swap_step": 2}}, "unknown setting 'swap_step' under sets"),
+    ({"sets": SETS | {"student": "gpt2"}}, "unknown setting 'student' under sets"),
+    ({"sets": {"kind": "text"}}, "'corpus' is missing under sets"),
+    ({"sets": SETS | {"candidates": 0}}, "candidates must be a whole number"),
+    ({"sets": "text"}, "sets must hold settings"),
+    ({"rows": ["roberta-base/full"]}, "rows must hold at least one"),
+    ({"rows": [f"{PAIR}/embeddings"]}, "the method must be one of random"),
+    ({"rows": ["gpt2 to roberta-base/random"]}, "a student must be one of bert-base-uncased"),
+    ({"students": ["a/bert", "b/bert"]}, "one short name"),
+    ({"students": ["offline:small-bert", "roberta-base"], "rows": ["small-bert to roberta-base/random"]}, "random weights"),
+])
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        job(**changes)
