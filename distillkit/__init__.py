@@ -32,6 +32,7 @@ _HOMES = {
     ),
     "neighbors": ("NeighborLoss", "nearest_tokens", "project"),
     "objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
+    "prompting": ("FewShot", "few_shot", "questions"),
     "scale": ("settings",),
     "seeds": ("derive_seed",),
     "selection": ("select",),
@@ -41,6 +42,7 @@ _HOMES = {
     "text": (
         "FrozenJudge", "StudentJudge", "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel",
     ),
+    "wording": ("Wording", "describe_text", "wording_table"),
     "other_models": ("retokenize", "transfer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -126,6 +126,58 @@ class TextSettings(ClassificationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptingSettings(ClassificationSettings):
+    """Settings of a lesson on few-shot prompts; the student is a language model.
+
+    Args:
+        rows: questions that are asked.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = ClassificationSettings.LEAST | {"rows": 12}
+
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingSettings(ClassificationSettings):
+    """Settings of a lesson on merging and streams of tasks.
+
+    Args:
+        trainable: which parameters train, as `load_student` is told.
+        step_size: of the inner loop, where learned ones begin.
+        stream_steps, stream_step_size: training on each task of the stream, with AdamW.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = ClassificationSettings.LEAST | {"stream_steps": 2}
+
+    trainable: str
+    step_size: float
+    stream_steps: int
+    stream_step_size: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings(ClassificationSettings):
+    """Settings of a lesson on moving text to other models.
+
+    Here the outer steps are those of a search for words, and the inner steps those of training on a text.
+
+    Args:
+        targets: students that read what was written on `student`; the first is pretrained.
+        questions: an instruction corpus, of which at most `corpus_limit` rows a split are read.
+        question_length: tokens that its prompts are cut to.
+        languages: two language models whose tokenizers differ.
+    """
+
+    LEAST: ClassVar[dict[str, int]] = ClassificationSettings.LEAST | {"question_length": 48}
+
+    targets: tuple[str, ...]
+    questions: str
+    question_length: int
+    languages: tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class InstructionSettings(Settings):
     """Settings of a lesson on instruction tuning.
 
@@ -161,12 +213,13 @@ class InstructionSettings(Settings):
 
 _CPU = ClassificationSettings(
     corpus="docstrings",
+    corpus_limit=600,  # scoring is most of a short lesson
     student="offline:minilm",
     per_class=1,
     length=32,
     unroll_steps=3,
-    outer_steps=25,
-    outer_batch=48,
+    outer_steps=20,
+    outer_batch=32,
     max_length=32,
     seeds=(0, 1, 2),
 )
@@ -247,9 +300,102 @@ TABLE: dict[str, dict[str, Settings]] = {
             seeds=(0, 1, 2, 3, 4),
         ),
     },
+    "04_cross_architecture_transfer": {
+        "cpu": TransferSettings(
+            corpus="docstrings",
+            corpus_limit=400,
+            student="offline:minilm",
+            targets=("offline:distil-minilm", "offline:small-bert"),
+            questions="docstrings_qa:library",
+            question_length=96,
+            languages=("offline:tiny-opt", "offline:tiny-llama"),
+            per_class=1,
+            length=32,
+            max_length=32,
+            unroll_steps=20,
+            outer_steps=12,
+            outer_batch=400,
+            seeds=(0, 1),
+        ),
+        "gpu": TransferSettings(
+            corpus="rotten_tomatoes",
+            student="bert-base-uncased",
+            targets=("distilbert-base-uncased", "roberta-base"),
+            questions="arc_easy",
+            question_length=128,
+            languages=("facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"),
+            per_class=1,
+            length=64,
+            max_length=64,
+            unroll_steps=60,
+            outer_steps=200,
+            outer_batch=2048,
+            seeds=(0, 1, 2, 3, 4),
+        ),
+    },
     "05_seeing_distilled_prompts": {
         "cpu": replace(_CPU, corpus_limit=300, outer_steps=10, outer_batch=32, seeds=(0, 1)),
         "gpu": replace(_GPU, outer_steps=200),
+    },
+    "06_few_shot_prompting": {
+        "cpu": PromptingSettings(
+            corpus="docstrings",
+            student="offline:tiny-opt",
+            per_class=1,
+            length=20,
+            max_length=32,
+            unroll_steps=3,
+            outer_steps=5,
+            outer_batch=24,
+            rows=100,
+            seeds=(0, 1),
+        ),
+        "gpu": PromptingSettings(
+            corpus="ag_news",
+            student="gpt2",
+            per_class=1,
+            length=64,
+            max_length=64,
+            unroll_steps=8,
+            outer_steps=200,
+            outer_batch=64,
+            rows=400,
+            seeds=(0, 1, 2),
+        ),
+    },
+    "07_scaling_and_compute": {"cpu": replace(_CPU, outer_steps=2, outer_batch=48, seeds=(0, 1)), "gpu": _GPU},
+    "08_merging_and_continual_learning": {
+        "cpu": MergingSettings(
+            corpus="docstrings",
+            corpus_limit=120,
+            student="offline:minilm",
+            trainable="head",
+            step_size=1.0,
+            per_class=1,
+            length=12,
+            max_length=20,
+            unroll_steps=3,
+            outer_steps=10,
+            outer_batch=24,
+            stream_steps=6,
+            stream_step_size=1e-2,
+            seeds=(0, 1),
+        ),
+        "gpu": MergingSettings(
+            corpus="trec",
+            student="bert-base-uncased",
+            trainable="full",
+            step_size=0.2,
+            per_class=1,
+            length=32,
+            max_length=32,
+            unroll_steps=8,
+            outer_steps=300,
+            outer_batch=64,
+            stream_steps=100,
+            stream_step_size=3e-4,
+            seeds=(0, 1, 2),
+        ),
     },
 }
 
@@ -265,7 +411,7 @@ def settings(notebook: str, **overrides: object) -> Settings:
     other than 0 and 1, an override that is no field, and a value outside its field's range. DISTILLKIT_REDUCED=1 has
     the last word over overrides too.
     """
-    if notebook not in TABLE:
+    if not isinstance(notebook, str) or notebook not in TABLE:
         raise ValueError(f"no settings for a notebook {notebook!r}; distillkit/scale.py has {', '.join(TABLE)}")
     scale = _variable("DISTILLKIT_SCALE", SCALES)
     reduced = _variable("DISTILLKIT_REDUCED", ("0", "1")) == "1"
