@@ -273,7 +273,7 @@ def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, quick, monkeypa
 @pytest.mark.parametrize(("given", "message"), [
     ({"recipe": "own"}, "recipe='own' asked for, but this set carries none .* use 'tuned' or 'standard'"),
     ({"recipe": "best"}, "recipe must be 'own', 'standard', 'tuned' or an Unroll, not 'best'"),
-    ({"seeds": ()}, r"seeds must name at least one seed, not \(\)"),
+    ({"seeds": ()}, r"seeds must name at least one seed, such as \(0, 1, 2\), not \(\)"),
     ({"split": "dev"}, "no split 'dev'; a task has train, validation, test"),
 ])
 def test_bad_requests_are_named(task, tiny, given, message):

@@ -158,7 +158,8 @@ def test_shipped_settings():
     shipped = {path.stem: InstructionJob.from_yaml(path) for path in paths}
     assert "instruction_library" in shipped
     assert all(found.name == name for name, found in shipped.items()), "a result is found by its settings' name"
-    assert all(len(found.seeds) >= 5 and found.fraction == 0.05 and found.limit >= 4000 for found in shipped.values())
+    assert all(len(found.seeds) >= 5 and found.fraction == 0.05 for found in shipped.values())
+    assert all(found.limit is None or found.limit >= 4000 for found in shipped.values())
 
 
 def test_the_kind_of_a_file(tmp_path):
