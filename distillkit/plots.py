@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 METHOD_COLOURS = dict(
     zip(
@@ -36,6 +37,7 @@ LABELS = {
 }
 DPI = 150
 LONGEST = 200  # characters of a label or title
+FEW = 4  # lines that a legend inside a panel leaves room for
 
 
 @contextlib.contextmanager
@@ -146,7 +148,7 @@ def soft_labels(before, after, classes: Sequence[str]) -> Figure:
 def curves(
     panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]], log: str = ""
 ) -> Figure:
-    """Lines in panels side by side.
+    """Lines in panels side by side; where a panel has more than four, the lines are named once, below them.
 
     Args:
         panels: for each its title, the labels of x and y, and {name of a line: (x values, y values)}.
@@ -160,9 +162,21 @@ def curves(
             where.set(title=title, xlabel=x, ylabel=y)
             where.set_xscale("log" if "x" in log else "linear")
             where.set_yscale("log" if "y" in log else "linear")
-            where.legend(frameon=False)
+            if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
+                where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if max(len(lines) for *_, lines in panels) > FEW:
+            _legend_below(figure)
+        else:
+            for where in axes:
+                where.legend(frameon=False)
         sns.despine(figure)
     return figure
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels, of the lines of the first."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
 
 
 def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]], diagonal=False) -> Figure:
@@ -335,9 +349,6 @@ def metagrad_cost(result: dict) -> Figure:
     for axes in figure.axes:
         axes.set_xticks(steps, [str(t) for t in steps])
         axes.minorticks_off()
-        axes.get_legend().remove()
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     return figure
 
 

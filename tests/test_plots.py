@@ -149,6 +149,16 @@ def test_curves():
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
     assert {axes.get_yscale() for axes in figure.axes} == {"log"}
     assert "b: 2 points" in plots.describe(figure)
+    assert all(axes.get_legend() for axes in figure.axes) and not figure.legends
+
+
+def test_many_curves_are_named_once_below():
+    lines = {name: ([1, 2, 3], [1.0, 2.0, 3.0]) for name in "abcde"}
+    figure = plots.curves([("left", "x", "y", lines), ("right", "x", "y", lines)])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list("abcde")
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert all(float(tick).is_integer() for axes in figure.axes for tick in axes.get_xticks())
 
 
 def test_points():
