@@ -33,7 +33,7 @@ from distillkit.jobs import STRATEGIES
 from distillkit.metagrad import recommend
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT, TrajectoryMatching
-from distillkit.results import SeededRun, Settings, as_json, paired_difference
+from distillkit.results import SeededRun, Settings, as_json, paired_difference, shown
 from distillkit.selection import ALL_METHODS, select
 from distillkit.storage import is_vacant
 from distillkit.students import Student, load_student
@@ -251,7 +251,7 @@ def _differences(result: dict) -> list[str]:
              f"| minus | {' | '.join(name.replace('/', ', ') for name in selected)} | of the way |",
              "|---|" + "---:|" * (len(selected) + 1)]
     for name in learned:
-        cells = ["{:+.3f} ± {:.3f}".format(*paired_difference(rows, name, other)) for other in selected]
+        cells = [shown(*paired_difference(rows, name, other)) for other in selected]
         way = ""
         if {"random/standard", "full/standard"} <= rows.keys():
             gain, most = (paired_difference(rows, one, "random/standard")[0] for one in (name, "full/standard"))

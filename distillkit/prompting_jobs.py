@@ -34,7 +34,7 @@ from distillkit.metagrad import recommend
 from distillkit.neighbors import project
 from distillkit.objectives import BPTT
 from distillkit.prompting import FewShot, few_shot, questions
-from distillkit.results import SeededRun, Settings, paired_difference
+from distillkit.results import SeededRun, Settings, paired_difference, shown
 from distillkit.seeds import derive_seed, generator
 from distillkit.selection import select
 from distillkit.storage import is_vacant
@@ -261,5 +261,4 @@ def _gain(rows: dict, source: str, k: str, key: str) -> str:
         return ""
     means = {name: {seed: {"mean": float(np.mean(row[key]))} for seed, row in rows[f"{name}/{k}"].items()}
              for name in (source, "random")}
-    mean, half = paired_difference(means, source, "random")
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
+    return shown(*paired_difference(means, source, "random"))

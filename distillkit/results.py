@@ -155,6 +155,11 @@ def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
     return float(differences.mean()), float(t.ppf(0.975, len(differences) - 1) * spread)
 
 
+def shown(mean: float, half: float) -> str:
+    """What :func:`paired_difference` found, for a table."""
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
+
+
 def _difference(theirs, ours: dict) -> str:
     """The first setting in which two differ, in words."""
     if not isinstance(theirs, dict):

@@ -37,7 +37,7 @@ from distillkit.jobs import STRATEGIES
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT
 from distillkit.other_models import transfer
-from distillkit.results import SeededRun, Settings, as_json, paired_difference
+from distillkit.results import SeededRun, Settings, as_json, paired_difference, shown
 from distillkit.selection import METHODS, select
 from distillkit.storage import is_vacant
 from distillkit.students import Student, load_student
@@ -252,7 +252,7 @@ def _cells(rows: dict, names: Sequence[str], method: str, recipe: str) -> tuple[
     other = f"k_center/{recipe}"
     gains = method in WAYS and rows.get(other)
     mean, half = paired_difference(rows, name, other) if gains else (math.nan, math.nan)
-    gain = "" if not gains else f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
+    gain = shown(mean, half) if gains else ""
     return f"{np.mean(scores):.3f}{spread}{mark}", gain
 
 

@@ -23,7 +23,7 @@ from distillkit.checks import check_choice
 from distillkit.evaluation import evaluate
 from distillkit.instruction_jobs import LEARNED, InstructionJob, InstructionRun
 from distillkit.other_models import retokenize, transfer
-from distillkit.results import SeededRun, Settings, as_json, paired_difference
+from distillkit.results import SeededRun, Settings, as_json, paired_difference, shown
 from distillkit.selection import ALL_METHODS
 from distillkit.students import load_student
 from distillkit.tasks import load_task
@@ -187,7 +187,7 @@ def _gain(rows: dict, name: str) -> str:
     mean, half = paired_difference(rows, name, _random(name))
     if not np.isfinite(mean):
         return ""
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else " (one set)")
+    return shown(mean, half)
 
 
 def _verdict(rows: dict, names: list[str]) -> list[str]:
