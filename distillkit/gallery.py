@@ -24,6 +24,10 @@ def _instruction(result: dict) -> Figure:
     return plots.differences(result, ("random/standard", "k_center/standard", "less/standard"))
 
 
+def _text(result: dict) -> Figure:
+    return plots.seeded(result, f"Ways to text, one example a class: {result['corpus']['name']}")
+
+
 # File → the result it is drawn from, and how.
 FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "quickstart": ("quickstart", plots.quickstart),
@@ -33,8 +37,9 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "instruction_library": ("instruction_library", lambda found: plots.seeded(found, "Which library?")),
     "instruction_library_differences": ("instruction_library", _instruction),
     "instruction_function": ("instruction_function", lambda found: plots.seeded(found, "Which function?")),
-    "instruction_function_differences": ("instruction_function", _instruction),
-    "text_docstrings": ("text_docstrings", lambda found: plots.seeded(found, "Ways to text, one example a class")),
+    "text_docstrings": ("text_docstrings", _text),
+    "text_rotten_tomatoes": ("text_rotten_tomatoes", _text),
+    "text_ag_news": ("text_ag_news", _text),
     "transfer_docstrings": ("transfer_docstrings", plots.transfer_map),
     "transfer_library": ("transfer_library", plots.transfer_map),
     "metagrad": ("metagrad", plots.metagrad_cost),
