@@ -245,19 +245,24 @@ def _forget(args: argparse.Namespace, *folders: Path) -> None:
 
 
 def experts(settings: Work, args: argparse.Namespace) -> None:
-    """``python -m distillkit experts``."""
+    """``python -m distillkit experts``; several processes share the experts, under ``torchrun`` or started by hand."""
     from distillkit.experts import record_experts
     from distillkit.inner import AdamW
+    from distillkit.parallel import team
 
     folder = args.work / settings.name
-    _forget(args, folder / "experts")
-    found = record_experts(
-        *_world(settings), folder / "experts", count=settings.expert_count, epochs=settings.expert_epochs,
-        optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
-        snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
-    )
-    _keep(settings, folder)
-    print(f"{len(found)} experts of {found.snapshots} snapshots, {found.nbytes / 1e6:.1f} MB: {folder / 'experts'}")
+    with team() as ranks:
+        if ranks.leads:
+            _forget(args, folder / "experts")
+        ranks.wait()
+        found = record_experts(
+            *_world(settings), folder / "experts", count=settings.expert_count, epochs=settings.expert_epochs,
+            optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
+            snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
+        )
+        if ranks.leads:
+            _keep(settings, folder)
+            print(f"{len(found)} experts of {found.snapshots} snapshots, {found.nbytes / 1e6:.1f} MB: {folder / 'experts'}")
 
 
 def _objective(settings: Work, task, student, folder: Path):
@@ -324,13 +329,15 @@ def _printable(text: str) -> str:
 
 
 def evaluate(settings: Work, args: argparse.Namespace) -> None:
-    """``python -m distillkit evaluate``."""
-    from distillkit.evaluation import evaluate as score
+    """``python -m distillkit evaluate``; under ``torchrun`` with the seeds spread over its processes."""
+    from distillkit.parallel import team
 
     found = read_set(settings.set or args.work / settings.name / "set")
-    task, student = _world(settings)
-    made = score(found, task, student, seeds=settings.seeds, recipe=settings.recipe, split=settings.split)
-    _note(args.work / settings.name, found, task, student, settings, made)
+    with team() as ranks:
+        task, student = _world(settings)
+        made = ranks.evaluate(found, task, student, seeds=settings.seeds, recipe=settings.recipe, split=settings.split)
+        if ranks.leads:
+            _note(args.work / settings.name, found, task, student, settings, made)
 
 
 def transfer(settings: Work, args: argparse.Namespace) -> None:

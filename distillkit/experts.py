@@ -12,6 +12,7 @@ finds there what the first has made.  Snapshots are memory-mapped when read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -139,7 +140,8 @@ def record_experts(
     """Train experts on the whole training split and write their trajectories to ``folder``.
 
     A recording that was interrupted goes on after its last snapshot when called again; more experts or epochs may be
-    asked of a finished one.
+    asked of a finished one.  Several processes that are given the same folder and settings share the work, an expert each
+    at a time, and return when all are recorded.
 
     Args:
         count: experts; each has its own order of batches (and, where the student draws any, fresh parameters).
@@ -180,20 +182,31 @@ def record_experts(
         missing = [(e, i) for e in range(len(experts)) for i in range(experts.snapshots) if is_vacant(experts._place(e, i))]
         _need_room(folder, student, optimizer, len(missing))
         save_folder(folder / "settings", kind=KIND, data=experts.settings)
-        try:
-            _record_missing(experts, missing, task, student, optimizer, micro_batch)
-        except KeyboardInterrupt:
-            print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
-                  file=sys.stderr)
-            raise
+    try:
+        _record_missing(experts, missing, task, student, optimizer, micro_batch)
+    except KeyboardInterrupt:
+        print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
+              file=sys.stderr)
+        raise
     return Experts.load(folder)
 
 
 def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
+    """Every expert that lacks something: first those that no other process has in hand, then, when they are free, the rest."""
     total = sum(experts.step(i) - experts.step(i - 1) for _, i in missing if i)
+    left = sorted({e for e, _ in missing})
     with progress(total=total, desc="recording experts", unit="step") as bar:
-        for expert in sorted({e for e, _ in missing}):
-            _record(experts, expert, task, student, optimizer, micro_batch, bar)
+        for wait in (False, True):
+            for expert in tuple(left):
+                with contextlib.ExitStack() as held:
+                    try:
+                        held.enter_context(Claim(experts._place(expert, 0).parent, wait=wait))
+                    except StorageError:
+                        if wait:
+                            raise
+                        continue
+                    _record(experts, expert, task, student, optimizer, micro_batch, bar)
+                left.remove(expert)
 
 
 def _record(experts: Experts, expert: int, task, student: Student, optimizer: Optimizer, micro_batch, bar) -> None:

@@ -361,29 +361,33 @@ class Replay(_Walk):
 class ForwardDifference(_Walk):
     """∇²ℓ·γ ≈ (∇ℓ(θ_t + εγ/‖γ‖) − ∇ℓ(θ_t))·‖γ‖/ε, for θ, φ and labels together: first-order gradients only.
 
-    The gradient at θ_t is the one of the forward pass, so a step costs two gradients (``central``: three, with θ_t ± ε).
+    The gradient at θ_t is the one of the forward pass, so a step costs two gradients; a central one, with θ_t ± ε, three.
     The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  The rule for ε balances
     them: it is chosen so that the gradient changes by ``change`` of its own norm.  How fast it changes along γ is guessed
     from the step made before on the way back; where it then changes by more than three times as much, the product is
     taken again with the ε that this tells; the first step made takes ε = 0.03 √u ‖θ‖, u being the unit of the
-    floating-point type (1e-5 ‖θ‖ in float32).
+    floating-point type (1e-5 ‖θ‖ in float32).  Where training has come to rest, the gradient is no measure for its own
+    change: no ε is below 4 u ‖θ‖, which moves the parameters by a few bits, and a step that would want less takes a
+    central difference, for which 0.03 √u ‖θ‖ is the least.
 
     It needs a smooth model: where θ_t and θ_t + ε lie on two sides of a ReLU's kink, the gradient jumps, and the jump is
     divided by ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).
 
     Args:
-        central: difference of θ_t + ε and θ_t − ε: error of second order in ε, half as much work again.
+        central: difference of θ_t + ε and θ_t − ε, at every step (True) or none (False): error of second order in ε, half
+            as much work again.  None: by the rule above.
         change: the relative change of the gradient that ε aims at.
         every, host: as for :class:`Replay`.
     """
 
-    central: bool = False
+    central: bool | None = None
     change: float = 0.003
 
     def __post_init__(self):
         super().__post_init__()
         check_number("change", self.change, most=1, without="least and most")
-        check_flag("central", self.central)
+        if self.central is not None:
+            check_flag("central", self.central)
 
     def check(self, student: Student) -> None:
         """See :meth:`_Walk.check`."""
@@ -406,9 +410,10 @@ class _Difference(_Walker):
     keeps_gradients = True
     keeps_phi = True
 
-    def __init__(self, problem: Problem, central: bool, change: float):
+    def __init__(self, problem: Problem, central: bool | None, change: float):
         super().__init__(problem)
         self.central, self.change = central, change
+        self.dtype = next(iter(problem.params.values())).dtype
         self.slope: float | None = None  # ‖∇²ℓ·γ‖ / ‖γ‖ at the last step made
 
     def linearise(self, t, params, kept):
@@ -418,34 +423,39 @@ class _Difference(_Walker):
             norm, size = _norm(gamma), _norm(grads.values())
             if norm == 0.0:
                 return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in d_phi]
-            epsilon, here = self._epsilon(params, size), [*grads.values(), *d_phi]
+            scale, here = _norm(params.values()), [*grads.values(), *d_phi]
+            least, epsilon, central = self._choose(scale, size)
             if first:
-                return [], self._difference(t, params, d_phi, gamma, epsilon / norm, phi_only=True)
+                return [], self._difference(t, params, d_phi, gamma, epsilon / norm, central, phi_only=True)
             for _ in range(ATTEMPTS):
-                found = self._difference(t, params, here, gamma, epsilon / norm)
+                found = self._difference(t, params, here, gamma, epsilon / norm, central)
                 self.slope = _norm(found[: len(gamma)]) / norm
                 change = self.slope * epsilon
-                if not change > 3 * self.change * size:
+                if not change > 3 * self.change * size or epsilon <= least:
                     break
-                epsilon *= self.change * size / change  # the direction is steeper than the last one was
+                least, epsilon, central = self._choose(scale, size)  # the direction is steeper than the last one was
             return _split(found, len(d_phi))
 
         return grads, product
 
-    def _difference(self, t, params, here, gamma, step, phi_only: bool = False) -> list[Tensor]:
+    def _difference(self, t, params, here, gamma, step, central, phi_only: bool = False) -> list[Tensor]:
         """(∇(θ + step·γ) − ∇(θ)) / step, or the central form; ``here`` is the gradient at θ, of θ and φ (or φ only)."""
         there = self._at(t, params, gamma, step, phi_only)
-        back = self._at(t, params, gamma, -step, phi_only) if self.central else here
-        return [(a - b) / (2 * step if self.central else step) for a, b in zip(there, back, strict=True)]
+        back = self._at(t, params, gamma, -step, phi_only) if central else here
+        return [(a - b) / (2 * step if central else step) for a, b in zip(there, back, strict=True)]
 
-    def _epsilon(self, params: Params, size: float) -> float:
-        unit = torch.finfo(next(iter(params.values())).dtype).eps
-        scale = _norm(params.values())
+    def _choose(self, scale: float, size: float) -> tuple[float, float, bool]:
+        """The least ε, the one to take, and whether the difference is to be central, for ‖θ‖ = scale and ‖g‖ = size."""
+        unit = torch.finfo(self.dtype).eps
+        first, least = 0.03 * math.sqrt(unit) * scale, 4 * unit * scale
         if not self.slope:
-            return 0.03 * math.sqrt(unit) * scale
-        # Not below what moves the parameters by some bits; nor far, where along a flat direction ε would grow without end.
+            return least, first, bool(self.central)
         wanted = self.change * size / self.slope
-        return min(max(wanted, 4 * unit * scale), 1e-4 * scale)
+        at_rest = wanted < least  # a gradient of next to nothing is no measure for its own change
+        central = at_rest if self.central is None else self.central
+        least = first if central else least
+        # Not far, either: along a flat direction ε would grow without end.
+        return least, min(max(wanted, least), 1e-4 * scale), central
 
     def _at(self, t: int, params: Params, gamma: list[Tensor], step: float, phi_only: bool) -> list[Tensor]:
         moved = {n: torch.add(p, g, alpha=step) for (n, p), g in zip(params.items(), gamma, strict=True)}

@@ -112,6 +112,10 @@ class Team:
                 dist.broadcast(tensor, src=0)
         return tensor
 
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(torch.zeros(1))
+
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
         try:

@@ -160,8 +160,8 @@ def test_the_accuracy_mode_and_reprinting(run_main, monkeypatch, capsys, tmp_pat
     monkeypatch.setattr(benchmark, "ACCURACY", {"step_size": (0.1,), "steps": (2,), "change": (0.1, 0.01)})
     found = run_main("--accuracy", "--students", "bert-base-uncased")
     (entry,) = found["entries"]
-    assert [(r["central"], r["change"]) for r in entry["rows"]] == [
-        *((c, d) for c in (False, True) for d in (0.1, 0.01)), (None, None)
+    assert [(r["way"], r["change"]) for r in entry["rows"]] == [
+        *((way, d) for way in benchmark.WAYS for d in (0.1, 0.01)), (benchmark.NUDGED, None)
     ]
     assert all(len(r[key]) == 2 for r in entry["rows"] for key in ("cosine", "error", "share"))
     assert 0 < max(entry["rows"][-1]["error"]) < 1e-3, "rounding is felt, and little"
@@ -177,7 +177,7 @@ def test_the_accuracy_mode_and_reprinting(run_main, monkeypatch, capsys, tmp_pat
 
 def test_steps_whose_contribution_is_lost_in_the_sum_are_left_out_and_counted():
     row = {"step_size": 0.5, "steps": 3, "change": 0.003, "cosine": [1.0, -0.7, 0.98], "error": [0.1, 900.0, 0.2]}
-    rows = [row | {"central": c, "share": [1.0, 1e-7, 2e-6]} for c in (False, True, None)]
+    rows = [row | {"way": way, "share": [1.0, 1e-7, 2e-6]} for way in ("forward", "central", benchmark.NUDGED)]
     table = benchmark.accuracy_table({"rows": rows}, {})
     assert table.count("| 0.9800 / 2.0e-01 |") == 3 and "left out: 1 of 3 steps at η = 0.5, T = 3." in table
     kept = benchmark._felt(row | {"share": [1.0, None, 1e-9]})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.metagrad import compare
+from distillkit.metagrad import _Difference, _norm, compare
 from distillkit.objectives import inner_problem
 
 OPTIMIZERS = {
@@ -271,6 +271,25 @@ def test_forward_difference_reports_its_error(world):
     assert 0 < max(r["error"] for r in fine) < 0.1 * max(r["error"] for r in rough)
     assert min(r["cosine"] for r in fine) > 0.9999
     assert max(r["share"] for r in fine) == 1.0
+
+
+def test_differences_hold_where_training_has_come_to_rest(standin_hub):
+    """There the gradient is next to nothing, and an ε that is a share of it would leave nothing but rounding."""
+    task = dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student("bert-base-uncased", task)
+    found = a_set(task, student, 3)
+    found.embeds, found.targets, found.step_sizes = found.embeds.float(), found.targets.float(), torch.full((3,), 0.5)
+    problem = objective(task, student, 3, dk.Replay()).problem(found, 1)
+    ((_, batch, _, _),) = problem.parts(0)
+    problem = dataclasses.replace(problem, targets=student.logits(problem.params, batch).detach())  # nothing left to learn
+    _, _, grads, _ = problem.step(0, *problem.start())
+    assert _norm(grads.values()) < 1e-5
+    report = dk.ForwardDifference().report_error(problem)
+    assert min(r["cosine"] for r in report) > 0.99
+    walk = _Difference(problem, None, 0.003)
+    walk.slope = 1.0
+    assert walk._choose(200.0, 1e-5) == (pytest.approx(0.03 * 200 * 2**-11.5), pytest.approx(0.03 * 200 * 2**-11.5), True)
+    assert walk._choose(200.0, 1.0) == (pytest.approx(800 * 2**-23), pytest.approx(0.003), False)
 
 
 def test_forward_difference_runs_with_fused_attention(standin_hub):

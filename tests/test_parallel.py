@@ -139,6 +139,37 @@ def test_a_lost_rank_ends_the_run_which_can_be_taken_up(launch, here, tmp_path):
     assert [r.loss for r in resumed.run(4)] == pytest.approx([r.loss for r in whole.run(4)][2:], rel=1e-9)
 
 
+def test_torchrun_spreads_experts_steps_and_seeds(standin_home, tmp_path):
+    """The commands as a user starts them, on two processes, make what one process makes."""
+    import standin_hub
+
+    shared = standin_hub.environment(standin_home) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    tiny = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12", "--limit", "16"]
+    steps = {
+        "experts": ["--expert-count", "2", "--expert-batch", "8", "--snapshots-per-epoch", "2"],
+        "distil": ["--objective", "trajectory", "--outer-steps", "2", "--unroll-steps", "2", "--length", "8", "--inits", "2",
+                   "--metagrad", "replay"],
+        "evaluate": ["--seeds", "0", "1"],
+    }
+    made = {}
+    for many in (True, False):
+        work = tmp_path / ("many" if many else "one")
+        for step, own in steps.items():
+            argv = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if many else [])]
+            argv += ["-m", "distillkit", step, "--name", "tiny", "--work", str(work), *own]
+            argv += [] if step == "evaluate" else tiny
+            done = subprocess.run(argv, env=shared, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+        folder = work / "tiny"
+        (row,) = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+        made[many] = dk.Experts.load(folder / "experts"), dk.DistilledSet.load(folder / "set"), row["scores"]
+    for expert in range(2):
+        ours, theirs = (made[many][0].snapshot(expert, 2)[0] for many in (True, False))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    torch.testing.assert_close(made[True][1].embeds, made[False][1].embeds, rtol=1e-4, atol=1e-6)
+    assert made[True][2] == made[False][2]
+
+
 def test_a_team_of_one(world, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     objective = objective_of(*world, "bptt", None)

@@ -69,7 +69,8 @@ RANDOM = {
     "random:bert-base": (transformers.BertConfig, {}),
 }
 ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
-WAYS = {False: "forward", True: "central", None: "exact, weights moved by rounding"}
+WAYS = {"by the rule": None, "forward": False, "central": True}
+NUDGED = "exact, weights moved by rounding"
 FELT = 1e-6  # share of the largest contribution; float32 resolves 1.2e-7 in a sum
 
 
@@ -470,16 +471,16 @@ def measure_accuracy(run: Run) -> None:
 
 
 def differences(task: dk.Task, student: Student, steps: int, settings: dict) -> list[dict]:
-    """Forward and central differences with every ``change`` on one problem."""
+    """Differences of each kind with every ``change`` on one problem."""
     problem = real_problem(task, student, steps, settings)
     oracle, rows = Known.of(dk.Replay(), problem), []  # Replay is exact, and 32 graphs need not fit into memory
-    for central in (False, True):
+    for way, central in WAYS.items():
         for change in settings["changes"]:
             contender = Contender("", dk.ForwardDifference(central=central, change=change))
-            row = {"step_size": settings["step_size"], "steps": steps, "central": central, "change": change}
+            row = {"step_size": settings["step_size"], "steps": steps, "way": way, "change": change}
             rows.append(row | {"loss": _rounded(oracle.loss)} | accuracy_of(contender, problem, oracle))
     again = Known.of(dk.Replay(), nudged(problem))
-    row = {"step_size": settings["step_size"], "steps": steps, "central": None, "change": None, "loss": _rounded(again.loss)}
+    row = {"step_size": settings["step_size"], "steps": steps, "way": NUDGED, "change": None, "loss": _rounded(again.loss)}
     return [*rows, row | accuracy_of(Contender("", again), problem, oracle)]
 
 
@@ -573,10 +574,10 @@ def accuracy_table(entry: dict, result: dict) -> str:
     problems = list(dict.fromkeys((row["step_size"], row["steps"]) for row in entry["rows"]))
     lines = [_line(["", "change", *(f"η = {size}, T = {steps}" for size, steps in problems)])]
     lines.append(_line(["---"] + ["---:"] * (len(problems) + 1)))
-    for central, change in dict.fromkeys((row["central"], row["change"]) for row in entry["rows"]):
-        rows = {(r["step_size"], r["steps"]): r for r in entry["rows"] if (r["central"], r["change"]) == (central, change)}
+    for way, change in dict.fromkeys((row["way"], row["change"]) for row in entry["rows"]):
+        rows = {(r["step_size"], r["steps"]): r for r in entry["rows"] if (r["way"], r["change"]) == (way, change)}
         cells = [" / ".join(_worst([_felt(rows[p])])) if p in rows else "" for p in problems]
-        lines.append(_line([WAYS[central], change or "", *cells]))
+        lines.append(_line([way, change or "", *cells]))
     lost = {(r["step_size"], r["steps"]): r["steps"] - len(_felt(r)["cosine"]) for r in entry["rows"]}
     note = "; ".join(f"{count} of {steps} steps at η = {size}, T = {steps}" for (size, steps), count in lost.items() if count)
     return "\n".join([*lines, "", "Worst inner step: cosine / relative error. Steps that contribute less than "
