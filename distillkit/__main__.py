@@ -21,7 +21,7 @@ RESULTS, WORK = Path("figures/results"), Path("runs")
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m distillkit", description=__doc__.split("\n\n")[0])
+    top = argparse.ArgumentParser(prog="python -m distillkit", description=(__doc__ or "").split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw figures/quickstart.png")
     run = commands.add_parser("run", help="run an experiment from a YAML file of settings")

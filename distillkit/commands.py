@@ -318,7 +318,7 @@ def _learn(settings: Work, folder: Path, start, objective, student) -> None:
     words = project(found, student)
     words.save(folder / "text")
     print(f"{len(found)} examples, {found.nbytes:,} bytes: {folder / 'set'}; as words: {folder / 'text'}")
-    for row in words.to_text().select(range(min(3, len(words)))):
+    for row in words.to_text().select(range(min(3, len(words)))).to_list():
         print("  " + " | ".join(_printable(row[key]) for key in ("label", "prompt", "text", "response") if key in row))
     print(f"what it is worth: python -m distillkit evaluate --name {settings.name}")
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 
 class Settings:
     """Base of a frozen dataclass of settings that comes from a YAML file; has a ``name``."""
+
+    if TYPE_CHECKING:  # what subclasses have, those that a SeededRun takes all of it
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+        name: str
+        rows: tuple[str, ...]
+        seeds: tuple[int, ...]
 
     def check_name(self) -> None:
         """Raise ValueError unless ``name`` can name a file."""

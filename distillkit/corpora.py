@@ -243,7 +243,7 @@ def collector_paused():
 
 def _sentences(library: str) -> dict[str, str]:
     """The distinct first sentences of a library by their keys; of several spellings the first in sorting order."""
-    root = Path(_spec(library).submodule_search_locations[0])
+    root = _root(library)
     result = {}
     for path in sorted(root.rglob("*.py")):
         if SKIPPED.isdisjoint(path.relative_to(root).parts):
@@ -266,7 +266,7 @@ def documented(library: str) -> dict[str, str]:
     Names with a leading underscore are private and left out, private modules are not: much that is public is defined in
     them, and their names are left out of the path.
     """
-    root = Path(_spec(library).submodule_search_locations[0])
+    root = _root(library)
     result: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root.parent).with_suffix("").parts
@@ -283,7 +283,7 @@ def _named_docstrings(node: ast.AST, where: list[str]):
         yield ".".join(where), text
     for block in ("body", "orelse", "handlers", "finalbody"):
         for child in getattr(node, block, ()):
-            named = isinstance(child, OWNERS)
+            named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             if not (named and child.name.startswith("_")):
                 yield from _named_docstrings(child, [*where, child.name] if named else where)
 
@@ -316,6 +316,10 @@ def _spec(library: str):
         raise CorpusError(f"the docstring corpus needs the library {library}, which is not installed here; "
                           f"run: {Path(sys.executable).name} -m pip install {library}")
     return spec
+
+
+def _root(library: str) -> Path:
+    return Path((_spec(library).submodule_search_locations or [])[0])
 
 
 def _installed(library: str) -> str:
@@ -463,7 +467,7 @@ def _known_corpus(name: str, known: Known) -> Corpus:
 
 
 def _hub_corpus(name: str, known: Known, looked_in: list[str]) -> Corpus:
-    import datasets  # a second to import
+    import datasets.config  # a second to import
 
     try:
         found = datasets.load_dataset(known.hub_id, known.config, revision=known.revision)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -214,6 +214,7 @@ def examples_per_class(task: Task, per_class: int | None, fraction: float | None
             least = f"one for each of {len(task.classes)} classes" if task.classes else "one"
             raise ValueError(f"fraction={fraction!r} of {len(task.train)} training rows is less than {least}; ask for more")
     check_whole("per_class", per_class)
+    assert per_class is not None  # it is a whole number
     for name, rows in zip(task.classes, task.rows_by_class("train")):
         if len(rows) < per_class:
             raise ValueError(
@@ -281,7 +282,7 @@ def _prompts(task, student: Student, rows: list[int], length: int, opening: int)
         ids = everything[row]
         tokens.append(ids if len(ids) <= length else ids[:opening] + ids[len(ids) - length + opening :])
         answers.append(task.response_ids(tokenizer, "train")[row])
-    ids, targets = _padded(tokens, tokenizer.pad_token_id or 0), _padded(answers, NO_TARGET)
+    ids, targets = _padded(tokens, cast("int", tokenizer.pad_token_id or 0)), _padded(answers, NO_TARGET)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(t) for t in tokens])[:, None]
     free = mask & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
     meta = {
@@ -306,7 +307,7 @@ def embed(student: Student, ids: Tensor) -> Tensor:
     return found if found.dtype == torch.float64 else found.float()
 
 
-def _filled(task: Task, student: Student, row: int, order, room: int) -> list[int]:
+def _filled(task: Task, student: Student, row: int | None, order, room: int) -> list[int]:
     """``room`` content tokens: those of ``row``, then of further rows of its class while there are any."""
     ids: list[int] = []
     while row is not None and len(ids) < room:

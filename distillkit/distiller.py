@@ -27,9 +27,10 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ class Distiller:
             )
         )
 
-    def run(self, n: int) -> Iterator[StepRecord]:
+    def run(self, n: int) -> Generator[StepRecord, None, None]:
         """Make outer steps until ``n`` in all have been made, yielding a record of each.
 
         With a ``checkpoint_dir``, a run that ends before (by Ctrl-C, by an error, or because the loop over it was left)
@@ -275,6 +276,7 @@ class Distiller:
             values, moments = self._moved(grads, self.schedule(self.step / n))
             finite = all(bool(value.isfinite().all()) for value in values.values())
         if not finite:
+            assert current.step_sizes is not None  # a distiller's set always has them
             self._stop_or_skip(
                 f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
                 f"{[round(s, 5) for s in current.step_sizes.tolist()]}; lower lr or the inner step size"
@@ -302,7 +304,9 @@ class Distiller:
         adam = torch.optim.Adam(groups, betas=BETAS)
         for name in self.learn:
             value = values[name]
-            value.grad = grads[name].to(value.device, value.dtype)
+            gradient = grads[name]
+            assert gradient is not None  # only hard targets have none, and they are not learned
+            value.grad = gradient.to(value.device, value.dtype)
             if name == "embeds":
                 value.grad = value.grad * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus
@@ -433,7 +437,8 @@ def _from_json(found: dict) -> StepRecord:
 
     terms = {name: number(value) for name, value in found["terms"].items()}
     again = {"loss": number(found["loss"]), "grad_norm": number(found["grad_norm"]), "terms": terms}
-    return StepRecord(**found | again | {"step_sizes": tuple(found["step_sizes"])})
+    values: dict[str, Any] = {**found, **again, "step_sizes": tuple(found["step_sizes"])}
+    return StepRecord(**values)
 
 
 def _finite(value: float) -> float | None:

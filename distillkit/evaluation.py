@@ -23,6 +23,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -38,12 +39,15 @@ from distillkit.seeds import derive_seed, generator
 from distillkit.students import Params, Student
 from distillkit.tasks import NO_TARGET, Task
 
+if TYPE_CHECKING:
+    from distillkit.instruction import InstructionTask
+
 STANDARD = AdamW(step_size=5e-5, weight_decay=0.01)
 STANDARD_LANGUAGE = {"lora": 2e-4, "full": 1e-3, "head": 1e-3}
 STANDARD_EPOCHS, STANDARD_BATCH = 3, 32
 # A language model that knows its subject loses more than it gains by many passes over a few pairs.
 STANDARD_LEAST_STEPS = {"classification": 200, "instruction": 60}
-_BATCHES = {"batch_size": STANDARD_BATCH, "micro_batch": 16}  # 16 of like length at a time: less padding
+_BATCHES: dict[str, Any] = {"batch_size": STANDARD_BATCH, "micro_batch": 16}  # 16 of like length at a time: less padding
 GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)}
 LANGUAGE_GRID = {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}
 TUNING_SEEDS, TUNING_ROWS = 2, 300
@@ -344,7 +348,7 @@ def choice_accuracy(student: Student, params: Params, task: Task, split: str) ->
 
 
 def choice_scores(
-    student: Student, params: Params, task: Task, split: str, rows: Sequence[int], batch_size: int = 256
+    student: Student, params: Params, task: Task, split: str, rows: Sequence[int] | np.ndarray, batch_size: int = 256
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Log-likelihood of each choice of each row after its prompt, and the same per character of the choice.
 
@@ -356,7 +360,7 @@ def choice_scores(
         for each row an array with an entry a choice, twice; a NaN counts as −∞.
     """
     tokenizer, choices = student.tokenizer, task.split(split)["choices"]
-    offered = [task.choice_ids(tokenizer, split, int(row)) for row in rows]
+    offered = [cast("InstructionTask", task).choice_ids(tokenizer, split, int(row)) for row in rows]
     found = [np.empty(len(ids)) for ids in offered]
     sizes = [len(task.token_ids(tokenizer, split)[int(row)]) for row in rows]
     # Where every choice is a single token, the prompt is read once and tells of all of them.
@@ -364,12 +368,12 @@ def choice_scores(
     others = [(place, i) for place in sorted({*range(len(rows))} - {*single}) for i in range(len(offered[place]))]
     with torch.no_grad():
         for part in _by_size(single, lambda place: sizes[place], batch_size):
-            batch = task.batch(tokenizer, split, [rows[place] for place in part])
+            batch = task.batch(tokenizer, split, [int(rows[place]) for place in part])
             scores = student.next_token(params, batch).double().cpu().numpy()
             for place, of_token in zip(part, scores, strict=True):
                 found[place][:] = [of_token[token] for (token,) in offered[place]]
         for part in _by_size(others, lambda item: sizes[item[0]] + len(offered[item[0]][item[1]]), batch_size):
-            batch = task.batch(tokenizer, split, [rows[place] for place, _ in part])
+            batch = task.batch(tokenizer, split, [int(rows[place]) for place, _ in part])
             said = [torch.tensor(offered[place][i]) for place, i in part]
             said = torch.nn.utils.rnn.pad_sequence(said, batch_first=True, padding_value=NO_TARGET)
             scores = student.log_likelihood(params, batch, said).sum(1).double().cpu().numpy()

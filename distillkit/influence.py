@@ -271,8 +271,8 @@ def _influence(task: Task, student: Student, seed: int, settings: LessSettings) 
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
     dim = sum(p.numel() for p in student.init(0).values())
     chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
-    projected = settings.projection is not None and settings.projection < dim
-    projection = SparseProjection(dim, settings.projection, derive_seed("less-projection", seed)) if projected else None
+    k = settings.projection
+    projection = SparseProjection(dim, k, derive_seed("less-projection", seed)) if k is not None and k < dim else None
     subtasks = _subtasks(task, seed, settings)
 
     def feature(grads: Tensor) -> Tensor:

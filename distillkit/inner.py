@@ -225,6 +225,7 @@ def loss_and_grads(
                 continue
             loss = loss + part.detach()
             total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    assert isinstance(loss, Tensor) and total is not None  # there is a part at least
     return loss, dict(zip(leaves, total[: len(leaves)], strict=True)), list(total[len(leaves) :])
 
 
@@ -257,7 +258,8 @@ def optimizer_from(settings: dict) -> Optimizer:
     kind = OPTIMIZERS.get(name)
     if kind is None:
         raise ValueError(f"unknown inner optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return kind(**given)
 
 
 def from_recipe(recipe: dict, metagrad=None) -> Unroll:
@@ -311,8 +313,8 @@ class Unroll:
             return [torch.arange(examples)] * self.steps
         rows: list[Tensor] = []
         for epoch in range(self.steps):
-            address = ("inner-order", order, epoch) if order else ("inner-order", epoch)
-            rows += torch.randperm(examples, generator=generator(*address)).split(self.batch_size)
+            address = (order, epoch) if order else (epoch,)
+            rows += torch.randperm(examples, generator=generator("inner-order", *address)).split(self.batch_size)
             if len(rows) >= self.steps:
                 break
         return rows[: self.steps]

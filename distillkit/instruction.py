@@ -29,6 +29,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class InstructionTask(Task):
         """Each choice of a row in tokens, as it continues the prompt; no end-of-text token. [] without choices."""
         return self._tokens(tokenizer, split)[2][row]
 
-    def batch(self, tokenizer, split: str, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, tokenizer, split: str, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
         """Rows as `input_ids` [b, l] and `attention_mask` [b, l], the prompts, and `labels` [b, r], the responses.
 
         All int64; prompts are padded right to the longest, responses with -100.
@@ -170,7 +171,7 @@ def instruction_task(corpus: Corpus, *, max_length: int, limit: int | None, seed
         origin += f"; validation is {CARVED:.0%} of train (seed {seed})"
     if limit is not None:
         rows = {name: _limited(split, limit, name, seed) for name, split in rows.items()}
-    made = {name: _dataset(rows[name]) if name in rows else None for name in SPLITS}
+    made: dict[str, Any] = {name: _dataset(rows[name]) if name in rows else None for name in SPLITS}
     content = json.dumps(["instruction", *([name, rows.get(name)] for name in SPLITS)])
     return InstructionTask(corpus.name, "instruction", (), **made, max_length=max_length, origin=origin,
                            fingerprint=hashlib.sha256(content.encode()).hexdigest())

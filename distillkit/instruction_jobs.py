@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,6 +122,8 @@ class InstructionJob(Settings):
 class InstructionRun(SeededRun):
     """An experiment on instruction tuning under way; see :class:`~distillkit.results.SeededRun`."""
 
+    job: InstructionJob
+
     def __init__(self, job: InstructionJob, folder: str | Path, work: str | Path):
         task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         super().__init__(job, folder, work, task, load_student(job.student, task, trainable=job.trainable))
@@ -180,7 +183,7 @@ class InstructionRun(SeededRun):
         """The inner loop of both objectives."""
         strategy = STRATEGIES[self.job.metagrad] if self.job.metagrad else recommend(self.student)[0]
         optimizer = AdamW(self.job.step_size, eps_root=self.job.eps_root)
-        sizes = {"batch_size": self.job.batch_size, "micro_batch": self.job.micro_batch}
+        sizes: dict[str, Any] = {"batch_size": self.job.batch_size, "micro_batch": self.job.micro_batch}
         return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, **sizes)
 
     def matching(self, seed: int) -> TrajectoryMatching:

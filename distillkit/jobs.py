@@ -175,10 +175,11 @@ class Run:
         """The row of another method that selected the very same sentences, as herding and k-centre do at one a class."""
         if method not in METHODS:
             return None
-        ours = self.set_of(method)
+        ours = self.set_of(method).tokens
         for other in METHODS:
             row = self.result["rows"].get(f"{other}/{recipe}")
-            if row and torch.equal(self.set_of(other).tokens, ours.tokens):
+            theirs = self.set_of(other).tokens if row else None
+            if ours is not None and theirs is not None and torch.equal(theirs, ours):
                 return {**row, "method": method, "same_set_as": other}
         return None
 

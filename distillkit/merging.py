@@ -27,6 +27,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: s
     if len(classes) < 2:
         raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
     columns = {s: ([t for t, _ in pairs], [y for _, y in pairs]) for s, pairs in rows.items()}
-    made = {s: _dataset(*found, classes) for s, found in columns.items()}
+    made: dict[str, Any] = {s: _dataset(*found, classes) for s, found in columns.items()}
     return Task(name, "classification", classes, **made, max_length=like.max_length,
                 fingerprint=_fingerprint(classes, columns), origin=origin)
 
@@ -130,7 +131,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
     classes = _all_classes(s.meta["classes"] for s in sets)
-    sets = [_for_classes(s, classes, foreign) for s in sets]
+    sets = tuple(_for_classes(s, classes, foreign) for s in sets)
     length = max(s.embeds.shape[1] for s in sets)
     parts = [part for s in sets for part in _parts(s)]
     step_sizes, recipe = _joint_recipe(parts)
@@ -145,7 +146,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     meta |= {"recipe": recipe} if recipe else {}
     meta |= {"text": [t for s in sets for t in s.meta["text"]]} if all("text" in s.meta for s in sets) else {}
 
-    def joined(name: str) -> Tensor | None:
+    def joined(name: str) -> Any:  # a tensor; None where a set has none, as with tokens
         values = [getattr(s, name) for s in sets]
         return None if any(v is None for v in values) else torch.cat([_lengthened(v, length) for v in values])
 
@@ -224,7 +225,8 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
         meta[key] = list(itertools.compress(meta[key], keep.tolist()))
     meta |= {"recipe": recipe} if recipe else {}
     tensors = {n: getattr(merged, n) for n in ("embeds", "mask", "free", "targets", "tokens")}
-    return DistilledSet(**{n: None if t is None else t[keep] for n, t in tensors.items()}, step_sizes=step_sizes, meta=meta)
+    kept: dict[str, Any] = {n: None if t is None else t[keep] for n, t in tensors.items()}
+    return DistilledSet(**kept, step_sizes=step_sizes, meta=meta)
 
 
 def replaced(merged: DistilledSet, source: str, new: DistilledSet, *, foreign: float = 0.0) -> DistilledSet:
@@ -388,7 +390,7 @@ def continual(
     if len(grid) > 1:
         for point in progress(grid, desc="tuning", unit="point", leave=False):
             tuning = [derive_seed("continual-tune", seed) for seed in range(TUNING_SEEDS)]
-            tried[point] = float(np.mean([way(seed, *point, "validation")[-1].mean() for seed in tuning]))
+            tried[point] = float(np.mean([way(seed, point[0], point[1], "validation")[-1].mean() for seed in tuning]))
     step_size, weight = max(grid, key=lambda point: round(tried.get(point, 0.0), 6))
     found = np.stack([way(seed, step_size, weight, split) for seed in progress(seeds, desc="streams", leave=False)])
     noted = [{"step_size": s, "weight": w, "validation": round(v, 6)} for (s, w), v in tried.items()]
@@ -444,10 +446,11 @@ class _Way:
     def _parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:
         """A step on task k: its real rows, and of each past task what is replayed."""
         rows = self.tasks[k].balanced_rows("train", self.batch_size, draw) + self._start(k, "train")
-        past = k if self.kept else 0
+        memory = self.kept or []
+        past = k if memory else 0
         parts = [self._real(1.0 - weight if past else 1.0, rows)]
         for j in range(past):
-            kept, size = self.kept[j], max(1, self.memory_batch // past)
+            kept, size = memory[j], max(1, self.memory_batch // past)
             chosen = torch.randperm(len(kept), generator=draw)[:size]
             parts += self._replayed(weight / past, kept, chosen) if len(chosen) else []
         return parts

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class MetaGradient:
     def mean(cls, found: Sequence[MetaGradient]) -> MetaGradient:
         """The average of meta-gradients taken at several initialisations or experts."""
 
-        def average(name: str):
+        def average(name: str) -> Any:
             values = [getattr(f, name) for f in found]
             return None if values[0] is None else sum(values) / len(values)
 
@@ -157,6 +158,7 @@ def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Param
         found = _grad(loss, tuple(leaves.values()))
         total += float(loss.detach())
         grads = found if grads is None else [a + b for a, b in zip(grads, found, strict=True)]
+    assert grads is not None  # there is a part at least
     return total, dict(zip(leaves, grads, strict=True))
 
 
@@ -202,7 +204,7 @@ class StoreAll(_Strategy):
             loss = sum(problem.loss(params, t, phi))
             grads = dict(zip(params, _grad(loss, tuple(params.values()), create_graph=True), strict=True))
             params, state = problem.optimizer.update(params, grads, state, sizes[t])
-        loss = sum(part(params) for part in problem.outer)
+        loss = cast("Tensor", sum(part(params) for part in problem.outer))
         found = _grad(loss, (*(p for phi in phis for p in phi), sizes))
         width = len(phis[0])
         by_step = [found[i : i + width] for i in range(0, len(found) - 1, width)]
@@ -246,7 +248,7 @@ class _Walk(_Strategy):
                 cotangents, sigma, d_phi, d_step = walk.back(t, params, state, kept, cotangents, sigma, t == start)
                 yield t, d_phi, d_step
 
-    def _store(self, kept):
+    def _store(self, kept) -> tuple[Params, State, Kept]:
         return _moved(kept, torch.device("cpu")) if self.host else kept
 
     def check(self, student: Student) -> None:
@@ -325,6 +327,7 @@ class _MicroBatched(_Walker):
 
     def linearise(self, t, params, kept):
         problem = self.problem
+        assert kept is not None  # since keeps_gradients
 
         def product(gamma: list[Tensor], first: bool):
             theta, phi, total = _leaves(params), problem.phi(), None
@@ -333,6 +336,7 @@ class _MicroBatched(_Walker):
                 grads = _grad(part, tuple(theta.values()), create_graph=True)
                 found = _grad(grads, wanted, grad_outputs=gamma)
                 total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+            assert total is not None  # there is a part at least
             return _split(total, len(phi))
 
         return kept[0], product
@@ -417,6 +421,7 @@ class _Difference(_Walker):
         self.slope: float | None = None  # ‖∇²ℓ·γ‖ / ‖γ‖ at the last step made
 
     def linearise(self, t, params, kept):
+        assert kept is not None  # since keeps_gradients
         grads, d_phi = kept
 
         def product(gamma: list[Tensor], first: bool):
@@ -462,7 +467,7 @@ class _Difference(_Walker):
         phi, problem = self.problem.phi(), self.problem
         if phi_only:
             found = [_grad(part, phi) for part in problem.loss(moved, t, phi)]
-            return [sum(g) for g in zip(*found, strict=True)]
+            return [cast("Tensor", sum(g)) for g in zip(*found, strict=True)]
         _, grads, d_phi = loss_and_grads(problem.student, moved, problem.parts(t, phi), phi)
         return [*grads.values(), *d_phi]
 
@@ -535,7 +540,7 @@ def _norm(tensors) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors))
 
 
-def _moved(kept, device):
+def _moved(kept, device) -> Any:
     """Parameters, state and kept gradients on ``device``, whatever their nesting."""
     if isinstance(kept, Tensor):
         return kept.to(device)

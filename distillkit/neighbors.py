@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
             f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
         )
     table = student.embedding
-    tokens = torch.full(distilled.mask.shape, student.tokenizer.pad_token_id or 0)
+    tokens = torch.full(distilled.mask.shape, cast("int", student.tokenizer.pad_token_id or 0))
     words, moved = nearest_tokens(
         distilled.embeds[distilled.free], table, metric=metric, allowed=allowed_tokens(student.tokenizer, len(table))
     )

@@ -20,6 +20,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,24 @@ from distillkit.metagrad import MetaGradient, Problem
 from distillkit.seeds import derive_seed, generator
 from distillkit.students import Params, Student
 from distillkit.tasks import Task
+
+
+class Objective(Protocol):
+    """What :class:`BPTT`, :class:`TrajectoryMatching` and whatever takes their place have in common.
+
+    ``student`` trains on the set, in the way of ``unroll``; ``problems`` are the inner training runs whose meta-gradients
+    are averaged in one outer step; ``recipe`` is how to train on what is distilled, as JSON values.
+    """
+
+    @property
+    def student(self) -> Student: ...
+
+    @property
+    def unroll(self) -> Unroll: ...
+
+    def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]: ...
+
+    def recipe(self) -> dict: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -241,7 +260,7 @@ class TrajectoryMatching:
         """The normalised squared distance to ``end``, as a function of the parameters."""
         went = {n: (start[n] - e).square().sum() for n, e in end.items()}
         if self.distance == "whole":
-            total = sum(went.values())
+            total = cast("Tensor", sum(went.values()))
             weights = dict.fromkeys(end, 1 / total)
         else:
             # A tensor that only rounding moved, such as attention's key biases, has nowhere to go.
@@ -252,7 +271,7 @@ class TrajectoryMatching:
             raise ValueError("the expert did not move between the two snapshots, so there is nothing to match")
 
         def loss(params: Params) -> Tensor:
-            return sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items())
+            return cast("Tensor", sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items()))
 
         return loss
 
@@ -292,7 +311,7 @@ def search_step_size(
         raise ValueError(f"candidates must be step sizes to try, such as (0.01, 0.1, 1.0), not {candidates!r}")
     for size in candidates:
         check_number("candidates, each of them,", size, without="least")
-    losses = {}
+    losses: dict[float, float] = {}
     for size in candidates:
         optimizer = dataclasses.replace(objective.unroll.optimizer, step_size=size)
         trial = dataclasses.replace(objective, unroll=dataclasses.replace(objective.unroll, optimizer=optimizer))
@@ -302,7 +321,7 @@ def search_step_size(
                 found.append(trained_loss(problem))
         mean = sum(found) / len(found)
         losses[size] = mean if math.isfinite(mean) else math.inf
-    best = min(losses, key=losses.get)
+    best = min(losses, key=losses.__getitem__)
     if math.isinf(losses[best]):
         raise ValueError(f"training diverges at every step size tried, {', '.join(map(str, candidates))}; try smaller ones")
     return best, losses
@@ -397,7 +416,7 @@ FITTING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # objective â†
 
 def _halved(objective, examples: int, error: Exception):
     """``objective`` with half as many examples alive at a time; raises ``error`` where one is left."""
-    if not dataclasses.is_dataclass(objective):
+    if not dataclasses.is_dataclass(type(objective)):
         raise error
     inner = getattr(objective, "objective", None)
     if inner is not None:  # a wrapper, such as ThroughProjection

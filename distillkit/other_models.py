@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
+from typing import cast
 
 import datasets
 import torch
@@ -71,7 +72,7 @@ def _sentences(distilled: DistilledSet, texts, task: Task, student: Student) -> 
         if not body:
             raise ValueError(f"example {number}: the tokenizer of {student.name!r} makes no token of {text[:40]!r}")
     rows = [torch.tensor(before + body[:room] + after) for body in bodies]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=cast("int", tokenizer.pad_token_id or 0))
     place, sizes = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])[:, None]
     mask = place < sizes
     free = (place >= len(before)) & (place < sizes - len(after))

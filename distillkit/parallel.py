@@ -40,7 +40,7 @@ from torch import Tensor
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation, evaluate
 from distillkit.metagrad import MetaGradient
-from distillkit.objectives import bound_step_sizes, meta_gradient
+from distillkit.objectives import Objective, bound_step_sizes, meta_gradient
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -213,6 +213,7 @@ class Shared:
         """The mean over all members, of which this rank forms those that are its turn."""
         members = _members(self.objective)
         count = len(range(self.team.rank, members, self.team.size))
+        assert distilled.step_sizes is not None  # rank 0 has told them
         shapes = {"loss": (), "embeds": distilled.embeds.shape, "step_sizes": distilled.step_sizes.shape}
         shapes |= {"targets": distilled.targets.shape} if distilled.soft else {}
         total = [torch.zeros(shape, dtype=torch.float64) for shape in shapes.values()]
@@ -230,7 +231,7 @@ class Shared:
 class _Share:
     """The members of an outer step that are one rank's turn."""
 
-    objective: object
+    objective: Objective
     team: Team
 
     @property

@@ -205,11 +205,11 @@ def describe(figure: Figure) -> str:
     lines = []
     for number, axes in enumerate(figure.axes, start=1):
         series = [
-            f"{line.get_label()}: {len(line.get_ydata())} points" for line in axes.lines
-            if not line.get_label().startswith("_")
+            f"{line.get_label()}: {len(np.asarray(line.get_ydata()))} points" for line in axes.lines
+            if not str(line.get_label()).startswith("_")
         ]
         bars = len(axes.patches)
-        cells = [c.get_array().size for c in axes.collections if c.get_array() is not None]
+        cells = [a.size for c in axes.collections if (a := c.get_array()) is not None]
         parts = [f"{bars} bars"] * (bars > 0) + [f"{n} cells" for n in cells] + series
         title = axes.get_title() or "untitled"
         lines.append(f"panel {number}: {title} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | {'; '.join(parts)}")

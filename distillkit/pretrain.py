@@ -37,6 +37,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -208,7 +209,7 @@ def llama_tokenizer(texts: list[str], size: int = 3072) -> transformers.PreTrain
 
 def _wrapped(bpe: Tokenizer, **special: str) -> transformers.PreTrainedTokenizerFast:
     bos = special["bos_token"]
-    bpe.add_special_tokens(sorted({*special.values()}, key=bpe.token_to_id))
+    bpe.add_special_tokens(sorted({*special.values()}, key=cast("Any", bpe.token_to_id)))
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))]
     )
@@ -262,7 +263,8 @@ class Pretraining:
     def __init__(self, name: str, text: Text, *, steps: int | None = None, minutes: float | None = None, seed: int = 0,
                  batch: int = 4096, runs: str | Path = "runs"):
         check_choice("name", name, KINDS)
-        if (steps is None) == (minutes is None) or (minutes if steps is None else steps) <= 0:
+        given = minutes if steps is None else steps
+        if (steps is None) == (minutes is None) or given is None or given <= 0:
             raise ValueError(f"give steps or minutes, one of them and above 0, not steps={steps!r}, minutes={minutes!r}")
         if batch < 1 or batch % LENGTHS[-1]:
             raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
@@ -289,7 +291,10 @@ class Pretraining:
     @property
     def done(self) -> float:
         """Share of the run that is over, 0..1."""
-        return min(1.0, len(self.losses) / self.steps if self.steps else self.seconds / (60 * self.minutes))
+        if self.steps:
+            return min(1.0, len(self.losses) / self.steps)
+        assert self.minutes is not None  # one of the two is given
+        return min(1.0, self.seconds / (60 * self.minutes))
 
     @property
     def tokens(self) -> int:
@@ -340,7 +345,7 @@ class Pretraining:
         fresh = folder.with_name(f".{self.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(fresh)
+        cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(fresh)
         self.tokenizer.save_pretrained(fresh)
         record = self.record()
         (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -408,11 +413,13 @@ class Pretraining:
 
     def _pass(self, number: int) -> Tensor:
         """All tokens of a pass, the documents in an order of its own."""
-        if self._current[0] != number:
+        current, tokens = self._current
+        if current != number or tokens is None:
             which = torch.arange(len(self.copies)).repeat_interleave(self.copies)
             order = torch.randperm(len(which), generator=generator("pretrain-order", self.seed, number))
-            self._current = number, torch.cat([self.encoded[i] for i in which[order].tolist()])
-        return self._current[1]
+            tokens = torch.cat([self.encoded[i] for i in which[order].tolist()])
+            self._current = number, tokens
+        return tokens
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
         """Token ids of each document, bos in front and eos at the end (once, where the two are the same token)."""
@@ -536,7 +543,7 @@ def _named(versions: Mapping[str, str]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m distillkit.pretrain", description=__doc__.split("\n\n")[0])
+    top = argparse.ArgumentParser(prog="python -m distillkit.pretrain", description=(__doc__ or "").split("\n\n")[0])
     top.add_argument("name", choices=tuple(KINDS))
     length = top.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="length of the run (default 45)")

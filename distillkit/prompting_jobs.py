@@ -117,6 +117,8 @@ class PromptingRun(SeededRun):
     ``student`` is the classifier that distils and selects; ``reader`` the language model that is given demonstrations.
     """
 
+    job: PromptingJob
+
     def __init__(self, job: PromptingJob, folder: str | Path, work: str | Path):
         task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         super().__init__(job, folder, work, task, load_student(job.student, task, trainable="full"))

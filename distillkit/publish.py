@@ -386,7 +386,7 @@ def _examples(distilled: DistilledSet) -> str:
     titles = [c for c in ("label", "text", "prompt", "response") if c in found.column_names]
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     shown = found.select(range(min(SHOWN, len(found))))
-    lines += [f"| {' | '.join(escaped(row[c], LONGEST) for c in titles)} |" for row in shown]
+    lines += [f"| {' | '.join(escaped(row[c], LONGEST) for c in titles)} |" for row in shown.to_list()]
     rest = len(found) - SHOWN
     return "\n".join(lines) + (f"\n\n{rest} more in `{ROWS}`." if rest > 0 else "")
 

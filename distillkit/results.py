@@ -112,7 +112,8 @@ class SeededRun:
         wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
         missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
         for seed, row in progress(missing, desc="scores", unit="score"):
-            self._add(row, seed, self._scored(*row.split("/"), seed))
+            method, recipe = row.split("/")
+            self._add(row, seed, self._scored(method, recipe, seed))
         return self.result
 
     def set_of(self, method: str, seed: int) -> DistilledSet:

@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -201,9 +202,10 @@ def scaling_table(result: Mapping) -> str:
 def slides_table(result: Mapping) -> str:
     """The slides' table in Markdown: a line for each corpus and way of training, a column for each student."""
     job = _job(result)
-    students = job.product["student"]
+    axes = job.product or {}
+    students = axes["student"]
     lines = [f"| corpus | trained on | {' | '.join(students)} |", "|---|---|" + "---:|" * len(students)]
-    for corpus in job.product["corpus"]:
+    for corpus in axes["corpus"]:
         for row in job.rows:
             cells = []
             for student in students:
@@ -216,7 +218,8 @@ def slides_table(result: Mapping) -> str:
 
 
 def _job(result: Mapping) -> GridJob:
-    return GridJob(**{k: tuple(v) if k == "rows" else v for k, v in result["config"].items()})
+    settings: dict[str, Any] = {k: tuple(v) if k == "rows" else v for k, v in result["config"].items()}
+    return GridJob(**settings)
 
 
 def _mean(scores: list[float]) -> str:

@@ -28,6 +28,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import safetensors
 import torch
@@ -73,7 +74,7 @@ class Student:
     """
 
     name: str
-    module: torch.nn.Module
+    module: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     embedding: Tensor
     kind: str
@@ -122,7 +123,7 @@ class Student:
             raise ValueError(f"weights must be 'pretrained' or 'random', not {weights!r}")
         own = dict(self.module.named_parameters())
         draw = generator("student-init", seed)
-        config = self.module.config
+        config = cast("Any", self.module.config)
         std = config.init_std if config.model_type == "opt" else config.initializer_range
         params = {}
         for name in self.trained_names:
@@ -203,7 +204,7 @@ class Student:
         return torch.stack(parts if self.causal else parts + [h[:, 0] for h in hidden], 1)
 
     def _hidden(self, batch: Batch, params: Params | None) -> tuple[Tensor, ...]:
-        kwargs = self._inputs(batch) | {"output_hidden_states": True}
+        kwargs: dict[str, Any] = {**self._inputs(batch), "output_hidden_states": True}
         if self.kind == "instruction":
             kwargs["logits_to_keep"] = 1  # a vocabulary's width at every token would be for nothing
         return torch.func.functional_call(self.module, params or {}, kwargs=kwargs).hidden_states
@@ -416,7 +417,7 @@ class _Wanted:
         return DECODERS if self.kind == "instruction" else ENCODERS + DECODERS
 
 
-def _with_adapters(module: torch.nn.Module, kind: str, head: frozenset[str]) -> torch.nn.Module:
+def _with_adapters(module: Any, kind: str, head: frozenset[str]) -> Any:
     """``module`` as a peft model: LoRA where peft's own table puts it, and a trained copy of a classifier's head."""
     import peft
 
@@ -438,7 +439,7 @@ def _max_positions(config: transformers.PretrainedConfig) -> int:
     return config.max_position_embeddings - offset
 
 
-def _load(source: str, wanted: _Wanted):
+def _load(source: str, wanted: _Wanted) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
     """The model, its tokenizer, and the names of those parameters of its body that the checkpoint does not have."""
     if source == "offline:minilm":
         return _from_pretrained(_minilm_location(), wanted, source)
@@ -486,7 +487,9 @@ def _hub_snapshot(hub_id: str) -> Path:
         ) from error
 
 
-def _from_pretrained(location: str, wanted: _Wanted, source: str):
+def _from_pretrained(
+    location: str, wanted: _Wanted, source: str
+) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
     folder = Path(location)
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{location} is not a model folder: it has no config.json; point to a saved transformers model")
@@ -506,7 +509,7 @@ def _from_pretrained(location: str, wanted: _Wanted, source: str):
             auto, options = transformers.AutoModelForCausalLM, {}
         else:
             auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": wanted.num_classes}
-        module, info = auto.from_pretrained(
+        module, info = cast("Any", auto).from_pretrained(
             location,
             **options,
             **NO_CODE,
@@ -551,7 +554,7 @@ def _every_second_layer(bert: transformers.BertForSequenceClassification) -> tra
     """A DistilBERT from every second layer of a BERT, as DistilBERT itself was initialised (Sanh et al., 2019)."""
     source, old = bert.bert.state_dict(), bert.config
     layers = range(0, old.num_hidden_layers, 2)
-    config = transformers.DistilBertConfig(
+    config = cast("Any", transformers.DistilBertConfig)(  # typed without the settings that all kinds of models have
         vocab_size=old.vocab_size,
         max_position_embeddings=old.max_position_embeddings,
         n_layers=len(layers),
@@ -563,7 +566,7 @@ def _every_second_layer(bert: transformers.BertForSequenceClassification) -> tra
         num_labels=bert.num_labels,
         attn_implementation=old._attn_implementation,
     )
-    student = transformers.DistilBertForSequenceClassification(config).to(bert.dtype)
+    student = cast("Any", transformers.DistilBertForSequenceClassification(config)).to(bert.dtype)
     weights = {
         "embeddings.word_embeddings.weight": source["embeddings.word_embeddings.weight"],
         # DistilBERT has no segment embeddings: the one that single sentences use moves into the positions.
@@ -597,7 +600,7 @@ def _small_and_random(bert: transformers.BertForSequenceClassification) -> trans
     sets are looked up in it.
     """
     old = bert.config
-    config = transformers.BertConfig(
+    config = cast("Any", transformers.BertConfig)(
         **SMALL_BERT,
         vocab_size=old.vocab_size,
         max_position_embeddings=old.max_position_embeddings,
@@ -605,7 +608,7 @@ def _small_and_random(bert: transformers.BertForSequenceClassification) -> trans
         num_labels=bert.num_labels,
         attn_implementation=old._attn_implementation,
     )
-    student = transformers.BertForSequenceClassification(config).to(bert.dtype)
+    student = cast("Any", transformers.BertForSequenceClassification(config)).to(bert.dtype)
     draw = generator("small-bert", 0)
     with torch.no_grad():
         for name, parameter in student.named_parameters():

@@ -19,7 +19,7 @@ import re
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Task:
             kept[split] = ids
         return kept[split]
 
-    def batch(self, tokenizer, split: str, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, tokenizer, split: str, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
         """Rows as `input_ids` [b, l], `attention_mask` [b, l] and `labels` [b], int64, padded right to the longest."""
         rows = [int(row) for row in rows]
         return self._inputs(tokenizer, split, rows) | {"labels": torch.from_numpy(self.labels(split)[rows])}
@@ -162,7 +162,7 @@ def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: i
             raise ValueError(f"limit={limit} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
                              f"use {len(classes)} or more")
         rows = {name: limited(pair, limit, len(classes), name, seed) for name, pair in rows.items()}
-    made = {name: _dataset(*rows[name], classes) for name in SPLITS}
+    made: dict[str, Any] = {name: _dataset(*rows[name], classes) for name in SPLITS}
     return Task(corpus.name, "classification", classes, **made, max_length=max_length,
                 fingerprint=_fingerprint(classes, rows), origin=origin)
 
@@ -189,7 +189,8 @@ def _classes_from_labels(corpus: Corpus) -> tuple[str, ...]:
     numbers, place = {whole(label) for label in found}, corpus.splits["train"].place
     if None not in numbers:
         if skipped := set(range(len(numbers))) - numbers:
-            raise CorpusError(f"{place} has labels up to {max(numbers)} but no row of class {min(skipped)}; "
+            highest = max(number for number in numbers if number is not None)
+            raise CorpusError(f"{place} has labels up to {highest} but no row of class {min(skipped)}; "
                               "number the classes from 0 without gaps")
         return tuple(str(number) for number in range(len(numbers)))
     if all(isinstance(label, str) for label in found):

@@ -38,7 +38,7 @@ from distillkit.distilled import DistilledSet, decode, embed, from_rows
 from distillkit.distiller import Distiller, digest
 from distillkit.metagrad import MetaGradient
 from distillkit.neighbors import METRICS, allowed_tokens, project
-from distillkit.objectives import check_objective, meta_gradient, trained_loss
+from distillkit.objectives import Objective, check_objective, meta_gradient, trained_loss
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
 from distillkit.selection import over_training_rows, sentence_features
@@ -113,6 +113,7 @@ class FrozenJudge:
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        assert distilled.tokens is not None  # without tokens there is nothing to swap
         changed = [(group, _swapped(distilled.tokens, group)) for group in swaps]
         needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
         needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
@@ -189,7 +190,7 @@ class StudentJudge:
         tries: addresses (initialisations and real batches, or segments) that every text is judged on.
     """
 
-    objective: object
+    objective: Objective
     _: dataclasses.KW_ONLY
     tries: int = 2
 
@@ -206,6 +207,7 @@ class StudentJudge:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
         found = []
         for group in swaps:
+            assert distilled.tokens is not None  # without tokens there is nothing to swap
             tokens = _swapped(distilled.tokens, group)
             student = self.objective.student
             trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
@@ -324,7 +326,12 @@ class SwapSearch:
         meta = {k: v for k, v in self._set.meta.items() if k != "recipe"}
         made = {"steps": len(self.records), "swaps": sum(len(r.swaps) for r in self.records)}
         meta["search"] = {**self._settings, **made}
-        return dataclasses.replace(self._set, tokens=self._set.tokens.clone(), meta=meta)
+        return dataclasses.replace(self._set, tokens=self._tokens.clone(), meta=meta)
+
+    @property
+    def _tokens(self) -> Tensor:
+        assert self._set.tokens is not None  # every set here was made by with_tokens
+        return self._set.tokens
 
     def run(self, n: int) -> Iterator[SwapRecord]:
         """Make steps until ``n`` in all have been made, yielding a record of each.
@@ -370,7 +377,7 @@ class SwapSearch:
         records = [dataclasses.asdict(r) for r in self.records]
         data = {"settings": self._settings, "records": records, "rejected": rejected}
         with self._claim:
-            save_folder(self.checkpoint_dir, kind=KIND, tensors={"tokens": self._set.tokens}, data=data)
+            save_folder(self.checkpoint_dir, kind=KIND, tensors={"tokens": self._tokens}, data=data)
         self._saved = len(self.records)
 
     def _resume(self) -> None:
@@ -403,7 +410,7 @@ class SwapSearch:
             there, here = self.confirm.losses(self._set, [[], kept], derive_seed("confirm", self.seed, step))
             if not here <= there:
                 kept, after = [], before
-        made = with_tokens(self._set, self.student, _swapped(self._set.tokens, kept)) if kept else self._set
+        made = with_tokens(self._set, self.student, _swapped(self._tokens, kept)) if kept else self._set
         changed = {s.example for s in kept}
         rejected = {s for s in self._rejected.union(swaps) if s.example not in changed}
         record = SwapRecord(step + 1, before, after, tuple(kept), len(swaps), time.perf_counter() - begun)
@@ -422,7 +429,7 @@ class SwapSearch:
             gains, best = gains.topk(min(4 * self.per_position, len(words)), dim=1)
             ids = words[best.cpu()]
             for place, row, scores in zip(places.tolist(), ids.tolist(), gains.tolist(), strict=True):
-                found = [(gain, Swap(*place, new)) for gain, new in zip(scores, row, strict=True)]
+                found = [(gain, Swap(place[0], place[1], new)) for gain, new in zip(scores, row, strict=True)]
                 listed += [item for item in found if self._is_worth_judging(*item)][: self.per_position]
         listed.sort(key=lambda item: (-item[0], item[1]))
         listed = listed[: self.pool * self.candidates]
@@ -430,7 +437,7 @@ class SwapSearch:
         return [listed[i][1] for i in sorted(chosen.tolist())]
 
     def _is_worth_judging(self, gain: float, swap: Swap) -> bool:
-        same = swap.new == int(self._set.tokens[swap.example, swap.position])
+        same = swap.new == int(self._tokens[swap.example, swap.position])
         return gain > 0 and not same and swap not in self._rejected
 
     def _combined(self, swaps: list[Swap], losses: list[float], before: float, seed: int) -> tuple[list[Swap], float]:
@@ -468,7 +475,7 @@ class ThroughProjection:
         metric: of :func:`~distillkit.neighbors.project`.
     """
 
-    objective: object
+    objective: Objective
     _: dataclasses.KW_ONLY
     metric: str = "l2"
 

@@ -120,6 +120,8 @@ class TextJob(Settings):
 class TextRun(SeededRun):
     """An experiment on ways to text under way; see :class:`~distillkit.results.SeededRun`."""
 
+    job: TextJob
+
     def __init__(self, job: TextJob, folder: str | Path, work: str | Path):
         task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         super().__init__(job, folder, work, task, load_student(job.student, task))

@@ -97,7 +97,7 @@ class TransferJob(Settings):
         """Short name → what ``load_student`` takes."""
         return {short_name(student): student for student in self.students}
 
-    def making(self, source: str) -> Settings:
+    def making(self, source: str) -> TextJob | InstructionJob:
         """Settings of the experiment that makes the sets of a source, by its short name."""
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.sets.items()}
         job_class = MAKERS[self.sets["kind"]][0]
@@ -124,6 +124,8 @@ def parsed(row: str) -> tuple[str, str, str]:
 
 class TransferRun(SeededRun):
     """An experiment on transfer under way; see :class:`~distillkit.results.SeededRun`."""
+
+    job: TransferJob
 
     def __init__(self, job: TransferJob, folder: str | Path, work: str | Path):
         sets = job.making(next(source for source, *_ in map(parsed, job.rows) if source))

@@ -30,7 +30,7 @@ def drawn(token: str) -> str:
     return plain("".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in token))
 
 
-def maps(panels: Mapping[str, np.ndarray], classes: Sequence[str], roles: Sequence[str]) -> Figure:
+def maps(panels: Mapping[str, np.ndarray], classes: Sequence[str] | np.ndarray, roles: Sequence[str] | np.ndarray) -> Figure:
     """Flat maps of the same points side by side, coloured by class, with a marker for each role.
 
     Args:
@@ -107,7 +107,8 @@ def heads(panels: Sequence[tuple[str, np.ndarray]], quantity: str, limits: tuple
         for where, (title, values) in zip(axes, panels, strict=True):
             sns.heatmap(
                 np.asarray(values), ax=where, vmin=limits[0], vmax=limits[1], cmap="crest", cbar=where is axes[-1],
-                cbar_kws={"label": quantity}, xticklabels=range(1, per_layer + 1), yticklabels=range(1, layers + 1),
+                cbar_kws={"label": quantity}, xticklabels=[*map(str, range(1, per_layer + 1))],
+                yticklabels=[*map(str, range(1, layers + 1))],
             )
             where.tick_params(axis="both", rotation=0)
             where.set(title=plain(title), xlabel="head", ylabel="layer")
@@ -177,9 +178,11 @@ def movement(found: History, yardstick: float | None = None) -> Figure:
 
 def _draw_labels(axes, found: History) -> None:
     """The label probability that each example began with as its highest."""
-    own = found.labels[0].argmax(1)
+    labels = found.labels
+    assert labels is not None  # or they would not be drawn
+    own = labels[0].argmax(1)
     for example, colour in zip(range(len(own)), sns.color_palette("colorblind", len(own))):
-        axes.plot(found.steps, found.labels[:, example, own[example]], "o-", ms=4, color=colour, label=f"example {example}")
+        axes.plot(found.steps, labels[:, example, own[example]], "o-", ms=4, color=colour, label=f"example {example}")
     axes.set(title="Label: own class", ylabel="probability", ylim=(-0.03, 1.03))
     if len(own) <= 8:
         axes.legend(frameon=False, fontsize=9, ncols=2)
@@ -202,7 +205,8 @@ def flips(found: History, example: int, word: Callable[[int], str]) -> Figure:
         figure, (axes,) = _figure(max(6.5, 1.2 + 1.15 * len(found.steps)), 1.1 + 0.27 * len(shown))
         sns.heatmap(
             flipped[:, shown].T.astype(float), ax=axes, annot=np.array(names), fmt="", cbar=False, vmin=0, vmax=2.2,
-            cmap="Blues", linewidths=0.5, annot_kws={"fontsize": 9}, xticklabels=found.steps, yticklabels=shown,
+            cmap="Blues", linewidths=0.5, annot_kws={"fontsize": 9}, xticklabels=[*map(str, found.steps)],
+            yticklabels=[*map(str, shown)],
         )
         axes.tick_params(axis="y", rotation=0, labelsize=9)
         axes.set(title=title, xlabel="outer step", ylabel="position")

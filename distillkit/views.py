@@ -78,7 +78,7 @@ class Overlap:
     chance: float
 
 
-def neighbour_overlap(points, groups: Sequence, k: int, *, metric: str = "cosine") -> Overlap:
+def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
     """Whether points lie among their own group, in the original space and not in a picture of it.
 
     Args:

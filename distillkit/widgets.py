@@ -26,6 +26,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import ipywidgets
 import numpy as np
@@ -217,8 +218,9 @@ def _check_place(distilled: DistilledSet, example: int, position: int) -> None:
 def _words(distilled: DistilledSet, student: Student) -> list[list[str]]:
     """The words of each present position, of embeddings the nearest ones."""
     tokens = (project(distilled, student) if distilled.tokens is None else distilled).tokens
+    assert tokens is not None  # what is projected has tokens
     there = [row[mask].tolist() for row, mask in zip(tokens, distilled.mask, strict=True)]
-    return [student.tokenizer.convert_ids_to_tokens(row) for row in there]
+    return [cast("list[str]", student.tokenizer.convert_ids_to_tokens(row)) for row in there]
 
 
 # -------------------------------------------------------------------------------------------------------- attention
@@ -343,7 +345,9 @@ def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] |
     """
     steps = [record.step for record in records]
     names = dict.fromkeys(name for record in records for name in record.terms if name != "skipped")
-    lines = {name: (steps, [record.terms.get(name, np.nan) for record in records]) for name in names}
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        name: (steps, [record.terms.get(name, np.nan) for record in records]) for name in names
+    }
     if len(lines) > 1:
         lines["all, weighted"] = (steps, [record.loss for record in records])
     panels = [("Loss", "outer step", "loss", lines)]
@@ -481,7 +485,8 @@ def map_explorer(points, texts: Sequence[str], groups: Sequence[str]) -> ipywidg
     shown = ipywidgets.HTML()
 
     def draw(_):
-        shown.value = map_html(points, texts, groups, only=None if chosen.value < 0 else names[chosen.value])
+        place = cast("int", chosen.value)
+        shown.value = map_html(points, texts, groups, only=None if place < 0 else names[place])
 
     chosen.observe(draw, "value")
     draw(None)

@@ -1,5 +1,7 @@
 """What the README prints is what the committed results say, and its ten lines of code run."""
 
+import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -43,6 +45,19 @@ def test_its_first_code_runs(standin_hub, capsys):
     printed = capsys.readouterr().out
     assert "own" in printed
     assert printed.startswith("1 ")
+
+
+def test_its_code_uses_no_name_that_is_defined_nowhere_above():
+    known, used = set(dir(builtins)), []
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        nodes = list(ast.walk(ast.parse(block)))
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        known |= {alias.asname or alias.name for node in imports for alias in node.names}
+        known |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        used += [node.id for node in names if isinstance(node.ctx, ast.Load) and node.id not in known]
+    assert used == []
 
 
 def test_its_code_for_instruction_tuning_runs(standin_hub, capsys, tmp_path):
