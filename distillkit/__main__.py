@@ -138,11 +138,11 @@ def _demo(args) -> int:
 
 
 def _finished(path: Path) -> bool:
-    import json
+    from distillkit.results import read
 
     if not path.is_file():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read(path)
     return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
 
 
@@ -153,12 +153,12 @@ def draw(result: dict) -> str:
 
 
 def _table(args) -> int:
-    import json
+    from distillkit.results import read
 
     path = args.results / f"{args.name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"no result {path}")
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read(path)
     print(draw(result))
     if args.figure:
         from distillkit import plots

@@ -6,13 +6,13 @@ not there, or none of its rows has run, its figure is left out and said to be.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from distillkit import plots
+from distillkit.results import read
 
 
 def _classification(result: dict) -> Figure:
@@ -37,6 +37,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "instruction_library": ("instruction_library", lambda found: plots.seeded(found, "Which library?")),
     "instruction_library_differences": ("instruction_library", _instruction),
     "instruction_function": ("instruction_function", lambda found: plots.seeded(found, "Which function?")),
+    "instruction_arc_easy": ("instruction_arc_easy", lambda found: plots.seeded(found, "ARC-Easy")),
     "text_docstrings": ("text_docstrings", _text),
     "text_rotten_tomatoes": ("text_rotten_tomatoes", _text),
     "text_ag_news": ("text_ag_news", _text),
@@ -58,7 +59,7 @@ def regenerate(results: Path, folder: Path) -> Iterator[str]:
         if not path.is_file():
             yield f"{name}: skipped, no result {path}"
             continue
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read(path)
         if not result.get("rows", result.get("entries")):
             yield f"{name}: skipped, nothing in {path} has run"
             continue

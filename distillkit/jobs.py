@@ -18,7 +18,6 @@ The rows, all scored on the same test split with the same fresh seeds:
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from distillkit.metagrad import ForwardDifference, Replay
 from distillkit.neighbors import project
 from distillkit.objectives import BPTT
 from distillkit.progress import progress
-from distillkit.results import Settings, as_json, take_up, write
+from distillkit.results import Settings, as_json, read, take_up, write
 from distillkit.selection import METHODS, select
 from distillkit.storage import Claim
 from distillkit.students import load_student
@@ -235,7 +234,7 @@ class Run:
         path = self.committed / f"{self.job.committed}.json"
         if not path.is_file():
             raise FileNotFoundError(f"committed={self.job.committed!r}, but there is no result {path}; make it first")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read(path)
         row = found["rows"].get(name)
         if row is None:
             raise ValueError(f"committed={self.job.committed!r}, but {path} has no row {name}; finish it first")

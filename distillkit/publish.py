@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import secrets
 import shutil
 import tempfile
 import unicodedata
@@ -29,7 +28,7 @@ import yaml
 
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
-from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError
+from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError, beside, move_into_place
 from distillkit.students import MINILM_HUB_ID, MINILM_SHA256, Student
 from distillkit.tasks import Task
 
@@ -89,16 +88,14 @@ def save_published(
     if folder.exists() and not (folder.is_dir() and ((folder / SUMS).is_file() or not any(folder.iterdir()))):
         raise StorageError(f"will not overwrite {folder}: it is no published set; choose another folder, or delete this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.new")
+    fresh = beside(folder, "new")
     try:
         distilled.save(fresh / SET)
         (fresh / ROWS).parent.mkdir()
         rows(distilled).to_parquet(fresh / ROWS)
         (fresh / CARD).write_text(text, encoding="utf-8")
         (fresh / SUMS).write_text("".join(f"{_sha256(fresh / name)}  {name}\n" for name in CHECKED), encoding="ascii")
-        if folder.exists():
-            shutil.rmtree(folder)
-        fresh.rename(folder)
+        move_into_place(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)  # already gone if all went well
     return folder

@@ -8,6 +8,7 @@ nothing is ever added to a result of other settings or another corpus.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -28,6 +29,7 @@ from distillkit.configuration import kind_of as kind_of
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
 from distillkit.progress import progress
+from distillkit.storage import StorageError
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -56,10 +58,7 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     }
     if not path.is_file():
         return fresh
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); give --fresh to make it again") from error
+    found = read(path)
     # A setting that came later had its default; and more rows may be asked of the same run.
     defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
     theirs = {**json.loads(json.dumps(defaults)), **found.get("config", {}), "rows": config["rows"]}
@@ -73,11 +72,33 @@ def take_up(path: Path, settings: Settings, task) -> dict:
 
 
 def write(path: Path, result: dict) -> None:
-    """Write a result, all or nothing."""
+    """Write a result, all or nothing, with the SHA-256 of what it says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    sealed = {**result, "sha256": _sha256(result)}
+    temporary.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read(path: Path) -> dict:
+    """The result that :func:`write` wrote.
+
+    Raises:
+        StorageError: one character of it is another than was written, or it is no result.
+    """
+    remedy = "take it from a copy (a committed one: git checkout), or make it again with --fresh"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(found, dict) or found.pop("sha256", None) != _sha256(found):
+        raise StorageError(f"{path} does not say what was written, by its SHA-256; {remedy}")
+    return found
+
+
+def _sha256(result: dict) -> str:
+    said = json.loads(json.dumps({key: value for key, value in result.items() if key != "sha256"}))  # as it will be read
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 class SeededRun:
@@ -203,7 +224,7 @@ def with_tables(text: str, folder: str | Path, *, marker: str, draw: Callable[[d
         if found[2] != marker:
             return found[0]
         path = Path(folder) / f"{found[3]}.json"
-        content = draw(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "*not run*"
+        content = draw(read(path)) if path.is_file() else "*not run*"
         return f"{found[1]}{content}\n{found[4]}"
 
     return MARKED.sub(block, text)

@@ -25,7 +25,7 @@ from distillkit.checks import check_choice
 from distillkit.corpora import CorpusError
 from distillkit.jobs import ClassificationJob, Run
 from distillkit.progress import progress
-from distillkit.results import Settings, _difference, write
+from distillkit.results import Settings, _difference, read, write
 
 KINDS = ("scaling", "slides")
 BASE = "base"  # the name of the cell that differs in nothing
@@ -105,7 +105,7 @@ class GridRun:
     def __init__(self, job: GridJob, folder: str | Path, work: str | Path):
         self.job, self.work = job, Path(work) / job.name
         self.path = Path(folder) / f"{job.name}.json"
-        there = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {"cells": {}}
+        there = read(self.path) if self.path.is_file() else {"cells": {}}
         self.result = {"config": json.loads(json.dumps(dataclasses.asdict(job))), "cells": there["cells"]}
         for key, cell in job.cells().items():
             self._check(key, cell)
@@ -160,7 +160,7 @@ def committed(config: str | Path, folder: str | Path) -> dict:
     job = GridJob.from_yaml(config)
     path = Path(folder) / f"{job.name}.json"
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read(path)
     return {"config": json.loads(json.dumps(dataclasses.asdict(job))), "cells": {}}
 
 

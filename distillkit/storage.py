@@ -88,7 +88,7 @@ def save_folder(folder, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: 
 
 def _write(folder: Path, kind: str, tensors: dict[str, Tensor], text: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = _beside(folder, "new")
+    fresh = beside(folder, "new")
     with ExitStack() as stack:
         with _locked(folder.parent):  # or it would look like an orphan before it is locked
             _remove_orphans(folder)
@@ -102,7 +102,7 @@ def _write(folder: Path, kind: str, tensors: dict[str, Tensor], text: str) -> No
         (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (fresh / DATA, fresh / TENSORS, fresh / MANIFEST, fresh):
             _flush(path)
-        _move_into_place(fresh, folder)
+        move_into_place(fresh, folder)
 
 
 def unwritten(folder: Path, error: Exception) -> StorageError:
@@ -275,7 +275,8 @@ def _refuse_to_overwrite(folder: Path, kind: str) -> None:
         raise StorageError(f"will not overwrite {folder}: it also holds {', '.join(strangers)}; {remedy}")
 
 
-def _move_into_place(fresh: Path, folder: Path) -> None:
+def move_into_place(fresh: Path, folder: Path) -> None:
+    """Rename ``fresh`` to ``folder``; an earlier version is set aside first, and deleted last."""
     while True:  # each round either succeeds or has lost a race against another writer of the same folder
         try:
             os.rename(fresh, folder)  # replaces an absent or an empty folder only
@@ -284,7 +285,7 @@ def _move_into_place(fresh: Path, folder: Path) -> None:
             if not (folder.is_dir() and fresh.is_dir()):
                 raise
         try:
-            os.rename(folder, _beside(folder, "old"))
+            os.rename(folder, beside(folder, "old"))
         except FileNotFoundError:
             continue
     _flush(folder.parent)
@@ -292,7 +293,8 @@ def _move_into_place(fresh: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
+def beside(folder: Path, suffix: str) -> Path:
+    """A hidden name beside ``folder`` that nobody else has."""
     return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.{suffix}")
 
 
@@ -308,7 +310,7 @@ def _set_aside(folder: Path) -> list[Path]:
 
 
 def _others(folder: Path, suffix: str) -> list[Path]:
-    """What :func:`_beside` named for `folder`, by whichever process."""
+    """What :func:`beside` named for `folder`, by whichever process."""
     pattern = re.compile(re.escape(f".{folder.name}.") + rf"[0-9a-f]{{16}}\.{suffix}")
     return [path for path in folder.parent.glob(f".*.{suffix}") if pattern.fullmatch(path.name)]
 

@@ -10,6 +10,7 @@ import transformers
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
+from distillkit.results import write
 
 SETTINGS = {"examples": 6, "length": 12, "outer_batch": 12, "step_size": 0.3}
 PEERS = [c for c in benchmark.CONTENDERS if c.peer]
@@ -148,7 +149,7 @@ def test_an_interrupted_measurement_goes_on(run_main, tmp_path):
     (entry,) = whole["entries"]
     kept = [row | {"cost": 42.0} for row in entry["rows"] if row["steps"] == 1]
     cut = whole | {"entries": [entry | {"rows": kept}]}
-    (tmp_path / "out.json").write_text(json.dumps(cut), encoding="utf-8")
+    write(tmp_path / "out.json", cut)
     (resumed,) = run_main(*options, "--resume")["entries"]
     assert [row for row in resumed["rows"] if row["steps"] == 1] == kept
     assert [(r["steps"], r["contender"]) for r in resumed["rows"]] == [(r["steps"], r["contender"]) for r in entry["rows"]]

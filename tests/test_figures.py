@@ -10,7 +10,7 @@ import pytest
 from distillkit import gallery, plots
 from distillkit.__main__ import main
 from distillkit.jobs import CONFIGS
-from distillkit.results import paired_difference
+from distillkit.results import paired_difference, write
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
 COMMITTED = {path.stem for path in RESULTS.glob("*.json")}
@@ -32,8 +32,8 @@ def moved():
 def test_the_command_draws_what_has_run_and_says_what_has_not(tmp_path, monkeypatch, moved, capsys):
     results = tmp_path / "results"
     results.mkdir()
-    (results / "moved.json").write_text(json.dumps(moved))
-    (results / "begun.json").write_text(json.dumps(moved | {"rows": {}}))
+    write(results / "moved.json", moved)
+    write(results / "begun.json", moved | {"rows": {}})
     monkeypatch.setattr(gallery, "FIGURES", {n: (n, plots.transfer_map) for n in ("moved", "begun", "absent")})
     assert main(["figures", "--results", str(results)]) == 0
     drawn, begun, absent = capsys.readouterr().out.splitlines()

@@ -12,7 +12,7 @@ from distillkit import evaluation, instruction_jobs
 from distillkit.__main__ import draw, main
 from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table
 from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, paired_difference
+from distillkit.results import kind_of, paired_difference, write
 
 SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,
@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     part = json.loads((folder / "small.json").read_text())
     part["rows"]["random/tuned"].pop("1")
     (folder / "part").mkdir()
-    (folder / "part" / "small.json").write_text(json.dumps(part))
+    write(folder / "part" / "small.json", part)
     InstructionRun(short, folder / "part", folder / "work")()
     assert scored == [("random", "tuned", 1)]
 

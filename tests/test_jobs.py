@@ -9,7 +9,8 @@ import yaml
 
 from distillkit import __main__, evaluation, jobs
 from distillkit.jobs import CONFIGS, ROW_NAMES, ClassificationJob, Run, table
-from distillkit.results import VERSIONED, kind_of, with_tables
+from distillkit.results import VERSIONED, kind_of, read, with_tables
+from distillkit.results import write as write_result
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
@@ -54,13 +55,13 @@ def job(**changes):
 
 
 def stored(folder):
-    return json.loads((folder / "results" / "small.json").read_text())
+    return read(folder / "results" / "small.json")
 
 
 def rewrite(folder, change):
     result = stored(folder)
     change(result)
-    (folder / "results" / "small.json").write_text(json.dumps(result))
+    write_result(folder / "results" / "small.json", result)
 
 
 def run(folder, **changes):
@@ -226,7 +227,7 @@ def test_a_committed_row_that_is_not_there_is_missed_at_once(copied, scored):
         run(copied, committed="absent", committed_rows=["full/standard"])
     part = json.loads((copied / "results" / "longer.json").read_text())
     part["rows"].pop("full/standard")
-    (copied / "results" / "longer.json").write_text(json.dumps(part))
+    write_result(copied / "results" / "longer.json", part)
     with pytest.raises(ValueError, match=r"committed='longer', but .*longer\.json has no row full/standard; finish it"):
         run(copied, committed="longer", committed_rows=["full/standard"])
     assert scored == []

@@ -20,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import distillkit as dk
-from distillkit import corpora, storage
+from distillkit import corpora, results, storage
 from distillkit.distiller import NONFINITE, PATIENCE, constant
 from distillkit.experts import Experts, record_experts
 from distillkit.inner import loss_and_grads
@@ -244,6 +244,27 @@ def test_a_flipped_bit_or_a_cut_anywhere_is_an_error_by_name(artefacts, data):
         assert str(folder) in str(caught.value)
     finally:
         path.write_bytes(content)
+
+
+def test_a_result_says_what_was_written_or_is_an_error_by_name(tmp_path):
+    path, result = tmp_path / "small.json", {"rows": {"random/own": {"mean": 0.25, "scores": (0.2, 0.3)}}, "config": {1: None}}
+    results.write(path, result)
+    written, content = results.read(path), path.read_bytes()
+    assert written["rows"]["random/own"] == {"mean": 0.25, "scores": [0.2, 0.3]}
+    errors = 0
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        for damaged in (flipped, content[:position]):
+            path.write_bytes(damaged)
+            try:
+                assert results.read(path) == written, "white space, at most"
+            except StorageError as error:
+                errors += str(path) in str(error) and "make it again with --fresh" in str(error)
+    assert errors > 1.5 * len(content)
+    path.write_text(json.dumps(result))
+    with pytest.raises(StorageError, match="does not say what was written"):
+        results.read(path)
 
 
 def test_the_same_artefacts_undamaged_are_read(artefacts):

@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -53,7 +52,7 @@ import distillkit as dk
 from distillkit.memory import LiveBytes
 from distillkit.metagrad import MetaGradient, Problem, compare, outer_loss_and_grads, update_vjp
 from distillkit.progress import progress
-from distillkit.results import with_tables
+from distillkit.results import read, with_tables, write
 from distillkit.seeds import generator
 from distillkit.students import Params, Student
 
@@ -387,9 +386,7 @@ class Run:
 
     def save(self) -> None:
         """An hour's work is not to be lost with its last minute."""
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write(self.path, self.result)
 
     def entries(self) -> Iterator[tuple[dict, dict[str, Student]]]:
         """For each student and kind of parameters that can be loaded: its entry in the result, and the student."""
@@ -654,7 +651,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def taken_up(path: Path, fresh: dict) -> dict:
     """The result at ``path``; ValueError if it was measured otherwise than ``fresh`` is going to be."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read(path)
     for key in ("kind", "settings", "machine", "versions"):
         if found[key] != fresh[key]:
             raise ValueError(f"{path} has other {key}: {found[key]} there, {fresh[key]} here; measure anew without --resume")
