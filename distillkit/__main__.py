@@ -128,7 +128,7 @@ def _demo(args) -> int:
     from distillkit import plots
 
     folder = args.work / "results"
-    args.fresh |= _finished(folder / "quickstart.json")
+    args.fresh = args.fresh or _done_with(folder / "quickstart.json")
     result = _result(_config_path(Path("quickstart")), args, folder)
     target = args.results.parent / "quickstart.png"
     plots.save(plots.quickstart(result), target)
@@ -137,12 +137,17 @@ def _demo(args) -> int:
     return 0
 
 
-def _finished(path: Path) -> bool:
+def _done_with(path: Path) -> bool:
+    """Whether a demo begins anew: there is nothing left to make of its last result, or it cannot be read."""
     from distillkit.results import read
+    from distillkit.storage import StorageError
 
     if not path.is_file():
         return False
-    found = read(path)
+    try:
+        found = read(path)
+    except StorageError:
+        return True
     return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
 
 

@@ -321,6 +321,19 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     assert "| embeddings | own |" in capsys.readouterr().out
 
 
+def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(tmp_path):
+    path = tmp_path / "quickstart.json"
+    half = {"config": {"rows": ["random/tuned", "full/standard"]}, "rows": {"random/tuned": {}}}
+    assert not __main__._done_with(path)
+    write_result(path, half)
+    assert not __main__._done_with(path), "it goes on"
+    write_result(path, half | {"rows": {"random/tuned": {}, "full/standard": {}}, "text": []})
+    assert __main__._done_with(path)
+    write_result(path, half)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert __main__._done_with(path)
+
+
 def test_table_of_a_result(copied, capsys, finished):
     assert __main__.main(["table", "small", "--results", str(copied / "results")]) == 0
     assert capsys.readouterr().out.strip() == table(finished[1])
