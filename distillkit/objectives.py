@@ -305,7 +305,9 @@ def search_step_size(
         the best candidate, and the mean loss of each (infinite where training diverged).
     """
     check_is("distilled", distilled, DistilledSet)
-    check_objective(objective)
+    if not isinstance(objective, BPTT | TrajectoryMatching):  # a wrapper's inner loop is that of what it wraps
+        kind = type(objective).__name__
+        raise TypeError(f"objective must be a BPTT or TrajectoryMatching, not a {kind}; give the one inside a wrapper")
     check_whole("tries", tries)
     if not isinstance(candidates, Sequence) or not candidates:
         raise ValueError(f"candidates must be step sizes to try, such as (0.01, 0.1, 1.0), not {candidates!r}")

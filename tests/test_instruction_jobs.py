@@ -1,6 +1,5 @@
 """The instruction experiment: every score, seed by seed, from settings in a file; and whether one method beats another."""
 
-import json
 import math
 
 import numpy as np
@@ -12,7 +11,7 @@ from distillkit import evaluation, instruction_jobs
 from distillkit.__main__ import draw, main
 from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table
 from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, paired_difference, write
+from distillkit.results import kind_of, paired_difference, read, write
 
 SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,
@@ -32,7 +31,7 @@ def finished(standin_home, tmp_path_factory):
         patch.setattr(evaluation, "LANGUAGE_GRID", {"step_size": (1e-3,), "steps": (1, 2)})
         patch.setitem(evaluation.STANDARD_LEAST_STEPS, "instruction", 2)
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
-    return folder, json.loads((folder / "small.json").read_text())
+    return folder, read(folder / "small.json")
 
 
 def job(**changes):
@@ -64,7 +63,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     assert InstructionRun(job(), folder, folder / "work")() == result
     monkeypatch.setattr(InstructionRun, "_scored", lambda self, *what: scored.append(what) or {"mean": 0.5})
     short = job(seeds=[0, 1], rows=["random/tuned", "nacd/own"])
-    part = json.loads((folder / "small.json").read_text())
+    part = read(folder / "small.json")
     part["rows"]["random/tuned"].pop("1")
     (folder / "part").mkdir()
     write(folder / "part" / "small.json", part)
@@ -104,7 +103,7 @@ def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
     assert found["rows"] == {"random/standard": {"0": {"mean": 0.0}}, "full/standard": {"0": {"mean": 0.0}, "1": {"mean": 0.1}}}
     assert one()["distilling"] == {"nacd-1": {"steps": 2}}, "nothing that the other has made is lost"
     assert {seed for row in one.result["rows"].values() for seed in row} == {"0", "1"}
-    assert json.loads((tmp_path / "small.json").read_text())["rows"] == one.result["rows"]
+    assert read(tmp_path / "small.json")["rows"] == one.result["rows"]
     with pytest.raises(ValueError, match="no seed 7 in this job; it has 0, 1"):
         one(seeds=(7,))
 

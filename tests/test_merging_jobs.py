@@ -1,6 +1,5 @@
 """An experiment on merging, streams and updates in small, through the command line."""
 
-import json
 
 import pytest
 import yaml
@@ -8,7 +7,7 @@ import yaml
 from distillkit import __main__, evaluation, merging_jobs
 from distillkit.jobs import CONFIGS
 from distillkit.merging_jobs import ROWS, ContinualJob, continual_table
-from distillkit.results import kind_of
+from distillkit.results import kind_of, read
 
 SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
          "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],
@@ -37,9 +36,9 @@ def finished(standin_home, tmp_path_factory):
         patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
         patch.setattr(merging_jobs, "rescaled", lambda s, t, u: (s, {1.0: 0.0}))
         assert __main__.main([*command, "--rows", "merged/own", "after/update"]) == 0
-        part = json.loads((folder / "small.json").read_text())
+        part = read(folder / "small.json")
         assert __main__.main(command) == 0
-    return part, json.loads((folder / "small.json").read_text())
+    return part, read(folder / "small.json")
 
 
 def test_every_row_is_made_once(finished):

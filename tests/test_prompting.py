@@ -1,7 +1,6 @@
 """Demonstrations in a context: read once or with every question, as tokens or as embeddings, the scores are the same."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import yaml
 
 import distillkit as dk
-from distillkit import prompting, prompting_jobs
+from distillkit import prompting, prompting_jobs, results
 from distillkit.__main__ import draw, main
 from distillkit.evaluation import choice_accuracy, choice_scores
 from distillkit.prompting import CONTENT_FREE, few_shot, questions
@@ -201,7 +200,7 @@ def finished(standin_home, tmp_path_factory):
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "prompting"}))
     with standin_hub.patched(standin_home):
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
-    return folder, json.loads((folder / "small.json").read_text())
+    return folder, results.read(folder / "small.json")
 
 
 def job(**changes):

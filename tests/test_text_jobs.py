@@ -1,6 +1,5 @@
 """The experiment on ways to text: every way, the same labels for all, set by set, from settings in a file."""
 
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import yaml
 import distillkit as dk
 from distillkit import evaluation, text_jobs
 from distillkit.__main__ import draw, main
-from distillkit.results import paired_difference
+from distillkit.results import paired_difference, read
 from distillkit.selection import METHODS
 from distillkit.text_jobs import RECIPES, ROWS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
 
@@ -32,7 +31,7 @@ def finished(standin_home, tmp_path_factory):
         patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
         patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
-    return folder, json.loads((folder / "small.json").read_text())
+    return folder, read(folder / "small.json")
 
 
 def job(**changes):

@@ -1,6 +1,5 @@
 """The experiment on transfer: texts made on one student, scored on others, pair by pair, from settings in a file."""
 
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import distillkit as dk
 from distillkit import evaluation, transfer_jobs
 from distillkit.__main__ import draw, main
 from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, paired_difference
+from distillkit.results import kind_of, paired_difference, read
 from distillkit.transfer_jobs import TransferJob, TransferRun, parsed, short_name, transfer_table
 
 SETS = {
@@ -46,7 +45,7 @@ def finished(standin_home, tmp_path_factory):
             path = folder / f"{settings['name']}.yaml"
             path.write_text(yaml.safe_dump(settings | {"kind": "transfer"}))
             assert main(["run", str(path), "--results", str(folder), "--work", str(folder / "work")]) == 0
-    return folder, *(json.loads((folder / f"{name}.json").read_text()) for name in ("small", "asked"))
+    return folder, *(read(folder / f"{name}.json") for name in ("small", "asked"))
 
 
 def job(**changes):
