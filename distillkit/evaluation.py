@@ -95,10 +95,10 @@ class _Plan:
     recipe: dict
 
     def train(self, student: Student, params: Params) -> Iterator[Params]:
-        """Parameters after each step."""
+        """Parameters after each step, which the next one may overwrite: take what is needed of them before."""
         state = self.optimizer.init(params)
         for t, step_size in enumerate(self.step_sizes):
-            params, state, *_ = inner_step(student, self.optimizer, params, state, self.feed(t), step_size)
+            params, state, *_ = inner_step(student, self.optimizer, params, state, self.feed(t), step_size, in_place=True)
             yield params
 
 

@@ -87,6 +87,8 @@ class FrozenJudge:
         task, student: a classification task and the student whose body is the encoder.
         steps: of the head's training.
         batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
+
+    What it has read since the last gradient it remembers, so that a step of a search reads each sentence once.
     """
 
     task: Task
@@ -94,6 +96,7 @@ class FrozenJudge:
     _: dataclasses.KW_ONLY
     steps: int = 400
     batch_size: int | None = 2048
+    _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         check_is("task", self.task, Task)
@@ -104,10 +107,16 @@ class FrozenJudge:
             raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
         check_whole("steps", self.steps)
 
-    def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
+    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
+        self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
         embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
-        x = self._represented({"inputs_embeds": embeds, "attention_mask": distilled.mask.long()})
+        chosen = slice(None) if examples is None else examples.to(embeds.device)
+        x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": distilled.mask.to(embeds.device)[chosen].long()})
+        if examples is not None:
+            assert distilled.tokens is not None  # without tokens there is nothing to swap
+            everything = self._of(distilled, [(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())])
+            x = everything.index_copy(0, chosen, x)
         loss = self._losses(x[None], self._labels(distilled), seed)[0]
         return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
 
@@ -119,14 +128,23 @@ class FrozenJudge:
         needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
         order = sorted(needed)
         with torch.no_grad():
-            ids, mask = torch.tensor([row for _, row in order]), distilled.mask[[i for i, _ in order]]
-            found = torch.cat([
-                self._represented({"input_ids": i, "attention_mask": m.long()})
-                for i, m in zip(ids.split(64), mask.split(64), strict=True)
-            ])
+            found = self._of(distilled, order)
             place = {key: n for n, key in enumerate(order)}
             rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
             return self._losses(found[torch.tensor(rows)], self._labels(distilled), seed).tolist()
+
+    def _of(self, distilled: DistilledSet, wanted: list[tuple[int, tuple[int, ...]]]) -> Tensor:
+        """Representations ``[len(wanted), n·d]`` of sentences, each an example's number and tokens; those that are
+        remembered are not read again."""
+        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in wanted]
+        fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
+        with torch.no_grad():
+            for start in range(0, len(fresh), 64):
+                part = fresh[start : start + 64]
+                ids, mask = torch.tensor([row for row, _ in part]), torch.tensor([m for _, m in part])
+                x = self._represented({"input_ids": ids, "attention_mask": mask.long()})
+                self._read.update(zip(part, x, strict=True))
+        return torch.stack([self._read[key] for key in keys])
 
     def describe(self) -> dict:
         """The settings as JSON values."""
@@ -198,8 +216,8 @@ class StudentJudge:
         check_whole("tries", self.tries)
         check_objective(self.objective)
 
-    def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings."""
+    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings; all of them, ``examples`` or not."""
         found = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
         return float(found.loss), found.embeds.cpu()
 
@@ -269,6 +287,7 @@ class SwapSearch:
         judge: :class:`FrozenJudge` or :class:`StudentJudge`.
         confirm: a second judge that must find a step's swaps no worse, or they are taken back.
         candidates: swaps judged a step.
+        examples: sentences that a step looks at, in turn: the gradient of a few costs less; None: all of them.
         per_position: of them at one place at most.
         pool: candidates are drawn from the ``pool`` × ``candidates`` that look best.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.neighbors.allowed_tokens`.
@@ -281,8 +300,8 @@ class SwapSearch:
     """
 
     def __init__(
-        self, distilled: DistilledSet, student: Student, judge, *, confirm=None, candidates: int = 64, per_position: int = 4,
-        pool: int = 4, allowed: Tensor | None = None, seed: int = 0, checkpoint_dir: str | Path | None = None,
+        self, distilled: DistilledSet, student: Student, judge, *, confirm=None, candidates: int = 64,
+        examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0, checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 10,
     ):
         check_is("distilled", distilled, DistilledSet)
@@ -297,8 +316,12 @@ class SwapSearch:
             raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, "
                              "student)")
         given = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
+        if examples is not None:
+            given["examples"] = examples
         for name, value in given.items():
             check_whole(name, value)
+        # As many as there are is all of them.
+        self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
         self.candidates, self.per_position, self.pool = candidates, per_position, pool
         words = allowed_tokens(student.tokenizer, len(student.embedding))
@@ -312,7 +335,7 @@ class SwapSearch:
         self.checkpoint_every = checkpoint_every
         self._settings = {
             "judge": judge.describe(), "confirm": confirm and confirm.describe(), "candidates": candidates,
-            "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
+            "examples": self.examples, "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
             "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
         self._settings = json.loads(json.dumps(self._settings))
@@ -402,8 +425,10 @@ class SwapSearch:
     def _one(self) -> SwapRecord:
         begun, step = time.perf_counter(), len(self.records)
         seed = derive_seed("swap", self.seed, step)
-        _, gradient = self.judge.gradient(self._set, seed)
-        swaps = self._candidates(gradient, generator("swap-candidates", self.seed, step))
+        seen = self._seen(step)
+        given = {} if seen is None else {"examples": seen}
+        _, gradient = self.judge.gradient(self._set, seed, **given)
+        swaps = self._candidates(gradient, seen, generator("swap-candidates", self.seed, step))
         before, *losses = self.judge.losses(self._set, [[], *([s] for s in swaps)], seed)
         kept, after = self._combined(swaps, losses, before, seed)
         if kept and self.confirm is not None:
@@ -418,11 +443,20 @@ class SwapSearch:
         self._set, self._rejected, self.records = made, rejected, [*self.records, record]
         return record
 
-    def _candidates(self, gradient: Tensor, draw: torch.Generator) -> list[Swap]:
-        """Swaps drawn from those that the linear estimate likes best."""
+    def _seen(self, step: int) -> Tensor | None:
+        """Which sentences a step looks at: all have had their turn before one has another, in an order drawn for each round."""
+        if self.examples is None:
+            return None
+        turns = -(-len(self._set) // self.examples)
+        order = torch.randperm(len(self._set), generator=generator("swap-examples", self.seed, step // turns))
+        return order.split(self.examples)[step % turns].sort().values
+
+    def _candidates(self, gradient: Tensor, seen: Tensor | None, draw: torch.Generator) -> list[Swap]:
+        """Swaps of the sentences ``seen`` (None: of all), drawn from those that the linear estimate likes best."""
         table, words = self.student.embedding, self.allowed.nonzero().squeeze(1)
+        free = self._set.free if seen is None else self._set.free & torch.isin(torch.arange(len(self._set)), seen)[:, None]
         listed = []
-        for places in self._set.free.nonzero().split(256):  # memory is that many positions times the vocabulary
+        for places in free.nonzero().split(256):  # memory is that many positions times the vocabulary
             example, position = places.T
             slopes, here = gradient[example, position].to(table), self._set.embeds[example, position].to(table)
             gains = (slopes * here).sum(1, keepdim=True) - slopes @ table[words.to(table.device)].T

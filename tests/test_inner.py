@@ -46,6 +46,21 @@ def test_lands_where_torch_optim_lands(ours, theirs):
             assert (params[name] - mirror[name]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "clip_norm": 0.5}, {"eps_root": 1e-4}])
+def test_a_step_in_place_lands_where_the_pure_one_does(settings):
+    optimizer, draw = dk.AdamW(0.02, betas=(0.8, 0.95), **settings), torch.Generator().manual_seed(1)
+    pure = {"w": torch.randn(4, 3, generator=draw, dtype=torch.float64), "b": torch.randn(3, generator=draw, dtype=torch.float64)}
+    ours = {n: p.clone() for n, p in pure.items()}
+    state, other = optimizer.init(pure), optimizer.init(ours)
+    for _ in range(6):
+        grads = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in pure.items()}
+        pure, state = optimizer.update(pure, grads, state, torch.tensor(0.01))
+        ours, other = optimizer.update_(ours, grads, other, torch.tensor(0.01))
+        for name in pure:
+            assert (pure[name] - ours[name]).abs().max() <= 1e-12
+            assert (state["v"][name] - other["v"][name]).abs().max() <= 1e-12
+
+
 def test_clipping_is_that_of_torch():
     grads = {"w": torch.tensor([3.0, 4.0], dtype=torch.float64), "b": torch.tensor([12.0], dtype=torch.float64)}
     params = {n: torch.zeros_like(g) for n, g in grads.items()}
