@@ -39,9 +39,8 @@ _HOMES = {
     "storage": ("StorageError",),
     "students": ("Student", "load_student"),
     "tasks": ("Task", "load_task"),
-    "text": (
-        "FrozenJudge", "StudentJudge", "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel",
-    ),
+    "judges": ("FrozenJudge", "StudentJudge"),
+    "text": ("SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel", "search_sentences"),
     "wording": ("Wording", "describe_text", "wording_table"),
     "other_models": ("retokenize", "transfer"),
 }

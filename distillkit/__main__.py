@@ -76,6 +76,7 @@ def _kinds() -> dict:
     from distillkit.merging_jobs import ContinualJob, ContinualRun, continual_table
     from distillkit.prompting_jobs import PromptingJob, PromptingRun, prompting_table
     from distillkit.scaling_jobs import GridJob, GridRun, scaling_table, slides_table
+    from distillkit.text_grid_jobs import TextGridJob, TextGridRun, text_grid_table
     from distillkit.text_jobs import TextJob, TextRun, text_table
     from distillkit.transfer_jobs import TransferJob, TransferRun, transfer_table
 
@@ -87,6 +88,7 @@ def _kinds() -> dict:
         "scaling": (GridJob, GridRun, scaling_table),
         "slides": (GridJob, GridRun, slides_table),
         "text": (TextJob, TextRun, text_table),
+        "text_grid": (TextGridJob, TextGridRun, text_grid_table),
         "transfer": (TransferJob, TransferRun, transfer_table),
     }
 
@@ -108,7 +110,7 @@ def _result(path: Path, args, folder: Path) -> dict:
         (folder / f"{job.name}.json").unlink(missing_ok=True)
     begun = time.perf_counter()
     run = run_class(job, folder, args.work) if seeded else run_class(job, folder, args.work, committed=args.results)
-    if kind in ("scaling", "slides"):
+    if kind in ("scaling", "slides", "text_grid"):
         print(f"{job.name}: {len(job.cells())} cells")
     else:
         print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "

@@ -30,6 +30,7 @@ from distillkit.distilled import DistilledSet
 from distillkit.distiller import Distiller
 from distillkit.evaluation import evaluate
 from distillkit.inner import SGD, Unroll
+from distillkit.judges import FrozenJudge
 from distillkit.metagrad import recommend
 from distillkit.neighbors import project
 from distillkit.objectives import BPTT
@@ -40,7 +41,7 @@ from distillkit.selection import select
 from distillkit.storage import is_vacant
 from distillkit.students import load_student
 from distillkit.tasks import load_task
-from distillkit.text import FrozenJudge, SwapSearch, corpus_tokens, nearest_sentences
+from distillkit.text import SwapSearch, corpus_tokens, nearest_sentences
 
 REAL = ("random", "k_center")
 LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")

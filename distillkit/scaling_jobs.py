@@ -124,15 +124,15 @@ class GridRun:
                   and (not seeds or cell.seed in seeds)}
         rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
         for key in progress(chosen, desc="cells", unit="cell"):
-            missing = [row for row in rows if row not in self.result["cells"].get(key, {}).get("rows", {})]
             try:
-                self._make(key, cells[key], missing)
+                self._make(key, cells[key], rows)
             except (CorpusError, FileNotFoundError, FloatingPointError) as error:
                 print(f"{key}: skipped: {error}")
         return self.result
 
     def _make(self, key: str, cell: ClassificationJob, rows: list[str]) -> None:
-        """Make rows of a cell, written one by one."""
+        """Make those rows of a cell that are missing, written one by one."""
+        rows = [row for row in rows if row not in self.result["cells"].get(key, {}).get("rows", {})]
         if not rows:
             return
         path = self.work / "cells" / f"{cell.name}.json"

@@ -9,12 +9,12 @@ keep the outer loss in sight until the last token stands:
   kept if it is better than what is there.
 * :class:`ThroughProjection`: learn embeddings as ever, but train the student on their nearest tokens; the gradient at the
   tokens moves the embeddings behind them (the straight-through estimator of Bengio et al., 2013).
+* :func:`search_sentences`: change one whole sentence at a time for another *real* one, judged in the same way.  What comes
+  out was written by people, so it cannot exploit what is odd about the judge's representations, as single tokens do.
 * :func:`nearest_sentences`: snap each example to the nearest *real* sentence, as a reference.
 * :func:`relabel`: learn soft labels and step sizes for a text that stays as it is, by the same budget for every text.
 
-A judge is what makes swaps affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations:
-one candidate costs one forward pass of one sentence, and its head is tried on thousands of real rows at once.
-:class:`StudentJudge` trains the real student and costs accordingly.
+A judge is what makes a search affordable; see :mod:`distillkit.judges`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,12 +37,12 @@ from torch import Tensor
 from distillkit.checks import check_choice, check_is, check_whole
 from distillkit.distilled import DistilledSet, decode, embed, from_rows
 from distillkit.distiller import Distiller, digest
-from distillkit.metagrad import MetaGradient
+from distillkit.judges import FrozenJudge, Swap, swapped
 from distillkit.neighbors import METRICS, allowed_tokens, project
-from distillkit.objectives import Objective, check_objective, meta_gradient, trained_loss
+from distillkit.objectives import Objective, check_objective
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.selection import over_training_rows, sentence_features
+from distillkit.selection import sentence_features
 from distillkit.storage import Claim, is_vacant, load_folder, remove_orphans, save_folder
 from distillkit.students import Student
 from distillkit.tasks import Task
@@ -69,188 +70,7 @@ def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> Di
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- judges
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FrozenJudge:
-    """Judges a text by a linear head trained on its frozen representations.
-
-    A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained:
-    the parts that :meth:`~distillkit.students.Student.layer_features` gives, each less its mean over the training split and
-    scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts
-    at zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
-    allows anywhere; its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of
-    which one sentence changes needs one forward pass of that sentence.
-
-    Args:
-        task, student: a classification task and the student whose body is the encoder.
-        steps: of the head's training.
-        batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
-
-    What it has read since the last gradient it remembers, so that a step of a search reads each sentence once.
-    """
-
-    task: Task
-    student: Student
-    _: dataclasses.KW_ONLY
-    steps: int = 400
-    batch_size: int | None = 2048
-    _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self):
-        check_is("task", self.task, Task)
-        check_is("student", self.student, Student)
-        if self.batch_size is not None:
-            check_whole("batch_size", self.batch_size)
-        if self.task.kind != "classification":
-            raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
-        check_whole("steps", self.steps)
-
-    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
-        self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
-        embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
-        chosen = slice(None) if examples is None else examples.to(embeds.device)
-        x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": distilled.mask.to(embeds.device)[chosen].long()})
-        if examples is not None:
-            assert distilled.tokens is not None  # without tokens there is nothing to swap
-            everything = self._of(distilled, [(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())])
-            x = everything.index_copy(0, chosen, x)
-        loss = self._losses(x[None], self._labels(distilled), seed)[0]
-        return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
-
-    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
-        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
-        assert distilled.tokens is not None  # without tokens there is nothing to swap
-        changed = [(group, _swapped(distilled.tokens, group)) for group in swaps]
-        needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
-        needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
-        order = sorted(needed)
-        with torch.no_grad():
-            found = self._of(distilled, order)
-            place = {key: n for n, key in enumerate(order)}
-            rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
-            return self._losses(found[torch.tensor(rows)], self._labels(distilled), seed).tolist()
-
-    def _of(self, distilled: DistilledSet, wanted: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Representations ``[len(wanted), n·d]`` of sentences, each an example's number and tokens; those that are
-        remembered are not read again."""
-        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in wanted]
-        fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
-        with torch.no_grad():
-            for start in range(0, len(fresh), 64):
-                part = fresh[start : start + 64]
-                ids, mask = torch.tensor([row for row, _ in part]), torch.tensor([m for _, m in part])
-                x = self._represented({"input_ids": ids, "attention_mask": mask.long()})
-                self._read.update(zip(part, x, strict=True))
-        return torch.stack([self._read[key] for key in keys])
-
-    def describe(self) -> dict:
-        """The settings as JSON values."""
-        return {
-            "name": type(self).__name__, "student": self.student.name, "steps": self.steps,
-            "batch_size": self.batch_size,
-        }
-
-    def _labels(self, distilled: DistilledSet) -> Tensor:
-        if distilled.soft:
-            return distilled.targets.softmax(-1).to(self.student.device)
-        return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
-
-    def _represented(self, batch: dict[str, Tensor]) -> Tensor:
-        x = self.student.layer_features(batch)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot tell texts apart
-        _, mean, scale = self._of_the_corpus()
-        return ((x - mean.to(x)) * scale.to(x)).flatten(1)
-
-    def _of_the_corpus(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Representations ``[rows, n·d]`` of the training split, and the mean ``[n, d]`` and scale ``[n, 1]``; remembered."""
-        student, task = self.student, self.task
-        key = ("layers", task.fingerprint, task.max_length)
-        if key not in student.cache:
-            found = over_training_rows(task, student, student.layer_features)
-            mean = found.mean(0)
-            found -= mean
-            scale = (found.square().sum(2).mean(0) * found.shape[1]).rsqrt().unsqueeze(1)
-            student.cache[key] = (found * scale).flatten(1), mean, scale
-        return student.cache[key]
-
-    def _losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Outer losses ``[n]`` of heads trained on representations ``x [n, m, d]`` with ``labels [m, c]``."""
-        real, y = (found.to(x.device) for found in self._real(seed))
-        real, labels = real.to(x.dtype), labels.to(x.dtype)
-        # The head is a sum of the representations, weight = αᵀx, so that its training needs their inner products only.
-        inner = x @ x.transpose(1, 2)
-        step = 2 * x.shape[1] / torch.linalg.eigvalsh(inner)[:, -1].clamp_min(1e-12)[:, None, None]
-        alpha = x.new_zeros(len(x), x.shape[1], labels.shape[1])
-        for _ in range(self.steps):  # the gradient of softmax regression, written out; its curvature is at most 1/step
-            alpha = alpha - step / x.shape[1] * ((inner @ alpha).softmax(-1) - labels)
-        logits = real @ (alpha.transpose(1, 2) @ x).transpose(1, 2)
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.repeat(len(x)), reduction="none"
-        ).unflatten(0, (len(x), len(real))).mean(1)
-
-    def _real(self, seed: int) -> tuple[Tensor, Tensor]:
-        x, *_ = self._of_the_corpus()
-        rows = np.arange(len(x))
-        if self.batch_size is not None and self.batch_size < len(x):
-            rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed)).numpy()
-        return x[torch.from_numpy(rows)], torch.from_numpy(self.task.labels("train")[rows])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class StudentJudge:
-    """Judges a text by the real thing: the mean outer loss of an objective over several addresses.
-
-    Args:
-        objective: such as :class:`~distillkit.objectives.BPTT` or :class:`~distillkit.objectives.TrajectoryMatching`.
-        tries: addresses (initialisations and real batches, or segments) that every text is judged on.
-    """
-
-    objective: Objective
-    _: dataclasses.KW_ONLY
-    tries: int = 2
-
-    def __post_init__(self):
-        check_whole("tries", self.tries)
-        check_objective(self.objective)
-
-    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings; all of them, ``examples`` or not."""
-        found = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
-        return float(found.loss), found.embeds.cpu()
-
-    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
-        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
-        found = []
-        for group in swaps:
-            assert distilled.tokens is not None  # without tokens there is nothing to swap
-            tokens = _swapped(distilled.tokens, group)
-            student = self.objective.student
-            trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
-            losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
-            found.append(sum(losses) / len(losses))
-        return found
-
-    def describe(self) -> dict:
-        """The settings as JSON values."""
-        return {"name": type(self).__name__, "tries": self.tries, "objective": self.objective.recipe()}
-
-    def _addresses(self, seed: int) -> list[int]:
-        return [derive_seed("judge", seed, n) for n in range(self.tries)]
-
-
 # ------------------------------------------------------------------------------------------------------------ swaps
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Swap:
-    """Token ``new`` for the one at ``position`` of ``example``."""
-
-    example: int
-    position: int
-    new: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,13 +84,6 @@ class SwapRecord:
     swaps: tuple[Swap, ...]
     judged: int
     seconds: float
-
-
-def _swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
-    tokens = tokens.clone()
-    for swap in swaps:
-        tokens[swap.example, swap.position] = swap.new
-    return tokens
 
 
 class SwapSearch:
@@ -301,8 +114,8 @@ class SwapSearch:
 
     def __init__(
         self, distilled: DistilledSet, student: Student, judge, *, confirm=None, candidates: int = 64,
-        examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0, checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 10,
+        examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
+        checkpoint_dir: str | Path | None = None, checkpoint_every: int = 10,
     ):
         check_is("distilled", distilled, DistilledSet)
         check_is("student", student, Student)
@@ -430,12 +243,12 @@ class SwapSearch:
         _, gradient = self.judge.gradient(self._set, seed, **given)
         swaps = self._candidates(gradient, seen, generator("swap-candidates", self.seed, step))
         before, *losses = self.judge.losses(self._set, [[], *([s] for s in swaps)], seed)
-        kept, after = self._combined(swaps, losses, before, seed)
+        kept, after = combined(swaps, losses, before, lambda groups: self.judge.losses(self._set, groups, seed))
         if kept and self.confirm is not None:
             there, here = self.confirm.losses(self._set, [[], kept], derive_seed("confirm", self.seed, step))
             if not here <= there:
                 kept, after = [], before
-        made = with_tokens(self._set, self.student, _swapped(self._tokens, kept)) if kept else self._set
+        made = with_tokens(self._set, self.student, swapped(self._tokens, kept)) if kept else self._set
         changed = {s.example for s in kept}
         rejected = {s for s in self._rejected.union(swaps) if s.example not in changed}
         record = SwapRecord(step + 1, before, after, tuple(kept), len(swaps), time.perf_counter() - begun)
@@ -474,23 +287,137 @@ class SwapSearch:
         same = swap.new == int(self._tokens[swap.example, swap.position])
         return gain > 0 and not same and swap not in self._rejected
 
-    def _combined(self, swaps: list[Swap], losses: list[float], before: float, seed: int) -> tuple[list[Swap], float]:
-        """The best swap, and those of other sentences that make the whole still better; with their loss."""
-        best: dict[int, tuple[float, Swap]] = {}
-        for swap, loss in zip(swaps, losses, strict=True):
-            if loss < before and (swap.example not in best or loss < best[swap.example][0]):
-                best[swap.example] = (loss, swap)
-        order = sorted(best.values())
-        if not order:
-            return [], before
-        kept, after = [order[0][1]], order[0][0]
-        if len(order) > 1:
-            # All prefixes of the order at once: sentences hardly depend on each other, so one of them is nearly the best.
-            groups = [[swap for _, swap in order[:size]] for size in range(2, len(order) + 1)]
-            for group, loss in zip(groups, self.judge.losses(self._set, groups, seed), strict=True):
-                if loss < after:
-                    kept, after = group, loss
-        return kept, after
+
+def combined(
+    changes: list, losses: list[float], before: float, judged: Callable[[list[list]], list[float]]
+) -> tuple[list, float]:
+    """Of changes judged one by one, the best, and the best of other sentences that make the whole still better.
+
+    Args:
+        changes: with an ``example`` each, and an order.
+        losses: of the set after each, ``before`` without any.
+        judged: gives the losses after several groups of changes.
+
+    Returns:
+        what to change, and the loss then; nothing and ``before`` where no change is better.
+    """
+    best: dict = {}
+    for change, loss in zip(changes, losses, strict=True):
+        if loss < before and (change.example not in best or loss < best[change.example][0]):
+            best[change.example] = (loss, change)
+    order = sorted(best.values())
+    if not order:
+        return [], before
+    kept, after = [order[0][1]], order[0][0]
+    if len(order) > 1:
+        # All prefixes of the order at once: sentences hardly depend on each other, so one of them is nearly the best.
+        groups = [[change for _, change in order[:size]] for size in range(2, len(order) + 1)]
+        for group, loss in zip(groups, judged(groups), strict=True):
+            if loss < after:
+                kept, after = group, loss
+    return kept, after
+
+
+# ------------------------------------------------------------------------------------------------ whole sentences
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Sentence:
+    """Sentence ``new``, a number in the pool, for the one that is ``example``."""
+
+    example: int
+    new: int
+
+
+def search_sentences(
+    distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
+    examples: int = 16, sentences: int = 2048, seed: int = 0,
+) -> DistilledSet:
+    """Real sentences that a judge likes best: whole sentences are changed for others of their class.
+
+    A step looks at some examples.  The judge's gradient in their representations says which sentences of the pool look
+    better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in, as in
+    :class:`SwapSearch`.  The pool is read once, so that a step costs no forward pass.
+
+    Args:
+        distilled: where to start, such as a set that herding selected.
+        judge: whose representations and outer loss to go by.
+        steps, candidates, examples: of the search, and in each step.
+        sentences: size of the pool, drawn from the training split in equal shares and filled up to the set's length.
+        seed: draws the pool, examples, candidates and real rows.
+
+    Returns:
+        a set with the labels that ``distilled`` has and no recipe; the losses of the search, before and after each step,
+        are in ``meta["search"]``.
+
+    Raises:
+        TypeError: another kind of judge, which has no representations.
+    """
+    for name, value, kind in (("distilled", distilled, DistilledSet), ("task", task, Task), ("student", student, Student),
+                              ("judge", judge, FrozenJudge)):
+        check_is(name, value, kind)
+    for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
+        check_whole(name, value)
+    start, labels = distilled, judge.labels(distilled)
+    pool = _pool(task, student, sentences, start.embeds.shape[1], seed)
+    x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
+    of_class = [(pool.targets == label).nonzero().squeeze(1) for label in range(len(task.classes))]
+    now = torch.arange(len(pool), len(x))  # where each example stands in x
+    losses = []
+    for step in progress(range(steps), desc="choosing sentences", unit="step"):
+        address, draw = derive_seed("sentences", seed, step), generator("sentences-drawn", seed, step)
+        features = x[now].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(judge.head_losses(features[None], labels, address)[0], features)
+        changes = []
+        for i in torch.randperm(len(now), generator=draw)[:examples].tolist():
+            offered = of_class[start.meta["labels"][i]]
+            taken = torch.tensor([*now.tolist(), *(change.new for change in changes)])
+            gains = slope[i] @ x[now[i]] - x[offered] @ slope[i]
+            gains[torch.isin(offered, taken)] = -math.inf  # no sentence stands twice
+            share = max(1, candidates // min(examples, len(now)))
+            best = gains.topk(min(6 * share, len(gains)))
+            likely = offered[best.indices[best.values > -math.inf]]  # a sentence is a long way: the sign tells little
+            changes += [Sentence(i, int(n)) for n in likely[torch.randperm(len(likely), generator=draw)[:share]]]
+
+        def judged(groups: list[list[Sentence]], now=now, address=address) -> list[float]:
+            with torch.no_grad():
+                return judge.head_losses(x[torch.stack([_changed(now, group) for group in groups])], labels, address).tolist()
+
+        before, *each = judged([[], *([change] for change in changes)])
+        kept, after = combined(changes, each, before, judged)
+        now = _changed(now, kept)
+        losses.append([round(before, 4), round(after, 4)])
+    return _picked(pool, start, now, {"judge": judge.describe(), "steps": steps, "sentences": len(pool), "losses": losses})
+
+
+def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) -> DistilledSet:
+    rows = task.balanced_rows("train", min(sentences, len(task.train)), generator("sentence-pool", seed)).numpy()
+    labels = task.labels("train")[rows]
+    return from_rows(task, student, [rows[labels == c] for c in range(len(task.classes))], length=length, seed=seed)
+
+
+def _changed(now: Tensor, changes: Sequence[Sentence]) -> Tensor:
+    now = now.clone()
+    for change in changes:
+        now[change.example] = change.new
+    return now
+
+
+def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, found: dict) -> DistilledSet:
+    """The examples at ``now`` of the pool and the start, one behind the other."""
+    width = max(pool.embeds.shape[1], start.embeds.shape[1])
+
+    def joined(name: str) -> Tensor:
+        parts = (getattr(pool, name), getattr(start, name))
+        tail = (0, 0) if name == "embeds" else ()
+        return torch.cat([torch.nn.functional.pad(t, (*tail, 0, width - t.shape[1])) for t in parts])[now]
+
+    text = [*pool.meta["text"], *start.meta["text"]]
+    meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection")}
+    meta |= {"text": [text[i] for i in now], "search": found}
+    assert pool.tokens is not None and start.tokens is not None
+    parts = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
+    return dataclasses.replace(start, **parts, step_sizes=None, meta=meta)
 
 
 # ------------------------------------------------------------------------------------------- through the projection

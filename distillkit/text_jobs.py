@@ -10,18 +10,25 @@ Methods:
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
 * ``through projection``: distilled through the projection (:class:`~distillkit.text.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
-* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.SwapSearch`); ``swaps from random``.
+* ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.search_sentences`).
+* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.SwapSearch`); ``swaps from random``,
+  ``swaps from herding``, ``swaps from sentences``.
 * ``full``: the whole training split.
 
 Recipes: ``tuned``, with hard labels, for every text alike; ``relabelled``: soft labels and step sizes learned for the text
 that stands, by the same number of outer steps for every text; ``transfer``: hard labels, tuned, on another model that reads
-the text with its own tokenizer; ``own`` for the embeddings; ``standard`` for the full data.
+the text with its own tokenizer; ``own`` for the embeddings; ``standard`` for the full data.  ``fixed``, with hard labels,
+is AdamW at one step size and number of steps for every set of every size: no set gets a better one, and none is tuned, which
+for larger sets would take longer than all the rest.
+
+A grid (:mod:`distillkit.text_grid_jobs`) is one such experiment for each of several corpora and sizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +39,9 @@ from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.distiller import Distiller
 from distillkit.evaluation import evaluate
-from distillkit.inner import SGD, Unroll
+from distillkit.inner import SGD, AdamW, Unroll
 from distillkit.jobs import STRATEGIES
+from distillkit.judges import FrozenJudge
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT
 from distillkit.other_models import transfer
@@ -42,11 +50,12 @@ from distillkit.selection import METHODS, select
 from distillkit.storage import is_vacant
 from distillkit.students import Student, load_student
 from distillkit.tasks import load_task
-from distillkit.text import FrozenJudge, SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel
+from distillkit.text import SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel, search_sentences
 
-WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "swaps", "swaps from random")
+STARTS = {"swaps": "k_center", **{f"swaps from {start}": start for start in ("random", "herding", "sentences")}}
+WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "sentences", *STARTS)
 TEXTS = (*METHODS, *WAYS)
-RECIPES = ("tuned", "relabelled", "transfer")
+RECIPES = ("tuned", "relabelled", "transfer", "fixed")
 ROWS = (
     *(f"{m}/{r}" for m in TEXTS for r in RECIPES), "embeddings/own", "embeddings/tuned", "full/standard",
 )
@@ -65,12 +74,16 @@ class TextJob(Settings):
         unroll_steps, step_size, metagrad, outer_batch, lr, label_lr, step_size_lr: as for
             :class:`~distillkit.jobs.ClassificationJob`.
         outer_steps: of each distillation.
-        label_steps: outer steps of relabelling, for every text alike.
+        label_steps, label_unroll_steps: outer steps of relabelling, and inner ones (None: as many as ``unroll_steps``), for
+            every text alike.
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
         judge_steps: of the head that judges swaps.
-        swap_steps, candidates: of the search; the same for both starts.
+        sentence_steps, sentences: of the search for real sentences, and the size of its pool.
+        swap_steps, candidates, examples: of the search for words, from every start alike; see
+            :class:`~distillkit.text.SwapSearch`.
         least: how often a token must occur in the training split to be swapped in.
         target: the other model that rows with ``transfer`` are scored on.
+        fixed_steps, fixed_step_size, fixed_batch: the training of rows with ``fixed``.
         rows: which rows, as ``method/recipe``.
     """
 
@@ -92,12 +105,19 @@ class TextJob(Settings):
     label_lr: float | None = None
     step_size_lr: float | None = None
     label_steps: int = 40
+    label_unroll_steps: int | None = None
     neighbor_weight: float = 0.1
     judge_steps: int = 400
+    sentence_steps: int = 80
+    sentences: int = 3000
     swap_steps: int = 100
     candidates: int = 64
+    examples: int | None = None
     least: int = 2
     target: str = "offline:distil-minilm"
+    fixed_steps: int = 60
+    fixed_step_size: float = 1e-4
+    fixed_batch: int = 16
     rows: tuple[str, ...] = ROWS
     kind: str = "text"
 
@@ -107,9 +127,13 @@ class TextJob(Settings):
         for row in self.rows:
             check_choice("a row", row, ROWS)
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps",
-                    "judge_steps", "swap_steps", "candidates", "least"):
+                    "judge_steps", "sentence_steps", "sentences", "swap_steps", "candidates", "least", "fixed_steps",
+                    "fixed_batch"):
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", "neighbor_weight", "label_lr", "step_size_lr")
+        for key in ("examples", "label_unroll_steps"):
+            if getattr(self, key) is not None:
+                check_whole(key, getattr(self, key))
+        self.check_positive("step_size", "lr", "neighbor_weight", "label_lr", "step_size_lr", "fixed_step_size")
         for key in ("seeds", "eval_seeds"):
             value = getattr(self, key)
             if not value or not all(isinstance(s, int) for s in value):
@@ -136,10 +160,12 @@ class TextRun(SeededRun):
             return as_json(transfer(hardened(set_), self.task, self._target, seeds=self.job.eval_seeds))
         if recipe == "relabelled":
             set_ = self._kept(f"{method} relabelled", seed, lambda: self._relabelled(method, seed))
-        elif recipe == "tuned":
+        elif recipe in ("tuned", "fixed"):
             set_ = hardened(set_)
-        found = evaluate(set_, self.task, self.student, seeds=self.job.eval_seeds,
-                         recipe="own" if recipe == "relabelled" else recipe)
+        job, train = self.job, {"relabelled": "own"}.get(recipe, recipe)
+        if recipe == "fixed":
+            train = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
+        found = evaluate(set_, self.task, self.student, seeds=job.eval_seeds, recipe=train)
         row = as_json(found)
         if method in WAYS:
             row["text"] = set_.to_text().to_list()
@@ -155,7 +181,9 @@ class TextRun(SeededRun):
             return project(self.set_of("embeddings", seed), self.student)
         if method == "nearest sentences":
             return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
-        if method.startswith("swaps"):
+        if method == "sentences":
+            return self._chosen(seed)
+        if method in STARTS:
             return self._swapped(method, seed)
         objective, terms = self.objective(), ()
         if method == "through projection":
@@ -172,11 +200,25 @@ class TextRun(SeededRun):
         self._noted(method, seed, distiller.records, [r.loss for r in distiller.records])
         return distiller.distilled if method == "embeddings" else project(distiller.distilled, self.student)
 
+    def _judge(self) -> FrozenJudge:
+        return FrozenJudge(self.task, self.student, steps=self.job.judge_steps)
+
+    def _chosen(self, seed: int) -> DistilledSet:
+        job, begun = self.job, time.perf_counter()
+        found = search_sentences(
+            self.set_of("herding", seed), self.task, self.student, self._judge(), steps=job.sentence_steps,
+            candidates=job.candidates, sentences=job.sentences, seed=seed,
+        )
+        losses = [after for _, after in found.meta["search"]["losses"]]
+        self.result["distilling"][f"sentences {seed}"] = {
+            "steps": len(losses), "seconds": round(time.perf_counter() - begun, 1), "losses": losses,
+        }
+        return found
+
     def _swapped(self, method: str, seed: int) -> DistilledSet:
-        start = self.set_of("random" if method.endswith("random") else "k_center", seed)
-        judge = FrozenJudge(self.task, self.student, steps=self.job.judge_steps)
         search = SwapSearch(
-            start, self.student, judge, candidates=self.job.candidates, seed=seed,
+            self.set_of(STARTS[method], seed), self.student, self._judge(), candidates=self.job.candidates, seed=seed,
+            examples=self.job.examples,
             allowed=corpus_tokens(self.task, self.student, least=self.job.least),
             checkpoint_dir=self.work / f"checkpoint-{_file(method)}-{seed}",
         )
@@ -186,8 +228,8 @@ class TextRun(SeededRun):
         return search.distilled
 
     def _relabelled(self, method: str, seed: int) -> DistilledSet:
-        start = hardened(self.set_of(method, seed))
-        return relabel(start, self.objective(), steps=self.job.label_steps, seed=seed, **self._rates())
+        start, objective = hardened(self.set_of(method, seed)), self.objective(self.job.label_unroll_steps)
+        return relabel(start, objective, steps=self.job.label_steps, seed=seed, **self._rates())
 
     def _kept(self, name: str, seed: int, make) -> DistilledSet:
         """A set that is read from ``work`` if it was made before."""
@@ -208,10 +250,10 @@ class TextRun(SeededRun):
     def _rates(self) -> dict:
         return {"lr": self.job.lr, "label_lr": self.job.label_lr, "step_size_lr": self.job.step_size_lr}
 
-    def objective(self) -> BPTT:
-        """The objective of every distillation and relabelling."""
+    def objective(self, steps: int | None = None) -> BPTT:
+        """The objective of every distillation, and with another number of inner ``steps`` of relabelling."""
         job = self.job
-        unroll = Unroll(job.unroll_steps, optimizer=SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
+        unroll = Unroll(steps or job.unroll_steps, optimizer=SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
         return BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
 
 
@@ -228,7 +270,8 @@ def _file(method: str) -> str:
 def text_table(result: dict) -> str:
     """The result as a Markdown table: scores by recipe, and what each text gains on k-centre's with the same labels."""
     rows, names = result["rows"], result["config"]["rows"]
-    heads = {"tuned": "hard labels, tuned", "relabelled": "learned labels, own", "transfer": "on another model, tuned"}
+    heads = {"tuned": "hard labels, tuned", "fixed": "hard labels, fixed", "relabelled": "learned labels, own",
+             "transfer": "on another model, tuned"}
     heads = {recipe: head for recipe, head in heads.items() if any(name.endswith(f"/{recipe}") for name in names)}
     lines = ["| method | " + "".join(f"{head} | minus k-centre | " for head in heads.values()) + "sets |",
              "|---|" + "---:|" * (2 * len(heads) + 1)]

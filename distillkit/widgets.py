@@ -142,8 +142,8 @@ def nearest_words(distilled: DistilledSet, student: Student, k: int) -> Tensor:
 
 
 def outer_loss(judge, *, seed: int = 0) -> Score:
-    """The score of a judge (:class:`~distillkit.text.FrozenJudge`, :class:`~distillkit.text.StudentJudge`): its outer loss on
-    the real rows that ``seed`` draws, the same for every set; less is better."""
+    """The score of a judge (see :mod:`distillkit.judges`): its outer loss on the real rows that ``seed`` draws, the same for
+    every set; less is better."""
 
     def score(distilled: DistilledSet) -> float:
         if distilled.tokens is None:

@@ -49,7 +49,7 @@ def test_lands_where_torch_optim_lands(ours, theirs):
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1, "clip_norm": 0.5}, {"eps_root": 1e-4}])
 def test_a_step_in_place_lands_where_the_pure_one_does(settings):
     optimizer, draw = dk.AdamW(0.02, betas=(0.8, 0.95), **settings), torch.Generator().manual_seed(1)
-    pure = {"w": torch.randn(4, 3, generator=draw, dtype=torch.float64), "b": torch.randn(3, generator=draw, dtype=torch.float64)}
+    pure = {n: torch.randn(shape, generator=draw, dtype=torch.float64) for n, shape in (("w", (4, 3)), ("b", (3,)))}
     ours = {n: p.clone() for n, p in pure.items()}
     state, other = optimizer.init(pure), optimizer.init(ours)
     for _ in range(6):

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 import distillkit as dk
+from distillkit.judges import FrozenJudge, StudentJudge, Swap
 from distillkit.neighbors import allowed_tokens
 from distillkit.text import (
-    FrozenJudge,
-    StudentJudge,
-    Swap,
     SwapSearch,
     ThroughProjection,
     corpus_tokens,
     nearest_sentences,
     relabel,
+    search_sentences,
     with_tokens,
 )
 
@@ -118,6 +117,43 @@ def test_the_frozen_judge_wants_classes(world):
         FrozenJudge(task, world[1])
 
 
+# --- whole sentences -------------------------------------------------------------------------------------------------
+
+
+def test_searched_sentences_are_real_of_their_class_and_never_worse(world, start):
+    task, student = world
+    judge = FrozenJudge(*world, steps=20, batch_size=None)
+    found = search_sentences(start, task, student, judge, steps=6, candidates=8, examples=2, sentences=24)
+    losses = found.meta["search"]["losses"]
+    assert all(after <= before for before, after in losses) and losses[-1][1] < losses[0][0], "the rows are all, so it falls"
+    assert losses[-1][1] == pytest.approx(judge.losses(found, [[]], 0)[0], abs=1e-3), "what stands there is what was judged"
+    assert found.meta["labels"] == start.meta["labels"] and torch.equal(found.targets, start.targets)
+    ids = task.token_ids(student.tokenizer, "train")
+    for row, free, label in zip(found.tokens, found.free, found.meta["labels"], strict=True):
+        words = row[free].tolist()
+        own = [i[1:-1] for i, y in zip(ids, task.labels("train"), strict=True) if y == label]
+        assert any(words[: len(sentence)] == sentence[: len(words)] for sentence in own), "begins with a sentence of its class"
+    assert len({tuple(row) for row in found.tokens.tolist()}) == len(found)
+
+
+def test_a_step_finds_the_best_sentence_there_is(world):
+    """One example of each class, every sentence a candidate: brute force says which single change is best."""
+    start, judge = dk.select(*world, "random", per_class=1, length=8), FrozenJudge(*world, steps=20, batch_size=None)
+    found = search_sentences(start, *world, judge, steps=1, candidates=500, examples=2, sentences=30)
+    from distillkit.text import _pool
+
+    pool, labels = _pool(*world, 30, start.embeds.shape[1], 0), judge.labels(start)
+    x, own = judge.features(pool), judge.features(start)
+    every = [own.index_copy(0, torch.tensor([pool.meta["labels"][n]]), x[n][None]) for n in range(len(pool))]
+    losses = judge.head_losses(torch.stack(every), labels, 0)
+    assert found.meta["search"]["losses"][0][1] <= round(float(losses.min()), 4) + 1e-4
+
+
+def test_a_search_for_sentences_wants_representations(world, start, goal):
+    with pytest.raises(TypeError, match="judge must be a FrozenJudge"):
+        search_sentences(start, *world, StudentJudge(goal))
+
+
 # --- swaps -----------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +167,19 @@ def test_no_step_makes_the_loss_on_its_rows_worse(world, start, judge):
         before = swapped(before, world[1], *record.swaps)
     assert torch.equal(search.distilled.tokens, before.tokens)
     assert any(record.swaps for record in search.records), "something was found"
+
+
+def test_a_step_may_look_at_a_few_sentences_in_turn(world, start):
+    judge = FrozenJudge(*world, steps=20, batch_size=16)
+    few = torch.tensor([1, 3])
+    loss, gradient = judge.gradient(start, 3, few)
+    whole, every = judge.gradient(start, 3)
+    assert loss == pytest.approx(whole, abs=1e-6) and torch.allclose(gradient[few], every[few], atol=1e-6)
+    assert not gradient[[0, 2]].any()
+    search = SwapSearch(start, world[1], judge, candidates=8, examples=2)
+    seen = [{swap.example for swap in record.swaps} for record in search.run(4)]
+    assert any(seen) and all(len(examples) <= 2 for examples in seen)
+    assert set(search._seen(0).tolist()) | set(search._seen(1).tolist()) == {0, 1, 2, 3}, "all have had their turn"
 
 
 def test_only_allowed_tokens_at_free_positions(world, start):

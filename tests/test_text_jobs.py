@@ -11,12 +11,13 @@ from distillkit import evaluation, text_jobs
 from distillkit.__main__ import draw, main
 from distillkit.results import paired_difference, read
 from distillkit.selection import METHODS
-from distillkit.text_jobs import RECIPES, ROWS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
+from distillkit.text_jobs import RECIPES, ROWS, STARTS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
 
 SMALL = {
     "name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
     "seeds": [0, 1], "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "label_steps": 2,
-    "judge_steps": 5, "swap_steps": 2, "candidates": 4, "target": "distilbert-base-uncased",
+    "judge_steps": 5, "sentence_steps": 2, "sentences": 20, "swap_steps": 2, "candidates": 4, "fixed_steps": 2,
+    "target": "distilbert-base-uncased",
 }
 
 
@@ -46,11 +47,11 @@ def test_every_score_is_made(finished):
         assert row.keys() == {"0", "1"}
         for score in row.values():
             assert len(score["scores"]) == (1 if method == "full" else 2)
-            assert score["recipe"]["name"] == {"relabelled": "own", "transfer": "tuned"}.get(recipe, recipe)
+            assert score["recipe"]["name"] == {"relabelled": "own", "transfer": "tuned", "fixed": "unroll"}.get(recipe, recipe)
             assert ("text" in score) == (method in WAYS and recipe != "transfer")
             if method != "full":
                 assert score["examples"] == 2
-    searches = {f"{m} {s}" for m in ("swaps", "swaps from random") for s in (0, 1)}
+    searches = {f"{m} {s}" for m in ("sentences", *STARTS) for s in (0, 1)}
     learned = {f"{m} {s}" for m in ("embeddings", "neighbor loss", "through projection") for s in (0, 1)}
     assert result["distilling"].keys() == searches | learned
 

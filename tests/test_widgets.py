@@ -118,7 +118,7 @@ def test_a_replacement_changes_one_position_and_nothing_else(world, real, learne
 
 def test_scores_are_the_judges_own(world, real, judge):
     """The same losses as the judge gives for swaps of tokens, which it takes by another route."""
-    from distillkit.text import Swap
+    from distillkit.judges import Swap
 
     student = world[1]
     found = widgets.candidates(real, student, 0, 2, k=4, score=widgets.outer_loss(judge, seed=3))
