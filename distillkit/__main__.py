@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("name", help="of a result in --results")
     show.add_argument("--figure", type=Path, help="draw it too, into this file")
     figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
-    readme = commands.add_parser("readme", help="write the tables of README.md from the committed results")
-    readme.add_argument("--file", type=Path, default=Path("README.md"))
+    readme = commands.add_parser("readme", help="write the tables of README.md and RESULTS.md from the committed results")
+    readme.add_argument("--file", type=Path, nargs="+", default=[Path("README.md"), Path("figures/RESULTS.md")])
     for command in (demo, run, show, figures, readme):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
     for command in (demo, run):
@@ -185,8 +185,9 @@ def _figures(args) -> int:
 def _readme(args) -> int:
     from distillkit.results import with_tables
 
-    text = args.file.read_text(encoding="utf-8")
-    args.file.write_text(with_tables(text, args.results, marker="table", draw=draw), encoding="utf-8")
+    for file in args.file:
+        text = file.read_text(encoding="utf-8")
+        file.write_text(with_tables(text, args.results, marker="table", draw=draw), encoding="utf-8")
     return 0
 
 

@@ -1,9 +1,11 @@
-"""What the README prints is what the committed results say, and its ten lines of code run."""
+"""What the README and the page of results print is what the committed results say, and the README's code runs."""
 
 import ast
 import builtins
 import re
 from pathlib import Path
+
+import pytest
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
@@ -13,22 +15,36 @@ from distillkit.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "figures" / "results"
+PAGES = {ROOT / "README.md": {"quickstart"}, RESULTS.parent / "RESULTS.md": {"classification_docstrings", "metagrad"}}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_its_tables_are_the_committed_results():
-    names = [found[3] for found in MARKED.finditer(README)]
-    assert {"quickstart", "classification_docstrings"} <= set(names)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_tables_are_the_committed_results(page):
+    there = page.read_text(encoding="utf-8")
+    names = [found[3] for found in MARKED.finditer(there)]
+    assert PAGES[page] <= set(names)
     assert all((RESULTS / f"{name}.json").is_file() for name in names)
-    assert with_tables(README, RESULTS, marker="table", draw=draw) == README, "run: python -m distillkit readme"
-    text = with_tables(README, RESULTS, marker="benchmark", draw=benchmark.tables)
-    assert text == README, "run: python tests/benchmarks/metagrad.py --readme"
+    assert with_tables(there, RESULTS, marker="table", draw=draw) == there, "run: python -m distillkit readme"
+    text = with_tables(there, RESULTS, marker="benchmark", draw=benchmark.tables)
+    assert text == there, "run: python tests/benchmarks/metagrad.py --readme"
 
 
-def test_its_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+def test_every_result_has_its_table():
+    shown = {found[3] for page in PAGES for found in MARKED.finditer(page.read_text(encoding="utf-8"))}
+    assert {path.stem for path in RESULTS.glob("*.json")} == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_links_lead_somewhere(page):
+    there = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", there)
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link, _ in links if not (page.parent / link).exists()]
+    for link, place in links:
+        if place:
+            heads = re.findall(r"^#+ (.*)$", (page.parent / link if link else page).read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in {re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in heads}, place
 
 
 def test_its_first_code_runs(standin_hub, capsys):

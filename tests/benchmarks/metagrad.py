@@ -5,7 +5,7 @@
     python tests/benchmarks/metagrad.py --students random:opt-small
     python tests/benchmarks/metagrad.py --accuracy                       # how far forward differences may be trusted
     python tests/benchmarks/metagrad.py --resume                         # go on with an interrupted one of the same options
-    python tests/benchmarks/metagrad.py --readme                         # write README.md's tables from the stored results
+    python tests/benchmarks/metagrad.py --readme                         # write RESULTS.md's tables from the stored results
 
 *Cost* is time relative to plain training of the same inner steps with the same attention: 1 is training without any
 meta-gradient.  The outer loss is a fixed random linear function of the parameters, whose own time is taken off, so that
@@ -56,8 +56,8 @@ from distillkit.results import read, with_tables, write
 from distillkit.seeds import generator
 from distillkit.students import Params, Student
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-RESULTS = README.parent / "figures" / "results"
+README = Path(__file__).resolve().parents[2] / "figures" / "RESULTS.md"
+RESULTS = README.parent / "results"
 VERSIONED = ("torch", "transformers", "peft", "torchopt")
 # Architectures with random weights, for a machine without their checkpoints: cost does not depend on the weights, error does.
 _OPT = {"hidden_size": 384, "word_embed_proj_dim": 384, "num_attention_heads": 12, "ffn_dim": 1536}
@@ -629,7 +629,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="default: metagrad.json or metagrad_accuracy.json in figures/results")
     made.add_argument("--accuracy", action="store_true", help="measure forward differences instead of costs")
     made.add_argument("--resume", action="store_true", help="go on with the interrupted run that has written --out")
-    made.add_argument("--readme", action="store_true", help="measure nothing: write the tables of README.md")
+    made.add_argument("--readme", action="store_true", help="measure nothing: write the tables of figures/RESULTS.md")
     return made
 
 
