@@ -127,6 +127,24 @@ def move(page, name: str, slider: str) -> None:
     )
 
 
+def redraw(page, name: str, slider: str, key: str) -> float:
+    """Milliseconds from the press of a key on a slider until the browser has drawn what came of it."""
+    page.evaluate(
+        """name => {
+            const content = [...document.querySelectorAll(`.${name} .widget-html-content`)].pop();
+            window.redrawn = new Promise(done => {
+                let begun;
+                document.addEventListener('keydown', () => { begun = performance.now(); }, {once: true, capture: true});
+                new MutationObserver((_, seen) => {
+                    seen.disconnect();  // the second frame begins when the first has been painted
+                    requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - begun)));
+                }).observe(content, {childList: true, subtree: true});
+            });
+        }""", name)
+    page.locator(f".{name} .widget-inline-hbox", has_text=slider).locator(".noUi-handle").press(key)
+    return page.evaluate("() => window.redrawn")
+
+
 def test_the_widgets_in_a_browser(page, tmp_path):
     # The monitor runs in the kernel's loop, beside the rest; a click comes through and leaves a checkpoint.
     status = page.locator(".the-monitor .widget-html-content").first
@@ -141,6 +159,11 @@ def test_the_widgets_in_a_browser(page, tmp_path):
         move(page, "the-attention", slider)
         pictures.append(looks(page, "the-attention"))
     assert len(set(pictures)) == 4
+
+    # From key to picture, kernel and drawing together: the quickest of several, since a test shares its cores.
+    times = [redraw(page, "the-attention", "head", key) for key in ("ArrowLeft", "ArrowRight") * 3]
+    print("redrawn in", *(f"{ms:.0f}" for ms in times), "ms")
+    assert min(times) < 300
 
     # A prompt: the mark moves with the position, and pressing a button adds the scores.
     marked = page.locator(".the-prompts mark")
