@@ -7,6 +7,7 @@ file is the run, and the same file makes it again.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +53,12 @@ class Settings:
                 raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(known))}")
         if missing := [key for key, needed in known.items() if needed and key not in found]:
             raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        return cls(**tupled(found))
+
+
+def tupled(settings: Mapping) -> dict[str, Any]:
+    """Settings as a frozen dataclass takes them: lists, which is what YAML and JSON have, become tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def kind_of(path: str | Path) -> str:

@@ -82,7 +82,8 @@ class FrozenJudge:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
         self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
         embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
-        chosen = slice(None) if examples is None else examples.to(embeds.device)
+        chosen = torch.arange(len(embeds)) if examples is None else examples
+        chosen = chosen.to(embeds.device)
         mask = distilled.mask.to(embeds.device)[chosen].long()
         x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": mask})
         if examples is not None:

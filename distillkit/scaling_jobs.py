@@ -22,12 +22,16 @@ from typing import Any
 import numpy as np
 
 from distillkit.checks import check_choice
+from distillkit.configuration import tupled
 from distillkit.corpora import CorpusError
 from distillkit.jobs import ClassificationJob, Run
 from distillkit.progress import progress
 from distillkit.results import Settings, _difference, read, write
+from distillkit.selection import METHODS
 
 KINDS = ("scaling", "slides")
+# All that the score of a selected set depends on.
+SELECTING = ("corpus", "limit", "student", "max_length", "per_class", "length", "seed", "eval_seeds")
 BASE = "base"  # the name of the cell that differs in nothing
 
 
@@ -83,9 +87,9 @@ class GridJob(Settings):
         return found
 
     def _cell(self, key: str, settings: dict) -> ClassificationJob:
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
         try:
-            return ClassificationJob(name=f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}", rows=self.rows, **settings)
+            return ClassificationJob(name=name, rows=self.rows, **tupled(settings))
         except (TypeError, ValueError) as error:
             raise ValueError(f"cell {key}: {error}") from error
 
@@ -140,11 +144,23 @@ class GridRun:
             write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
         run = Run(cell, path.parent, self.work)
         for row in rows:
+            if twin := self._twin(key, cell, row):
+                run.result["rows"][row] = twin
             made = run((row,))
             # A curve of losses for each of dozens of cells would bury the scores.
             distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
             self.result["cells"][key] = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
             write(self.path, self.result)
+
+    def _twin(self, key: str, cell: ClassificationJob, row: str) -> dict | None:
+        """The row of another cell that selected and trained on the very same sentences: one that differs in distilling only."""
+        if row.split("/")[0] not in METHODS:
+            return None
+        for other, theirs in self.job.cells().items():
+            found = self.result["cells"].get(other, {}).get("rows", {}).get(row)
+            if other != key and found and all(getattr(cell, s) == getattr(theirs, s) for s in SELECTING):
+                return {"same_set_as": other, **found}
+        return None
 
     def _check(self, key: str, cell: ClassificationJob) -> None:
         """Refuse a cell of other settings; more rows may be asked of the same."""

@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from distillkit.checks import check_choice, check_whole
+from distillkit.configuration import tupled
 from distillkit.results import Settings, paired_difference, read, shown, write
 from distillkit.scaling_jobs import GridRun
 from distillkit.text_jobs import TextJob, TextRun
@@ -62,9 +63,8 @@ class TextGridJob(Settings):
         found = {}
         for k in self.per_class:
             for corpus, own in self.corpora.items():
-                settings = {n: tuple(v) if isinstance(v, list) else v for n, v in {**self.base, **own}.items()}
                 found[f"{corpus},{k}"] = TextJob(
-                    name=f"{self.name}-{corpus}-{k}", corpus=corpus, per_class=k, rows=self.rows, **settings
+                    name=f"{self.name}-{corpus}-{k}", corpus=corpus, per_class=k, rows=self.rows, **tupled({**self.base, **own})
                 )
         return found
 
@@ -101,8 +101,7 @@ def _without_curves(distilling: dict) -> dict:
 
 def text_grid_table(result: Mapping) -> str:
     """The grid as a Markdown table: a line a method and size, a column a corpus, gains over real sentences in brackets."""
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in result["config"].items()}
-    job = TextGridJob(**config)
+    job = TextGridJob(**tupled(result["config"]))
     lines = [f"| examples a class | text | {' | '.join(job.corpora)} |", "|---:|---|" + "---:|" * len(job.corpora)]
     for k in job.per_class:
         for row in job.rows:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from distillkit.checks import check_choice
+from distillkit.configuration import tupled
 from distillkit.evaluation import evaluate
 from distillkit.instruction_jobs import LEARNED, InstructionJob, InstructionRun
 from distillkit.other_models import retokenize, transfer
@@ -99,7 +100,7 @@ class TransferJob(Settings):
 
     def making(self, source: str) -> TextJob | InstructionJob:
         """Settings of the experiment that makes the sets of a source, by its short name."""
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.sets.items()}
+        settings = tupled(self.sets)
         job_class = MAKERS[self.sets["kind"]][0]
         known = {f.name for f in dataclasses.fields(job_class)} - {*NOT_HERE}
         if unknown := [key for key in settings if key not in known]:

@@ -171,6 +171,18 @@ def test_cells_of_other_settings_are_refused(copied, capsys, scored):
     assert command(copied, wider, "--rows", "random/tuned") == 0 and len(scored) == 2, "a grid may grow"
 
 
+def test_the_same_sentences_are_scored_once(tmp_path, scored):
+    settings = SCALING | {"product": None, "around": {"unroll_steps": [1, 3], "per_class": [2]}, "rows": ["random/tuned"]}
+    assert command(tmp_path, settings) == 0
+    cells = result(tmp_path, "sizes")["cells"]
+    assert len(cells) == 4 and len(scored) == 2, "cells that differ in distilling select alike"
+    first = cells["base"]["rows"]["random/tuned"]
+    for key in ("unroll_steps=1", "unroll_steps=3"):
+        assert cells[key]["rows"]["random/tuned"] == {**first, "same_set_as": "base"}
+    assert "same_set_as" not in cells["per_class=2"]["rows"]["random/tuned"]
+    assert command(tmp_path, settings) == 0 and len(scored) == 2
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +190,7 @@ def test_shipped_grids():
     shipped = {p.stem: GridJob.from_yaml(p) for p in CONFIGS.glob("*.yaml") if kind_of(p) in scaling_jobs.KINDS}
     assert {"scaling_docstrings", "slides_table", "slides_offline"} <= {*shipped}
     assert all(found.name == name for name, found in shipped.items())
-    assert len(shipped["slides_table"].cells()) == 12 and len(shipped["scaling_docstrings"].cells()) == 7
+    assert len(shipped["slides_table"].cells()) == 12 and len(shipped["scaling_docstrings"].cells()) == 5
     for found in shipped.values():
         assert "embeddings/own" in found.rows
         assert {"random/tuned", "k_center/tuned"} & {*found.rows}, "a distilled set stands beside real sentences of its size"
