@@ -41,6 +41,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "text_docstrings": ("text_docstrings", _text),
     "text_rotten_tomatoes": ("text_rotten_tomatoes", _text),
     "text_ag_news": ("text_ag_news", _text),
+    "text_sizes": ("text_sizes", plots.seeded_grid),
     "transfer_docstrings": ("transfer_docstrings", plots.transfer_map),
     "transfer_library": ("transfer_library", plots.transfer_map),
     "metagrad": ("metagrad", plots.metagrad_cost),
@@ -60,7 +61,7 @@ def regenerate(results: Path, folder: Path) -> Iterator[str]:
             yield f"{name}: skipped, no result {path}"
             continue
         result = read(path)
-        if not result.get("rows", result.get("entries")):
+        if not (result.get("rows") or result.get("entries") or result.get("cells")):
             yield f"{name}: skipped, nothing in {path} has run"
             continue
         yield f"{name}: {plots.save(draw(result), Path(folder) / f'{name}.png')}"

@@ -261,10 +261,13 @@ _BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 
 MORE_COLOURS = METHOD_COLOURS | {
     "projection": METHOD_COLOURS["projected"], "swaps": _BRIGHT[3], "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6],
     "through projection": _DARK[4], "nearest sentences": _DARK[2], "swaps from random": _DARK[3],
+    "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
     "bptt": METHOD_COLOURS["embeddings"], "bptt text": _DARK[0], "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
 }
-MORE_LABELS = LABELS | {"less": "real, LESS", "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT",
-                        "bptt text": "BPTT → text", "zero-shot": "no training"}
+MORE_LABELS = LABELS | {
+    "less": "real, LESS", "sentences": "real, chosen by a judge", "nacd": "distilled, NACD", "nacd text": "NACD → text",
+    "bptt": "distilled, BPTT", "bptt text": "BPTT → text", "zero-shot": "no training",
+}
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 
 
@@ -275,21 +278,46 @@ def seeded(result: dict, title: str) -> Figure:
         result: as the experiments on text or on instruction tuning write it.
         title: of the figure.
     """
-    names = [name for name in result["config"]["rows"] if result["rows"].get(name)]
     with style():
+        names = [name for name in result["config"]["rows"] if result["rows"].get(name)]
         figure, (axes,) = _figure(7, 0.36 * len(names) + 1.3)
-        for place, name in enumerate(names):
-            means = [row["mean"] for row in result["rows"][name].values()]
-            axes.barh(place, np.mean(means), color=MORE_COLOURS[name.split("/")[0]], alpha=0.85, height=0.65)
-            axes.plot(means, [place] * len(means), ".", color="black", ms=4, alpha=0.6)
-            spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
-            axes.text(max(means) + 0.012, place, f"{np.mean(means):.2f}{spread}", va="center", fontsize=9)
-        axes.set(yticks=range(len(names)), xlim=(0, 1), title=title, xlabel="accuracy on the test split (dots: sets)")
-        axes.set_yticklabels([_row_label(name) for name in names], fontsize=9)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="y", visible=False)
-        sns.despine(figure)
+        _draw_seeded(axes, result["rows"], names, title)
     return figure
+
+
+def seeded_grid(result: dict) -> Figure:
+    """The same for every cell of a grid of texts that has run, side by side.
+
+    Args:
+        result: as :mod:`distillkit.text_grid_jobs` writes it.
+    """
+    made = {key: cell["rows"] for key, cell in result["cells"].items() if cell["rows"]}
+    names = [name for name in result["config"]["rows"] if any(rows.get(name) for rows in made.values())]
+    with style():
+        figure, every = _figure(3.4 * len(made) + 2.2, 0.36 * len(names) + 1.3, columns=len(made))
+        for axes, (key, rows) in zip(every, made.items(), strict=True):
+            corpus, size = key.rsplit(",", 1)
+            _draw_seeded(axes, rows, names, f"{plain(corpus)}: {size} a class")
+            if axes is not every[0]:
+                axes.set_yticklabels([])
+    return figure
+
+
+def _draw_seeded(axes, rows: dict, names: Sequence[str], title: str) -> None:
+    for place, name in enumerate(names):
+        means = [row["mean"] for row in rows.get(name, {}).values()]
+        if not means:
+            axes.text(0.012, place, "not run", va="center", fontsize=9)
+            continue
+        axes.barh(place, np.mean(means), color=MORE_COLOURS[name.split("/")[0]], alpha=0.85, height=0.65)
+        axes.plot(means, [place] * len(means), ".", color="black", ms=4, alpha=0.6)
+        spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
+        axes.text(max(means) + 0.012, place, f"{np.mean(means):.2f}{spread}", va="center", fontsize=9)
+    axes.set(yticks=range(len(names)), xlim=(0, 1), title=title, xlabel="accuracy on the test split (dots: sets)")
+    axes.set_yticklabels([_row_label(name) for name in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    sns.despine(axes.figure)
 
 
 def _row_label(name: str) -> str:

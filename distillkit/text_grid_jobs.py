@@ -104,11 +104,14 @@ def text_grid_table(result: Mapping) -> str:
     job = TextGridJob(**tupled(result["config"]))
     lines = [f"| examples a class | text | {' | '.join(job.corpora)} |", "|---:|---|" + "---:|" * len(job.corpora)]
     for k in job.per_class:
-        for row in job.rows:
-            cells = [_cell(result["cells"].get(f"{corpus},{k}", {}).get("rows", {}), row) for corpus in job.corpora]
-            lines.append(f"| {k} | {row.split('/')[0]} | {' | '.join(cells)} |")
-    heads = ", ".join(AGAINST)
-    return "\n".join([*lines, "", f"Mean ± sd over sets; in brackets the gain, paired by set, over {heads}."])
+        made = [result["cells"].get(f"{corpus},{k}", {}).get("rows", {}) for corpus in job.corpora]
+        for row in job.rows if any(made) else ():
+            lines.append(f"| {k} | {row.split('/')[0]} | {' | '.join(_cell(rows, row) for rows in made)} |")
+    missing = [k for k in job.per_class if not any(result["cells"].get(f"{corpus},{k}") for corpus in job.corpora)]
+    notes = [f"Mean ± sd over sets; in brackets the gain, paired by set, over {', '.join(AGAINST)}."]
+    if missing:
+        notes.append(f"Not run: {', '.join(map(str, missing))} a class.")
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def _cell(rows: Mapping, row: str) -> str:

@@ -73,6 +73,17 @@ def test_bars_of_seeded_results():
     assert "distilled, NACD (own)" in [label.get_text() for label in axes.get_yticklabels()]
 
 
+def test_a_grid_of_texts_has_a_panel_a_cell():
+    rows = {f"{n}/fixed": {s: {"mean": m + int(s) / 100} for s in "01"} for n, m in (("herding", 0.5), ("sentences", 0.6))}
+    other = {"herding/fixed": rows["herding/fixed"]}
+    result = {"config": {"rows": [*rows]}, "cells": {"a,5": {"rows": rows}, "b,10": {"rows": other}, "c,10": {"rows": {}}}}
+    first, second = plots.seeded_grid(result).axes
+    assert [axes.get_title() for axes in (first, second)] == ["a: 5 a class", "b: 10 a class"]
+    assert [bar.get_width() for bar in first.patches] == pytest.approx([0.505, 0.605])
+    assert [bar.get_width() for bar in second.patches] == pytest.approx([0.505])
+    assert [t.get_text() for t in second.texts][-1] == "not run" and len(first.lines) == 2
+
+
 def test_differences_are_paired_with_their_intervals():
     result = stored("instruction_library")
     (axes,) = plots.differences(result, ("random/standard", "herding/standard", "k_center/standard")).axes
@@ -111,7 +122,7 @@ def test_the_map_of_transfer(moved):
 
 
 def test_no_two_methods_of_a_figure_share_a_colour():
-    for names in (("instruction_library",), ("text_docstrings",)):
+    for names in (("instruction_library",), ("text_docstrings", "text_sizes")):
         methods = {name.split("/")[0] for source in names for name in stored(source)["config"]["rows"]}
         assert len({plots.MORE_COLOURS[m] for m in methods}) == len(methods)
     assert all(plots.MORE_COLOURS[method] == colour for method, colour in plots.METHOD_COLOURS.items())

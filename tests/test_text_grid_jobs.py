@@ -66,7 +66,8 @@ def test_the_table(finished):
     gain = sum(a - b for a, b in zip(means["swaps from sentences"], means["herding"], strict=True)) / 2
     assert f"{sum(means['swaps from sentences']) / 2:.3f} ±" in line and f"; {gain:+.3f}" in line.split("|")[-2]
     assert len(lines) == 2 + 6 + 2
-    assert "not run" in text_grid_table(finished[1])
+    part = text_grid_table(finished[1])
+    assert "| 2 | k_center | not run |" in part and "| 1 |" not in part and part.endswith("Not run: 1 a class.")
 
 
 def test_shipped_settings():
