@@ -39,7 +39,7 @@ from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
 from distillkit.distiller import Distiller
 from distillkit.evaluation import evaluate
-from distillkit.inner import SGD, AdamW, Unroll
+from distillkit.inner import SGD, AdamW, Optimizer, Unroll
 from distillkit.jobs import STRATEGIES
 from distillkit.judges import FrozenJudge
 from distillkit.neighbors import NeighborLoss, project
@@ -76,6 +76,8 @@ class TextJob(Settings):
         outer_steps: of each distillation.
         label_steps, label_unroll_steps: outer steps of relabelling, and inner ones (None: as many as ``unroll_steps``), for
             every text alike.
+        label_adamw: step size of AdamW as the inner optimiser of relabelling; None: SGD, as embeddings are distilled.
+        label_rates: outer learning rates of labels and step sizes in relabelling; None: those of distilling.
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
         judge_steps: of the head that judges swaps.
         sentence_steps, sentences: of the search for real sentences, and the size of its pool.
@@ -106,6 +108,8 @@ class TextJob(Settings):
     step_size_lr: float | None = None
     label_steps: int = 40
     label_unroll_steps: int | None = None
+    label_adamw: float | None = None
+    label_rates: tuple[float, ...] | None = None
     neighbor_weight: float = 0.1
     judge_steps: int = 400
     sentence_steps: int = 80
@@ -133,7 +137,12 @@ class TextJob(Settings):
         for key in ("examples", "label_unroll_steps"):
             if getattr(self, key) is not None:
                 check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", "neighbor_weight", "label_lr", "step_size_lr", "fixed_step_size")
+        self.check_positive("step_size", "lr", "neighbor_weight", "label_lr", "step_size_lr", "fixed_step_size",
+                            "label_adamw")
+        if self.label_rates is not None and not (
+            isinstance(self.label_rates, tuple) and len(self.label_rates) == 2 and all(rate > 0 for rate in self.label_rates)
+        ):
+            raise ValueError(f"label_rates must be two numbers above 0, of labels and of step sizes, not {self.label_rates!r}")
         for key in ("seeds", "eval_seeds"):
             value = getattr(self, key)
             if not value or not all(isinstance(s, int) for s in value):
@@ -228,8 +237,13 @@ class TextRun(SeededRun):
         return search.distilled
 
     def _relabelled(self, method: str, seed: int) -> DistilledSet:
-        start, objective = hardened(self.set_of(method, seed)), self.objective(self.job.label_unroll_steps)
-        return relabel(start, objective, steps=self.job.label_steps, seed=seed, **self._rates())
+        job, rates = self.job, self._rates()
+        if job.label_rates is not None:
+            rates |= dict(zip(("label_lr", "step_size_lr"), job.label_rates, strict=True))
+        # An ε inside the root: what AdamW does to labels can be differentiated.
+        optimizer = SGD(job.step_size) if job.label_adamw is None else AdamW(job.label_adamw, eps_root=1e-8)
+        objective = self.objective(job.label_unroll_steps, optimizer)
+        return relabel(hardened(self.set_of(method, seed)), objective, steps=job.label_steps, seed=seed, **rates)
 
     def _kept(self, name: str, seed: int, make) -> DistilledSet:
         """A set that is read from ``work`` if it was made before."""
@@ -250,10 +264,10 @@ class TextRun(SeededRun):
     def _rates(self) -> dict:
         return {"lr": self.job.lr, "label_lr": self.job.label_lr, "step_size_lr": self.job.step_size_lr}
 
-    def objective(self, steps: int | None = None) -> BPTT:
-        """The objective of every distillation, and with another number of inner ``steps`` of relabelling."""
+    def objective(self, steps: int | None = None, optimizer: Optimizer | None = None) -> BPTT:
+        """The objective of every distillation, and with other inner ``steps`` and ``optimizer`` of relabelling."""
         job = self.job
-        unroll = Unroll(steps or job.unroll_steps, optimizer=SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
+        unroll = Unroll(steps or job.unroll_steps, optimizer=optimizer or SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
         return BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
 
 
