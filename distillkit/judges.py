@@ -24,6 +24,8 @@ from distillkit.selection import over_training_rows
 from distillkit.students import Student
 from distillkit.tasks import Task
 
+REMEMBERED = 8192  # sentences that a judge has read and keeps at hand
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Swap:
@@ -109,6 +111,8 @@ class FrozenJudge:
     def _of(self, distilled: DistilledSet, wanted: list[tuple[int, tuple[int, ...]]]) -> Tensor:
         """Representations ``[len(wanted), n·d]`` of sentences, each an example's number and tokens; those that are
         remembered are not read again."""
+        if len(self._read) > REMEMBERED:
+            self._read.clear()
         keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in wanted]
         fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
         with torch.no_grad():

@@ -48,6 +48,11 @@ def distil(n, **given):
     return next(dk.Distiller(**given).run(n))
 
 
+def sentences(**given):
+    judge = given["judge"] if "judge" in given else dk.FrozenJudge(given["task"], given["student"])
+    return dk.search_sentences(**given | {"judge": judge})
+
+
 # public name → what is called, the arguments it needs (taken from `made`, or as they stand), and bad values by argument
 CALLS = {
     "SGD": (dk.SGD, {}, {"step_size": POSITIVE, "clip_norm": POSITIVE}),
@@ -109,11 +114,14 @@ CALLS = {
         "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
-        "distilled": THING, "student": THING, "judge": THING, "confirm": THING, "candidates": WHOLE, "per_position": WHOLE,
-        "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
+        "distilled": THING, "student": THING, "judge": THING, "confirm": THING, "candidates": WHOLE, "examples": WHOLE,
+        "per_position": WHOLE, "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
     "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING, "metric": CHOICE}),
     "nearest_sentences": (dk.nearest_sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
+    "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
+        "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
+        "examples": WHOLE, "sentences": WHOLE, "seed": SEED}),
     "relabel": (dk.relabel, {"distilled": None, "objective": None, "steps": 1}, {
         "distilled": THING, "objective": THING, "steps": WHOLE.filter(bool), "lr": RATE, "seed": SEED}),
     "load_task": (dk.load_task, {"source": "docstrings"}, {
@@ -164,7 +172,7 @@ def test_good_values_are_no_errors(made):
 def test_every_public_argument_has_its_bad_values():
     others = {n for n in dk.__all__ if n not in CALLS} - RESULTS - ELSEWHERE
     for name, (call, _, bad) in CALLS.items():
-        found = {"Distiller": dk.Distiller}.get(name, call)
+        found = {"Distiller": dk.Distiller, "search_sentences": dk.search_sentences}.get(name, call)
         missing = {p for p in inspect.signature(found).parameters if p not in bad} - APART - {"_"}
         assert not missing, f"{name}: {missing}"
     assert not others, f"public names without a test of their arguments: {others}"
