@@ -318,11 +318,15 @@ def _cells(rows: dict, names: Sequence[str], method: str, recipe: str) -> tuple[
 def _recovery(rows: dict) -> list[str]:
     """How much of what projection loses each way gets back, learned labels for all; none where a part is missing."""
     top, bottom = "embeddings/own", "projection/relabelled"
-    found = [f"{m}/relabelled" for m in WAYS if m != "projection" and rows.get(f"{m}/relabelled")]
-    if not (rows.get(top) and rows.get(bottom) and found):
+    shares = []
+    for method in WAYS:
+        name = f"{method}/relabelled"
+        seeds = {*rows.get(name, {})} & {*rows.get(top, {})} & {*rows.get(bottom, {})}
+        if name == bottom or not seeds:
+            continue
+        means = {row: float(np.mean([rows[row][seed]["mean"] for seed in seeds])) for row in (top, bottom, name)}
+        gap = means[top] - means[bottom]
+        shares.append(f"{method} {(means[name] - means[bottom]) / gap:.2f}" if gap > 0 else f"{method}: projection lost nothing")
+    if not shares:
         return []
-    gap = paired_difference(rows, top, bottom)[0]
-    if gap <= 0:
-        return ["", "Recovery is not told: projection lost nothing here."]
-    shares = ", ".join(f"{n.split('/')[0]} {paired_difference(rows, n, bottom)[0] / gap:.2f}" for n in found)
-    return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {shares}."]
+    return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {', '.join(shares)}."]
