@@ -326,7 +326,8 @@ def _recovery(rows: dict) -> list[str]:
             continue
         means = {row: float(np.mean([rows[row][seed]["mean"] for seed in seeds])) for row in (top, bottom, name)}
         gap = means[top] - means[bottom]
-        shares.append(f"{method} {(means[name] - means[bottom]) / gap:.2f}" if gap > 0 else f"{method}: projection lost nothing")
+        share = f"{(means[name] - means[bottom]) / gap:.2f}" if gap > 0 else "not told, projection lost nothing"
+        shares.append(f"{method} {share}")
     if not shares:
         return []
     return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {', '.join(shares)}."]
