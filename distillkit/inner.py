@@ -266,7 +266,7 @@ def inner_step(
 ) -> tuple[Params, State, Params, list[Tensor]]:
     """The inner step: new parameters, new optimiser state, and the gradients it took with respect to θ and ``phi``.
 
-    ``in_place`` lets AdamW overwrite ``params`` and ``state``, which makes a step on few examples a third cheaper.
+    ``in_place`` lets AdamW overwrite ``params`` and ``state``, which makes a step on few examples cheaper.
     """
     _, grads, d_phi = loss_and_grads(student, params, parts, phi)
     update = optimizer.update_ if in_place and isinstance(optimizer, AdamW) else optimizer.update
