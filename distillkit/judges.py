@@ -44,7 +44,6 @@ def swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
     return tokens
 
 
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.

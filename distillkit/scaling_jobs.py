@@ -139,10 +139,7 @@ class GridRun:
         rows = [row for row in rows if row not in self.result["cells"].get(key, {}).get("rows", {})]
         if not rows:
             return
-        path = self.work / "cells" / f"{cell.name}.json"
-        if not path.is_file() and key in self.result["cells"]:
-            write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
-        run = Run(cell, path.parent, self.work)
+        run = Run(cell, self._taken_up(key, cell), self.work)
         for row in rows:
             if twin := self._twin(key, cell, row):
                 run.result["rows"][row] = twin
@@ -151,6 +148,13 @@ class GridRun:
             distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
             self.result["cells"][key] = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
             write(self.path, self.result)
+
+    def _taken_up(self, key: str, cell) -> Path:
+        """The folder of the cells' own results, with what this one already has in it."""
+        path = self.work / "cells" / f"{cell.name}.json"
+        if not path.is_file() and key in self.result["cells"]:
+            write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
+        return path.parent
 
     def _twin(self, key: str, cell: ClassificationJob, row: str) -> dict | None:
         """The row of another cell that selected and trained on the very same sentences: one that differs in distilling only."""

@@ -83,10 +83,7 @@ class TextGridRun(GridRun):
         made = self.result["cells"].get(key, {}).get("rows", {})
         if all(made.get(row, {}).keys() >= {str(seed) for seed in self._seeds or cell.seeds} for row in rows):
             return
-        path = self.work / "cells" / f"{cell.name}.json"
-        if not path.is_file() and key in self.result["cells"]:
-            write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
-        run = TextRun(cell, path.parent, self.work)
+        run = TextRun(cell, self._taken_up(key, cell), self.work)
         for row in rows:
             found = run((row,), self._seeds)
             with FileLock(self.work / "result.lock"):  # other processes may be at other seeds or cells
