@@ -18,6 +18,7 @@ import torch
 from distillkit.checks import check_is
 from distillkit.distilled import DistilledSet, decode, embed, from_rows, special_frame
 from distillkit.evaluation import Evaluation, evaluate
+from distillkit.inner import Unroll
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -104,7 +105,7 @@ def transfer(
     student: Student,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    recipe: str = "tuned",
+    recipe: str | Unroll = "tuned",
     split: str = "test",
 ) -> Evaluation:
     """Score a set's text on another model.
@@ -114,12 +115,14 @@ def transfer(
         task: the task, which ``student`` was loaded for.
         student: the model to train.
         seeds: fresh initialisations (and orders) of it.
-        recipe: ``"tuned"``, or ``"standard"``; the set's own recipe belongs to the model it was learned with.
+        recipe: ``"tuned"``, ``"standard"``, or a training of one's own; the set's own recipe belongs to the model it was
+            learned with.
         split: ``"test"`` or ``"validation"``.
 
     Raises:
         ValueError: the set holds free embeddings, or ``recipe`` is another.
     """
-    if recipe not in ("tuned", "standard"):
-        raise ValueError(f"a set that moves to another model leaves its recipe behind: 'tuned' or 'standard', not {recipe!r}")
+    if not isinstance(recipe, Unroll) and recipe not in ("tuned", "standard"):
+        raise ValueError("a set that moves to another model leaves its recipe behind: 'tuned', 'standard' or an Unroll, "
+                         f"not {recipe!r}")
     return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)

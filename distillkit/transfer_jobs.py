@@ -3,7 +3,7 @@
 Every set is made on its source as another experiment makes its sets, that on ways to text (:mod:`distillkit.text_jobs`) or
 that on instruction tuning (:mod:`distillkit.instruction_jobs`), real sentences too: the source selects those.  Then the
 words move (:func:`~distillkit.other_models.transfer`): the target reads them with its own tokenizer, trains on hard labels
-by the grid that every set gets, and is scored.  So the budget is one and the same for all, in examples and in the source's
+by the grid that every set gets (or, for larger sets, by one fixed training a target), and is scored.  So the budget is one and the same for all, in examples and in the source's
 tokens.  A target's own score on the full data says what it could have learned.
 
 One *seed* is another set of everything; each set is scored on several fresh initialisations of the target.
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distillkit.checks import check_choice
+from distillkit.checks import check_choice, check_whole
 from distillkit.configuration import tupled
 from distillkit.evaluation import evaluate
+from distillkit.inner import AdamW, Unroll
 from distillkit.instruction_jobs import LEARNED, InstructionJob, InstructionRun
 from distillkit.other_models import retokenize, transfer
 from distillkit.results import SeededRun, Settings, as_json, paired_difference, shown
@@ -35,7 +36,9 @@ MAKERS = {
     "text": (TextJob, TextRun, TEXTS),
     "instruction": (InstructionJob, InstructionRun, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
-RECIPES = ("tuned", "standard")
+RECIPES = ("tuned", "standard", "fixed")
+FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
+AGAINST = {"random": "random real text", "k_center": "k-centre's"}  # what gains are told over
 UNTRAINED = ("offline:small-bert",)
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
 
@@ -52,7 +55,8 @@ class TransferJob(Settings):
         rows: ``"<source> to <target>/<method>"``, and ``"<target>/full"``: that target on the whole training split.
         seeds: one set of everything each.
         eval_seeds: fresh initialisations of the target that each set is scored on.
-        recipe: ``"tuned"`` or ``"standard"``.
+        recipe: ``"tuned"``, ``"standard"`` or ``"fixed"``.
+        fixed: of the last: {target, by its short name: {steps, step_size, batch}} of AdamW, the same for every text.
     """
 
     name: str
@@ -62,6 +66,7 @@ class TransferJob(Settings):
     seeds: tuple[int, ...] = (0, 1, 2)
     eval_seeds: tuple[int, ...] = (0, 1, 2)
     recipe: str = "tuned"
+    fixed: dict | None = None
     kind: str = "transfer"
 
     def __post_init__(self):
@@ -81,6 +86,9 @@ class TransferJob(Settings):
             self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):
             raise ValueError(f"rows must hold at least one '<source> to <target>/<method>', not {self.rows!r}")
+        if self.recipe == "fixed":
+            for target in dict.fromkeys(target for source, target, _ in map(parsed, self.rows) if source):
+                self.training(target)
 
     def _check_row(self, row: str) -> None:
         source, target, method = parsed(row)
@@ -92,6 +100,19 @@ class TransferJob(Settings):
         if self.by_name[source] in UNTRAINED:
             raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
         self.making(source)  # settings that cannot be are an error before anything runs
+
+    def training(self, target: str) -> str | Unroll:
+        """What a target is trained by on every text: a recipe's name, or the fixed training."""
+        if self.recipe != "fixed":
+            return self.recipe
+        settings = self.fixed.get(target) if isinstance(self.fixed, dict) else None
+        if not isinstance(settings, dict) or settings.keys() != {*FIXED}:
+            raise ValueError(f"fixed must give {', '.join(FIXED)} for the target {target!r}, not {settings!r}")
+        check_whole("fixed steps", settings["steps"])
+        check_whole("fixed batch", settings["batch"])
+        if not isinstance(settings["step_size"], int | float) or not settings["step_size"] > 0:
+            raise ValueError(f"fixed step_size must be above 0, not {settings['step_size']!r}")
+        return Unroll(settings["steps"], optimizer=AdamW(settings["step_size"]), batch_size=settings["batch"])
 
     @property
     def by_name(self) -> dict[str, str]:
@@ -147,26 +168,27 @@ class TransferRun(SeededRun):
         found = self._source(source).set_of(method, seed)
         self.result["distilling"] |= {f"{source} {k}": v for k, v in self._source(source).result["distilling"].items()}
         found = hardened(found) if self.task.kind == "classification" else found
-        row = as_json(transfer(found, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.recipe))
+        row = as_json(transfer(found, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target)))
         return row | {"retokenized": retokenize(found, self.task, student).meta["retokenized"]}
 
 
 def transfer_table(result: dict) -> str:
     """The result as a Markdown table: a row a pair and method, beside random real text and the target's full data."""
     rows, names = result["rows"], result["config"]["rows"]
-    lines = ["| from | to | text | accuracy (mean ± sd) | minus random | of full data | sets |",
-             "|---|---|---|---:|---:|---:|---:|"]
+    lines = ["| from | to | text | accuracy (mean ± sd) | minus random | minus k-centre | of full data | sets |",
+             "|---|---|---|---:|---:|---:|---:|---:|"]
     for name in names:
         source, target, method = parsed(name)
         scores = [row["mean"] for row in rows.get(name, {}).values()]
         cells = [source or "—", target, method if source else "full data"]
         if not scores:
-            lines.append(f"| {' | '.join(cells)} | not run | | | |")
+            lines.append(f"| {' | '.join(cells)} | not run | | | | |")
             continue
         spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
         share = of_full(rows, name)
         share = "" if share is None else f"{share:.0%}"
-        cells += [f"{np.mean(scores):.3f}{spread}", _gain(rows, name), share, str(len(scores))]
+        gains = [_gain(rows, name, other) for other in AGAINST]
+        cells += [f"{np.mean(scores):.3f}{spread}", *gains, share, str(len(scores))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *_verdict(rows, names)])
 
@@ -178,30 +200,31 @@ def of_full(rows: dict, name: str) -> float | None:
     return float(np.mean(scores) / np.mean(full)) if full and scores else None
 
 
-def _random(name: str) -> str:
-    return f"{name.split('/')[0]}/random"
+def _beside(name: str, other: str) -> str:
+    """The row of another text that made the same way."""
+    return f"{name.split('/')[0]}/{other}"
 
 
-def _gain(rows: dict, name: str) -> str:
-    """What a row gains on random text that made the same way, seed by seed."""
+def _gain(rows: dict, name: str, other: str) -> str:
+    """What a row gains, seed by seed, on selected text that made the same way; nothing for rows of that or of random text."""
     source, _, method = parsed(name)
-    if not source or method == "random" or not rows.get(_random(name)):
+    if not source or method in ("random", other) or not rows.get(_beside(name, other)):
         return ""
-    mean, half = paired_difference(rows, name, _random(name))
-    if not np.isfinite(mean):
-        return ""
-    return shown(mean, half)
+    mean, half = paired_difference(rows, name, _beside(name, other))
+    return shown(mean, half) if np.isfinite(mean) else ""
 
 
 def _verdict(rows: dict, names: list[str]) -> list[str]:
-    """For each method that is no selection: in how many pairs it beats random real text; none where nothing is to be said."""
+    """For each method that is no selection: in how many pairs it beats real text; none where nothing is to be said."""
     lines = []
     for method in dict.fromkeys(parsed(name)[2] for name in names):
-        pairs = [n for n in names if parsed(n)[2] == method and rows.get(n) and rows.get(_random(n))]
-        if method in (*ALL_METHODS, "full") or not pairs:
+        if method in (*ALL_METHODS, "full"):
             continue
-        found = [paired_difference(rows, name, _random(name)) for name in pairs]
-        above, surely = sum(mean > 0 for mean, _ in found), sum(mean > half for mean, half in found)
-        lines.append(f"{method}: above random real text in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                     f"{surely}.")
+        for other, words in AGAINST.items():
+            pairs = [n for n in names if parsed(n)[2] == method and rows.get(n) and rows.get(_beside(n, other))]
+            if not pairs:
+                continue
+            found = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
+            above, surely = sum(mean > 0 for mean, _ in found), sum(mean > half for mean, half in found)
+            lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in {surely}.")
     return ["", " ".join(lines)] if lines else []

@@ -23,6 +23,7 @@ SMALL = {
     "seeds": [0, 1], "eval_seeds": [0, 1],
     "rows": [*(f"{PAIR}/{m}" for m in METHODS), f"{BACK}/random", f"{BACK}/swaps", "roberta-base/full"],
 }
+FIXED = {"steps": 3, "step_size": 1e-3, "batch": 2}
 ASKED = {
     "name": "asked", "students": ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"], "seeds": [0], "eval_seeds": [0],
     "recipe": "standard", "rows": ["opt-1-3b to Llama-3-2-1B/random", "opt-1-3b to Llama-3-2-1B/nacd text"],
@@ -88,6 +89,16 @@ def test_prompts_move_too(finished):
     assert list(result["distilling"]) == ["opt-1-3b nacd-0"]
 
 
+def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "STANDARD_LEAST_STEPS", {"classification": 2, "instruction": 2})
+    asked = job(recipe="fixed", fixed={"roberta-base": FIXED}, rows=(f"{PAIR}/random", f"{PAIR}/k_center", "roberta-base/full"))
+    result = TransferRun(asked, tmp_path, tmp_path / "work")(seeds=(0,))
+    for method in ("random", "k_center"):
+        recipe = result["rows"][f"{PAIR}/{method}"]["0"]["recipe"]
+        assert (recipe["steps"], recipe["optimizer"]["step_size"], recipe["batch_size"]) == (3, 1e-3, 2)
+    assert result["rows"]["roberta-base/full"]["0"]["recipe"]["name"] == "standard"
+
+
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result, _ = finished
     monkeypatch.setattr(transfer_jobs, "transfer", lambda *a, **kw: pytest.fail("scored again"))
@@ -105,21 +116,24 @@ def test_the_table(finished):
     rows = result["rows"]
     scores = [row["mean"] for row in rows[f"{PAIR}/swaps"].values()]
     full = [row["mean"] for row in rows["roberta-base/full"].values()]
-    gain = "{:+.3f} ± {:.3f}".format(*paired_difference(rows, f"{PAIR}/swaps", f"{PAIR}/random"))
+    gains = ["{:+.3f} ± {:.3f}".format(*paired_difference(rows, f"{PAIR}/swaps", f"{PAIR}/{m}")) for m in ("random", "k_center")]
     spread = f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
-    expected = f"| bert-base-uncased | roberta-base | swaps | {spread} | {gain} | {np.mean(scores) / np.mean(full):.0%} | 2 |"
+    expected = f"| bert-base-uncased | roberta-base | swaps | {spread} | {' | '.join(gains)} | {np.mean(scores) / np.mean(full):.0%} | 2 |"
     assert expected in lines
-    assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  | 2 |"), "no full score of that target"
+    assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  |  | 2 |"), "no full score of that target"
 
 
 def test_the_table_by_hand_and_unfinished():
     rows = {f"a to {t}/{m}": {str(s): {"mean": v + s / 1000} for s in range(3)} for t, m, v in (
-        ("b", "random", 0.3), ("b", "swaps", 0.4), ("c", "random", 0.3), ("c", "swaps", 0.2))}
+        ("b", "random", 0.3), ("b", "k_center", 0.45), ("b", "swaps", 0.4), ("c", "random", 0.3), ("c", "swaps", 0.2))}
     names = [*rows, "a to b/projection", "b/full"]
     lines = transfer_table({"rows": rows | {"b/full": {"0": {"mean": 0.8}}}, "config": {"rows": names}}).splitlines()
-    assert lines[3] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | 50% | 3 |"
-    assert "| a | b | projection | not run | | | |" in lines and "| — | b | full data | 0.800 |  | 100% | 1 |" in lines
-    assert lines[-1] == "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1."
+    assert lines[3] == "| a | b | k_center | 0.451 ± 0.001 | +0.150 ± 0.000 |  | 56% | 3 |"
+    assert lines[4] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | -0.050 ± 0.000 | 50% | 3 |"
+    assert "| a | b | projection | not run | | | | |" in lines and "| — | b | full data | 0.800 |  |  | 100% | 1 |" in lines
+    assert lines[-1] == (
+        "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1. "
+        "swaps: above k-centre's in 0 of 1 pairs, by more than the 95 % interval in 0.")
     unfinished = transfer_table({"rows": {}, "config": {"rows": names}}).splitlines()
     assert len(unfinished) == 2 + len(names) and all("not run" in line for line in unfinished[2:])
 
@@ -139,7 +153,12 @@ def test_the_settings_that_come_with_the_kit(path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"recipe": "own"}, "recipe must be one of tuned, standard"),
+    ({"recipe": "own"}, "recipe must be one of tuned, standard, fixed"),
+    ({"recipe": "fixed"}, "fixed must give steps, step_size, batch for the target 'roberta-base', not None"),
+    ({"recipe": "fixed", "fixed": {"roberta-base": {"steps": 2}}}, "fixed must give steps, step_size, batch"),
+    ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
+    ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be above 0"),
+    ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
     ({"eval_seeds": []}, "eval_seeds must be a list"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "unknown setting 'swap_step' under sets"),
