@@ -390,7 +390,7 @@ def continual(
     if len(grid) > 1:
         for point in progress(grid, desc="tuning", unit="point", leave=False):
             tuning = [derive_seed("continual-tune", seed) for seed in range(TUNING_SEEDS)]
-            tried[point] = float(np.mean([way(seed, point[0], point[1], "validation")[-1].mean() for seed in tuning]))
+            tried[point] = float(np.mean([way(seed, *point, "validation", at_end=True) for seed in tuning]))
     step_size, weight = max(grid, key=lambda point: round(tried.get(point, 0.0), 6))
     found = np.stack([way(seed, step_size, weight, split) for seed in progress(seeds, desc="streams", leave=False)])
     noted = [{"step_size": s, "weight": w, "validation": round(v, 6)} for (s, w), v in tried.items()]
@@ -431,16 +431,17 @@ class _Way:
     memory_batch: int
     optimizer: Optimizer
 
-    def __call__(self, seed: int, step_size: float, weight: float, split: str) -> np.ndarray:
-        """R of one seed: ``[tasks, tasks]``."""
+    def __call__(self, seed: int, step_size: float, weight: float, split: str, at_end: bool = False) -> np.ndarray:
+        """R of one seed: ``[tasks, tasks]``; ``at_end`` its last row alone, ``[1, tasks]``."""
         params, found = self.student.init(derive_seed("continual-init", seed)), []
         for k in range(len(self.tasks)):
             state = self.optimizer.init(params)
             for t in range(self.steps):
                 draw = generator("continual-batch", seed, k, t)
                 params, state, *_ = inner_step(self.student, self.optimizer, params, state, self._parts(k, weight, draw),
-                                               step_size)
-            found.append(self._scores(params, split))
+                                               step_size, in_place=True)
+            if not at_end or k == len(self.tasks) - 1:
+                found.append(self._scores(params, split))
         return np.array(found)
 
     def _parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:

@@ -286,20 +286,38 @@ def seeded(result: dict, title: str) -> Figure:
 
 
 def seeded_grid(result: dict) -> Figure:
-    """The same for every cell of a grid of texts that has run, side by side.
+    """A grid of texts, as far as it has run: accuracy against examples a class, a panel a corpus, a dot a set.
 
     Args:
         result: as :mod:`distillkit.text_grid_jobs` writes it.
     """
-    made = {key: cell["rows"] for key, cell in result["cells"].items() if cell["rows"]}
-    names = [name for name in result["config"]["rows"] if any(rows.get(name) for rows in made.values())]
+    cells = {tuple(key.rsplit(",", 1)): cell["rows"] for key, cell in result["cells"].items() if cell["rows"]}
+    corpora = [corpus for corpus in result["config"]["corpora"] if any(corpus == made for made, _ in cells)]
+    sizes = sorted({int(size) for _, size in cells})
+    names = [name for name in result["config"]["rows"] if any(rows.get(name) for rows in cells.values())]
+    one = len({name.split("/")[1] for name in names}) == 1  # recipe: no need to say it on every line
+
+    def label(name: str) -> str:
+        method = name.split("/")[0]
+        return MORE_LABELS.get(method, method) if one else _row_label(name)
+
     with style():
-        figure, every = _figure(3.4 * len(made) + 2.2, 0.36 * len(names) + 1.3, columns=len(made))
-        for axes, (key, rows) in zip(every, made.items(), strict=True):
-            corpus, size = key.rsplit(",", 1)
-            _draw_seeded(axes, rows, names, f"{plain(corpus)}: {size} a class")
-            if axes is not every[0]:
-                axes.set_yticklabels([])
+        figure, every = _figure(3.8 * len(corpora) + 0.6, 3.6, columns=len(corpora))
+        for axes, corpus in zip(every, corpora, strict=True):
+            for number, name in enumerate(names):
+                means = {place: [row["mean"] for row in cells.get((corpus, str(size)), {}).get(name, {}).values()]
+                         for place, size in enumerate(sizes)}
+                shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
+                colour = MORE_COLOURS[name.split("/")[0]]
+                line = [(place + shift, np.mean(found)) for place, found in means.items() if found]
+                dots = [(place + shift, value) for place, found in means.items() for value in found]
+                axes.plot(*zip(*line, strict=True) if line else ((), ()), color=colour, lw=1.8, marker="_", ms=9, mew=2,
+                          label=label(name))
+                axes.plot(*zip(*dots, strict=True) if dots else ((), ()), ".", color=colour, ms=5, alpha=0.6)
+            axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
+        every[0].set_ylabel("test accuracy (dots: sets)")
+        _legend_below(figure)
+        sns.despine(figure)
     return figure
 
 

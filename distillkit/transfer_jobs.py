@@ -3,8 +3,9 @@
 Every set is made on its source as another experiment makes its sets, that on ways to text (:mod:`distillkit.text_jobs`) or
 that on instruction tuning (:mod:`distillkit.instruction_jobs`), real sentences too: the source selects those.  Then the
 words move (:func:`~distillkit.other_models.transfer`): the target reads them with its own tokenizer, trains on hard labels
-by the grid that every set gets (or, for larger sets, by one fixed training a target), and is scored.  So the budget is one and the same for all, in examples and in the source's
-tokens.  A target's own score on the full data says what it could have learned.
+by the grid that every set gets (or, for larger sets, by one fixed training a target), and is scored.  So the budget is one
+and the same for all, in examples and in the source's tokens.  A target's own score on the full data says what it could have
+learned.
 
 One *seed* is another set of everything; each set is scored on several fresh initialisations of the target.
 
@@ -226,5 +227,6 @@ def _verdict(rows: dict, names: list[str]) -> list[str]:
                 continue
             found = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
             above, surely = sum(mean > 0 for mean, _ in found), sum(mean > half for mean, half in found)
-            lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in {surely}.")
+            lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
+                         f"{surely}.")
     return ["", " ".join(lines)] if lines else []

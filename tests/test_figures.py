@@ -73,15 +73,19 @@ def test_bars_of_seeded_results():
     assert "distilled, NACD (own)" in [label.get_text() for label in axes.get_yticklabels()]
 
 
-def test_a_grid_of_texts_has_a_panel_a_cell():
+def test_a_grid_of_texts_has_a_panel_a_corpus():
     rows = {f"{n}/fixed": {s: {"mean": m + int(s) / 100} for s in "01"} for n, m in (("herding", 0.5), ("sentences", 0.6))}
     other = {"herding/fixed": rows["herding/fixed"]}
-    result = {"config": {"rows": [*rows]}, "cells": {"a,5": {"rows": rows}, "b,10": {"rows": other}, "c,10": {"rows": {}}}}
+    cells = {"a,5": {"rows": rows}, "a,10": {"rows": other}, "b,10": {"rows": other}, "c,10": {"rows": {}}}
+    result = {"config": {"rows": [*rows], "corpora": {"a": {}, "b": {}, "c": {}}}, "cells": cells}
     first, second = plots.seeded_grid(result).axes
-    assert [axes.get_title() for axes in (first, second)] == ["a: 5 a class", "b: 10 a class"]
-    assert [bar.get_width() for bar in first.patches] == pytest.approx([0.505, 0.605])
-    assert [bar.get_width() for bar in second.patches] == pytest.approx([0.505])
-    assert [t.get_text() for t in second.texts][-1] == "not run" and len(first.lines) == 2
+    assert [axes.get_title() for axes in (first, second)] == ["a", "b"]
+    assert [t.get_text() for t in second.get_xticklabels()] == ["5", "10"]
+    herding, dots, sentences, _ = first.lines
+    assert herding.get_label() == "real, herding" and sentences.get_label() == "real, chosen by a judge"
+    assert list(herding.get_ydata()) == pytest.approx([0.505, 0.505]) and list(sentences.get_ydata()) == pytest.approx([0.605])
+    assert list(dots.get_ydata()) == pytest.approx([0.5, 0.51] * 2)
+    assert [round(x) for x in second.lines[0].get_xdata()] == [1], "at its own size"
 
 
 def test_differences_are_paired_with_their_intervals():

@@ -318,13 +318,21 @@ def test_replayed_examples_have_their_share_of_the_loss(news, halves):
     assert [share for share, *_ in way._parts(0, 0.6, torch.Generator().manual_seed(0))] == [1.0]
 
 
+def test_the_end_of_a_stream_is_the_last_row_of_its_accuracies(news, halves):
+    tasks, (a, _) = halves
+    kept = [merging._for_classes(a, NEWS, 0.0)]
+    way = merging._Way(tasks, united(*tasks), news[1], kept, 2, 4, 4, SMALL["optimizer"])
+    assert np.array_equal(way(0, 0.01, 0.5, "test", at_end=True), way(0, 0.01, 0.5, "test")[-1:])
+
+
 def test_weight_and_step_size_are_tuned_on_validation(news, halves, monkeypatch):
     tasks, (a, _) = halves
     asked = []
 
-    def way(self, seed, step_size, weight, split):
+    def way(self, seed, step_size, weight, split, at_end=False):
         asked.append((seed, step_size, weight, split))
-        return np.full((2, 2), 0.9 if (step_size, weight) == (0.1, 0.3) else 0.5)
+        assert at_end == (split == "validation"), "only the end of the stream is looked at for tuning"
+        return np.full((1 if at_end else 2, 2), 0.9 if (step_size, weight) == (0.1, 0.3) else 0.5)
 
     monkeypatch.setattr(merging._Way, "__call__", way)
     found = continual(tasks, news[1], [a], **SMALL | {"step_sizes": (0.01, 0.1), "weights": (0.3, 0.6)})
