@@ -71,6 +71,8 @@ class ContinualJob(Settings):
             :class:`~distillkit.jobs.ClassificationJob`.
         stream_steps, stream_batch, memory_batch: as :func:`~distillkit.merging.continual` takes them.
         stream_step_sizes, weights: its grid.
+        stream_clip: largest norm of a gradient there.  A student that is sure of the last task finds the next one very wrong,
+            and AdamW would take small steps for long after such gradients.
         rows: which rows, as ``method/recipe``.
     """
 
@@ -95,6 +97,7 @@ class ContinualJob(Settings):
     stream_batch: int = 16
     memory_batch: int = 8
     stream_step_sizes: tuple[float, ...] = (3e-4, 1e-3)
+    stream_clip: float = 1.0
     weights: tuple[float, ...] = (0.3, 0.6)
     rows: tuple[str, ...] = ROWS
     kind: str = "continual"
@@ -107,7 +110,7 @@ class ContinualJob(Settings):
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "stream_steps",
                     "stream_batch", "memory_batch"):
             check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr")
+        self.check_positive("step_size", "lr", "stream_clip")
         if len(self.groups) < 2 or any(isinstance(g, str) or len(g) < 2 for g in self.groups):
             raise ValueError(f"groups must be two or more lists of two or more classes, not {self.groups!r}")
         if any(row.endswith("/update") for row in self.rows) and (
@@ -161,8 +164,8 @@ class ContinualRun(SeededRun):
         memory = kept[method]() if method in kept else self._apart(method, seed)
         found = continual(
             self.tasks, self.student, memory, steps=job.stream_steps, batch_size=job.stream_batch,
-            memory_batch=job.memory_batch, optimizer=AdamW(job.stream_step_sizes[0]), step_sizes=job.stream_step_sizes,
-            weights=job.weights, seeds=job.eval_seeds,
+            memory_batch=job.memory_batch, optimizer=AdamW(job.stream_step_sizes[0], clip_norm=job.stream_clip),
+            step_sizes=job.stream_step_sizes, weights=job.weights, seeds=job.eval_seeds,
         )
         return {
             "method": method,

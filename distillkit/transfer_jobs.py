@@ -39,7 +39,7 @@ MAKERS = {
 }
 RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
-AGAINST = {"random": "random real text", "k_center": "k-centre's"}  # what gains are told over
+AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}  # what gains are told over
 UNTRAINED = ("offline:small-bert",)
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
 
@@ -176,19 +176,21 @@ class TransferRun(SeededRun):
 def transfer_table(result: dict) -> str:
     """The result as a Markdown table: a row a pair and method, beside random real text and the target's full data."""
     rows, names = result["rows"], result["config"]["rows"]
-    lines = ["| from | to | text | accuracy (mean ± sd) | minus random | minus k-centre | of full data | sets |",
-             "|---|---|---|---:|---:|---:|---:|---:|"]
+    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in names)]
+    heads = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
+    lines = [f"| from | to | text | accuracy (mean ± sd) | {' | '.join([*heads, 'of full data', 'sets'])} |",
+             "|---|---|---|---:|" + "---:|" * (len(heads) + 2)]
     for name in names:
         source, target, method = parsed(name)
         scores = [row["mean"] for row in rows.get(name, {}).values()]
         cells = [source or "—", target, method if source else "full data"]
         if not scores:
-            lines.append(f"| {' | '.join(cells)} | not run | | | | |")
+            lines.append(f"| {' | '.join(cells)} | not run |{' |' * (len(heads) + 2)}")
             continue
         spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
         share = of_full(rows, name)
         share = "" if share is None else f"{share:.0%}"
-        gains = [_gain(rows, name, other) for other in AGAINST]
+        gains = [_gain(rows, name, other) for other in against]
         cells += [f"{np.mean(scores):.3f}{spread}", *gains, share, str(len(scores))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *_verdict(rows, names)])
@@ -207,9 +209,9 @@ def _beside(name: str, other: str) -> str:
 
 
 def _gain(rows: dict, name: str, other: str) -> str:
-    """What a row gains, seed by seed, on selected text that made the same way; nothing for rows of that or of random text."""
+    """What a row gains, seed by seed, on selected text that made the same way; of selected text itself, on random text only."""
     source, _, method = parsed(name)
-    if not source or method in ("random", other) or not rows.get(_beside(name, other)):
+    if not source or method == "random" or (method in AGAINST and other != "random") or not rows.get(_beside(name, other)):
         return ""
     mean, half = paired_difference(rows, name, _beside(name, other))
     return shown(mean, half) if np.isfinite(mean) else ""
