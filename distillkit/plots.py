@@ -401,7 +401,8 @@ def metagrad_cost(result: dict) -> Figure:
 def transfer_map(result: dict) -> Figure:
     """Scores of texts on other models: a row a source and method, a column a target, absolute and by the target's full data.
 
-    Cells that have not run stay white; so do those of a text on its own source, which is no transfer.
+    Cells that have not run stay white; so do those of a text on its own source, which is no transfer.  Where no target's full
+    data has run, there is no second panel.
 
     Args:
         result: of an experiment on transfer.
@@ -423,9 +424,11 @@ def transfer_map(result: dict) -> Figure:
         words[0][place] = f"{np.mean(scores):.2f}{spread}" if scores else "not run"
         words[1][place] = f"{share:.0%}" if share is not None else "no full score" if scores else "not run"
     with style():
-        figure, axes = _figure(3 + 2.3 * len(targets), 0.42 * len(sides) + 1.4, 2)
+        panels = 2 if np.isfinite(values[1]).any() else 1
+        figure, axes = _figure(3 + 2.3 * len(targets) * panels / 2, 0.42 * len(sides) + 1.4, panels)
         labels = [f"{source}: {MORE_LABELS.get(method, method)}" for source, method in sides]
-        for where, value, word, title in zip(axes, values, words, ("accuracy", "share of the target's full data"), strict=True):
+        titles = ("accuracy", "share of the target's full data")[:panels]
+        for where, value, word, title in zip(axes, values[:panels], words[:panels], titles, strict=True):
             sns.heatmap(value, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
                         yticklabels=labels)
             for place in np.ndindex(value.shape):
@@ -435,5 +438,6 @@ def transfer_map(result: dict) -> Figure:
             where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
             where.tick_params(axis="y", rotation=0)
             where.grid(False)
-        axes[1].set_yticklabels([])
+        for where in axes[1:]:
+            where.set_yticklabels([])
     return figure
