@@ -9,8 +9,8 @@ experiment is another random start and another distillation of every set.
   ``own`` each takes the same number of SGD steps, and a factor on its step sizes is chosen on the validation split; real
   sentences start from the size that distilling starts from.  ``tuned`` is the AdamW grid that every set can have.
 * ``stream``: the tasks one after the other, with a memory of those that are over: ``none``, ``distilled``, as many real
-  examples (``random``, ``k_center``), or real rows of as many ``bytes``.  Step size and weight of replay are chosen on the
-  validation split, from the same grid for all.
+  examples (``random``, ``k_center``), or real rows of as many ``bytes``.  Where there are several step sizes or weights of
+  replay, they are chosen on the validation split, from the same grid for all.
 * ``update``: the classes of the second group change what they mean, to what the last group was.  ``before`` is the first
   two sets merged, ``after`` has the second one replaced.  Both are scored on the world as it is after the change.
 """
