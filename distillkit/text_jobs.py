@@ -327,7 +327,7 @@ def _recovery(rows: dict) -> list[str]:
         means = {row: float(np.mean([rows[row][seed]["mean"] for seed in seeds])) for row in (top, bottom, name)}
         gap = means[top] - means[bottom]
         share = f"{(means[name] - means[bottom]) / gap:.2f}" if gap > 0 else "not told, projection lost nothing"
-        shares.append(f"{method} {share}")
+        shares.append(f"{method} {share}{' (one set)' if len(seeds) == 1 else ''}")
     if not shares:
         return []
     return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {', '.join(shares)}."]

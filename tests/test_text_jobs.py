@@ -102,7 +102,10 @@ def test_recovery_by_hand():
     rows = {f"{n}": {"0": {"mean": v}} for n, v in (
         ("embeddings/own", 0.7), ("projection/relabelled", 0.3), ("swaps/relabelled", 0.6), ("k_center/relabelled", 0.5))}
     table = text_table({"rows": rows, "config": {"rows": list(rows)}})
-    assert table.endswith("learned labels: swaps 0.75.")
+    assert table.endswith("learned labels: swaps 0.75 (one set).")
+    for row in rows.values():
+        row["1"] = {"mean": row["0"]["mean"] + 0.1}
+    assert text_table({"rows": rows, "config": {"rows": list(rows)}}).endswith("learned labels: swaps 0.75.")
 
 
 @pytest.mark.parametrize(("changes", "message"), [
