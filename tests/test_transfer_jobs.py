@@ -177,3 +177,14 @@ def test_the_settings_that_come_with_the_kit(path):
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):
         job(**changes)
+
+
+def test_gains_are_told_over_every_selection_that_is_there():
+    means = {"random": 0.3, "herding": 0.4, "sentences": 0.6}
+    rows = {f"a to b/{method}": {"0": {"mean": mean}} for method, mean in means.items()}
+    head, _, *lines = transfer_table({"rows": rows, "config": {"rows": [*rows, "a to b/swaps"]}}).splitlines()
+    assert "minus random | minus herding |" in head and "k-centre" not in head
+    assert lines[1] == "| a | b | herding | 0.400 | +0.100 (one set) |  |  | 1 |"
+    assert lines[2] == "| a | b | sentences | 0.600 | +0.300 (one set) | +0.200 (one set) |  | 1 |"
+    assert lines[3].count("|") == head.count("|") and "not run" in lines[3]
+    assert "sentences: above herding's in 1 of 1 pairs, by more than the 95 % interval in 0." in lines[-1]
