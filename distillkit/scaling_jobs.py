@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from distillkit.checks import check_choice
 from distillkit.configuration import tupled
@@ -146,7 +147,14 @@ class GridRun:
             made = run((row,))
             # A curve of losses for each of dozens of cells would bury the scores.
             distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
-            self.result["cells"][key] = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
+            self._keep(key, {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling})
+
+    def _keep(self, key: str, found: dict) -> None:
+        """Write a cell into the result, beside those that other processes may have written meanwhile."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / "result.lock"):
+            others = read(self.path)["cells"] if self.path.is_file() else {}
+            self.result["cells"] = {**self.result["cells"], **others, key: found}
             write(self.path, self.result)
 
     def _taken_up(self, key: str, cell) -> Path:

@@ -11,11 +11,10 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-from filelock import FileLock
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.configuration import tupled
-from distillkit.results import Settings, paired_difference, read, shown, write
+from distillkit.results import Settings, paired_difference, shown
 from distillkit.scaling_jobs import GridRun
 from distillkit.text_jobs import TextJob, TextRun
 
@@ -86,10 +85,7 @@ class TextGridRun(GridRun):
         run = TextRun(cell, self._taken_up(key, cell), self.work)
         for row in rows:
             found = run((row,), self._seeds)
-            with FileLock(self.work / "result.lock"):  # other processes may be at other seeds or cells
-                others = read(self.path)["cells"] if self.path.is_file() else {}
-                self.result["cells"] = {**others, key: {**found, "distilling": _without_curves(found["distilling"])}}
-                write(self.path, self.result)
+            self._keep(key, {**found, "distilling": _without_curves(found["distilling"])})
 
 
 def _without_curves(distilling: dict) -> dict:

@@ -138,6 +138,16 @@ def test_single_cells_and_rows(tmp_path, scored):
         GridRun(job(SLIDES), tmp_path / "results", tmp_path / "work")(("nonsense",))
 
 
+def test_processes_at_other_cells_keep_what_each_has_made(tmp_path):
+    first, second = (GridRun(job(SLIDES), tmp_path / "results", tmp_path / "work") for _ in range(2))
+    one, other = list(first.job.cells())[:2]
+    first((one, "random/tuned"))
+    second((other, "random/tuned"))
+    first((one, "embeddings/own"))
+    rows = {cell: [*made["rows"]] for cell, made in result(tmp_path)["cells"].items()}
+    assert rows == {one: ["random/tuned", "embeddings/own"], other: ["random/tuned"]}
+
+
 def test_what_is_not_here_is_skipped_and_said(tmp_path, capsys, scored):
     settings = SLIDES | {"product": {"corpus": ["imdb_of_nobody/gone", "ag_news"], "student": ["bert-base-uncased", "gone"]},
                          "rows": ["random/tuned"]}
