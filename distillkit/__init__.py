@@ -40,7 +40,9 @@ _HOMES = {
     "students": ("Student", "load_student"),
     "tasks": ("Task", "load_task"),
     "judges": ("FrozenJudge", "StudentJudge"),
-    "text": ("SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel", "search_sentences"),
+    "text": (
+        "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel", "relax_tokens", "search_sentences",
+    ),
     "wording": ("Wording", "describe_text", "wording_table"),
     "other_models": ("retokenize", "transfer"),
 }

@@ -144,16 +144,19 @@ class GridRun:
         for row in rows:
             if twin := self._twin(key, cell, row):
                 run.result["rows"][row] = twin
-            made = run((row,))
-            # A curve of losses for each of dozens of cells would bury the scores.
-            distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
-            self._keep(key, {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling})
+            self._keep(key, run((row,)))
 
-    def _keep(self, key: str, found: dict) -> None:
-        """Write a cell into the result, beside those that other processes may have written meanwhile."""
+    def _keep(self, key: str, made: dict) -> None:
+        """Write a cell into the result, beside the cells and rows that other processes may have written meanwhile."""
+        # A curve of losses for each of dozens of cells would bury the scores.
+        distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
+        found = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "result.lock"):
             others = read(self.path)["cells"] if self.path.is_file() else {}
+            for part in ("rows", "distilling"):
+                found[part] = others.get(key, {}).get(part, {}) | found[part]
+            found["rows"] = {row: found["rows"][row] for row in self.job.rows if row in found["rows"]}
             self.result["cells"] = {**self.result["cells"], **others, key: found}
             write(self.path, self.result)
 

@@ -9,6 +9,7 @@ keep the outer loss in sight until the last token stands:
   kept if it is better than what is there.
 * :class:`ThroughProjection`: learn embeddings as ever, but train the student on their nearest tokens; the gradient at the
   tokens moves the embeddings behind them (the straight-through estimator of Bengio et al., 2013).
+* :func:`relax_tokens`: learn a distribution over the words at every place, which narrows down to one of them.
 * :func:`search_sentences`: change one whole sentence at a time for another *real* one, judged in the same way.  What comes
   out was written by people, so it cannot exploit what is odd about the judge's representations, as single tokens do.
 * :func:`nearest_sentences`: snap each example to the nearest *real* sentence, as a reference.
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_choice, check_is, check_whole
+from distillkit.checks import check_choice, check_is, check_number, check_rate, check_whole
 from distillkit.distilled import DistilledSet, decode, embed, from_rows
 from distillkit.distiller import Distiller, digest
 from distillkit.judges import FrozenJudge, Swap, swapped
@@ -117,17 +118,8 @@ class SwapSearch:
         examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
         checkpoint_dir: str | Path | None = None, checkpoint_every: int = 10,
     ):
-        check_is("distilled", distilled, DistilledSet)
-        check_is("student", student, Student)
-        for name, value in (("judge", judge), *([] if confirm is None else [("confirm", confirm)])):
-            if not callable(getattr(value, "losses", None)):
-                raise TypeError(f"{name} must be a judge such as FrozenJudge or StudentJudge, not {value!r}")
-        if allowed is not None:
-            check_is("allowed", allowed, Tensor)
+        _check_search(distilled, student, {"judge": judge} | ({} if confirm is None else {"confirm": confirm}))
         derive_seed("swap", seed)  # an error now if it is none
-        if distilled.tokens is None:
-            raise ValueError("a swap needs tokens, and this set holds free embeddings; project it first: dk.project(set, "
-                             "student)")
         given = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
         if examples is not None:
             given["examples"] = examples
@@ -137,10 +129,7 @@ class SwapSearch:
         self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
         self.candidates, self.per_position, self.pool = candidates, per_position, pool
-        words = allowed_tokens(student.tokenizer, len(student.embedding))
-        self.allowed = words if allowed is None else words & allowed.cpu()
-        if not self.allowed.any():
-            raise ValueError("allowed leaves no token to choose from")
+        self.allowed = _words(student, allowed)
         self.records: list[SwapRecord] = []
         self._set = with_tokens(distilled, student, distilled.tokens.clone())
         self._rejected: set[Swap] = set()
@@ -316,6 +305,101 @@ def combined(
             if loss < after:
                 kept, after = group, loss
     return kept, after
+
+
+# --------------------------------------------------------------------------------------------------- relaxed choice
+
+
+def relax_tokens(
+    distilled: DistilledSet, student: Student, judge, *, steps: int = 100, lr: float = 0.3, hot: float = 1.0,
+    cold: float = 0.1, start_weight: float = 0.9, allowed: Tensor | None = None, seed: int = 0,
+) -> DistilledSet:
+    """Words found by a relaxed choice: a distribution over all allowed tokens at every free place, annealed to one of them.
+
+    A place holds logits z over the tokens and stands for the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
+    embedding gives the one in z, which Adam follows; the temperature τ falls geometrically, so that the mixture, which no
+    text can be, becomes a token (the relaxation of Jang et al., 2017, and Maddison et al., 2017, without their noise; for
+    text Guo et al., 2021, "Gradient-based adversarial attacks against text transformers").  A step takes one gradient and
+    judges no candidate, so that a judge which trains the real student is affordable too.
+
+    Args:
+        distilled: a set with tokens, such as one that was selected.
+        student: whose tokenizer and embedding table.
+        judge: :class:`FrozenJudge` or :class:`StudentJudge`.
+        steps: of Adam.
+        lr: its learning rate, of the logits.
+        hot, cold: the temperature at the first step and at the last.
+        start_weight: probability of the token that stands at a place, at τ = 1; the others share the rest alike.  A token
+            that is not allowed has no say.
+        allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.neighbors.allowed_tokens`.
+            Memory is about 16 bytes for each of them at each free place.
+        seed: draws the real rows of each step.
+
+    Returns:
+        the set with the likeliest token at each free place, its labels, and no recipe; the judge's loss of the mixture
+        before each step is in ``meta["search"]``.
+
+    Raises:
+        ValueError: a set without tokens, or no tokens to choose from.
+        FloatingPointError: the judge's loss or gradient is not finite.
+    """
+    _check_search(distilled, student, {"judge": judge})
+    check_whole("steps", steps)
+    check_rate("lr", lr)
+    for name, value in (("hot", hot), ("cold", cold)):
+        check_number(name, value, without="least")
+    check_number("start_weight", start_weight, most=1.0, without="least most")
+    derive_seed("relax", seed)  # an error now if it is none
+    words = _words(student, allowed).nonzero().squeeze(1)
+    table, free = student.embedding[words.to(student.device)], distilled.free
+    assert distilled.tokens is not None  # _check_search has seen to it
+    same = distilled.tokens[free][:, None] == words
+    logits = (same * math.log(start_weight / (1 - start_weight) * max(1, len(words) - 1))).to(table).requires_grad_()
+    adam, losses = torch.optim.Adam([logits], lr=lr), []
+    for step in progress(range(steps), desc="choosing words", unit="step"):
+        temperature = hot * (cold / hot) ** (step / max(1, steps - 1))
+        mixed = (logits / temperature).softmax(1) @ table
+        embeds = distilled.embeds.clone()
+        embeds[free] = mixed.detach().to(embeds)
+        trial = dataclasses.replace(distilled, embeds=embeds, tokens=None)
+        loss, gradient = judge.gradient(trial, derive_seed("relax", seed, step))
+        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
+            raise FloatingPointError(f"step {step + 1}: the judge's loss is {loss} or its gradient not finite; lower lr, or "
+                                     "the step size of the judge's student")
+        adam.zero_grad()
+        mixed.backward(gradient[free].to(mixed))
+        adam.step()
+        losses.append(round(loss, 4))
+    tokens = distilled.tokens.clone()
+    tokens[free] = words[logits.argmax(1).cpu()]
+    found = with_tokens(distilled, student, tokens)
+    meta = {k: v for k, v in found.meta.items() if k not in ("recipe", "selection")}
+    meta["search"] = {"judge": judge.describe(), "steps": steps, "lr": lr, "hot": hot, "cold": cold,
+                      "start_weight": start_weight, "losses": losses}
+    return dataclasses.replace(found, meta=meta)
+
+
+def _check_search(distilled: DistilledSet, student: Student, judges: dict) -> None:
+    """What a search for words needs."""
+    check_is("distilled", distilled, DistilledSet)
+    check_is("student", student, Student)
+    for name, judge in judges.items():
+        if not callable(getattr(judge, "losses", None)):
+            raise TypeError(f"{name} must be a judge such as FrozenJudge or StudentJudge, not {judge!r}")
+    if distilled.tokens is None:
+        raise ValueError("a search for words needs tokens to begin with, and this set holds free embeddings; project it "
+                         "first: dk.project(set, student)")
+
+
+def _words(student: Student, allowed: Tensor | None) -> Tensor:
+    """Which tokens may be chosen: ``[v]`` bool."""
+    words = allowed_tokens(student.tokenizer, len(student.embedding))
+    if allowed is not None:
+        check_is("allowed", allowed, Tensor)
+        words = words & allowed.cpu()
+    if not words.any():
+        raise ValueError("allowed leaves no token to choose from")
+    return words
 
 
 # ------------------------------------------------------------------------------------------------ whole sentences

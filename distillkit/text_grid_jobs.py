@@ -84,21 +84,17 @@ class TextGridRun(GridRun):
             return
         run = TextRun(cell, self._taken_up(key, cell), self.work)
         for row in rows:
-            found = run((row,), self._seeds)
-            self._keep(key, {**found, "distilling": _without_curves(found["distilling"])})
-
-
-def _without_curves(distilling: dict) -> dict:
-    return {name: {k: v for k, v in made.items() if k != "losses"} for name, made in distilling.items()}
+            self._keep(key, run((row,), self._seeds))
 
 
 def text_grid_table(result: Mapping) -> str:
-    """The grid as a Markdown table: a line a method and size, a column a corpus, gains over real sentences in brackets."""
+    """The grid as a Markdown table: a line a method and size that has a score, a column a corpus, gains over real sentences
+    in brackets."""
     job = TextGridJob(**tupled(result["config"]))
     lines = [f"| examples a class | text | {' | '.join(job.corpora)} |", "|---:|---|" + "---:|" * len(job.corpora)]
     for k in job.per_class:
         made = [result["cells"].get(f"{corpus},{k}", {}).get("rows", {}) for corpus in job.corpora]
-        for row in job.rows if any(made) else ():
+        for row in (row for row in job.rows if any(row in rows for rows in made)):
             lines.append(f"| {k} | {row.split('/')[0]} | {' | '.join(_cell(rows, row) for rows in made)} |")
     missing = [k for k in job.per_class if not any(result["cells"].get(f"{corpus},{k}") for corpus in job.corpora)]
     notes = [f"Mean ± sd over sets; in brackets the gain, paired by set, over {', '.join(AGAINST)}."]

@@ -11,8 +11,10 @@ Methods:
 * ``through projection``: distilled through the projection (:class:`~distillkit.text.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
 * ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.search_sentences`).
+* ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
+  (:func:`~distillkit.text.relax_tokens`).
 * ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.SwapSearch`); ``swaps from random``,
-  ``swaps from herding``, ``swaps from sentences``.
+  ``swaps from herding``, ``swaps from sentences``, ``swaps from relaxed tokens``.
 * ``full``: the whole training split.
 
 Recipes: ``tuned``, with hard labels, for every text alike; ``relabelled``: soft labels and step sizes learned for the text
@@ -34,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
@@ -50,10 +53,20 @@ from distillkit.selection import METHODS, select
 from distillkit.storage import is_vacant
 from distillkit.students import Student, load_student
 from distillkit.tasks import load_task
-from distillkit.text import SwapSearch, ThroughProjection, corpus_tokens, nearest_sentences, relabel, search_sentences
+from distillkit.text import (
+    SwapSearch,
+    ThroughProjection,
+    corpus_tokens,
+    nearest_sentences,
+    relabel,
+    relax_tokens,
+    search_sentences,
+)
 
-STARTS = {"swaps": "k_center", **{f"swaps from {start}": start for start in ("random", "herding", "sentences")}}
-WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "sentences", *STARTS)
+STARTS = {"swaps": "k_center"} | {
+    f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
+}
+WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "sentences", "relaxed tokens", *STARTS)
 TEXTS = (*METHODS, *WAYS)
 RECIPES = ("tuned", "relabelled", "transfer", "fixed")
 ROWS = (
@@ -81,9 +94,9 @@ class TextJob(Settings):
         neighbor_weight: of the neighbour term at the end; it grows linearly from 0.
         judge_steps: of the head that judges swaps.
         sentence_steps, sentences: of the search for real sentences, and the size of its pool.
-        swap_steps, candidates, examples: of the search for words, from every start alike; see
-            :class:`~distillkit.text.SwapSearch`.
-        least: how often a token must occur in the training split to be swapped in.
+        swap_steps, candidates, examples: of the search for words by swaps, from every start alike; see
+            :class:`~distillkit.text.SwapSearch`.  A relaxed choice takes as many steps.
+        least: how often a token must occur in the training split to be put into a text.
         target: the other model that rows with ``transfer`` are scored on.
         fixed_steps, fixed_step_size, fixed_batch: the training of rows with ``fixed``.
         rows: which rows, as ``method/recipe``.
@@ -192,6 +205,8 @@ class TextRun(SeededRun):
             return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
         if method == "sentences":
             return self._chosen(seed)
+        if method == "relaxed tokens":
+            return self._relaxed(seed)
         if method in STARTS:
             return self._swapped(method, seed)
         objective, terms = self.objective(), ()
@@ -206,11 +221,14 @@ class TextRun(SeededRun):
         )
         for _ in distiller.run(self.job.outer_steps):
             pass
-        self._noted(method, seed, distiller.records, [r.loss for r in distiller.records])
+        self._noted(method, seed, [r.loss for r in distiller.records], sum(r.seconds for r in distiller.records))
         return distiller.distilled if method == "embeddings" else project(distiller.distilled, self.student)
 
     def _judge(self) -> FrozenJudge:
         return FrozenJudge(self.task, self.student, steps=self.job.judge_steps)
+
+    def _allowed(self) -> Tensor:
+        return corpus_tokens(self.task, self.student, least=self.job.least)
 
     def _chosen(self, seed: int) -> DistilledSet:
         job, begun = self.job, time.perf_counter()
@@ -219,21 +237,28 @@ class TextRun(SeededRun):
             candidates=job.candidates, sentences=job.sentences, seed=seed,
         )
         losses = [after for _, after in found.meta["search"]["losses"]]
-        self.result["distilling"][f"sentences {seed}"] = {
-            "steps": len(losses), "seconds": round(time.perf_counter() - begun, 1), "losses": losses,
-        }
+        self._noted("sentences", seed, losses, time.perf_counter() - begun)
+        return found
+
+    def _relaxed(self, seed: int) -> DistilledSet:
+        begun = time.perf_counter()
+        found = relax_tokens(
+            self.set_of("k_center", seed), self.student, self._judge(), steps=self.job.swap_steps, allowed=self._allowed(),
+            seed=seed,
+        )
+        self._noted("relaxed tokens", seed, found.meta["search"]["losses"], time.perf_counter() - begun)
         return found
 
     def _swapped(self, method: str, seed: int) -> DistilledSet:
         search = SwapSearch(
             self.set_of(STARTS[method], seed), self.student, self._judge(), candidates=self.job.candidates, seed=seed,
             examples=self.job.examples,
-            allowed=corpus_tokens(self.task, self.student, least=self.job.least),
+            allowed=self._allowed(),
             checkpoint_dir=self.work / f"checkpoint-{_file(method)}-{seed}",
         )
         for _ in search.run(self.job.swap_steps):
             pass
-        self._noted(method, seed, search.records, [r.after for r in search.records])
+        self._noted(method, seed, [r.after for r in search.records], sum(r.seconds for r in search.records))
         return search.distilled
 
     def _relabelled(self, method: str, seed: int) -> DistilledSet:
@@ -252,10 +277,9 @@ class TextRun(SeededRun):
             make().save(folder)
         return DistilledSet.load(folder)
 
-    def _noted(self, method: str, seed: int, records, losses: list[float]) -> None:
-        seconds = round(sum(r.seconds for r in records), 1)
+    def _noted(self, method: str, seed: int, losses: list[float], seconds: float) -> None:
         self.result["distilling"][f"{method} {seed}"] = {
-            "steps": len(records), "seconds": seconds, "losses": [round(loss, 4) for loss in losses],
+            "steps": len(losses), "seconds": round(seconds, 1), "losses": [round(loss, 4) for loss in losses],
         }
 
     def _size(self, seed: int) -> dict:

@@ -122,6 +122,9 @@ CALLS = {
     "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
         "examples": WHOLE, "sentences": WHOLE, "seed": SEED}),
+    "relax_tokens": (dk.relax_tokens, dict.fromkeys(("distilled", "student", "judge")), {
+        "distilled": THING, "student": THING, "judge": THING, "steps": WHOLE, "lr": RATE, "hot": POSITIVE, "cold": POSITIVE,
+        "start_weight": SHARE, "allowed": THING, "seed": SEED}),
     "relabel": (dk.relabel, {"distilled": None, "objective": None, "steps": 1}, {
         "distilled": THING, "objective": THING, "steps": WHOLE.filter(bool), "lr": RATE, "seed": SEED}),
     "load_task": (dk.load_task, {"source": "docstrings"}, {

@@ -146,6 +146,11 @@ def test_processes_at_other_cells_keep_what_each_has_made(tmp_path):
     first((one, "embeddings/own"))
     rows = {cell: [*made["rows"]] for cell, made in result(tmp_path)["cells"].items()}
     assert rows == {one: ["random/tuned", "embeddings/own"], other: ["random/tuned"]}
+    apart = GridRun(job(SLIDES), tmp_path / "results", tmp_path / "elsewhere")  # what it does not find, it would make again
+    second((other, "embeddings/own"))
+    apart((other, "random/tuned"))
+    first((one,))
+    assert [*result(tmp_path)["cells"][other]["rows"]] == ["random/tuned", "embeddings/own"]
 
 
 def test_what_is_not_here_is_skipped_and_said(tmp_path, capsys, scored):

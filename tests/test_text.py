@@ -15,6 +15,7 @@ from distillkit.text import (
     corpus_tokens,
     nearest_sentences,
     relabel,
+    relax_tokens,
     search_sentences,
     with_tokens,
 )
@@ -117,6 +118,27 @@ def test_the_frozen_judge_wants_classes(world):
         FrozenJudge(task, world[1])
 
 
+SECRET = 25
+
+
+@dataclasses.dataclass
+class Planted:
+    """A judge, and an objective's gradient, that want one word at one place and nothing else."""
+
+    student: dk.Student
+
+    def gradient(self, distilled, seed):
+        embeds = distilled.embeds.clone().requires_grad_()
+        loss = (embeds[0, 2] - self.student.embedding[SECRET]).square().sum()
+        return loss.item(), torch.autograd.grad(loss, embeds)[0]
+
+    def losses(self, distilled, swaps, seed):
+        return [self.gradient(swapped(distilled, self.student, *group), seed)[0] for group in swaps]
+
+    def describe(self):
+        return {"name": "Planted"}
+
+
 # --- whole sentences -------------------------------------------------------------------------------------------------
 
 
@@ -198,24 +220,9 @@ def test_only_allowed_tokens_at_free_positions(world, start):
 def test_a_planted_word_is_found(world):
     """One word's embedding makes every class of the judge what it is: the search puts it where it belongs."""
     start = dk.select(*world, "random", per_class=1, length=6)
-    secret = 25
-
-    class Planted:
-        def gradient(self, distilled, seed):
-            embeds = distilled.embeds.clone().requires_grad_()
-            goal = world[1].embedding[secret]
-            loss = (embeds[0, 2] - goal).square().sum()
-            return float(loss), torch.autograd.grad(loss, embeds)[0]
-
-        def losses(self, distilled, swaps, seed):
-            return [self.gradient(swapped(distilled, world[1], *group), seed)[0] for group in swaps]
-
-        def describe(self):
-            return {"name": "Planted"}
-
-    search = SwapSearch(start, world[1], Planted(), candidates=8)
+    search = SwapSearch(start, world[1], Planted(world[1]), candidates=8)
     list(search.run(10))
-    assert search.distilled.tokens[0, 2] == secret
+    assert search.distilled.tokens[0, 2] == SECRET
     assert search.records[-1].after == 0 and (search.distilled.tokens != start.tokens).sum() == 1
 
 
@@ -303,6 +310,56 @@ def test_corpus_tokens_are_words_that_occur(world):
     seen = {i for ids in task.token_ids(student.tokenizer, "train") for i in ids}
     assert set(once.nonzero().flatten().tolist()) <= seen and often.sum() < once.sum()
     assert not once[student.tokenizer.all_special_ids].any()
+
+
+# --- relaxed choice --------------------------------------------------------------------------------------------------
+
+
+def test_a_relaxed_choice_finds_a_planted_word_and_leaves_the_others(world):
+    start = dk.select(*world, "random", per_class=1, length=6)
+    found = relax_tokens(start, world[1], Planted(world[1]), steps=60)
+    assert found.tokens[0, 2] == SECRET and (found.tokens != start.tokens).sum() == 1
+    losses = found.meta["search"]["losses"]
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_a_relaxed_choice_ends_in_allowed_words_that_the_judge_likes_better(world, start, judge):
+    student = world[1]
+    allowed = allowed_tokens(student.tokenizer, len(student.embedding)) & (torch.arange(len(student.embedding)) % 3 == 0)
+    found = relax_tokens(start, student, judge, steps=12, allowed=allowed)
+    assert allowed[found.tokens[start.free]].all() and torch.equal(found.tokens[~start.free], start.tokens[~start.free])
+    assert torch.equal(found.embeds, student.embedding[found.tokens])
+    assert torch.equal(found.targets, start.targets) and "recipe" not in found.meta
+    assert found.meta["text"] == with_tokens(start, student, found.tokens).meta["text"] != start.meta["text"]
+    again = [relax_tokens(start, student, judge, steps=12, allowed=allowed, seed=seed) for seed in (0, 1)]
+    assert torch.equal(again[0].tokens, found.tokens) and not torch.equal(again[1].tokens, found.tokens)
+    everything = FrozenJudge(*world, steps=20, batch_size=None)
+    better = relax_tokens(start, student, everything, steps=40)
+    assert everything.losses(better, [[]], 0) < everything.losses(start, [[]], 0)
+
+
+def test_the_first_mixture_is_mostly_the_text_itself(world, start):
+    """Its loss is that of the embeddings put together by hand: nine tenths the token, the rest of all the others."""
+    judge, student = judges(world, None)[0], world[1]
+    words = allowed_tokens(student.tokenizer, len(student.embedding))
+    table, here = student.embedding[words], student.embedding[start.tokens]
+    others = (table.sum(0) - here) / (len(table) - 1)
+    mixed = torch.where(start.free.unsqueeze(-1), 0.9 * here + 0.1 * others, here)
+    expected, _ = judge.gradient(dataclasses.replace(start, embeds=mixed), dk.derive_seed("relax", 0, 0))
+    found = relax_tokens(start, student, judge, steps=1)
+    assert words[start.tokens[start.free]].all()
+    assert found.meta["search"]["losses"] == [pytest.approx(expected, abs=2e-4)]
+
+
+def test_a_relaxed_choice_stops_where_the_judge_is_lost(world, start):
+    class Lost(Planted):
+        def gradient(self, distilled, seed):
+            return float("nan"), torch.zeros_like(distilled.embeds)
+
+    with pytest.raises(FloatingPointError, match="step 1: the judge's loss is nan"):
+        relax_tokens(start, world[1], Lost(world[1]))
+    with pytest.raises(ValueError, match="project it first"):
+        relax_tokens(dataclasses.replace(start, tokens=None), world[1], Planted(world[1]))
 
 
 # --- through the projection ------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_every_score_is_made(finished):
             assert ("text" in score) == (method in WAYS and recipe != "transfer")
             if method != "full":
                 assert score["examples"] == 2
-    searches = {f"{m} {s}" for m in ("sentences", *STARTS) for s in (0, 1)}
+    searches = {f"{m} {s}" for m in ("sentences", "relaxed tokens", *STARTS) for s in (0, 1)}
     learned = {f"{m} {s}" for m in ("embeddings", "neighbor loss", "through projection") for s in (0, 1)}
     assert result["distilling"].keys() == searches | learned
 
