@@ -262,6 +262,7 @@ MORE_COLOURS = METHOD_COLOURS | {
     "projection": METHOD_COLOURS["projected"], "swaps": _BRIGHT[3], "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6],
     "through projection": _DARK[4], "nearest sentences": _DARK[2], "swaps from random": _DARK[3],
     "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
+    "relaxed tokens": _BRIGHT[8], "swaps from relaxed tokens": _BRIGHT[9],
     "bptt": METHOD_COLOURS["embeddings"], "bptt text": _DARK[0], "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
 }
 MORE_LABELS = LABELS | {
@@ -288,13 +289,16 @@ def seeded(result: dict, title: str) -> Figure:
 def seeded_grid(result: dict) -> Figure:
     """A grid of texts, as far as it has run: accuracy against examples a class, a panel a corpus, a dot a set.
 
+    Rows that have run at one size only make no line and are left to the table, unless there is no more than one size.
+
     Args:
         result: as :mod:`distillkit.text_grid_jobs` writes it.
     """
     cells = {tuple(key.rsplit(",", 1)): cell["rows"] for key, cell in result["cells"].items() if cell["rows"]}
     corpora = [corpus for corpus in result["config"]["corpora"] if any(corpus == made for made, _ in cells)]
     sizes = sorted({int(size) for _, size in cells})
-    names = [name for name in result["config"]["rows"] if any(rows.get(name) for rows in cells.values())]
+    at = {name: {size for (_, size), rows in cells.items() if rows.get(name)} for name in result["config"]["rows"]}
+    names = [name for name, where in at.items() if len(where) >= min(2, len(sizes))]
     one = len({name.split("/")[1] for name in names}) == 1  # recipe: no need to say it on every line
 
     def label(name: str) -> str:

@@ -59,9 +59,7 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     if not path.is_file():
         return fresh
     found = read(path)
-    # A setting that came later had its default; and more rows may be asked of the same run.
-    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
-    theirs = {**json.loads(json.dumps(defaults)), **found.get("config", {}), "rows": config["rows"]}
+    theirs = comparable(found.get("config", {}), settings)
     for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
         if there != here:
             raise ValueError(
@@ -69,6 +67,14 @@ def take_up(path: Path, settings: Settings, task) -> dict:
                 "to replace it, or the job another name"
             )
     return {**found, "config": config}
+
+
+def comparable(config: dict, settings: Settings) -> dict:
+    """The stored ``config`` of a result as ``settings`` would be stored if they were the same: a setting that came later had
+    its default, and more rows may be asked of the same run."""
+    defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
+    rows = getattr(settings, "rows", ())
+    return {**json.loads(json.dumps(defaults)), **config, "rows": list(rows)}
 
 
 def write(path: Path, result: dict) -> None:

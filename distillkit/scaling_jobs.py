@@ -27,7 +27,7 @@ from distillkit.configuration import tupled
 from distillkit.corpora import CorpusError
 from distillkit.jobs import ClassificationJob, Run
 from distillkit.progress import progress
-from distillkit.results import Settings, _difference, read, write
+from distillkit.results import Settings, _difference, comparable, read, write
 from distillkit.selection import METHODS
 
 KINDS = ("scaling", "slides")
@@ -181,7 +181,7 @@ class GridRun:
         """Refuse a cell of other settings; more rows may be asked of the same."""
         there = self.result["cells"].get(key, {}).get("config")
         here = json.loads(json.dumps(dataclasses.asdict(cell)))
-        if there is not None and (theirs := {**there, "rows": here["rows"]}) != here:
+        if there is not None and (theirs := comparable(there, cell)) != here:
             raise ValueError(f"{self.path} has the cell {key} with other settings ({_difference(theirs, here)}); give --fresh "
                              "to replace the result, or the job another name")
 

@@ -95,7 +95,8 @@ class TextJob(Settings):
         judge_steps: of the head that judges swaps.
         sentence_steps, sentences: of the search for real sentences, and the size of its pool.
         swap_steps, candidates, examples: of the search for words by swaps, from every start alike; see
-            :class:`~distillkit.text.SwapSearch`.  A relaxed choice takes as many steps.
+            :class:`~distillkit.text.SwapSearch`.
+        relax_steps: of the relaxed choice of words.
         least: how often a token must occur in the training split to be put into a text.
         target: the other model that rows with ``transfer`` are scored on.
         fixed_steps, fixed_step_size, fixed_batch: the training of rows with ``fixed``.
@@ -130,6 +131,7 @@ class TextJob(Settings):
     swap_steps: int = 100
     candidates: int = 64
     examples: int | None = None
+    relax_steps: int = 100
     least: int = 2
     target: str = "offline:distil-minilm"
     fixed_steps: int = 60
@@ -144,8 +146,8 @@ class TextJob(Settings):
         for row in self.rows:
             check_choice("a row", row, ROWS)
         for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "label_steps",
-                    "judge_steps", "sentence_steps", "sentences", "swap_steps", "candidates", "least", "fixed_steps",
-                    "fixed_batch"):
+                    "judge_steps", "sentence_steps", "sentences", "swap_steps", "candidates", "relax_steps", "least",
+                    "fixed_steps", "fixed_batch"):
             check_whole(key, getattr(self, key))
         for key in ("examples", "label_unroll_steps"):
             if getattr(self, key) is not None:
@@ -243,7 +245,7 @@ class TextRun(SeededRun):
     def _relaxed(self, seed: int) -> DistilledSet:
         begun = time.perf_counter()
         found = relax_tokens(
-            self.set_of("k_center", seed), self.student, self._judge(), steps=self.job.swap_steps, allowed=self._allowed(),
+            self.set_of("k_center", seed), self.student, self._judge(), steps=self.job.relax_steps, allowed=self._allowed(),
             seed=seed,
         )
         self._noted("relaxed tokens", seed, found.meta["search"]["losses"], time.perf_counter() - begun)

@@ -76,12 +76,13 @@ def test_bars_of_seeded_results():
 def test_a_grid_of_texts_has_a_panel_a_corpus():
     rows = {f"{n}/fixed": {s: {"mean": m + int(s) / 100} for s in "01"} for n, m in (("herding", 0.5), ("sentences", 0.6))}
     other = {"herding/fixed": rows["herding/fixed"]}
-    cells = {"a,5": {"rows": rows}, "a,10": {"rows": other}, "b,10": {"rows": other}, "c,10": {"rows": {}}}
-    result = {"config": {"rows": [*rows], "corpora": {"a": {}, "b": {}, "c": {}}}, "cells": cells}
+    once = {"swaps/fixed": rows["herding/fixed"]}
+    cells = {"a,5": {"rows": rows | once}, "a,10": {"rows": other}, "b,10": {"rows": rows}, "c,10": {"rows": {}}}
+    result = {"config": {"rows": [*rows, *once], "corpora": {"a": {}, "b": {}, "c": {}}}, "cells": cells}
     first, second = plots.seeded_grid(result).axes
     assert [axes.get_title() for axes in (first, second)] == ["a", "b"]
     assert [t.get_text() for t in second.get_xticklabels()] == ["5", "10"]
-    herding, dots, sentences, _ = first.lines
+    herding, dots, sentences, _ = first.lines  # and no swaps, which have been run at one size only
     assert herding.get_label() == "real, herding" and sentences.get_label() == "real, chosen by a judge"
     assert list(herding.get_ydata()) == pytest.approx([0.505, 0.505]) and list(sentences.get_ydata()) == pytest.approx([0.605])
     assert list(dots.get_ydata()) == pytest.approx([0.5, 0.51] * 2)

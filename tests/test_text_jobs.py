@@ -20,8 +20,8 @@ SMALL = {
     "name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
     "seeds": [0, 1], "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "label_steps": 2,
     "label_unroll_steps": 3, "label_adamw": 0.001, "label_rates": [0.2, 0.05],
-    "judge_steps": 5, "sentence_steps": 2, "sentences": 20, "swap_steps": 2, "candidates": 4, "fixed_steps": 2,
-    "target": "distilbert-base-uncased", "rows": list(MADE),
+    "judge_steps": 5, "sentence_steps": 2, "sentences": 20, "swap_steps": 2, "candidates": 4, "relax_steps": 2,
+    "fixed_steps": 2, "target": "distilbert-base-uncased", "rows": list(MADE),
 }
 
 
