@@ -8,6 +8,7 @@ import torch
 
 import distillkit as dk
 from distillkit.judges import FrozenJudge, StudentJudge, Swap
+from distillkit.metagrad import MetaGradient
 from distillkit.neighbors import allowed_tokens
 from distillkit.text import (
     SwapSearch,
@@ -123,7 +124,7 @@ SECRET = 25
 
 @dataclasses.dataclass
 class Planted:
-    """A judge, and an objective's gradient, that want one word at one place and nothing else."""
+    """A judge that wants one word at one place and nothing else."""
 
     student: dk.Student
 
@@ -360,6 +361,38 @@ def test_a_relaxed_choice_stops_where_the_judge_is_lost(world, start):
         relax_tokens(start, world[1], Lost(world[1]))
     with pytest.raises(ValueError, match="project it first"):
         relax_tokens(dataclasses.replace(start, tokens=None), world[1], Planted(world[1]))
+
+
+# --- learned embeddings ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedGradient:
+    """A way to form the meta-gradient that wants what :class:`Planted` wants."""
+
+    student: dk.Student
+    name = "Planted"
+
+    def __call__(self, problem):
+        loss, gradient = Planted(self.student).gradient(problem, 0)
+        return MetaGradient(loss, gradient, None, torch.zeros_like(problem.step_sizes))
+
+    def describe(self):
+        return {"name": self.name}
+
+
+@pytest.mark.parametrize("way", ["projection", "neighbor loss", "through projection"])
+def test_embeddings_that_are_learned_end_at_a_planted_word(world, way):
+    start = dk.select(*world, "random", per_class=1, length=6)
+    goal = dk.BPTT(*world, dk.Unroll(2, metagrad=PlantedGradient(world[1])), batch_size=8)
+    terms = [dk.NeighborLoss(world[1], weight=lambda at: 0.1 * at)] if way == "neighbor loss" else []
+    if way == "through projection":
+        goal = ThroughProjection(goal)
+    distiller = dk.Distiller(start, goal, lr=0.02, regularizers=terms)
+    list(distiller.run(60))
+    found = dk.project(distiller.distilled, world[1])
+    assert start.tokens[0, 2] != SECRET and found.tokens[0, 2] == SECRET
+    assert (found.tokens != start.tokens).sum() == 1
 
 
 # --- through the projection ------------------------------------------------------------------------------------------
