@@ -72,6 +72,16 @@ def test_hard_labels_are_the_same_for_all_and_learned_ones_belong_to_the_text(fi
         assert hardened(labelled).targets.tolist() == [0, 1] and "recipe" not in hardened(labelled).meta
 
 
+def test_the_same_sentences_are_scored_once(finished):
+    """At one a class herding and k-centre both take the medoid."""
+    _, result = finished
+    for recipe in ("tuned", "relabelled"):
+        for seed in "01":
+            one, other = (result["rows"][f"{method}/{recipe}"][seed] for method in ("k_center", "herding"))
+            assert {**one, "same_set_as": "k_center"} == other and "same_set_as" not in one
+    assert not any("same_set_as" in score for score in result["rows"]["random/tuned"].values())
+
+
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result = finished
     monkeypatch.setattr(text_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
