@@ -262,7 +262,7 @@ MORE_COLOURS = METHOD_COLOURS | {
     "projection": METHOD_COLOURS["projected"], "swaps": _BRIGHT[3], "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6],
     "through projection": _DARK[4], "nearest sentences": _DARK[2], "swaps from random": _DARK[3],
     "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
-    "relaxed tokens": _BRIGHT[8], "swaps from relaxed tokens": _BRIGHT[9],
+    "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9],
     "bptt": METHOD_COLOURS["embeddings"], "bptt text": _DARK[0], "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
 }
 MORE_LABELS = LABELS | {
