@@ -18,13 +18,12 @@ The rows, all scored on the same test split with the same fresh seeds:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.distiller import Distiller
+from distillkit.distiller import Distiller, digest
 from distillkit.evaluation import evaluate
 from distillkit.inner import SGD, Unroll
 from distillkit.metagrad import ForwardDifference, Replay
@@ -110,6 +109,21 @@ class ClassificationJob(Settings):
 
 
 
+def twin(method: str, scores: Mapping[str, dict | None], set_of: Callable[[str], DistilledSet]) -> dict | None:
+    """The score of another method that selected the very same sentences, as herding and k-centre do at one a class.
+
+    Args:
+        method: whose score is wanted.
+        scores: by method, under the same recipe; of one that has none, no set is made.
+        set_of: gives a method's set.
+    """
+    for other in METHODS if method in METHODS else ():
+        score = scores.get(other)
+        if other != method and score and digest(set_of(other)) == digest(set_of(method)):
+            return {**score, "same_set_as": other}
+    return None
+
+
 class Run:
     """A job under way: loads once what several rows need, and writes each row to ``folder/<name>.json``.
 
@@ -171,16 +185,9 @@ class Run:
         return {"method": method, **as_json(found)}
 
     def _twin(self, method: str, recipe: str) -> dict | None:
-        """The row of another method that selected the very same sentences, as herding and k-centre do at one a class."""
-        if method not in METHODS:
-            return None
-        ours = self.set_of(method).tokens
-        for other in METHODS:
-            row = self.result["rows"].get(f"{other}/{recipe}")
-            theirs = self.set_of(other).tokens if row else None
-            if ours is not None and theirs is not None and torch.equal(theirs, ours):
-                return {**row, "method": method, "same_set_as": other}
-        return None
+        rows = {other: self.result["rows"].get(f"{other}/{recipe}") for other in METHODS}
+        found = twin(method, rows, self.set_of)
+        return found and found | {"method": method}
 
     def set_of(self, method: str) -> DistilledSet:
         """The set that a row's scores are of; distilled or selected at its first use."""

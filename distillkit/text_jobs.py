@@ -40,10 +40,10 @@ from torch import Tensor
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.distiller import Distiller, digest
+from distillkit.distiller import Distiller
 from distillkit.evaluation import evaluate
 from distillkit.inner import SGD, AdamW, Optimizer, Unroll
-from distillkit.jobs import STRATEGIES
+from distillkit.jobs import STRATEGIES, twin
 from distillkit.judges import FrozenJudge
 from distillkit.neighbors import NeighborLoss, project
 from distillkit.objectives import BPTT
@@ -179,8 +179,9 @@ class TextRun(SeededRun):
         if method == "full":
             return as_json(evaluate(None, self.task, self.student, seeds=(seed,)))
         set_ = self.set_of(method, seed)
-        if twin := self._twin(set_, method, recipe, seed):
-            return twin
+        scores = {other: self.result["rows"].get(f"{other}/{recipe}", {}).get(str(seed)) for other in METHODS}
+        if found := twin(method, scores, lambda other: self.set_of(other, seed)):
+            return found
         if recipe == "transfer":
             self._target = self._target or load_student(self.job.target, self.task)
             return as_json(transfer(hardened(set_), self.task, self._target, seeds=self.job.eval_seeds))
@@ -196,14 +197,6 @@ class TextRun(SeededRun):
         if method in WAYS:
             row["text"] = set_.to_text().to_list()
         return row
-
-    def _twin(self, set_: DistilledSet, method: str, recipe: str, seed: int) -> dict | None:
-        """The score of another selection of the very same sentences, such as the medoid that two methods begin with."""
-        for other in METHODS if method in METHODS else ():
-            found = self.result["rows"].get(f"{other}/{recipe}", {}).get(str(seed))
-            if other != method and found and digest(self.set_of(other, seed)) == digest(set_):
-                return {**found, "same_set_as": other}
-        return None
 
     def _make(self, method: str, seed: int) -> DistilledSet:
         if method in METHODS:
