@@ -390,10 +390,10 @@ def metagrad_cost(result: dict) -> Figure:
         rows = [row for row in entry["rows"] if row["contender"] == name and row.get("cost") is not None]
         if rows:
             lines[0][name] = [row["steps"] for row in rows], [row["cost"] for row in rows]
-            lines[1][name] = [row["steps"] for row in rows], [row["activations"] / 1e6 for row in rows]
+            lines[1][name] = [row["steps"] for row in rows], [row["bytes"] / 1e6 for row in rows]
     figure = curves([
         (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training", lines[0]),
-        ("Memory", "inner steps T", "live MB beside the parameters", lines[1]),
+        ("Memory, copies of the parameters included", "inner steps T", "live MB", lines[1]),
     ], log="x")
     steps = sorted({row["steps"] for row in entry["rows"]})
     for axes in figure.axes:

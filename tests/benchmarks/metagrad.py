@@ -535,18 +535,20 @@ def tables(result: dict) -> str:
 
 
 def cost_table(entry: dict, result: dict) -> str:
-    """A row a contender: cost for each T, live bytes at two, and the worst inner step of all."""
+    """One row per contender: cost for each T, live memory at two of them, and the worst inner step of all."""
     steps = sorted({row["steps"] for row in entry["rows"]})
     high = steps[-1]
     ends = dict.fromkeys((next((s for s in steps if s > 1), high), high))  # of one step nothing is kept
     clock = [f"seconds, T = {high}"] if result["machine"]["cuda"] else []
-    titles = ["", *(f"T = {t}" for t in steps), *(f"MB, T = {t}" for t in ends), f"sets, T = {high}",
+    titles = ["", *(f"T = {t}" for t in steps), *(f"activations MB, T = {t}" for t in ends),
+              *(f"all MB, T = {t}" for t in ends), f"sets, T = {high}",
               "worst cosine", "worst error", *clock]
     lines = [_line(titles), _line(["---"] + ["---:"] * (len(titles) - 1))]
     for name in dict.fromkeys(row["contender"] for row in entry["rows"]):
         rows = {row["steps"]: row for row in entry["rows"] if row["contender"] == name}
         cells = [_cell(rows, t, "cost", "{:.2f}") for t in steps]
         cells += [_cell(rows, t, "activations", "{:.1f}", 1e-6) for t in ends]
+        cells += [_cell(rows, t, "bytes", "{:.0f}", 1e-6) for t in ends]
         cells += [_cell(rows, high, "sets", "{:.1f}"), *_worst(rows.values())]
         lines.append(_line([name, *cells, *(_cell(rows, high, "seconds", "{:.4g}") for _ in clock)]))
     return "\n".join([*lines, "", f"The outer batch of {result['settings']['outer_batch']} costs "
