@@ -1,4 +1,4 @@
-"""distillkit: learn a few synthetic examples that train a text model nearly as well as the whole corpus.
+"""distillkit: learn a few synthetic examples that train a text model in a few steps.
 
     import distillkit as dk
 
