@@ -105,7 +105,7 @@ def test_the_cost_of_a_meta_gradient_against_its_steps():
     result = stored("metagrad")
     time, memory = plots.metagrad_cost(result).axes
     rows = [row for row in result["entries"][0]["rows"] if row["contender"] == "Replay"]
-    for axes, key, scale in ((time, "cost", 1), (memory, "activations", 1e-6)):
+    for axes, key, scale in ((time, "cost", 1), (memory, "bytes", 1e-6)):
         (line,) = (line for line in axes.lines if line.get_label() == "Replay")
         assert list(line.get_xdata()) == [row["steps"] for row in rows]
         assert list(line.get_ydata()) == pytest.approx([row[key] * scale for row in rows])
