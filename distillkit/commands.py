@@ -484,7 +484,6 @@ def doctor(student: str = "offline:minilm") -> Iterator[str]:
     yield from _data()
     yield from _files(student)
     yield from _model(student)
-    yield from _abilities(student)
 
 
 def _versions() -> Iterator[str]:
@@ -569,39 +568,19 @@ def _files(source: str) -> Iterator[str]:
             yield f"  files {word}: {', '.join(map(_printable, names))}"
 
 
-def _trial_task(*rows: dict):
-    """A task of a few rows, the same in all splits."""
+def _model(source: str) -> Iterator[str]:
+    """What a student is, and which derivatives each kind of attention has, tried on a sentence."""
     import tempfile
 
+    from distillkit.metagrad import recommend
+    from distillkit.students import load_student
     from distillkit.tasks import load_task
 
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "validation", "test"):
+            rows = ({"text": f"a sentence of class {c}", "label": c} for c in ("one", "two"))
             (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return load_task(folder, max_length=16)
-
-
-def _abilities(source: str) -> Iterator[str]:
-    """Whether a student can have adapters, and learn from instructions; if not, why."""
-    from distillkit.students import load_student
-
-    labels = _trial_task(*({"text": "a sentence", "label": c} for c in ("one", "two")))
-    instructions = _trial_task({"prompt": "a question", "response": "an answer"})
-    for what, task, trainable in (("trainable lora", labels, "lora"), ("instruction tasks", instructions, "full")):
-        try:
-            load_student(source, task, trainable=trainable)
-        except ValueError as error:
-            yield f"  {what}: no ({_printable(str(error))})"
-        else:
-            yield f"  {what}: yes"
-
-
-def _model(source: str) -> Iterator[str]:
-    """What a student is, and which derivatives each kind of attention has, tried on a sentence."""
-    from distillkit.metagrad import recommend
-    from distillkit.students import load_student
-
-    task = _trial_task(*({"text": f"a sentence of class {c}", "label": c} for c in ("one", "two")))
+        task = load_task(folder, max_length=16)
     for attention in ("eager", "sdpa"):
         student = load_student(source, task, attention=attention)
         if attention == "eager":

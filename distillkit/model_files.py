@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
 WEIGHTS, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
@@ -100,6 +101,74 @@ def _converted_revision(hub_id: str) -> str | None:
     except (HTTPError, OSError, IndexError):  # IndexError: transformers looks for the commit before the pull request's own
         return None
     return pull.git_reference if pull is not None and pull.author == "SFconvertbot" else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bar, and without "some weights were newly initialised": that is what init() is for."""
+    logs = transformers.utils.logging
+    verbosity, bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bar:
+            logs.enable_progress_bar()
+
+
+def read_config(folder: Path, source: str) -> Any:
+    """The configuration in a folder of :func:`readable`, as transformers reads it."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers' own code may fail in any way on other people's values
+        raise ValueError(f"{source!r}: its {CONFIG} is not one that transformers can read ({told(error)}); save or download it "
+                         "again") from error
+    config.name_or_path = source
+    return config
+
+
+def read_tokenizer(folder: Path, source: str, config: Any) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in a folder of :func:`readable`, as transformers reads it for ``config``."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{source!r}: its tokenizer cannot be read ({told(error)}); save or download it again") from error
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+        raise ValueError(f"{source!r}: its {TOKENIZER_CONFIG} names a class that is no tokenizer; save the tokenizer again")
+    tokenizer.name_or_path = source
+    return tokenizer
+
+
+def check_attention(module: Any, attention: str, source: str) -> None:
+    """Raise ValueError unless each part of a model computes its ``attention`` as it was asked to."""
+    for part in module.modules():
+        actual = getattr(getattr(part, "config", None), "_attn_implementation", attention)
+        if actual != attention:
+            raise ValueError(f"{source!r} computes its attention as {actual!r}, although {attention!r} was asked for; it "
+                             "cannot be a student")
+
+
+def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, rows: int, source: str) -> None:
+    """Raise ValueError where text can become tokens that an embedding table of ``rows`` rows does not have, or no words.
+
+    Special tokens that no text gets are needed only if it spells them out, such as the image placeholder of Gemma 3, which lies
+    beyond the table of its text models.
+    """
+    spelled = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    roles = {token: i for role in ("pad", "bos", "eos", "unk", "cls", "sep")
+             if (token := getattr(tokenizer, f"{role}_token")) is not None
+             and (i := tokenizer.convert_tokens_to_ids(token)) is not None}
+    words = {token: i for token, i in tokenizer.get_vocab().items() if i not in spelled and token not in roles}
+    if not words:
+        raise ValueError(f"{source!r}: its tokenizer has no words, so all text would look alike; save the one that the model "
+                         "was trained with there")
+    beyond = sorted(token for token, i in {**words, **roles}.items() if i >= rows)
+    if beyond:
+        raise ValueError(f"{source!r}: its tokenizer has {len(beyond)} tokens beyond the {rows} rows of the embedding table, "
+                         f"such as {reprlib.repr(beyond[0])}; save the tokenizer that belongs to it, or add rows with "
+                         "resize_token_embeddings and save the model")
 
 
 def inventory(source: str) -> tuple[list[str], list[str]]:

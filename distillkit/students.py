@@ -25,7 +25,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
-import reprlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -519,34 +518,21 @@ def _minilm_location() -> str:
     return str(folder)
 
 
-@contextlib.contextmanager
-def _quiet():
-    """transformers without its progress bar, and without "some weights were newly initialised": that is what init() is for."""
-    logs = transformers.utils.logging
-    verbosity, bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(verbosity)
-        if bar:
-            logs.enable_progress_bar()
-
-
 def _from_pretrained(
     location: str, wanted: _Wanted, source: str
 ) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
-    with model_files.readable(location) as folder, _quiet():
-        config = _config(folder, location, wanted)
+    with model_files.readable(location) as folder, model_files.quiet():
+        config = model_files.read_config(folder, location)
         if config.model_type not in wanted.architectures:
             raise ValueError(
                 f"{source!r} is a model of kind {config.model_type!r}; a student for {wanted.kind} is one of "
                 + ", ".join(wanted.architectures)
             )
-        tokenizer = _tokenizer(folder, location, config)
-        language_model = wanted.kind == "instruction"
-        auto: Any = transformers.AutoModelForCausalLM if language_model else transformers.AutoModelForSequenceClassification
+        tokenizer = model_files.read_tokenizer(folder, location, config)
+        if wanted.kind == "instruction":
+            auto: Any = transformers.AutoModelForCausalLM
+        else:
+            auto, config.num_labels = transformers.AutoModelForSequenceClassification, wanted.num_classes
         attention = {"attn_implementation": wanted.attention, **NO_CODE}
         model_files.check_size(lambda: auto.from_config(config, **attention), folder, source)
         try:
@@ -562,8 +548,8 @@ def _from_pretrained(
         except safetensors.SafetensorError as error:
             raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
     module.config.name_or_path = module.name_or_path = location
-    _check_attention(module, wanted.attention, source)
-    _check_vocabulary(tokenizer, len(module.get_input_embeddings().weight), source)
+    model_files.check_attention(module, wanted.attention, source)
+    model_files.check_vocabulary(tokenizer, len(module.get_input_embeddings().weight), source)
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     fresh = {name for name in missing if name.startswith(module.base_model_prefix + ".")}
     # A masked language model is saved without a pooler, which is drawn like a head; nothing else may be missing.
@@ -582,58 +568,6 @@ def _from_pretrained(
         module.config.tie_word_embeddings = False
     # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
     return module.to(wanted.dtype), tokenizer, fresh
-
-
-def _config(folder: Path, location: str, wanted: _Wanted) -> Any:
-    labels = {} if wanted.kind == "instruction" else {"num_labels": wanted.num_classes}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **labels, **NO_CODE)
-    except Exception as error:  # transformers' own code may fail in any way on other people's values
-        raise ValueError(f"the config.json of {location!r} is not one that transformers can read ({model_files.told(error)}); "
-                         "save or download it again") from error
-    config.name_or_path = location
-    return config
-
-
-def _tokenizer(folder: Path, location: str, config: Any) -> transformers.PreTrainedTokenizerBase:
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, **NO_CODE)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"the tokenizer of {location!r} cannot be read ({model_files.told(error)}); save or download it "
-                         "again") from error
-    if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        raise ValueError(f"the tokenizer_config.json of {location!r} names a class that is no tokenizer; save it again")
-    tokenizer.name_or_path = location
-    return tokenizer
-
-
-def _check_attention(module: Any, attention: str, source: str) -> None:
-    """Second derivatives depend on it, so what was asked for is not taken on trust."""
-    for part in module.modules():
-        actual = getattr(getattr(part, "config", None), "_attn_implementation", attention)
-        if actual != attention:
-            raise ValueError(f"{source!r} computes its attention as {actual!r}, although {attention!r} was asked for; it "
-                             "cannot be a student")
-
-
-def _check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, rows: int, source: str) -> None:
-    """Raise ValueError where text can become tokens that the embedding table of ``rows`` rows does not have, or no words.
-
-    Special tokens without a role are needed only if text spells them out, such as the image placeholder of Gemma 3, which lies
-    beyond the table of its text models.
-    """
-    spelled = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = {name: value for name in ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
-               if (value := getattr(tokenizer, f"{name}_token_id")) is not None}
-    words = {token: i for token, i in tokenizer.get_vocab().items() if i not in spelled and i not in special.values()}
-    if not words:
-        raise ValueError(f"the tokenizer of {source!r} has no words, so all text would look alike; save the one that the model "
-                         "was trained with there")
-    beyond = [token for token, i in {**words, **special}.items() if i >= rows]
-    if beyond:
-        raise ValueError(f"the tokenizer of {source!r} has {len(beyond)} tokens beyond the {rows} rows of the embedding table, "
-                         f"such as {reprlib.repr(sorted(beyond)[0])}; save the tokenizer that belongs to it, or add rows with "
-                         "resize_token_embeddings and save the model")
 
 
 def _every_second_layer(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:
