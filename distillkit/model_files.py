@@ -11,6 +11,7 @@ Numbers are checked before anything of their size is built, so that a foreign co
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import json
 import re
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "added_tokens.json", "special_to
 TEMPLATE = "chat_template.jinja"
 NAMES = (CONFIG, TOKENIZER_CONFIG, ADAPTER, WEIGHTS, INDEX, SHARDS, *TOKENIZER_FILES, TEMPLATE)  # all that is downloaded
 
+AGAIN = "save or download the model again"
 MB = 2**20
 JSON_BYTES, VOCABULARY_BYTES, TEMPLATE_BYTES, HEADER_BYTES = 8 * MB, 128 * MB, MB, 8 * MB
 DEPTH = 32  # of nested JSON; real configurations have 4
@@ -49,21 +51,67 @@ DROPPED_ENDINGS = ("_implementation", "_implementation_internal", "_file", "_fil
 
 
 @contextlib.contextmanager
-def readable(source: str) -> Iterator[Path]:
-    """A temporary folder with what transformers may see of a model: a local folder in the hub's layout, or a hub id.
+def readable(source: str, *, installed: bool = False) -> Iterator[Path]:
+    """A temporary folder with what transformers may see of a model.
+
+    Args:
+        source: a local folder in the hub's layout, or a hub id.
+        installed: the folder belongs to an installed package, whose files an installer may have made links.
 
     Raises:
         FileNotFoundError: ``source`` is neither here nor on the hub.
         ValueError: it has no weights in safetensors or no tokenizer, is quantised or an adapter, or a file of it is damaged,
             too large, or a link that leaves the folder.
     """
-    folder = Path(source)
-    if not folder.exists():
-        folder = snapshot(source)
+    try:
+        is_local = Path(source).exists()
+    except OSError:  # a name that no file can have
+        is_local = False
+    folder = _Folder(Path(source), installed) if is_local else _Folder(snapshot(source), True)
     with tempfile.TemporaryDirectory(prefix="distillkit-model-") as temporary:
-        clean = Path(temporary)
-        _link_all(folder, clean)
-        yield clean
+        try:
+            _link_all(folder, Path(temporary))
+        except OSError as error:
+            raise ValueError(f"{folder.path} cannot be read ({told(error)}); check the disk and your rights") from error
+        yield Path(temporary)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+    """A folder to read from; ``links_lead_out``: its files may be links to anywhere, as they are somebody's we trust."""
+
+    path: Path
+    links_lead_out: bool
+
+    def file(self, name: str, most_bytes: int | None = None) -> Path | None:
+        """Where the file ``name`` really is; None if there is none.
+
+        Links may lead about in the folder, and from a snapshot in the hub's cache to that cache's own files.
+        """
+        path = self.path / name
+        if not path.is_file():
+            return None
+        home, real = self.path.resolve(), path.resolve()
+        homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+        if not self.links_lead_out and not any(real.is_relative_to(place) for place in homes):
+            raise ValueError(f"{path} is a link that leads out of its folder; put the file itself there")
+        size = real.stat().st_size
+        if most_bytes is not None and size > most_bytes:
+            raise ValueError(f"{path} has {size:,} bytes, and no model needs more than {most_bytes:,} there; {AGAIN}")
+        return real
+
+    def json(self, name: str) -> dict | None:
+        """The JSON object in the file ``name``; None if there is no such file."""
+        path = self.file(name, JSON_BYTES)
+        if path is None:
+            return None
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path / name} is not JSON ({told(error)}); {AGAIN}") from error
+        if not isinstance(content, dict) or _depth(content) > DEPTH:
+            raise ValueError(f"{self.path / name} must be a JSON object of at most {DEPTH} levels; {AGAIN}")
+        return content
 
 
 def snapshot(hub_id: str) -> Path:
@@ -123,8 +171,7 @@ def read_config(folder: Path, source: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers' own code may fail in any way on other people's values
-        raise ValueError(f"{source!r}: its {CONFIG} is not one that transformers can read ({told(error)}); save or download it "
-                         "again") from error
+        raise ValueError(f"{source!r}: its {CONFIG} is not one that transformers can read ({told(error)}); {AGAIN}") from error
     config.name_or_path = source
     return config
 
@@ -134,9 +181,9 @@ def read_tokenizer(folder: Path, source: str, config: Any) -> transformers.PreTr
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{source!r}: its tokenizer cannot be read ({told(error)}); save or download it again") from error
+        raise ValueError(f"{source!r}: its tokenizer cannot be read ({told(error)}); {AGAIN}") from error
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        raise ValueError(f"{source!r}: its {TOKENIZER_CONFIG} names a class that is no tokenizer; save the tokenizer again")
+        raise ValueError(f"{source!r}: its {TOKENIZER_CONFIG} names a class that is no tokenizer; {AGAIN}")
     tokenizer.name_or_path = source
     return tokenizer
 
@@ -186,12 +233,12 @@ def check_size(build: Callable[[], Any], folder: Path, source: str) -> None:
             model = build()
     except Exception as error:  # transformers' own code may fail in any way on other people's numbers
         raise ValueError(f"{source!r}: its {CONFIG} does not describe a model that transformers can build ({told(error)}); "
-                         "save or download it again") from error
+                         f"{AGAIN}") from error
     numbers = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if numbers > stored + SPARE:
         raise ValueError(f"{source!r}: its {CONFIG} describes a model of {numbers:,} numbers, and its weight files have only "
-                         f"{stored:,} bytes; save or download it again")
+                         f"{stored:,} bytes; {AGAIN}")
 
 
 def told(error: Exception) -> str:
@@ -200,52 +247,49 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in line)}"
 
 
-def _link_all(folder: Path, clean: Path) -> None:
+def _link_all(folder: _Folder, clean: Path) -> None:
     """Link or rewrite into ``clean`` what may be seen of ``folder``."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; point to a model folder, not to a file of it")
-    if not (folder / CONFIG).is_file():
-        has_adapter = (folder / ADAPTER).exists()
-        raise ValueError(f"{folder} is not a model folder: it has no {CONFIG}; " + (
-            _MERGE if has_adapter else "point to a saved transformers model"))
-    if (folder / ADAPTER).exists():
-        raise ValueError(f"{folder} holds an adapter ({ADAPTER}) beside its model; {_MERGE}")
-    _write(clean / CONFIG, _checked_config(_read(folder, CONFIG), folder))
+    if not folder.path.is_dir():
+        raise ValueError(f"{folder.path} is not a folder; point to a model folder, not to a file of it")
+    config, has_adapter = folder.json(CONFIG), (folder.path / ADAPTER).exists()
+    if has_adapter:
+        raise ValueError(f"{folder.path} holds an adapter ({ADAPTER}), which is not a whole model; merge it into its model "
+                         "with peft's merge_and_unload(), and save that")
+    if config is None:
+        raise ValueError(f"{folder.path} is not a model folder: it has no {CONFIG}; point to a saved transformers model")
+    _write(clean / CONFIG, _checked_config(config, folder.path))
     _link_weights(folder, clean)
     _link_tokenizer(folder, clean)
 
 
-_MERGE = "merge it into its model with peft's merge_and_unload(), and save that"
-
-
-def _link_weights(folder: Path, clean: Path) -> None:
-    if (folder / WEIGHTS).is_file():
+def _link_weights(folder: _Folder, clean: Path) -> None:
+    index = None if folder.file(WEIGHTS) else folder.json(INDEX)
+    if folder.file(WEIGHTS):
         shards = {WEIGHTS: WEIGHTS}
-    elif (folder / INDEX).is_file():
-        weight_map = _read(folder, INDEX).get("weight_map")
+    elif index is not None:
+        weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
-            raise ValueError(f"{folder / INDEX} must give each tensor the name of a *.safetensors file in the same folder; "
-                             "save or download the model again")
+            raise ValueError(f"{folder.path / INDEX} must give each tensor the name of a *.safetensors file in its folder; "
+                             f"{AGAIN}")
         names = sorted(set(weight_map.values()))
         shards = {name: f"model-{i:05}-of-{len(names):05}.safetensors" for i, name in enumerate(names, 1)}
         _write(clean / INDEX, {"metadata": {}, "weight_map": {tensor: shards[name] for tensor, name in weight_map.items()}})
     else:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        pickles = sorted(path.name for path in folder.path.glob("*.bin"))
         kind = "only pickles, which can run code when they are read and never are" if pickles else "nothing in that format"
         raise ValueError(
-            f"{folder} has no {WEIGHTS}: there is {kind}; convert a pickle that you trust with safetensors.torch.save_file("
-            f"torch.load('pytorch_model.bin', weights_only=True), '{WEIGHTS}', {{'format': 'pt'}}), or with the model's own "
-            "save_pretrained"
+            f"{folder.path} has no {WEIGHTS}: there is {kind}; convert a pickle that you trust with safetensors.torch."
+            f"save_file(torch.load('pytorch_model.bin', weights_only=True), '{WEIGHTS}', {{'format': 'pt'}}), or with the "
+            "model's own save_pretrained"
         )
     for name, own_name in shards.items():
-        path = _plain(folder, name)
+        path = folder.file(name)
         if path is None:
-            raise ValueError(f"{folder} lacks {name}, which its {INDEX} names; save or download the model again")
+            raise ValueError(f"{folder.path} lacks {name}, which its {INDEX} names; {AGAIN}")
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if HEADER_BYTES < header <= path.stat().st_size:
-            raise ValueError(f"{path} has a header of {header:,} bytes, and no model needs more than {HEADER_BYTES:,}; save "
-                             "the weights again")
+            raise ValueError(f"{path} has a header of {header:,} bytes, and no model needs more than {HEADER_BYTES:,}; {AGAIN}")
         (clean / own_name).symlink_to(path)
 
 
@@ -253,20 +297,18 @@ def _is_shard(name) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors", name) is not None
 
 
-def _link_tokenizer(folder: Path, clean: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if path := _plain(folder, name, VOCABULARY_BYTES):
+def _link_tokenizer(folder: _Folder, clean: Path) -> None:
+    for name in (*TOKENIZER_FILES, TEMPLATE):
+        if path := folder.file(name, TEMPLATE_BYTES if name == TEMPLATE else VOCABULARY_BYTES):
             (clean / name).symlink_to(path)
-    if path := _plain(folder, TEMPLATE, TEMPLATE_BYTES):
-        (clean / TEMPLATE).symlink_to(path)
-    if (folder / TOKENIZER_CONFIG).is_file():
-        _write(clean / TOKENIZER_CONFIG, _without_dropped(_read(folder, TOKENIZER_CONFIG)))
+    if settings := folder.json(TOKENIZER_CONFIG):
+        _write(clean / TOKENIZER_CONFIG, _without_dropped(settings))
     vocabularies = [name for name in VOCABULARIES if (clean / name).exists()]
     if vocabularies == ["vocab.json"] and not (clean / "merges.txt").exists():
-        raise ValueError(f"{folder} has a vocab.json without its merges.txt; save the tokenizer again with save_pretrained")
+        raise ValueError(f"{folder.path} has a vocab.json without its merges.txt; {AGAIN}")
     if not vocabularies:
-        raise ValueError(f"{folder} has no tokenizer (no {', '.join(VOCABULARIES[:3])}, ...); save the one that the model was "
-                         "trained with there, with its save_pretrained")
+        raise ValueError(f"{folder.path} has no tokenizer (no {', '.join(VOCABULARIES[:3])}, ...); save the one that the model "
+                         "was trained with there, with its save_pretrained")
 
 
 def _checked_config(config: dict, folder: Path) -> dict:
@@ -277,15 +319,15 @@ def _checked_config(config: dict, folder: Path) -> dict:
     """
     where = folder / CONFIG
     if not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{where} names no model_type, such as \"bert\"; save the model again with save_pretrained")
+        raise ValueError(f"{where} names no model_type, such as \"bert\"; {AGAIN}")
     for parent in (config, *(value for value in config.values() if isinstance(value, dict))):
         if parent.get("quantization_config") or parent.get("compression_config"):
             raise ValueError(f"{where} describes quantised weights, which cannot be trained; take the model's full-precision "
                              "weights, or save it dequantised")
         for key, value in parent.items():
             if re.search(r"layers?$|group_num$|groups$", key) and isinstance(value, int) and value > LAYERS:
-                raise ValueError(f"{where} has {key!r} = {reprlib.repr(value)}, and no model has more than {LAYERS}; save or "
-                                 "download the model again")
+                raise ValueError(f"{where} has {key!r} = {reprlib.repr(value)}, and no model has more than {LAYERS}; "
+                                 f"{AGAIN}")
     return _without_dropped(config)
 
 
@@ -294,37 +336,6 @@ def _without_dropped(value):
         return {key: _without_dropped(part) for key, part in value.items()
                 if key not in DROPPED and not key.endswith(DROPPED_ENDINGS)}
     return [_without_dropped(part) for part in value] if isinstance(value, list) else value
-
-
-def _plain(folder: Path, name: str, most_bytes: int | None = None) -> Path | None:
-    """Where the file ``name`` of a folder really is; None if there is none.
-
-    Links may lead about in the folder, and from a snapshot in the hub's cache to that cache's own files.
-    """
-    path = folder / name
-    if not path.is_file():
-        return None
-    home = folder.resolve()
-    homes = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    real = path.resolve()
-    if not any(real.is_relative_to(place) for place in homes):
-        raise ValueError(f"{path} is a link that leads out of its folder; put the file itself there")
-    if most_bytes is not None and real.stat().st_size > most_bytes:
-        raise ValueError(f"{path} has {real.stat().st_size:,} bytes, and no model needs more than {most_bytes:,} there; save "
-                         "or download the model again")
-    return real
-
-
-def _read(folder: Path, name: str) -> dict:
-    path = _plain(folder, name, JSON_BYTES)
-    assert path is not None  # its presence is what brought us here
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / name} is not JSON ({told(error)}); save or download the model again") from error
-    if not isinstance(content, dict) or _depth(content) > DEPTH:
-        raise ValueError(f"{folder / name} must be a JSON object of at most {DEPTH} levels; save or download the model again")
-    return content
 
 
 def _depth(value) -> int:

@@ -54,7 +54,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 TRAINABLE = ("full", "head", "lora")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
-UNKNOWN, SAMPLED = 0.05, 256  # the share of unknown tokens that is worth a warning, and the rows it is counted in
 NO_CODE = {"trust_remote_code": False}  # said outright, as transformers asks the user where nothing is said
 DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")
 
@@ -422,6 +421,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+UNKNOWN, SAMPLED = 0.05, 256  # the share of unknown tokens that is worth a warning, and the rows it is counted in
+
+
 def _warn_of_unknown_words(student: Student, task) -> None:
     """Warn where the tokenizer turns much of the corpus into its unknown token; a byte-level one knows every text."""
     unknown = student.tokenizer.unk_token_id
@@ -521,7 +523,8 @@ def _minilm_location() -> str:
 def _from_pretrained(
     location: str, wanted: _Wanted, source: str
 ) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
-    with model_files.readable(location) as folder, model_files.quiet():
+    installed = source.startswith("offline:")
+    with model_files.readable(location, installed=installed) as folder, model_files.quiet():
         config = model_files.read_config(folder, location)
         if config.model_type not in wanted.architectures:
             raise ValueError(

@@ -157,6 +157,12 @@ def grown(**tokens):
     return harm
 
 
+def far_token(folder, *_):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["story"] = 4 * 10**9
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 HARMS = {
     "index names a pickle": (indexed(shard_pickle), "index.json"),
     "index names a parent folder": (indexed(lambda *_: "../outside.safetensors"), "index.json"),
@@ -205,6 +211,8 @@ HARMS = {
     "a chat template of 1 GB": (sparse("chat_template.jinja", 2**30), "bytes"),
     **{f"config asks for 10**12 {name}": (config(**{name: 10**12}), "config.json") for name in (
         "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings", "type_vocab_size")},
+    "tokenizer has a token 4,000,000,000": (far_token, "beyond"),
+    "config is a folder": (lambda *a: (without("config.json")(*a), (a[0] / "config.json").mkdir()), "config.json"),
     "config asks for more than a number holds": (config(vocab_size=10**30), "config.json"),
     "config asks for some GB": (config(vocab_size=10**8), "bytes"),
 }
@@ -360,6 +368,31 @@ def test_a_snapshot_of_the_hubs_cache(world, folder, tmp_path, honest):
     else:
         with pytest.raises(ValueError, match="link"):
             dk.load_student(snapshot, task)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a/b/c", "no\0body", "./nobody", "\x1b[31m"])
+def test_names_that_nothing_has(task, standin_hub, name):
+    with pytest.raises(FileNotFoundError) as refusal:
+        dk.load_student(name, task)
+    assert "unknown student" in str(refusal.value) and str(refusal.value).isprintable()
+
+
+def test_the_files_of_an_installed_package_may_be_links(task, monkeypatch, tmp_path):
+    """As some installers make them, into their own cache."""
+    import importlib.util
+    from importlib.machinery import ModuleSpec
+
+    from distillkit.students import MINILM_PACKAGE
+
+    whole = dk.load_student("offline:minilm", task)
+    package = Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations)))
+    (tmp_path / "model").mkdir()
+    for path in (package / "model").iterdir():
+        (tmp_path / "model" / path.name).symlink_to(path)
+    find, spec = importlib.util.find_spec, ModuleSpec(MINILM_PACKAGE, None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: spec if name == MINILM_PACKAGE else find(name, *rest))
+    assert torch.equal(logits(dk.load_student("offline:minilm", task)), logits(whole))
 
 
 def test_a_file_is_no_folder(task, folder):
