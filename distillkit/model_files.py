@@ -17,7 +17,8 @@ import json
 import re
 import reprlib
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,8 @@ def snapshot(hub_id: str) -> Path:
             folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(NAMES))) if revision else folder
     except (HTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"unknown student {hub_id!r}: neither a local folder nor to be had from the Hugging Face hub or its cache; without "
-            "internet use an offline student or a folder saved with save_pretrained"
+            f"unknown student {hub_id!r}: neither a local folder nor to be had from the Hugging Face hub or its cache "
+            f"({told(error)}); without internet use an offline student or a folder saved with save_pretrained"
         ) from error
     return folder
 
@@ -195,6 +196,23 @@ def check_attention(module: Any, attention: str, source: str) -> None:
         if actual != attention:
             raise ValueError(f"{source!r} computes its attention as {actual!r}, although {attention!r} was asked for; it "
                              "cannot be a student")
+
+
+def warn_of_unused(module: Any, names: Collection[str], source: str) -> None:
+    """Warn of tensors of a checkpoint's body that the model has no place for, such as layers that its configuration leaves out.
+
+    Args:
+        module: the model as loaded.
+        names: the tensors that it did not take.
+        source: what the model was loaded from.
+    """
+    body = {child for child, _ in module.base_model.named_children()}
+    inner = (name.removeprefix(f"{module.base_model_prefix}.") for name in names)
+    # A head is drawn afresh, and not every classifier has the pooler of its checkpoint.
+    unused = sorted(name for name in inner if name.split(".")[0] in body - {"pooler"})
+    if unused:
+        warnings.warn(f"{source!r}: {len(unused)} tensors of its body, such as {unused[0][:80]!r}, have no place in the model that "
+                      f"its {CONFIG} describes, which may not be the one that was trained", stacklevel=5)
 
 
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, rows: int, source: str) -> None:

@@ -552,6 +552,7 @@ def _from_pretrained(
             raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
     module.config.name_or_path = module.name_or_path = location
     model_files.check_attention(module, wanted.attention, source)
+    model_files.warn_of_unused(module, info["unexpected_keys"], source)
     model_files.check_vocabulary(tokenizer, len(module.get_input_embeddings().weight), source)
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     fresh = {name for name in missing if name.startswith(module.base_model_prefix + ".")}

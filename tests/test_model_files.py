@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import transformers
 
 import distillkit as dk
 from distillkit import model_files
+from standin_hub import MODELS
 
 BOMB = "[" * 100_000
 DEEP = '{"model_type": "bert", "deep": ' + '{"a": ' * 500 + "1" + "}" * 501
@@ -393,6 +395,38 @@ def test_the_files_of_an_installed_package_may_be_links(task, monkeypatch, tmp_p
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: spec if name == MINILM_PACKAGE else find(name, *rest))
     assert torch.equal(logits(dk.load_student("offline:minilm", task)), logits(whole))
+
+
+def fewer_layers(folder):
+    change(folder / "config.json", num_hidden_layers=1)
+
+
+def relative_positions(folder):
+    """As BERT had in earlier versions of transformers, and has no more."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["bert.encoder.layer.0.attention.self.distance_embedding.weight"] = torch.ones(3, 16)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change(folder / "config.json", position_embedding_type="relative_key")
+
+
+@pytest.mark.parametrize(("edit", "tensor"), [(fewer_layers, "encoder.layer.1"), (relative_positions, "distance_embedding")])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_body_that_the_model_has_no_place_for(task, folder, edit, tensor, whole):
+    edit(folder)
+    if not whole:  # as the body alone is saved, without its prefix
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        body = {name.removeprefix("bert."): value for name, value in weights.items() if name.startswith("bert.")}
+        safetensors.torch.save_file(body, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="tensors of its body.*no place") as warned:
+        dk.load_student(folder, task)
+    assert tensor in str(warned[0].message)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_of_other_tasks_are_no_loss(task, standin_hub, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        dk.load_student(name, task, trainable="full")
 
 
 def test_a_file_is_no_folder(task, folder):
