@@ -211,8 +211,8 @@ def warn_of_unused(module: Any, names: Collection[str], source: str) -> None:
     # A head is drawn afresh, and not every classifier has the pooler of its checkpoint.
     unused = sorted(name for name in inner if name.split(".")[0] in body - {"pooler"})
     if unused:
-        warnings.warn(f"{source!r}: {len(unused)} tensors of its body, such as {unused[0][:80]!r}, have no place in the model that "
-                      f"its {CONFIG} describes, which may not be the one that was trained", stacklevel=5)
+        warnings.warn(f"{source!r}: {len(unused)} tensors of its body, such as {unused[0][:80]!r}, have no place in the model "
+                      f"that its {CONFIG} describes, which may not be the one that was trained", stacklevel=5)
 
 
 def check_vocabulary(tokenizer: transformers.PreTrainedTokenizerBase, rows: int, source: str) -> None:
