@@ -482,6 +482,7 @@ def doctor(student: str = "offline:minilm") -> Iterator[str]:
     yield from _machine()
     yield f"hub: {_hub()}"
     yield from _data()
+    yield from _files(student)
     yield from _model(student)
 
 
@@ -556,6 +557,15 @@ def _data() -> Iterator[str]:
         folder = Path(root).expanduser() / name
         files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         yield f"  {name}: {', '.join(files) if files else 'absent'}"
+
+
+def _files(source: str) -> Iterator[str]:
+    """What is read of a local model folder, and which of its files are pickles, code or weights that never are."""
+    from distillkit.model_files import inventory
+
+    for word, names in zip(("read", "left out"), inventory(source)):
+        if names:
+            yield f"  files {word}: {', '.join(map(_printable, names))}"
 
 
 def _model(source: str) -> Iterator[str]:

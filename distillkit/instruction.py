@@ -142,8 +142,15 @@ def _front(tokenizer) -> list[int]:
 
 
 def _chat(tokenizer, prompt: str) -> str:
+    from jinja2 import TemplateError  # transformers renders with it, in a sandbox
+
     turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError("the tokenizer's chat template does not render a prompt "
+                         f"({type(error).__name__}: {str(error)[:80]!r}); set tokenizer.chat_template = None to do without it"
+                         ) from error
 
 
 def _ids(tokenizer, texts: list[str]) -> list[list[int]]:

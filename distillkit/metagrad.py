@@ -72,7 +72,8 @@ class Problem:
     T index tensors.  ``outer`` holds functions of θ_T whose values add up to the scalar J: one for each part of the real
     batch, so that no more than one part's activations need be alive.  ``micro_batch`` bounds the examples of an inner
     step that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it; ``state`` is the
-    optimiser's state at the start, fresh where it is None.
+    optimiser's state at the start, fresh where it is None.  ``seed`` is the address of this run, another one in each outer
+    step: strategies that draw something draw it from there.
     """
 
     student: Student
@@ -87,6 +88,7 @@ class Problem:
     micro_batch: int | None = None
     dropout_seed: int | None = None
     state: State | None = None
+    seed: int | None = None
 
     def start(self) -> tuple[Params, State]:
         """Where the training run begins."""
@@ -479,8 +481,9 @@ class Truncated(_Strategy):
     Args:
         window: how many steps.
         inner: the strategy that walks through them.
-        place: ``"last"``: the end of the run.  ``"random"``: the run ends after a random number of steps, at least
-            ``window``, and the window is its end (RaT-BPTT).
+        place: ``"last"``: the end of the run.  ``"random"``: the run ends after a random number of steps, from ``window``
+            to all of them with equal chances, and the window is its end (RaT-BPTT).  It is drawn from the problem's seed,
+            so it changes from one outer step to the next, whatever the student draws.
     """
 
     window: int
@@ -496,9 +499,10 @@ class Truncated(_Strategy):
     def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
         """See :meth:`_Strategy.contributions`."""
         if self.place == "random" and stop - start > self.window:
-            # The parameters' first numbers differ from one initialisation to the next, and so does the window.
-            seed = sum(float(p.flatten()[0]) for p in problem.params.values())
-            stop = start + self.window + derive_seed("window", repr(seed)) % (stop - start - self.window + 1)
+            if problem.seed is None:
+                raise ValueError("Truncated(place='random') draws its window from the seed of a Problem, which has none; give "
+                                 "it one that changes with the outer step")
+            stop = start + self.window + derive_seed("window", problem.seed) % (stop - start - self.window + 1)
         return self.inner.contributions(problem, max(start, stop - self.window), stop)
 
 

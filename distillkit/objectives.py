@@ -207,15 +207,18 @@ class TrajectoryMatching:
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]:
         """One problem for each of the ``segments``, made when its turn comes."""
-        return (self.problem(distilled, *self.segment(seed, member)) for member in range(self.segments))
+        return (self.problem(distilled, *self.segment(seed, member), seed=derive_seed("match-run", seed, member))
+                for member in range(self.segments))
 
-    def problem(self, distilled: DistilledSet, expert: int, start: int, end: int) -> Problem:
-        """The inner training run from snapshot ``start`` of ``expert``, and its distance to snapshot ``end``."""
+    def problem(self, distilled: DistilledSet, expert: int, start: int, end: int, *, seed: int = 0) -> Problem:
+        """The inner training run from snapshot ``start`` of ``expert``, and its distance to snapshot ``end``.
+
+        ``seed`` is for what the run draws, such as dropout: a segment comes again in later outer steps, its masks do not.
+        """
         params, state = self._from(expert, start)
         outer = [self._distance(params, self._target(expert, end))]
-        address = derive_seed("match-dropout", expert, start)
         return inner_problem(
-            distilled, self.student, self.unroll, address, outer, params=params,
+            distilled, self.student, self.unroll, seed, outer, params=params,
             state=state if self.student_state == "expert" else None,
         )
 
@@ -339,11 +342,12 @@ def trained_loss(problem: Problem) -> float:
 
 
 def inner_problem(
-    distilled: DistilledSet, student: Student, unroll: Unroll, init_seed: int, outer, *, params=None, state=None
+    distilled: DistilledSet, student: Student, unroll: Unroll, seed: int, outer, *, params=None, state=None
 ) -> Problem:
     """Bind a set to a student: the training run on the set, and ``outer`` at its end.
 
-    It starts from ``student.init(init_seed)`` with a fresh optimiser, or from ``params`` and ``state``.
+    It starts from ``student.init(seed)`` with a fresh optimiser, or from ``params`` and ``state``; whatever else is drawn
+    in the run is drawn from ``seed`` too.
     """
     if distilled.embeds.shape[-1] != student.width:
         raise ValueError(
@@ -354,7 +358,7 @@ def inner_problem(
     return Problem(
         student=student,
         optimizer=unroll.optimizer,
-        params=student.init(init_seed) if params is None else params,
+        params=student.init(seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
         mask=distilled.mask.to(student.device),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
@@ -362,8 +366,9 @@ def inner_problem(
         rows=unroll.rows(len(distilled)),
         outer=outer,
         micro_batch=unroll.micro_batch,
-        dropout_seed=init_seed if unroll.dropout else None,
+        dropout_seed=seed if unroll.dropout else None,
         state=state,
+        seed=seed,
     )
 
 

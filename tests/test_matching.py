@@ -119,6 +119,18 @@ def test_several_segments_are_averaged(exact, experts, start):
     assert torch.allclose(whole.embeds, sum(s.embeds for s in single) / 3)
 
 
+def test_a_segment_that_comes_again_draws_other_windows_and_masks(exact, experts, start):
+    """There is one segment only, from epoch 0 to 2, of either expert."""
+    windows = matching(exact, experts, steps=5, expert_epochs=2, metagrad=dk.Truncated(2, place="random"))
+    ends = [int(meta_gradient(start, windows, seed=seed).step_sizes.nonzero().max()) for seed in range(24)]
+    assert sorted(set(ends)) == [1, 2, 3, 4] and min(map(ends.count, set(ends))) >= 2
+    dropout = matching(exact, experts, expert_epochs=2)
+    dropout = dataclasses.replace(dropout, unroll=dataclasses.replace(dropout.unroll, dropout=True))
+    first, *others = (seed for seed in range(9) if dropout.segment(seed)[0] == 0)
+    losses = [meta_gradient(start, dropout, seed=seed).loss for seed in (first, first, *others[:2])]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+
+
 # --- learning --------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The meta-gradient against its definition, in float64."""
 
 import dataclasses
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +34,14 @@ def world(standin_home):
             for trainable in ("full", "head", "lora")
         }
     return task, students
+
+
+@pytest.fixture(scope="module")
+def questions(standin_home):
+    import standin_hub
+
+    with standin_hub.patched(standin_home):
+        return dk.load_task("arc_easy", max_length=48)
 
 
 def a_set(task, student, steps, soft=True):
@@ -240,11 +249,30 @@ def test_truncation_leaves_out_the_early_steps(world):
     assert last.loss == pytest.approx(full.loss, abs=1e-12)
     assert torch.equal(last.step_sizes[:3], torch.zeros(3, dtype=torch.float64))
     assert torch.allclose(last.step_sizes[3:], full.step_sizes[3:], rtol=1e-10)
-    goal = objective(task, student, 9, dk.Truncated(2, place="random"))
-    problems = [goal.problem(a_set(task, student, 9), seed) for seed in range(8)]
-    ends = {int(dk.Truncated(2, place="random")(p).step_sizes.nonzero().max()) for p in problems}
-    assert len(ends) > 2
-    assert min(ends) >= 1
+
+
+@pytest.mark.parametrize(("name", "trainable"), [("gpt2", "full"), ("gpt2", "head"), ("bert-base-uncased", "head")])
+def test_random_windows_end_everywhere_alike(standin_hub, questions, name, trainable):
+    """Also where a student has nothing to draw, and so begins every run alike: a pretrained language model."""
+    task = questions if name == "gpt2" else dk.load_task("rotten_tomatoes", max_length=12)
+    student = dk.load_student(name, task, trainable=trainable)
+    found = dk.DistilledSet.from_real(task, student, fraction=0.1)
+    goal = dk.BPTT(task, student, dk.Unroll(5, metagrad=dk.Truncated(2, place="random")), batch_size=2)
+    windows = [dk.meta_gradient(found, goal, seed=seed).step_sizes.nonzero().flatten().tolist() for seed in range(60)]
+    assert windows[7] == dk.meta_gradient(found, goal, seed=7).step_sizes.nonzero().flatten().tolist()
+    counts = Counter(map(tuple, windows))
+    assert set(counts) == {(0, 1), (1, 2), (2, 3), (3, 4)}
+    assert sum((count - 15) ** 2 / 15 for count in counts.values()) < 16.3, "chi squared of 3 degrees, at one in a thousand"
+    several = dk.meta_gradient(found, dataclasses.replace(goal, inits=12), seed=0).step_sizes
+    assert several.ne(0).sum() > 2, "each of the runs of an outer step has a window of its own"
+
+
+def test_a_random_window_wants_a_seed(world):
+    task, students = world
+    student = students["bert-base-uncased", "head"]
+    problem = objective(task, student, 5, dk.Replay()).problem(a_set(task, student, 5), 0)
+    with pytest.raises(ValueError, match="seed of a Problem"):
+        dk.Truncated(2, place="random")(dataclasses.replace(problem, seed=None))
 
 
 @pytest.mark.parametrize(("central", "tolerance"), [(False, 5e-4), (True, 1e-6)])
