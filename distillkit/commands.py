@@ -572,7 +572,13 @@ def _model(source: str) -> Iterator[str]:
             (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = load_task(folder, max_length=16)
     for attention in ("eager", "sdpa"):
-        student = load_student(source, task, attention=attention)
+        try:
+            student = load_student(source, task, attention=attention)
+        except ValueError as error:
+            if attention == "eager":
+                raise
+            yield f"  attention {attention}: none ({error})"
+            return
         if attention == "eager":
             trained = sum(p.numel() for p in student.init(0).values())
             yield (f"student {student.name}: {student.module.config.model_type}, {trained:,} parameters trained, embeddings "

@@ -13,7 +13,11 @@ import distillkit as dk
 from distillkit import students
 from distillkit.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
 
-HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"]
+HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
+             "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]
+DECODERS = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",
+            "google/gemma-3-270m", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m"]
+NO_SDPA = ["microsoft/mpnet-base", "microsoft/deberta-v3-base", "google/gemma-2-2b"]
 TEXTS = ["a warm and funny story", "it was dull", "what a boring lifeless day , almost stale"]
 
 
@@ -203,13 +207,18 @@ def test_a_student_of_random_weights_starts_random(task, tiny, standin_hub):
     ("bert-base-uncased", {"classifier.weight", "classifier.bias"}),
     ("distilbert-base-uncased", {f"{n}.{k}" for n in ("pre_classifier", "classifier") for k in ("weight", "bias")}),
     ("roberta-base", {f"classifier.{n}.{k}" for n in ("dense", "out_proj") for k in ("weight", "bias")}),
+    ("microsoft/mpnet-base", {f"classifier.{n}.{k}" for n in ("dense", "out_proj") for k in ("weight", "bias")}),
+    ("answerdotai/ModernBERT-base", {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"}),
+    ("microsoft/deberta-v3-base", {f"{n}.{k}" for n in ("pooler.dense", "classifier") for k in ("weight", "bias")}),
+    ("google/electra-base-discriminator", {f"classifier.{n}.{k}" for n in ("dense", "out_proj") for k in ("weight", "bias")}),
+    ("albert-base-v2", {"classifier.weight", "classifier.bias"}),
+    ("google/gemma-3-270m", {"score.weight"}),
 ])
 def test_head_only(task, tiny, standin_hub, name, names):
-    student = dk.load_student(name, task, trainable="head")
+    student, whole = dk.load_student(name, task, trainable="head"), dk.load_student(name, task)
     assert set(student.init(0)) == names
-    full = tiny[name].init(0)
     batch = tokens(student)
-    logits = tiny[name].logits({**full, **student.init(0)}, batch)
+    logits = whole.logits({**whole.init(0), **student.init(0)}, batch)
     assert torch.equal(student.logits(student.init(0), batch), logits)
 
 
@@ -247,7 +256,7 @@ def test_logits_are_plain_transformers(tiny, name):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_logits_do_not_depend_on_padding(task, standin_hub, attention):
-    for name in HUB_NAMES:
+    for name in HUB_NAMES if attention == "eager" else sorted({*HUB_NAMES} - {*NO_SDPA}):
         student = dk.load_student(name, task, attention=attention)
         params = student.init(0)
         together = student.logits(params, tokens(student))
@@ -293,7 +302,7 @@ def test_features_ignore_padding(tiny):
         together = student.features(tokens(student))
         alone = torch.cat([student.features(tokens(student, [text])) for text in TEXTS])
         layers = student.layer_features(tokens(student))
-        assert together.shape == (3, student.width)
+        assert together.shape == (3, student.module.config.hidden_size)
         assert (together - alone).abs().max() <= 1e-5
         half = layers.shape[1] // 2  # means first, first tokens behind them
         assert torch.allclose(layers[:, half - 1], together, atol=1e-6)
@@ -314,6 +323,10 @@ def test_the_module_never_trains(tiny, task):
 @pytest.mark.parametrize(("dtype", "expected"), [("float64", torch.float64), ("bfloat16", torch.bfloat16)])
 @pytest.mark.parametrize("name", HUB_NAMES)
 def test_dtype(task, tiny, standin_hub, name, dtype, expected):
+    if name == "answerdotai/ModernBERT-base" and dtype == "float64":
+        with pytest.raises(ValueError, match="padding changes its logits in float64; try dtype='float32'"):
+            dk.load_student(name, task, dtype=dtype)  # which averages with its mask, and whose own masks overflow
+        return
     student = dk.load_student(name, task, dtype=dtype)
     logits = student.logits(student.init(0), tokens(student))
     assert logits.dtype == student.dtype == expected
