@@ -394,8 +394,10 @@ class _Blank:
                 cast("Any", model)._init_weights(module)
         for name, value in self.params.items():
             if value.isnan().any():
-                raise ValueError(f"{type(self.steps[-1][0]).__name__} does not say how its parameter {name!r} is initialised, so "
-                                 "it cannot be drawn afresh; take another architecture")
+                raise ValueError(
+                    f"{type(self.steps[-1][0]).__name__} does not say how its parameter {name!r} is initialised, so it cannot "
+                    "be drawn afresh; take another architecture"
+                )
         return {name: value.clone() for name, value in self.params.items()}
 
 
