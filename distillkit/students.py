@@ -61,8 +61,8 @@ NO_CODE = {"trust_remote_code": False}  # said outright, as transformers asks th
 PROBED = 7  # tokens that a model is tried on; more where its attention window is short
 SHORT_WINDOW = 256  # the longest window that is tried
 # Functions whose gradient jumps, by their names in torch and torch.nn.functional.
-KINKED = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "hardtanh", "hardswish", "hardsigmoid",
-          "threshold"}
+KINKED = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "selu", "hardtanh", "hardswish",
+          "hardsigmoid", "threshold"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +156,9 @@ class Student:
             else:
                 params[name] = own[name].detach().clone()
         names = [n for n in params if ".lora_" not in n and (weights == "random" or n in self.fresh_names)]
-        for name, value in self._blank(names).draw(draw).items():
-            params[name] = value.to(own[name].device, own[name].dtype)
+        if names:
+            for name, value in self._blank(names).draw(draw).items():
+                params[name] = value.to(own[name].device, own[name].dtype)
         return params
 
     def _blank(self, names: list[str]) -> _Blank:
@@ -363,9 +364,8 @@ class _Blank:
     """A model without weights, but for those parameters that are to be drawn as its architecture initialises them."""
 
     def __init__(self, model: transformers.PreTrainedModel, names: list[str]):
-        self.names = names
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            blank = type(model)(cast("Any", model.config))
+            blank = type(model)(copy.deepcopy(cast("Any", model.config)))
         self.params: Params = {}
         owners: set[str] = set()
         for name in names:
@@ -378,7 +378,7 @@ class _Blank:
             self.params[name] = empty
             parts = path.split(".")
             owners.update(".".join(parts[:end]) for end in range(len(parts) + 1))
-        self.steps = [(model, module) for path, model, module in _inside_out(blank) if names and path in owners]
+        self.steps = [(model, module) for path, model, module in _inside_out(blank) if path in owners]
 
     def draw(self, generator: torch.Generator) -> Params:
         """New values of all parameters, drawn from ``generator``.
@@ -611,12 +611,15 @@ def _probed(student: Student, source: str) -> Traits:
         raise
     except _FAILURES as error:
         raise _unsuitable(module, source, f"it does not run on tokens alone ({_first_line(error)})") from error
+    if not whole.logits.isfinite().all():
+        raise _unsuitable(module, source, f"its logits are not finite in {student.dtype}; its weights may be damaged")
     if scale is None:
         raise _unsuitable(module, source, "its embedding layer does more than look up rows of a table and scale them")
     if student.kind == "instruction" and not causal:
         raise _unsuitable(module, source, "an instruction task needs a language model whose tokens see only those before them")
     reasons = []
-    for builds_masks in (False, True):
+    # A window under another name than transformers' usual one may be too long to be tried, so the model builds its masks.
+    for builds_masks in (True, False) if _has_other_windows(module.config) else (False, True):
         student.traits = Traits(causal, kinks.seen, builds_masks, scale)
         try:
             reason = _disagreement(student, ids, whole.logits, short.logits)
@@ -627,7 +630,15 @@ def _probed(student: Student, source: str) -> Traits:
         if reason is None:
             return student.traits
         reasons.append(reason)
-    raise _unsuitable(module, source, "; with masks of its own, ".join(dict.fromkeys(reasons)))
+    raise _unsuitable(module, source, "; with other masks, ".join(dict.fromkeys(reasons)))
+
+
+def _has_other_windows(config: transformers.PretrainedConfig) -> bool:
+    usual = r"sliding_window|max_window_layers|feed_forward"
+    return any(
+        re.search("window|chunk", name) and not re.search(usual, name) and isinstance(value, int) and value > 0
+        for name, value in config.to_dict().items()
+    )
 
 
 def _trial_ids(student: Student) -> Tensor:
@@ -635,7 +646,8 @@ def _trial_ids(student: Student) -> Tensor:
     window = getattr(student.module.config, "sliding_window", None) or 0
     count = min(window + 3 if PROBED <= window + 3 <= SHORT_WINDOW else PROBED, student.max_positions)
     special = set(student.tokenizer.all_special_ids)
-    ordinary = [i for i in range(min(len(student.embedding), len(student.tokenizer))) if i not in special]
+    known = range(min(len(student.embedding), len(student.tokenizer)))
+    ordinary = [i for i in known if i not in special] or known
     return torch.tensor([ordinary[i * len(ordinary) // count] for i in range(count)], device=student.device)
 
 
@@ -643,7 +655,7 @@ def _embedding_scale(layer: torch.nn.Module, ids: Tensor) -> float | None:
     """The factor that an embedding layer applies to the rows of its table; None where it does something else."""
     table = cast("Tensor", layer.weight)
     with torch.no_grad():
-        ones = torch.func.functional_call(layer, {"weight": torch.ones_like(table)}, (ids,))
+        ones = torch.func.functional_call(layer, {"weight": torch.ones_like(table[:1]).expand_as(table)}, (ids,))
         scale = float(ones.flatten()[0])
         return scale if torch.equal(layer(ids), F.embedding(ids, table) * scale) else None
 

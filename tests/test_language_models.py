@@ -13,7 +13,7 @@ from distillkit.metagrad import Problem
 from distillkit.tasks import NO_TARGET
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",
-         "google/gemma-3-270m", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m"]
+         "google/gemma-3-270m", "Qwen/Qwen3-0.6B", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m"]
 TASK = SimpleNamespace(kind="instruction", classes=(), max_length=16, name="questions")
 BATCH = {
     "input_ids": torch.tensor([[3, 4, 5, 6, 7], [8, 9, 0, 0, 0]]),

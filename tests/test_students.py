@@ -19,7 +19,7 @@ from distillkit.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
 HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
              "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]
 DECODERS = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",
-            "google/gemma-3-270m", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m"]
+            "google/gemma-3-270m", "Qwen/Qwen3-0.6B", "microsoft/Phi-3-mini-4k-instruct", "EleutherAI/pythia-70m"]
 NO_SDPA = ["microsoft/mpnet-base", "microsoft/deberta-v3-base", "google/gemma-2-2b"]
 TEXTS = ["a warm and funny story", "it was dull", "what a boring lifeless day , almost stale"]
 
@@ -392,6 +392,7 @@ WINDOWS = {
     "mistralai/Mistral-7B-v0.1": {"sliding_window": 400},
     "google/gemma-2-2b": {"sliding_window": 400},
     "google/gemma-3-270m": {"sliding_window": 400},
+    "Qwen/Qwen3-0.6B": {"sliding_window": 400},
     "microsoft/Phi-3-mini-4k-instruct": {"sliding_window": 400},
 }
 
@@ -416,6 +417,7 @@ def test_a_window_is_kept(task, standin_hub, tmp_path, name, attention):
     ("microsoft/deberta-v3-base", {"position_biased_input": True, "share_att_key": False, "type_vocab_size": 2,
                                    "conv_kernel_size": 3, "conv_act": "gelu"}),
     ("EleutherAI/pythia-70m", {"use_parallel_residual": False}),
+    ("roberta-base", {"model_type": "camembert"}),
     ("microsoft/Phi-3-mini-4k-instruct", {"sliding_window": None}),
 ])
 def test_variants_of_an_architecture(task, standin_hub, tmp_path, name, changes):
@@ -424,10 +426,11 @@ def test_variants_of_an_architecture(task, standin_hub, tmp_path, name, changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         auto.from_config(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    student = dk.load_student(folder, task)
-    batch, params = long_batch(student), student.init(0)
-    expected = alone(student, params, batch)
-    assert (student.logits(params, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for trainable in ("full", "lora"):
+        student = dk.load_student(folder, task, trainable=trainable)
+        batch, params = long_batch(student), student.init(0)
+        expected = alone(student, params, batch)
+        assert (student.logits(params, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["google/gemma-2-2b", "google/gemma-3-270m"])
@@ -578,15 +581,18 @@ INSTRUCTION = SimpleNamespace(kind="instruction", classes=(), max_length=16, nam
      "reads tokens elsewhere than in its embedding table"),
     ("Gemma4ForCausalLM", transformers.Gemma4TextConfig(**SMALL_GEMMA | PER_LAYER, global_head_dim=16),
      "no points between them"),
+    ("BertForSequenceClassification", transformers.BertConfig(**SMALL), "not finite"),
     ("XLNetForSequenceClassification", transformers.XLNetConfig(vocab_size=300, d_model=32, n_layer=1, n_head=2, d_inner=64),
      "does not name its longest input"),
 ])
 def test_a_model_that_cannot_be_a_student_says_why(task, folder, build, config, reason):
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = getattr(transformers, build)(config)
         for parameter in model.parameters():  # some start at 0 and would hide what the model does with tokens
             torch.nn.init.normal_(parameter, std=0.3)
+        if reason == "not finite":
+            model.classifier.bias[0] = torch.inf
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match=f"kind '{config.model_type}', which cannot be a student.*{reason}"):
         dk.load_student(str(folder), INSTRUCTION if build.endswith("CausalLM") else task)
