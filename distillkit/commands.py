@@ -569,26 +569,56 @@ def _files(source: str) -> Iterator[str]:
 
 
 def _model(source: str) -> Iterator[str]:
-    """What a student is, and which derivatives each kind of attention has, tried on a sentence."""
+    """What a model is as a classifier and as a language model, or why it is none; an error where it is neither."""
     import tempfile
 
-    from distillkit.metagrad import recommend
-    from distillkit.students import load_student
     from distillkit.tasks import load_task
 
-    with tempfile.TemporaryDirectory() as folder:
-        for split in ("train", "validation", "test"):
-            rows = ({"text": f"a sentence of class {c}", "label": c} for c in ("one", "two"))
-            (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = load_task(folder, max_length=16)
+    rows = {
+        "classifier": [{"text": f"a sentence of class {c}", "label": c} for c in ("one", "two")],
+        "language model": [{"prompt": f"the number before {c} is", "response": f"not {c}"} for c in ("one", "two")],
+    }
+    errors = []
+    for role, examples in rows.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for split in ("train", "validation", "test"):
+                (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+            task = load_task(folder, max_length=16)
+        try:
+            yield from _student(source, role, task)
+        except ValueError as error:
+            errors.append(error)
+            yield f"student {source} as {role}: none ({error})"
+    if len(errors) == len(rows):
+        raise errors[0]
+
+
+def _student(source: str, role: str, task) -> Iterator[str]:
+    """What a student is, which derivatives each kind of attention has, tried on a sentence, and its adapters."""
+    from distillkit.metagrad import recommend
+    from distillkit.students import load_student
+
     for attention in ("eager", "sdpa"):
-        student = load_student(source, task, attention=attention)
+        try:
+            student = load_student(source, task, trainable="full", attention=attention)
+        except ValueError as error:
+            if attention == "eager":
+                raise
+            yield f"  attention {attention}: none ({error})"
+            break
         if attention == "eager":
             trained = sum(p.numel() for p in student.init(0).values())
-            yield (f"student {student.name}: {student.module.config.model_type}, {trained:,} parameters trained, embeddings "
-                   f"[{', '.join(map(str, student.embedding.shape))}], {student.max_positions} positions, on {student.device}")
+            yield (f"student {student.name} as {role}: {student.module.config.model_type}, {trained:,} parameters trained, "
+                   f"embeddings [{', '.join(map(str, student.embedding.shape))}], {student.max_positions} positions, on "
+                   f"{student.device}")
         first, second = (_tried(lambda order=order, s=student: _derivative(s, task, order)) for order in (1, 2))
         yield f"  attention {attention}: first derivatives {first}, second {second}; use {_named(recommend(student))}"
+    try:
+        adapters = load_student(source, task, trainable="lora")
+    except ValueError as error:
+        yield f"  LoRA: none ({error})"
+    else:
+        yield f"  LoRA: {sum(p.numel() for n, p in adapters.init(0).items() if '.lora_' in n):,} parameters in adapters"
 
 
 def _named(advice: tuple) -> str:

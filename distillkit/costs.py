@@ -23,11 +23,10 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from distillkit.checks import check_choice, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.evaluation import Evaluation
+from distillkit.evaluation import Evaluation, flop_counter
 from distillkit.objectives import meta_gradient
 from distillkit.seeds import derive_seed, generator
 from distillkit.tasks import Task
@@ -58,7 +57,7 @@ def distilling_flops(distilled: DistilledSet, objective, steps: int, *, sample: 
     """
     check_whole("steps", steps)
     check_whole("sample", sample)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         for step in range(sample):
             meta_gradient(distilled, objective, seed=derive_seed("distil", seed, step))
     return counter.get_total_flops() * steps // sample

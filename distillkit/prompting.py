@@ -308,7 +308,7 @@ def remember(student: Student, context: Tensor):
     if not len(context):
         return None
     with torch.no_grad():
-        return student.module(inputs_embeds=context[None], use_cache=True, logits_to_keep=1).past_key_values
+        return student.module(inputs_embeds=student.scaled(context)[None], use_cache=True, logits_to_keep=1).past_key_values
 
 
 def log_likelihoods(
@@ -343,9 +343,9 @@ def log_likelihoods(
         if past is not None:
             past.batch_repeat_interleave(len(part))
         with torch.no_grad():  # padding stands behind, where no token of interest looks
+            embeds = student.scaled(F.embedding(ids.to(student.device), student.embedding))
             said = student.module(
-                inputs_embeds=F.embedding(ids.to(student.device), student.embedding), past_key_values=past, use_cache=True,
-                logits_to_keep=ids.shape[1] - first,
+                inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=ids.shape[1] - first
             ).logits.log_softmax(-1)
         wanted = [(n, place - first, *rest) for n, (_, places) in enumerate(part) for place, *rest in places]
         n, place, token, row, choice = zip(*wanted, strict=True)

@@ -15,6 +15,9 @@ train the table, and a comparison is fair only if real text does not train it ei
 
 Attention is loaded in its ``eager`` form, because the fused kernels have no second derivative (see
 :mod:`distillkit.metagrad`).
+
+No list says which architectures can be students.  A model is tried on a few tokens when it is loaded (:class:`Traits`), and
+refused where its logits from embeddings are not those from tokens, or where padding changes them.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +39,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from distillkit import model_files
 from distillkit.checks import check_choice
@@ -53,9 +58,29 @@ SMALL_BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads":
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TRAINABLE = ("full", "head", "lora")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
-ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert")
 NO_CODE = {"trust_remote_code": False}  # said outright, as transformers asks the user where nothing is said
-DECODERS = ("opt", "llama", "gpt2", "qwen2", "qwen3")
+PROBED = 7  # tokens that a model is tried on; more where its attention window is short
+SHORT_WINDOW = 256  # the longest window that is tried
+# Functions whose gradient jumps, by their names in torch and torch.nn.functional.
+KINKED = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "selu", "hardtanh", "hardswish",
+          "hardsigmoid", "threshold"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """How an architecture reads its input, found by trying it; see :func:`_probed`.
+
+    Attributes:
+        causal: each token sees only those before it.
+        has_kinks: some unit's gradient jumps (ReLU and its kin).
+        builds_masks: the model must get the mask ``[b, l]`` and build its own attention masks, since it does not take ours.
+        scale: what the embedding layer multiplies a row of its table by; √d in Gemma models, otherwise 1.
+    """
+
+    causal: bool = False
+    has_kinks: bool = False
+    builds_masks: bool = False
+    scale: float = 1.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,6 +111,7 @@ class Student:
     attention: str
     trained_names: tuple[str, ...]
     fresh_names: frozenset[str]
+    traits: Traits = Traits()
     cache: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -109,8 +135,8 @@ class Student:
     def init(self, seed: int, *, weights: str | None = None) -> Params:
         """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
 
-        Fresh matrices are normal with the model's own ``initializer_range``, biases 0, norm weights 1, as these
-        architectures define it.  Drawn on the CPU from ``seed``, so that every device starts alike.
+        Fresh parameters are drawn as the architecture itself initialises them, on the CPU and in float32 from ``seed``, so
+        that every device and precision starts alike.
 
         Args:
             seed: any integer; the same seed gives the same parameters.
@@ -124,17 +150,29 @@ class Student:
             raise ValueError(f"weights must be 'pretrained' or 'random', not {weights!r}")
         own = dict(self.module.named_parameters())
         draw = generator("student-init", seed)
-        config = cast("Any", self.module.config)
-        std = config.init_std if config.model_type == "opt" else config.initializer_range
         params = {}
         for name in self.trained_names:
             if ".lora_" in name:
                 params[name] = _fresh_adapter(name, own[name], draw)
-            elif weights == "random" or name in self.fresh_names:
-                params[name] = _fresh(name, own[name], std, draw)
             else:
                 params[name] = own[name].detach().clone()
+        names = [n for n in params if ".lora_" not in n and (weights == "random" or n in self.fresh_names)]
+        if names:
+            for name, value in self._blank(names).draw(draw).items():
+                params[name] = value.to(own[name].device, own[name].dtype)
         return params
+
+    def _blank(self, names: list[str]) -> _Blank:
+        """An empty copy of the model in which the architecture initialises the parameters called ``names``."""
+        key = ("blank", *names)
+        if key not in self.cache:
+            model = self.module.get_base_model() if self.trainable == "lora" else self.module
+            self.cache[key] = _Blank(model, names)
+        return self.cache[key]
+
+    def scaled(self, embeds: Tensor) -> Tensor:
+        """What the model takes as ``inputs_embeds`` for points ``embeds`` in the space of the embedding table."""
+        return embeds if self.traits.scale == 1 else embeds * self.traits.scale
 
     def logits(self, params: Params, batch: Batch) -> Tensor:
         """Logits at ``params``: of the classes ``[b, c]``, or a language model's of the next token ``[b, l, v]``.
@@ -191,14 +229,17 @@ class Student:
         return F.cross_entropy(logits, targets)
 
     def features(self, batch: Batch, params: Params | None = None) -> Tensor:
-        """Sentence representations ``[b, d]``: the mean of the last hidden states over the unmasked tokens."""
+        """Sentence representations ``[b, h]``: the mean of the last hidden states over the unmasked tokens.
+
+        h is the width of the hidden states, which in ELECTRA and ALBERT is not the embeddings' d.
+        """
         return self._mean(self._hidden(batch, params)[-1], batch)
 
     def layer_features(self, batch: Batch, params: Params | None = None) -> Tensor:
         """Of each layer the mean hidden state over the unmasked tokens, and of an encoder that of its first token too.
 
         Returns:
-            ``[b, n, d]``, n the number of layers, twice that for an encoder; the embeddings' own layer is left out.
+            ``[b, n, h]``, n the number of layers, twice that for an encoder; the embeddings' own layer is left out.
         """
         hidden = self._hidden(batch, params)[1:]
         parts = [self._mean(h, batch) for h in hidden]
@@ -251,32 +292,28 @@ class Student:
 
     @property
     def causal(self) -> bool:
-        """Whether each token sees only those before it (OPT, Llama, GPT-2, Qwen kinds)."""
-        return self.module.config.model_type in DECODERS
+        """Whether each token sees only those before it."""
+        return self.traits.causal
 
     @property
     def has_kinks(self) -> bool:
-        """Whether it has ReLU units: DistilBERT in its head, OPT throughout, others by their configuration."""
-        config = self.module.config.to_dict()
-        return config["model_type"] == "distilbert" or "relu" in (
-            config.get(key) for key in ("activation_function", "hidden_act", "activation")
-        )
+        """Whether it has ReLU units, as DistilBERT in its head and OPT throughout, or others whose gradient jumps."""
+        return self.traits.has_kinks
 
     def _to_the_right(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """For padding moved to the left: the position of each place, and the place it takes its token from, ``[b, l]``."""
         place = torch.arange(mask.shape[1], device=self.device) - (~mask).sum(1, keepdim=True)
         return place, place % mask.shape[1]
 
-    def _inputs(self, batch: Batch, responses: Tensor | None = None) -> dict[str, Tensor]:
+    def _inputs(self, batch: Batch, responses: Tensor | None = None) -> dict[str, Any]:
         """What the module is called with; a language model's prompts are followed by all but the last response token.
 
-        A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
-        functional transforms cannot trace.  A decoder classifies by its last position, so its padding goes to the left;
-        positions are counted from the first real token, as they are without padding.
+        A decoder classifies by its last position, so its padding goes to the left; positions are counted from the first real
+        token, as they are without padding.
         """
         embeds, mask = self._embed(batch), batch["attention_mask"].to(self.device) != 0
         if not self.causal:
-            return {"inputs_embeds": embeds, "attention_mask": self._bias(mask[:, None, None, :], mask.shape[1])}
+            return {"inputs_embeds": self.scaled(embeds), "attention_mask": self._attention_mask(mask)}
         place, source = self._to_the_right(mask)
         embeds = embeds.gather(1, source.unsqueeze(-1).expand_as(embeds))
         mask = mask.gather(1, source)
@@ -285,19 +322,94 @@ class Student:
             embeds = torch.cat([embeds, F.embedding(said.clamp_min(0), self.embedding)], 1)
             mask = torch.cat([mask, said != NO_TARGET], 1)
             place = torch.cat([place, place[:, -1:] + 1 + torch.arange(said.shape[1], device=self.device)], 1)
-        seen = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=self.device).tril()
         return {
-            "inputs_embeds": embeds,
-            "attention_mask": self._bias(mask[:, None, None, :] & seen, mask.shape[1]),
+            "inputs_embeds": self.scaled(embeds),
+            "attention_mask": self._attention_mask(mask),
             "position_ids": place.clamp_min(0),
         }
 
-    def _bias(self, seen: Tensor, queries: int) -> Tensor:
-        """0 where ``seen``, the lowest number elsewhere: ``[b, 1, queries, l]``."""
+    def _attention_mask(self, mask: Tensor) -> Any:
+        """``mask`` ``[b, l]`` as the model takes it: a 4-D mask, one for each kind of layer, or itself.
+
+        A ready-made 4-D mask is what transformers would build itself, without its data-dependent branches, which
+        functional transforms cannot trace.  Where layers have a window (Mistral, Gemma, ModernBERT), transformers takes a
+        ready-made mask to have it in already.
+        """
+        if self.traits.builds_masks:
+            return mask.long()  # DeBERTa multiplies by it, and ModernBERT averages with it
+        config = cast("Any", self.module.config)
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        place = torch.arange(mask.shape[1], device=self.device)
+        behind = place[:, None] - place
+        full = mask[:, None, None, :]
+        if self.causal:
+            full = full & (behind >= 0)
+        if window is None or kinds is not None and "sliding_attention" not in kinds:
+            near = full
+        else:  # a decoder's window counts the token itself, an encoder's the tokens on either side
+            near = full & (behind < window if self.causal else behind.abs() <= window)
+        if kinds is None:
+            return self._bias(near)
+        masks = {"full_attention": full, "sliding_attention": near}
+        return {kind: self._bias(masks[kind]) for kind in sorted(set(kinds))}
+
+    def _bias(self, seen: Tensor) -> Tensor:
+        """0 where ``seen``, the lowest number elsewhere: ``[b, 1, l, l]``."""
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
         # Decoders take their softmax in float32, where the lowest float64 would be −∞ and a row of nothing else NaN.
         lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
-        return bias.masked_fill(~seen, lowest).expand(-1, -1, queries, -1)
+        return bias.masked_fill(~seen, lowest).expand(-1, -1, seen.shape[-1], -1)
+
+
+class _Blank:
+    """A model without weights, but for those parameters that are to be drawn as its architecture initialises them."""
+
+    def __init__(self, model: transformers.PreTrainedModel, names: list[str]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            blank = type(model)(copy.deepcopy(cast("Any", model.config)))
+        self.params: Params = {}
+        owners: set[str] = set()
+        for name in names:
+            # peft keeps a trained copy of a head under a longer name.
+            plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            path, _, leaf = plain.rpartition(".")
+            owner = blank.get_submodule(path)
+            empty = torch.nn.Parameter(torch.empty(getattr(owner, leaf).shape), requires_grad=False)
+            setattr(owner, leaf, empty)
+            self.params[name] = empty
+            parts = path.split(".")
+            owners.update(".".join(parts[:end]) for end in range(len(parts) + 1))
+        self.steps = [(model, module) for path, model, module in _inside_out(blank) if path in owners]
+
+    def draw(self, generator: torch.Generator) -> Params:
+        """New values of all parameters, drawn from ``generator``.
+
+        Raises:
+            ValueError: the architecture does not say how one of them starts.
+        """
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())  # architectures draw from the global stream
+            for value in self.params.values():
+                value.fill_(math.nan)
+            for model, module in self.steps:
+                cast("Any", model)._init_weights(module)
+        for name, value in self.params.items():
+            if value.isnan().any():
+                raise ValueError(
+                    f"{type(self.steps[-1][0]).__name__} does not say how its parameter {name!r} is initialised, so it cannot "
+                    "be drawn afresh; take another architecture"
+                )
+        return {name: value.clone() for name, value in self.params.items()}
+
+
+def _inside_out(
+    module: torch.nn.Module, path: str = "", model: Any = None
+) -> Iterator[tuple[str, transformers.PreTrainedModel, torch.nn.Module]]:
+    """Every module below and including ``module``, children first, with its path and the model that initialises it."""
+    model = module if isinstance(module, transformers.PreTrainedModel) else model
+    for name, child in module.named_children():
+        yield from _inside_out(child, f"{path}.{name}".lstrip("."), model)
+    yield path, model, module
 
 
 def _fresh(name: str, like: Tensor, std: float, draw: torch.Generator) -> Tensor:
@@ -329,9 +441,11 @@ def load_student(
 ) -> Student:
     """Load a :class:`Student` for a task.
 
-    For a classification task a sequence classifier of BERT, DistilBERT, RoBERTa, OPT, Llama, GPT-2 or Qwen kind; for an
-    instruction task a language model of one of the last four.  An output head that shares its weights with the input
-    embeddings becomes a trainable copy, as the input embeddings are frozen.
+    A sequence classifier for a classification task, a causal language model for an instruction task, of any architecture
+    whose logits from embeddings prove to be those from tokens, whatever the padding.  Tested are BERT, DistilBERT, RoBERTa,
+    MPNet, ModernBERT, DeBERTa, ELECTRA and ALBERT as classifiers, and OPT, Llama, GPT-2, Qwen, Mistral, Gemma 2 and 3, Phi-3
+    and GPT-NeoX as either.  An output head that shares its weights with the input embeddings becomes a trainable copy, as the
+    input embeddings are frozen.
 
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:small-bert"`` (never trained by anybody),
@@ -347,9 +461,9 @@ def load_student(
         attention: ``"eager"`` has second derivatives, ``"sdpa"`` is fused and has only first ones.
 
     Raises:
-        ValueError: an unknown source, option, device or architecture; a folder without weights in safetensors or without the
-            tokenizer that belongs to them, damaged or unsafe to read (:mod:`distillkit.model_files`); or inputs longer than
-            its positions.
+        ValueError: an unknown source, option or device; an architecture that cannot be a student; a folder without weights in
+            safetensors or without the tokenizer that belongs to them, damaged or unsafe to read
+            (:mod:`distillkit.model_files`); or inputs longer than its positions.
         FileNotFoundError: nothing under that name here; says where it looked.
     """
     source, device = str(source), _device(device)
@@ -392,13 +506,14 @@ def load_student(
         embedding=embedding.detach(),
         kind=wanted.kind,
         num_classes=wanted.num_classes,
-        max_positions=_max_positions(module.config),
+        max_positions=_max_positions(module, source),
         trainable=trainable,
         weights=weights,
         attention=attention,
         trained_names=tuple(n for n in names if trainable != "head" or n in head),
         fresh_names=head if wanted.kind == "classification" else frozenset(),
     )
+    student.traits = _probed(student, source)
     if task.max_length > student.max_positions:
         raise ValueError(
             f"task {task.name!r} has max_length={task.max_length}, but {source!r} has only {student.max_positions} "
@@ -452,31 +567,179 @@ class _Wanted:
     dtype: torch.dtype
     attention: str
 
-    @property
-    def architectures(self) -> tuple[str, ...]:
-        return DECODERS if self.kind == "instruction" else ENCODERS + DECODERS
-
 
 def _with_adapters(module: Any, kind: str, head: frozenset[str]) -> Any:
     """``module`` as a peft model: LoRA where peft's own table puts it, and a trained copy of a classifier's head."""
     import peft
 
+    targets = _adapter_targets(module)
     if kind == "instruction":
-        return peft.get_peft_model(module, peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, **LORA)).eval()
+        config = peft.LoraConfig(task_type=peft.TaskType.CAUSAL_LM, target_modules=targets, **LORA)
+        return peft.get_peft_model(module, config).eval()
 
     tops = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in head})
-    # peft's table of where adapters go (query and value) leaves out DistilBERT and CamemBERT.
-    targets = {"distilbert": ["q_lin", "v_lin"], "camembert": ["query", "value"]}.get(module.config.model_type)
     config = peft.LoraConfig(task_type=peft.TaskType.SEQ_CLS, modules_to_save=tops, target_modules=targets, **LORA)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute by its old name
         return peft.get_peft_model(module, config).eval()
 
 
-def _max_positions(config: transformers.PretrainedConfig) -> int:
-    # RoBERTa counts positions from pad_token_id + 1.
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    return config.max_position_embeddings - offset
+def _adapter_targets(module: Any) -> list[str] | None:
+    """Names of the layers that get adapters; None where peft's table knows them.
+
+    Elsewhere these are the linear layers that compute queries and values, as in that table: q_lin, value, Wqkv, qkv_proj, ...
+    """
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TO_PEFT
+
+    if module.config.model_type in KNOWN_TO_PEFT:
+        return None
+    linear = {name.split(".")[-1] for name, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+    targets = sorted(name for name in linear if re.match("W?q|v", name))
+    if not targets:
+        raise ValueError(
+            f"trainable='lora' finds no place for adapters in a model of kind {module.config.model_type!r}: peft does not know "
+            "it, and it has no layers for queries and values; take trainable='full' or 'head'"
+        )
+    return targets
+
+
+def _max_positions(module: Any, source: str) -> int:
+    limit = getattr(module.config, "max_position_embeddings", None)
+    if limit is None or limit < PROBED:
+        raise _unsuitable(module, source, "its configuration does not name its longest input (max_position_embeddings)")
+    # RoBERTa and MPNet count positions from the padding token's id + 1, which their position table tells.
+    tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
+    return limit - max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+
+
+def _unsuitable(module: Any, source: str, why: str) -> ValueError:
+    return ValueError(f"{source!r} is a model of kind {module.config.model_type!r}, which cannot be a student: {why}")
+
+
+class _Kinks(TorchFunctionMode):
+    """Notices whether a function with a kink is called."""
+
+    seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen = self.seen or getattr(func, "__name__", "") in KINKED
+        return func(*args, **(kwargs or {}))
+
+
+def _probed(student: Student, source: str) -> Traits:
+    """How the student's model reads its input, found on a few tokens.
+
+    The measure is the model itself on token ids without padding.  The student has to give the same logits from embeddings, for
+    a row alone and for a shorter row that is padded, and finite ones at points that are no token's embedding (Gemma 4 finds
+    its per-layer embeddings by the row it is given).
+
+    Raises:
+        ValueError: it does not, or the architecture cannot be a student for another reason.
+    """
+    module = cast("Any", student.module)
+    ids = _trial_ids(student)
+    changed = ids.clone()
+    changed[-1] = ids[0]
+    try:
+        scale = _embedding_scale(module.get_input_embeddings(), ids)
+        with torch.no_grad(), _Kinks() as kinks:
+            whole, other = (module(input_ids=row[None], output_hidden_states=True) for row in (ids, changed))
+            short = module(input_ids=ids[None, :2])
+        causal = torch.equal(whole.hidden_states[-1][:, :-1], other.hidden_states[-1][:, :-1])
+    except torch.OutOfMemoryError:
+        raise
+    except _FAILURES as error:
+        raise _unsuitable(module, source, f"it does not run on tokens alone ({_first_line(error)})") from error
+    if not whole.logits.isfinite().all():
+        raise _unsuitable(module, source, f"its logits are not finite in {student.dtype}; its weights may be damaged")
+    if scale is None:
+        raise _unsuitable(module, source, "its embedding layer does more than look up rows of a table and scale them")
+    if student.kind == "instruction" and not causal:
+        raise _unsuitable(module, source, "an instruction task needs a language model whose tokens see only those before them")
+    reasons = []
+    # A window under another name than transformers' usual one may be too long to be tried, so the model builds its masks.
+    for builds_masks in (True, False) if _has_other_windows(module.config) else (False, True):
+        student.traits = Traits(causal, kinks.seen, builds_masks, scale)
+        try:
+            reason = _disagreement(student, ids, whole.logits, short.logits)
+        except torch.OutOfMemoryError:
+            raise
+        except _FAILURES as error:
+            reason = _first_line(error)
+        if reason is None:
+            return student.traits
+        reasons.append(reason)
+    raise _unsuitable(module, source, "; with other masks, ".join(dict.fromkeys(reasons)))
+
+
+def _has_other_windows(config: transformers.PretrainedConfig) -> bool:
+    usual = r"sliding_window|max_window_layers|feed_forward"
+    return any(
+        re.search("window|chunk", name) and not re.search(usual, name) and isinstance(value, int) and value > 0
+        for name, value in config.to_dict().items()
+    )
+
+
+def _trial_ids(student: Student) -> Tensor:
+    """Ordinary tokens ``[n]``, spread over the vocabulary, as many as it takes to look past a short window."""
+    window = getattr(student.module.config, "sliding_window", None) or 0
+    count = min(window + 3 if PROBED <= window + 3 <= SHORT_WINDOW else PROBED, student.max_positions)
+    special = set(student.tokenizer.all_special_ids)
+    known = range(min(len(student.embedding), len(student.tokenizer)))
+    ordinary = [i for i in known if i not in special] or known
+    return torch.tensor([ordinary[i * len(ordinary) // count] for i in range(count)], device=student.device)
+
+
+def _embedding_scale(layer: torch.nn.Module, ids: Tensor) -> float | None:
+    """The factor that an embedding layer applies to the rows of its table; None where it does something else."""
+    table = cast("Tensor", layer.weight)
+    with torch.no_grad():
+        ones = torch.func.functional_call(layer, {"weight": torch.ones_like(table[:1]).expand_as(table)}, (ids,))
+        scale = float(ones.flatten()[0])
+        return scale if torch.equal(layer(ids), F.embedding(ids, table) * scale) else None
+
+
+def _disagreement(student: Student, ids: Tensor, whole: Tensor, short: Tensor) -> str | None:
+    """How the student's logits differ from the model's own for ``ids`` and for the first two of them; None: they do not."""
+    language = student.kind == "instruction"
+    mask = torch.ones(2, len(ids), dtype=torch.long, device=student.device)
+    mask[1, 2:] = 0
+    batch = {"input_ids": ids.expand(2, -1), "attention_mask": mask}
+    between = (student.embedding[ids] + student.embedding[ids.roll(1)]) / 2
+    with torch.no_grad():
+        read = student.logits({}, {"input_ids": ids[None], "attention_mask": mask[:1]})
+        if not _alike(read, whole):
+            return "its logits from embeddings are not those from tokens: it reads tokens elsewhere than in its embedding table"
+        try:
+            near = student.logits({}, {"inputs_embeds": between[None], "attention_mask": mask[:1]})
+        except RuntimeError as error:
+            return f"it takes rows of its embedding table, but no points between them ({_first_line(error)})"
+        if not near.isfinite().all():
+            return "its logits at points between rows of its embedding table are not finite"
+        long_row, short_row = student.logits({}, batch)
+        padded = torch.cat([long_row, short_row[:2]] if language else [long_row, short_row])
+        if not _alike(padded, torch.cat([whole[0], short[0]])):
+            advice = "" if student.dtype == torch.float32 else "; try dtype='float32'"
+            return f"padding changes its logits in {str(student.dtype).removeprefix('torch.')}{advice}"
+        if language:
+            last = torch.stack([whole[0, -1], short[0, -1]]).log_softmax(-1)
+            if not _alike(student.next_token({}, batch), last):
+                return "its logits of the last token alone (logits_to_keep) are not those of the whole text"
+    return None
+
+
+def _alike(logits: Tensor, expected: Tensor) -> bool:
+    """Whether they agree in half the digits, and a few units of rounding more where all logits are small."""
+    eps = max(torch.finfo(expected.dtype).eps, torch.finfo(torch.float32).eps)  # some layers compute in float32 always
+    return bool((logits - expected).abs().max() <= math.sqrt(eps) * expected.abs().max() + 8 * eps)
+
+
+# What a forward pass raises that does not take an input as a student gives it.
+_FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _load(source: str, wanted: _Wanted) -> tuple[Any, transformers.PreTrainedTokenizerBase, set[str]]:
@@ -526,11 +789,7 @@ def _from_pretrained(
     installed = source.startswith("offline:")
     with model_files.readable(location, installed=installed) as folder, model_files.quiet():
         config = model_files.read_config(folder, location)
-        if config.model_type not in wanted.architectures:
-            raise ValueError(
-                f"{source!r} is a model of kind {config.model_type!r}; a student for {wanted.kind} is one of "
-                + ", ".join(wanted.architectures)
-            )
+        _check_architecture(config, wanted, source)
         tokenizer = model_files.read_tokenizer(folder, location, config)
         if wanted.kind == "instruction":
             auto: Any = transformers.AutoModelForCausalLM
@@ -572,6 +831,26 @@ def _from_pretrained(
         module.config.tie_word_embeddings = False
     # from_pretrained leaves freshly initialised parts in float32 whatever dtype was asked for.
     return module.to(wanted.dtype), tokenizer, fresh
+
+
+def _check_architecture(config: Any, wanted: _Wanted, source: str) -> None:
+    known, name = (
+        (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "language model")
+        if wanted.kind == "instruction"
+        else (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "sequence classifier")
+    )
+    why = (
+        "it has an encoder and a decoder" if config.is_encoder_decoder
+        else "it reads more than text" if config.get_text_config() is not config
+        else f"transformers has no {name} of this kind" if type(config) not in known
+        else None
+    )
+    if why:
+        raise ValueError(
+            f"{source!r} is a model of kind {config.model_type!r}, which cannot be a student for {wanted.kind}: {why}"
+        )
+    if wanted.attention == "sdpa" and not known[type(config)]._supports_sdpa:
+        raise ValueError(f"models of kind {config.model_type!r} have no attention 'sdpa'; take attention='eager'")
 
 
 def _every_second_layer(bert: transformers.BertForSequenceClassification) -> transformers.PreTrainedModel:

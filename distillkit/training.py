@@ -70,9 +70,9 @@ def params_of(model: torch.nn.Module, student: Student) -> Params:
 class Examples(torch.utils.data.Dataset):
     """A distilled set as a torch Dataset, an example at a time and without its padding.
 
-    An item holds ``inputs_embeds`` ``[l, d]`` and ``labels``: probabilities ``[c]`` of a set with soft labels, a class, or
-    of an instruction set -100 ``[l]`` at the prompt and the token at each response token, whose embeddings follow the
-    prompt's.
+    An item holds ``inputs_embeds`` ``[l, d]``, scaled as the model takes them, and ``labels``: probabilities ``[c]`` of a set
+    with soft labels, a class, or of an instruction set -100 ``[l]`` at the prompt and the token at each response token, whose
+    embeddings follow the prompt's.
 
     Raises:
         ValueError: the embeddings belong to a model of another width.
@@ -82,7 +82,7 @@ class Examples(torch.utils.data.Dataset):
         if distilled.embeds.shape[-1] != student.width:
             raise ValueError(f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants "
                              f"{student.width}; train on its text instead")
-        self.distilled, self.table = distilled, student.embedding.cpu()
+        self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.traits.scale
         self.labels = distilled.targets.to(student.dtype).softmax(-1) if distilled.soft else distilled.targets
 
     def __len__(self) -> int:
@@ -92,10 +92,10 @@ class Examples(torch.utils.data.Dataset):
         embeds = self.distilled.embeds[i, self.distilled.mask[i] != 0].to(self.table.dtype)
         labels = self.labels[i]
         if labels.is_floating_point() or labels.ndim == 0:
-            return {"inputs_embeds": embeds, "labels": labels}
+            return {"inputs_embeds": embeds * self.scale, "labels": labels}
         said = labels[labels != NO_TARGET]
         return {
-            "inputs_embeds": torch.cat([embeds, F.embedding(said, self.table)]),
+            "inputs_embeds": torch.cat([embeds, F.embedding(said, self.table)]) * self.scale,
             "labels": torch.cat([labels.new_full((len(embeds),), NO_TARGET), said]),
         }
 

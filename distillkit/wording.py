@@ -158,7 +158,7 @@ def perplexity(texts: Sequence[str], student: Student) -> float:
         first = max(1, len(before))
         if len(ids) > first:
             with torch.no_grad():
-                said = student.module(inputs_embeds=student.embedding[ids][None]).logits[0, first - 1 : -1]
+                said = student.module(inputs_embeds=student.scaled(student.embedding[ids])[None]).logits[0, first - 1 : -1]
             loss += float(torch.nn.functional.cross_entropy(said.double(), ids[first:], reduction="sum"))
             tokens += len(ids) - first
     if not tokens:

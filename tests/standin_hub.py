@@ -30,6 +30,9 @@ from datasets.naming import camelcase_to_snakecase
 COMMIT = "5" * 40
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64,
         "max_position_embeddings": 512}
+# Larger weights than real ones, so that attention, windows and positions matter to logits of so few layers.
+BOLD = TINY | {"initializer_range": 0.2}
+BOLD_DECODER = BOLD | {"num_key_value_heads": 1, "head_dim": 16}
 TINY_DISTIL = {"n_layers": 2, "dim": 32, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 512}
 
 # hub id -> (model class that has the real checkpoint's parameters, its configuration, kind of tokenizer)
@@ -48,6 +51,36 @@ MODELS = {
                                 transformers.LlamaConfig(**TINY | {"num_key_value_heads": 1}), "bytes"),
     "gpt2": (transformers.GPT2LMHeadModel,
              transformers.GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=512), "bytes"),
+    "microsoft/mpnet-base": (transformers.MPNetForMaskedLM,
+                             transformers.MPNetConfig(**BOLD | {"max_position_embeddings": 514}), "mpnet"),
+    "answerdotai/ModernBERT-base": (transformers.ModernBertForMaskedLM,
+                                    transformers.ModernBertConfig(**BOLD, global_attn_every_n_layers=2, local_attention=8,
+                                                                  classifier_pooling="mean"), "bytes"),
+    "microsoft/deberta-v3-base": (transformers.DebertaV2ForMaskedLM,
+                                  transformers.DebertaV2Config(**BOLD, relative_attention=True, position_buckets=8,
+                                                               pos_att_type=["p2c", "c2p"], share_att_key=True,
+                                                               norm_rel_ebd="layer_norm", position_biased_input=False,
+                                                               type_vocab_size=0, legacy=False), "unigram"),
+    "google/electra-base-discriminator": (transformers.ElectraForPreTraining,
+                                          transformers.ElectraConfig(**BOLD, embedding_size=16), "wordpiece"),
+    "albert-base-v2": (transformers.AlbertForPreTraining,
+                       transformers.AlbertConfig(**BOLD, embedding_size=16, classifier_dropout_prob=0.1), "unigram"),
+    "mistralai/Mistral-7B-v0.1": (transformers.MistralForCausalLM,
+                                  transformers.MistralConfig(**BOLD_DECODER, sliding_window=8), "bytes"),
+    "google/gemma-2-2b": (transformers.Gemma2ForCausalLM,
+                          transformers.Gemma2Config(**BOLD_DECODER, sliding_window=8, query_pre_attn_scalar=16,
+                                                    attn_logit_softcapping=2.0, final_logit_softcapping=1.0), "bytes"),
+    "google/gemma-3-270m": (transformers.Gemma3ForCausalLM,
+                            transformers.Gemma3TextConfig(**BOLD_DECODER, sliding_window=8, query_pre_attn_scalar=16,
+                                                          layer_types=["sliding_attention", "full_attention"]), "bytes"),
+    "Qwen/Qwen3-0.6B": (transformers.Qwen3ForCausalLM,
+                        transformers.Qwen3Config(**BOLD_DECODER, use_sliding_window=True, sliding_window=8,
+                                                 max_window_layers=1), "bytes"),
+    "microsoft/Phi-3-mini-4k-instruct": (transformers.Phi3ForCausalLM,
+                                         transformers.Phi3Config(**BOLD | {"num_key_value_heads": 2}, sliding_window=8),
+                                         "bytes"),
+    "EleutherAI/pythia-70m": (transformers.GPTNeoXForCausalLM,
+                              transformers.GPTNeoXConfig(**BOLD, rotary_pct=0.25, tie_word_embeddings=False), "bytes"),
 }
 
 # hub id -> (text column, label column, class names, further columns, {split: rows per class}); None: labels are all -1
@@ -153,12 +186,20 @@ def _put_model(folder: Path, hub_id: str) -> None:
 def _tokenizer(kind: str):
     """A tokenizer of the real kind, made from the stand-in's own sentences, the same in every process."""
     text = [sentence for label in range(len(SUBJECTS)) for sentence in sentences(label, 100, "tokenizer")]
-    if kind == "wordpiece":
-        letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-        words = sorted({word for sentence in text for word in sentence.split()} | {*string.punctuation} - {*letters})
-        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = sorted({word for sentence in text for word in sentence.split()} | {*string.punctuation} - {*letters})
+    if kind in ("wordpiece", "mpnet"):
+        bert = kind == "wordpiece"
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] if bert else ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
+        pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
         vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces + words))}
-        return transformers.BertTokenizerFast(vocab=vocabulary, do_lower_case=True)
+        build = transformers.BertTokenizerFast if bert else transformers.MPNetTokenizer
+        return build(vocab=vocabulary, do_lower_case=True)
+    if kind == "unigram":
+        pieces = [*letters, "▁", *(f"▁{word}" for word in words), *string.punctuation]
+        special = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+        scores = [(piece, 0.0) for piece in special] + [(piece, -len(special) / len(piece)) for piece in pieces]
+        return transformers.AlbertTokenizer(vocab=scores)
     raw = tokenizers.ByteLevelBPETokenizer(add_prefix_space=False)
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     raw.train_from_iterator(text, vocab_size=400, min_frequency=1, show_progress=False, special_tokens=special)

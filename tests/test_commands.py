@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import distillkit as dk
@@ -245,8 +246,35 @@ def test_doctor(standin_hub, capsys, monkeypatch, tmp_path):
     assert f"  torch {torch.__version__}: ok (>=" in out or "not installed as a package" in out
     assert "hub: not asked (HF_HUB_OFFLINE is set)" in out
     assert "  ag_news: train.jsonl\n" in out and "  imdb: absent\n" in out
-    assert "student bert-base-uncased: bert, " in out and "attention eager: first derivatives ok, second ok" in out
+    assert "student bert-base-uncased as classifier: bert, " in out
+    assert "attention eager: first derivatives ok, second ok" in out
     assert re.search(r"attention sdpa: first derivatives ok, second none \(.*\); use ForwardDifference", out)
+    assert "LoRA: 2,048 parameters in adapters" in out  # rank 8 at four matrices of 32 × 32
+    assert "student bert-base-uncased as language model: none (" in out
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("microsoft/mpnet-base", ["as classifier: mpnet, ", "second ok", "sdpa: none (", "as language model: none ("]),
+    ("google/gemma-3-270m", ["as classifier: gemma3_text, ", "as language model: gemma3_text, ", "second ok"]),
+])
+def test_doctor_tells_what_a_model_can_be(standin_hub, capsys, name, lines):
+    assert call("doctor", "--student", name) == 0
+    out = capsys.readouterr().out
+    assert all(line in out for line in lines)
+
+
+def test_doctor_explains_a_model_that_can_be_nothing(standin_hub, capsys, tmp_path):
+    (saved,) = standin_hub.glob("hub/models--gpt2/snapshots/*")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        global_head_dim=16, intermediate_size=64, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0)
+    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    for file in saved.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    assert call("doctor", "--student", tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert "as classifier: none (" in out and "no points between them" in out and "cannot be a student" in err
 
 
 def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):

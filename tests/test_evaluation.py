@@ -158,6 +158,14 @@ def test_work_is_counted(task, tiny):
     assert 1 < flops[1] / (6 * 8 * 8 * matrices) < 1.5
 
 
+def test_operations_are_counted_where_a_module_is_given_a_parameter(task, standin_hub):
+    """As DeBERTa's norm is given its table of positions, on which torch's notes of modules break."""
+    student = dk.load_student("microsoft/deberta-v3-base", task)
+    real = dk.DistilledSet.from_real(task, student, per_class=1, length=6)
+    flops = {t: dk.evaluate(real, task, student, seeds=(0,), recipe=dk.Unroll(t)).flops for t in (1, 2)}
+    assert flops[2] == 2 * flops[1] > 0
+
+
 def test_size_of_the_full_data(task, tiny, quick):
     got = dk.evaluate(None, task, tiny, seeds=(0,))
     assert got.examples == 80 and got.nbytes == sum(len(t.encode()) for t in task.train["text"])

@@ -48,7 +48,8 @@ def single(task, student, params, split, row):
 
 
 @pytest.mark.parametrize(("hub_id", "trainable"), [("bert-base-uncased", "full"), ("bert-base-uncased", "lora"),
-                                                   ("distilbert-base-uncased", "full"), ("facebook/opt-1.3b", "lora")])
+                                                   ("distilbert-base-uncased", "full"), ("facebook/opt-1.3b", "lora"),
+                                                   ("microsoft/mpnet-base", "full")])
 def test_both_ways_give_each_rows_own_gradient(task, standin_hub, hub_id, trainable):
     student, rows = tiny(task, trainable, hub_id), [3, 40, 17]
     params = {n: p + 0.05 * torch.ones_like(p) for n, p in student.init(1).items()}  # LoRA's B = 0 would hide ∇A

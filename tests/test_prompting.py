@@ -15,7 +15,7 @@ from distillkit.evaluation import choice_accuracy, choice_scores
 from distillkit.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.prompting_jobs import PromptingJob, PromptingRun, prompting_table
 
-NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2"]
+NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),
          ("so clever that nobody missed the rest", "pos")]
 ROWS = list(range(12))

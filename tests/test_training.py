@@ -33,7 +33,8 @@ def proof(task, standin_home):
 
     with standin_hub.patched(standin_home):
         # Padded rows of a decoder are NaN in float64: transformers masks with its lowest number, and softmax takes float32.
-        kinds = {"bert-base-uncased": "float64", "facebook/opt-1.3b": "float32", "gpt2": "float32"}
+        kinds = {"bert-base-uncased": "float64", "microsoft/deberta-v3-base": "float64", "facebook/opt-1.3b": "float32",
+                 "gpt2": "float32", "answerdotai/ModernBERT-base": "float32", "google/gemma-3-270m": "float32"}
         return {name: dk.load_student(name, task, dtype=dtype) for name, dtype in kinds.items()}
 
 
@@ -95,7 +96,8 @@ def close(one, other, rtol=1e-9):
 # --- the pieces ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bert-base-uncased", "facebook/opt-1.3b", "gpt2"])
+@pytest.mark.parametrize("name", ["bert-base-uncased", "microsoft/deberta-v3-base", "facebook/opt-1.3b", "gpt2",
+                                  "answerdotai/ModernBERT-base", "google/gemma-3-270m"])
 def test_the_loss_is_the_kits(task, proof, name):
     """Padding on either side, soft labels and hard ones."""
     student = proof[name]

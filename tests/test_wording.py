@@ -104,7 +104,7 @@ def test_models_and_tasks_of_another_kind(world, colours):
         describe_text([("red", "red")], SimpleNamespace(kind="instruction", name="questions"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "facebook/opt-1.3b"])
+@pytest.mark.parametrize("name", ["gpt2", "facebook/opt-1.3b", "google/gemma-3-270m"])
 def test_perplexity_is_the_exponential_of_the_loss(standin_hub, name):
     task = SimpleNamespace(kind="instruction", classes=(), max_length=16, name="questions")
     student = dk.load_student(name, task, trainable="full")
