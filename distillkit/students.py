@@ -25,8 +25,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import math
+import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,6 +72,9 @@ class Student:
         max_positions: longest input in tokens.
         trainable: ``"full"``, ``"head"`` or ``"lora"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
+        classes: names of the classes in the order of a classifier's logits; none for a language model.
+        table_sha256: which embedding table it has: the SHA-256 of the checkpoint's rows as little-endian float32, before a
+            cast to another dtype and before rows for new tokens.
     """
 
     name: str
@@ -85,6 +89,8 @@ class Student:
     attention: str
     trained_names: tuple[str, ...]
     fresh_names: frozenset[str]
+    classes: tuple[str, ...] = ()
+    table_sha256: str = ""
     cache: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -104,6 +110,25 @@ class Student:
     def draws(self) -> bool:
         """Whether :meth:`init` gives other parameters for another seed; a pretrained language model has nothing to draw."""
         return self.weights == "random" or bool(self.fresh_names) or any(".lora_" in name for name in self.trained_names)
+
+    def for_task(self, task) -> Student:
+        """This student with its classes in the order of a task.
+
+        A head is drawn afresh for every training run and learns its order from the labels, so another order of the same
+        names changes no weight.  Parameters that were trained before keep the order they were trained in.
+
+        Raises:
+            ValueError: the task is of another kind, or has classes of other names.
+        """
+        if self.kind != task.kind:
+            raise ValueError(f"student {self.name!r} was loaded for {self.kind}, task {task.name!r} is {task.kind}; load it "
+                             "for this task")
+        if self.classes == tuple(task.classes):
+            return self
+        if sorted(self.classes) != sorted(task.classes):
+            raise ValueError(f"student {self.name!r} was loaded for the classes {reprlib.repr(list(self.classes))}, task "
+                             f"{task.name!r} has {reprlib.repr(list(task.classes))}; load it for this task")
+        return dataclasses.replace(self, classes=tuple(task.classes))
 
     def init(self, seed: int, *, weights: str | None = None) -> Params:
         """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
@@ -368,6 +393,7 @@ def load_student(
     wanted = _Wanted(task.kind, len(task.classes), DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
         module, tokenizer, lacking = _load(source, wanted)
+    table_sha256 = module.table_sha256  # of the bare module, before adapters and devices
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     module = module.to(device).eval().requires_grad_(False)
     embedding = module.get_input_embeddings().weight
@@ -394,6 +420,8 @@ def load_student(
         attention=attention,
         trained_names=tuple(n for n in names if trainable != "head" or n in head),
         fresh_names=head if wanted.kind == "classification" else frozenset(),
+        classes=tuple(task.classes),
+        table_sha256=table_sha256,
     )
     if task.max_length > student.max_positions:
         raise ValueError(
@@ -531,6 +559,7 @@ def _from_pretrained(
         quiet.set_verbosity(verbosity)
         if bar:
             quiet.enable_progress_bar()
+    module.table_sha256 = _checkpoint_table_sha256(module, location)  # before any cast, and before rows are added
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     fresh = {name for name in missing if name.startswith(module.base_model_prefix + ".")}
     # A masked language model is saved without a pooler, which is drawn like a head; nothing else may be missing.
@@ -590,6 +619,7 @@ def _every_second_layer(bert: transformers.BertForSequenceClassification) -> tra
             for kind in ("weight", "bias"):
                 weights[f"transformer.layer.{new}.{theirs}.{kind}"] = source[f"encoder.layer.{layer}.{ours}.{kind}"]
     student.distilbert.load_state_dict(weights)
+    student.table_sha256 = bert.table_sha256
     return student
 
 
@@ -608,9 +638,46 @@ def _small_and_random(bert: transformers.BertForSequenceClassification) -> trans
         num_labels=bert.num_labels,
         attn_implementation=old._attn_implementation,
     )
-    student = cast("Any", transformers.BertForSequenceClassification(config)).to(bert.dtype)
+    student = cast("Any", transformers.BertForSequenceClassification(config)).float()
     draw = generator("small-bert", 0)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(_fresh(name, parameter, config.initializer_range, draw))
-    return student
+    student.table_sha256 = _table_sha256(student.get_input_embeddings().weight)
+    return student.to(bert.dtype)
+
+
+def _table_sha256(table: Tensor) -> str:
+    """SHA-256 of a table's rows as little-endian float32: the same number in every dtype that holds its values."""
+    digest = hashlib.sha256()
+    for rows in table.detach().cpu().split(8192):
+        digest.update(rows.float().contiguous().numpy().astype("<f4", copy=False))
+    return digest.hexdigest()
+
+
+def _checkpoint_table_sha256(module: Any, location: str) -> str:
+    """Which embedding table a checkpoint has, told from the file where ``module`` was loaded in fewer bits than float32."""
+    table = module.get_input_embeddings().weight
+    if table.dtype not in (torch.float32, torch.float64):
+        name = next(name for name, parameter in module.named_parameters() if parameter is table)
+        table = next(_stored_tables(location, name, table.shape), table)
+    return _table_sha256(table)
+
+
+def _stored_tables(location: str, name: str, shape: torch.Size) -> Iterator[Tensor]:
+    """Tensors of ``shape`` in a checkpoint under ``name``, with or without the prefix of a model around its body."""
+    for file in _weight_files(location):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 (it is no dictionary)
+                if f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}"):
+                    tensor = stored.get_tensor(key)
+                    if tensor.shape == shape:
+                        yield tensor
+
+
+def _weight_files(location: str) -> list[Path]:
+    """The safetensors files of a checkpoint, in a folder or in the hub's cache, from where it was just loaded."""
+    config = transformers.utils.hub.cached_file(location, "config.json", local_files_only=True)
+    folder = Path(str(config)).parent
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
