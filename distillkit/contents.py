@@ -7,6 +7,7 @@ when it is made, whoever makes it: the shapes, types and values of its tensors, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -142,7 +143,12 @@ def _parts(value: Any, examples: int) -> bool:
         return False
     plain = all(
         isinstance(part.get("source"), str) and type(part.get("examples")) is int and part["examples"] > 0
-        and isinstance(part.get("recipe"), dict | None) and isinstance(part.get("step_sizes"), list | None)
+        and isinstance(part.get("recipe"), dict | None) and _sizes(part.get("step_sizes"))
         for part in value
     )
     return plain and sum(part["examples"] for part in value) == examples
+
+
+def _sizes(value: Any) -> bool:
+    """Whether a value is None or a list of step sizes."""
+    return value is None or isinstance(value, list) and all(type(one) is float and 0 < one < math.inf for one in value)

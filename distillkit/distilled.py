@@ -169,11 +169,9 @@ class DistilledSet:
         if not texts or len(texts) != len(labels):
             raise ValueError(f"there must be a label for each text, one at least, not {len(labels)} labels for {len(texts)} "
                              "texts")
-        for row, text in enumerate(texts):
-            check_text(text, "text", f"texts, row {row} (counted from 0)")
+        _check_texts("text", texts)
         if task.kind == "instruction":
-            for row, text in enumerate(labels):
-                check_text(text, "response", f"labels, row {row} (counted from 0)")
+            _check_texts("response", labels)
             return _from_pairs(texts, labels, task, student, length)
         numbers = [_class_number(label, task, row) for row, label in enumerate(labels)]
         pools = _pools(task, seed) if fill else {}
@@ -473,6 +471,11 @@ def _from_pairs(prompts: list[str], responses: list[str], task, student: Student
     train = datasets.Dataset.from_dict(rows, features=task.test.features)  # a task may have no training split
     stand_in = dataclasses.replace(task, train=train, origin="texts and labels", _token_ids=weakref.WeakKeyDictionary())
     return _prompts(stand_in, student, [*range(n)], length)
+
+
+def _check_texts(role: str, texts: list) -> None:
+    for row, text in enumerate(texts):
+        check_text(text, role, f"row {row} (counted from 0)")
 
 
 def _listed(name: str, values) -> list:

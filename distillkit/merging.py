@@ -185,6 +185,8 @@ def _joint_recipe(parts: list[dict], dtype: torch.dtype) -> tuple[Tensor | None,
     no recipe in common."""
     if any(p["recipe"] is None or p["step_sizes"] is None for p in parts):
         return None, None
+    for part in parts:
+        from_recipe(part["recipe"])  # one that nobody can follow is an error
     # The size an optimiser was made with is only where learned ones began.
     plain = [{**p["recipe"], "optimizer": {**p["recipe"]["optimizer"], "step_size": 1.0}} for p in parts]
     if any(recipe != plain[0] for recipe in plain):

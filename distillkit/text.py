@@ -65,6 +65,7 @@ def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
 
 def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> DistilledSet:
     """The set with other ``tokens [m, l]``: their embeddings and their text."""
+    distilled.check_table(student)
     text = decode(student.tokenizer, tokens, distilled.free)
     return dataclasses.replace(
         distilled, embeds=embed(student, tokens), tokens=tokens, meta={**distilled.meta, "text": text}
