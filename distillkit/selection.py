@@ -66,7 +66,7 @@ def select(
     else:
         k = examples_per_class(task, per_class, fraction)
         if method == "less":
-            rows = less_rows(task, student, k, seed=seed, settings=less)
+            rows = less_rows(task, student.for_task(task), k, seed=seed, settings=less)
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
             rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
