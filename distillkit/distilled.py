@@ -73,6 +73,8 @@ class DistilledSet:
         check_inputs(self.embeds, self.mask, self.free, self.tokens)
         check_meta(self.meta, len(self.embeds))
         check_targets(self.targets, len(self.meta.get("classes", ())))
+        if self.meta.get("responses") is not None and not self._has_responses:
+            raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
         if self.step_sizes is not None:
             check_step_sizes(self.step_sizes)
 
@@ -83,6 +85,10 @@ class DistilledSet:
     def soft(self) -> bool:
         """Whether the labels are soft."""
         return self.targets.is_floating_point()
+
+    @property
+    def _has_responses(self) -> bool:
+        return self.targets.ndim == 2 and not self.soft
 
     @property
     def nbytes(self) -> int:
@@ -197,7 +203,7 @@ class DistilledSet:
             raise ValueError(f"the set was made with the embedding table of {maker} (SHA-256 {own[:12]}…), and student "
                              f"{student.name!r} has another ({student.table_sha256[:12]}…); {self._way_across()}")
         ids = [] if self.tokens is None else [self.tokens[self.mask]]
-        ids += [self.targets[self.targets >= 0]] if self.targets.ndim == 2 and not self.soft else []
+        ids += [self.targets[self.targets >= 0]] if self._has_responses else []
         if ids and (largest := int(torch.cat(ids).max())) >= len(student.embedding):
             raise ValueError(f"the set holds the token {largest}, and the table of student {student.name!r} ends at "
                              f"{len(student.embedding) - 1}; {self._way_across()}")
@@ -234,7 +240,7 @@ class DistilledSet:
             ValueError: the names differ, with both lists; or responses where classes are wanted.
         """
         own = list(self.meta.get("classes", ()))
-        if (self.targets.ndim == 2 and not self.soft) == bool(classes):
+        if self._has_responses == bool(classes):
             kinds = ("responses", "classes") if classes else ("classes", "responses")
             raise ValueError(f"the set holds {kinds[0]}, and {owner} wants {kinds[1]}: they are of different kinds of task")
         if own == list(classes) or not classes:
