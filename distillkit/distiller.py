@@ -37,7 +37,7 @@ from torch import Tensor
 
 from distillkit.checks import check_choice, check_is, check_rate, check_whole
 from distillkit.distilled import DistilledSet
-from distillkit.objectives import bound_step_sizes, check_objective, meta_gradient
+from distillkit.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed
 from distillkit.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder, unwritten
@@ -90,7 +90,7 @@ class Distiller:
     """Learns a distilled set.
 
     Args:
-        distilled: where to start; it is copied, not changed.
+        distilled: where to start; it is copied, not changed.  Its labels take the order of the objective's classes.
         objective: what to learn it by.
         lr: outer learning rate of the embeddings (Adam).
         label_lr: of the label logits; default: 5 × ``lr``.
@@ -157,12 +157,13 @@ class Distiller:
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.checkpoint_every, self.nonfinite = checkpoint_every, nonfinite
+        distilled = fitted(distilled, objective)
         self._start = copy.deepcopy(distilled)
         self._settings = self._describe(distilled)
         values = {
             "embeds": distilled.embeds.clone(),
             "targets": distilled.targets.clone(),
-            "step_sizes": _inverse_softplus(bound_step_sizes(distilled, objective.unroll)),
+            "step_sizes": _inverse_softplus(self._first_step_sizes(distilled)),
         }
         self._made = _Made(values, {}, [])
         self._saved = 0  # steps in the checkpoint
@@ -283,7 +284,7 @@ class Distiller:
             )
             values, moments, terms = made.values, made.moments, terms | {"skipped": 1.0}
         sizes = tuple(_positive(values["step_sizes"]).tolist())
-        start = bound_step_sizes(self._start, self.objective.unroll)
+        start = self._first_step_sizes(self._start)
         if max(sizes) > RUNAWAY * float(start.max()) or max(sizes) * RUNAWAY < float(start.min()):
             raise FloatingPointError(
                 f"outer step {step}: the step sizes have run from {[round(s, 5) for s in start.tolist()]} to "
@@ -326,13 +327,14 @@ class Distiller:
         raise FloatingPointError(message if self.nonfinite == "stop" else f"{skipped} steps in a row; the last: {message}")
 
     def _current(self) -> DistilledSet:
-        return dataclasses.replace(
-            self._start,
-            embeds=self._made.values["embeds"],
-            targets=self._made.values["targets"],
-            step_sizes=self._step_sizes(),
-            tokens=None,
-        )
+        # Not made anew: values were checked when they were made, and a step says itself what is not finite.
+        current = copy.copy(self._start)
+        current.embeds, current.targets = self._made.values["embeds"], self._made.values["targets"]
+        current.step_sizes, current.tokens = self._step_sizes(), None
+        return current
+
+    def _first_step_sizes(self, start: DistilledSet) -> Tensor:
+        return bound_step_sizes(start, self.objective.unroll, getattr(self.objective, "student", None))
 
     def _step_sizes(self) -> Tensor:
         return _positive(self._made.values["step_sizes"])
@@ -348,10 +350,10 @@ class Distiller:
             "start": {
                 "examples": len(distilled),
                 "length": distilled.embeds.shape[1],
-                "task": distilled.meta["task"],
+                "task": distilled.meta.get("task"),
                 "sha256": digest(distilled),
             },
-            "task_fingerprint": distilled.meta["task_fingerprint"],
+            "task_fingerprint": distilled.meta.get("task_fingerprint"),
         }
         return json.loads(json.dumps(settings))
 

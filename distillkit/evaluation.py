@@ -122,26 +122,16 @@ def evaluate(
         split: ``"test"``, ``"validation"`` or ``"train"``.
 
     Raises:
-        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds, another model's embeddings.
+        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds, another model's embeddings,
+            classes of other names.  The same names in another order are told by their names.
     """
     if distilled is not None:
         check_is("distilled", distilled, DistilledSet)
     check_is("task", task, Task)
     check_is("student", student, Student)
     check_seeds("seeds", tuple(seeds) if isinstance(seeds, range) else seeds)
-    if distilled is not None and distilled.embeds.shape[-1] != student.width:
-        raise ValueError(
-            f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
-        )
-    if student.kind != task.kind:
-        raise ValueError(f"student {student.name!r} was loaded for {student.kind}, task {task.name!r} is {task.kind}; load "
-                         "it for this task")
-    if student.num_classes != len(task.classes):
-        raise ValueError(f"student {student.name!r} was loaded for {student.num_classes} classes, task {task.name!r} "
-                         f"has {len(task.classes)}; load it for this task")
-    if distilled is not None and len(distilled.meta.get("classes", task.classes)) != len(task.classes):
-        raise ValueError(f"the set has {len(distilled.meta['classes'])} classes, task {task.name!r} has "
-                         f"{len(task.classes)}; evaluate it on the task it was made for")
+    student = student.for_task(task)
+    distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # a name that is none is an error before anything is trained
     plan_for = _planner(distilled, task, student, recipe)
     scores, normalized, groups, seconds = [], [], [], []
@@ -233,12 +223,12 @@ def _own(distilled: DistilledSet, student: Student, seed: int) -> _Plan:
         )
     unroll = from_recipe(stored)
     feed = _set_feed(distilled, student, unroll, seed)
-    recipe = {"name": "own", "step_sizes": bound_step_sizes(distilled, unroll).tolist(), **unroll.recipe()}
-    return _Plan(unroll.optimizer, bound_step_sizes(distilled, unroll), feed, recipe)
+    sizes = bound_step_sizes(distilled, unroll, student)
+    return _Plan(unroll.optimizer, sizes, feed, {"name": "own", "step_sizes": sizes.tolist(), **unroll.recipe()})
 
 
 def _constant(distilled: DistilledSet, student: Student, unroll: Unroll, name: str, seed: int = 0, order: int = 0) -> _Plan:
-    sizes = torch.full((unroll.steps,), float(unroll.optimizer.step_size))
+    sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     feed = _set_feed(distilled, student, unroll, seed, order)
     return _Plan(unroll.optimizer, sizes, feed, {"name": name, **unroll.recipe()})
 

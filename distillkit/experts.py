@@ -157,6 +157,7 @@ def record_experts(
     """
     check_is("task", task, Task)
     check_is("student", student, Student)
+    student = student.for_task(task)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {optimizer!r}")
     check_whole("batch_size", batch_size, most=len(task.split("train")))

@@ -27,6 +27,7 @@ from distillkit.seeds import derive_seed, generator
 from distillkit.students import Batch, Params, Student
 
 State = dict[str, Any]
+MOST_STEPS = 10**6  # of a recipe that somebody else wrote down
 
 
 def _positive(name: str, value: float) -> None:
@@ -293,10 +294,18 @@ def optimizer_from(settings: dict) -> Optimizer:
 
 
 def from_recipe(recipe: dict, metagrad=None) -> Unroll:
-    """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set)."""
+    """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set).
+
+    Raises:
+        ValueError: it describes none, or one of more than ``MOST_STEPS`` steps.
+    """
     extra = {} if metagrad is None else {"metagrad": metagrad}
-    return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
-                  dropout=recipe.get("dropout", False), **extra)
+    try:
+        check_whole("steps", recipe["steps"], most=MOST_STEPS)
+        return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
+                      dropout=recipe.get("dropout", False), **extra)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the recipe does not say how to train ({error}); choose another recipe than the set's own") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,9 @@ class FrozenJudge:
         batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
 
     What it has read since the last gradient it remembers, so that a step of a search reads each sentence once.
+
+    Raises:
+        ValueError: from every method, a set of another embedding table or of classes with other names.
     """
 
     task: Task
@@ -81,6 +84,7 @@ class FrozenJudge:
 
     def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
+        distilled.check_table(self.student)
         self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
         embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
         chosen = torch.arange(len(embeds)) if examples is None else examples
@@ -97,6 +101,7 @@ class FrozenJudge:
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
         assert distilled.tokens is not None  # without tokens there is nothing to swap
+        distilled.check_table(self.student)
         changed = [(group, swapped(distilled.tokens, group)) for group in swaps]
         needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
         needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
@@ -131,6 +136,7 @@ class FrozenJudge:
 
     def features(self, distilled: DistilledSet) -> Tensor:
         """What the heads are trained on: representations ``[m, n·d]`` of a set's sentences."""
+        distilled.check_table(self.student)
         with torch.no_grad():
             return torch.cat([
                 self._represented({"inputs_embeds": embeds, "attention_mask": mask.long()})
@@ -138,7 +144,8 @@ class FrozenJudge:
             ])
 
     def labels(self, distilled: DistilledSet) -> Tensor:
-        """A set's labels as probabilities ``[m, c]``."""
+        """A set's labels as probabilities ``[m, c]`` of the task's classes, told by their names."""
+        distilled = distilled.in_classes(self.task.classes, f"task {self.task.name!r}")
         if distilled.soft:
             return distilled.targets.softmax(-1).to(self.student.device)
         return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
@@ -212,8 +219,8 @@ class StudentJudge:
         found = []
         for group in swaps:
             assert distilled.tokens is not None  # without tokens there is nothing to swap
-            tokens = swapped(distilled.tokens, group)
-            student = self.objective.student
+            tokens, student = swapped(distilled.tokens, group), self.objective.student
+            distilled.check_table(student)
             trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
             losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
             found.append(sum(losses) / len(losses))

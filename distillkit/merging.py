@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,6 @@ from distillkit.seeds import derive_seed, generator
 from distillkit.students import Student
 from distillkit.tasks import SPLITS, Task, _dataset, _fingerprint
 
-NONE_AT_ALL = 30.0  # nats below the rest: a share of 1e-13
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
@@ -121,30 +121,25 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
         ``meta["parts"]`` remembers whose examples are whose; the classes are in the order of ``united``.
 
     Raises:
-        ValueError: sets of different students, kinds of labels, or without classes.
+        ValueError: sets of different students or embedding tables, kinds of labels, or without classes.
     """
     if not sets or any(not s.meta.get("classes") for s in sets):
         raise ValueError("merge takes sets of labelled examples, one at least; this has none, or a set without classes")
-    if len({s.meta["student"] for s in sets}) > 1:
-        raise ValueError(f"sets of different students, {sorted({s.meta['student'] for s in sets})}: embeddings belong to the "
-                         "model they were learned with; go through text")
+    _check_one_table(sets)
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
+    if isinstance(foreign, bool) or not 0 <= foreign < 1:
+        raise ValueError(f"foreign must be a share in [0, 1), not {foreign!r}")
     classes = _all_classes(s.meta["classes"] for s in sets)
-    sets = tuple(_for_classes(s, classes, foreign) for s in sets)
+    sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
     length = max(s.embeds.shape[1] for s in sets)
     parts = [part for s in sets for part in _parts(s)]
-    step_sizes, recipe = _joint_recipe(parts)
-    meta = {
-        "task": " + ".join(s.meta["task"] for s in sets),
-        "task_fingerprint": " + ".join(s.meta["task_fingerprint"] for s in sets),
-        "student": sets[0].meta["student"],
-        "classes": list(classes),
-        "labels": [label for s in sets for label in s.meta["labels"]],
-        "parts": parts,
-    }
-    meta |= {"recipe": recipe} if recipe else {}
-    meta |= {"text": [t for s in sets for t in s.meta["text"]]} if all("text" in s.meta for s in sets) else {}
+    step_sizes, recipe = _joint_recipe(parts, sets[0].embeds.dtype)
+    meta = {key: " + ".join(s.meta.get(key, "unknown") for s in sets) for key in ("task", "task_fingerprint")}
+    meta |= {key: sets[0].meta[key] for key in ("student", "table_sha256") if key in sets[0].meta}
+    meta |= {"classes": list(classes), "parts": parts} | ({"recipe": recipe} if recipe else {})
+    meta |= {key: [value for s in sets for value in s.meta[key]] for key in ("labels", "text", "rows")
+             if all(key in s.meta for s in sets)}
 
     def joined(name: str) -> Any:  # a tensor; None where a set has none, as with tokens
         values = [getattr(s, name) for s in sets]
@@ -154,27 +149,22 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
                         step_sizes=step_sizes, tokens=joined("tokens"), meta=meta)
 
 
+def _check_one_table(sets: Sequence[DistilledSet]) -> None:
+    """Raise ValueError unless all sets were made with one student, as far as they tell: its name, and its table."""
+    across = "embeddings belong to the table they were made with; go through text: dk.retokenize each for one student"
+    names = sorted({str(s.meta.get("student")) for s in sets})
+    if len(names) > 1:
+        raise ValueError(f"sets of different students, {reprlib.repr(names)}: {across}")
+    tables = {s.meta["table_sha256"] for s in sets if s.meta.get("table_sha256")}
+    if len(tables) > 1 or len({s.embeds.shape[-1] for s in sets}) > 1:
+        raise ValueError(f"sets of different embedding tables, though all of student {reprlib.repr(names[0])}: {across}")
+
+
 def _lengthened(value: Tensor, length: int) -> Tensor:
     """``value [m, l, …]`` with zeros up to ``length`` positions; a mask of False covers them."""
     filled = value.new_zeros(len(value), length, *value.shape[2:])
     filled[:, : value.shape[1]] = value
     return filled
-
-
-def _for_classes(distilled: DistilledSet, classes: tuple[str, ...], foreign: float) -> DistilledSet:
-    """The set with its labels told in other ``classes``, all its own among them."""
-    if not 0 <= foreign < 1:
-        raise ValueError(f"foreign must be a share in [0, 1), not {foreign!r}")
-    own = torch.tensor([classes.index(name) for name in distilled.meta["classes"]])
-    meta = {**distilled.meta, "classes": list(classes), "labels": own[distilled.meta["labels"]].tolist()}
-    if not distilled.soft:
-        return dataclasses.replace(distilled, targets=own[distilled.targets], meta=meta)
-    mass = distilled.targets.logsumexp(1, keepdim=True)
-    others = len(classes) - len(own)
-    share = math.log(foreign / (1 - foreign) / others) if foreign and others else -NONE_AT_ALL
-    targets = (mass + share).repeat(1, len(classes))
-    targets[:, own] = distilled.targets
-    return dataclasses.replace(distilled, targets=targets, meta=meta)
 
 
 def _parts(distilled: DistilledSet) -> list[dict]:
@@ -183,22 +173,26 @@ def _parts(distilled: DistilledSet) -> list[dict]:
         return distilled.meta["parts"]
     recipe = distilled.meta.get("recipe")
     return [{
-        "source": distilled.meta["task"],
+        "source": distilled.meta.get("task", "unknown"),
         "examples": len(distilled),
         "recipe": recipe and {key: recipe.get(key) for key in (*TRAINED_BY, "trainable", "weights")},
         "step_sizes": None if distilled.step_sizes is None else distilled.step_sizes.tolist(),
     }]
 
 
-def _joint_recipe(parts: list[dict]) -> tuple[Tensor | None, dict | None]:
-    """Step sizes and recipe of parts together; None and None where they have no recipe in common."""
+def _joint_recipe(parts: list[dict], dtype: torch.dtype) -> tuple[Tensor | None, dict | None]:
+    """Step sizes (in the precision of embeddings of ``dtype``) and recipe of parts together; None and None where they have
+    no recipe in common."""
     if any(p["recipe"] is None or p["step_sizes"] is None for p in parts):
         return None, None
+    for part in parts:
+        from_recipe(part["recipe"])  # one that nobody can follow is an error
     # The size an optimiser was made with is only where learned ones began.
     plain = [{**p["recipe"], "optimizer": {**p["recipe"]["optimizer"], "step_size": 1.0}} for p in parts]
     if any(recipe != plain[0] for recipe in plain):
         return None, None
-    sizes, recipe = torch.tensor([p["step_sizes"] for p in parts]), dict(parts[0]["recipe"])
+    sizes = torch.tensor([p["step_sizes"] for p in parts], dtype=torch.promote_types(dtype, torch.float32))
+    recipe = dict(parts[0]["recipe"])
     if recipe["batch_size"] is not None:
         recipe["batch_size"] *= len(parts)
     # Adam's steps are as long however small the gradient: there is no share to make up for.
@@ -219,9 +213,9 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
     left = [part for part in parts if part["source"] != source]
     if not left:
         raise ValueError(f"{source!r} is the only source of this set; without it nothing is left")
-    step_sizes, recipe = _joint_recipe(left)
+    step_sizes, recipe = _joint_recipe(left, merged.embeds.dtype)
     meta = {key: value for key, value in merged.meta.items() if key != "recipe"} | {"parts": left}
-    for key in {"labels", "text"} & meta.keys():
+    for key in {"labels", "text", "rows"} & meta.keys():
         meta[key] = list(itertools.compress(meta[key], keep.tolist()))
     meta |= {"recipe": recipe} if recipe else {}
     tensors = {n: getattr(merged, n) for n in ("embeds", "mask", "free", "targets", "tokens")}
@@ -261,7 +255,8 @@ def with_recipe(distilled: DistilledSet, unroll: Unroll, student: Student) -> Di
     """
     recipe = {**unroll.recipe(), "trainable": student.trainable, "weights": student.weights}
     free = dataclasses.replace(distilled, step_sizes=None)
-    return dataclasses.replace(free, step_sizes=bound_step_sizes(free, unroll), meta={**distilled.meta, "recipe": recipe})
+    sizes = bound_step_sizes(free, unroll, student)
+    return dataclasses.replace(free, step_sizes=sizes, meta={**distilled.meta, "recipe": recipe})
 
 
 def rescaled(
@@ -283,7 +278,7 @@ def rescaled(
     Returns:
         the set, and the validation accuracy of each factor.
     """
-    own = bound_step_sizes(distilled, from_recipe(_recipe_of(distilled)))
+    own = bound_step_sizes(distilled, from_recipe(_recipe_of(distilled)), student)
     tuning = [derive_seed("rescale", seed) for seed in seeds]
     sets = {factor: dataclasses.replace(distilled, step_sizes=factor * own) for factor in factors}
     found = {f: evaluate(s, task, student, seeds=tuning, recipe="own", split="validation").mean for f, s in sets.items()}
@@ -373,9 +368,7 @@ def continual(
     """
     tasks = list(tasks)
     whole = united(*tasks)
-    if student.num_classes != len(whole.classes):
-        raise ValueError(f"the student was loaded for {student.num_classes} classes, the stream has {len(whole.classes)}: "
-                         f"{', '.join(whole.classes)}; load it for united(*tasks)")
+    student = student.for_task(whole)
     if memory is not None and len(memory) not in (len(tasks) - 1, len(tasks)):
         raise ValueError(f"memory must hold something for each of the {len(tasks)} tasks (the last may be left out), not for "
                          f"{len(memory)}")
@@ -383,7 +376,7 @@ def continual(
         check_whole(name, value)
     if wrong := [w for w in weights if not 0 < w < 1]:
         raise ValueError(f"weights must be shares between 0 and 1, not {wrong[0]!r}")
-    kept = None if memory is None else [_in_classes_of(whole, tasks, k, m) for k, m in enumerate(memory)]
+    kept = None if memory is None else [_in_classes_of(whole, tasks, student, k, m) for k, m in enumerate(memory)]
     way = _Way(tasks, whole, student, kept, steps, batch_size, memory_batch, optimizer)
     grid = list(itertools.product(step_sizes or (optimizer.step_size,), weights if kept else weights[:1]))
     tried = {}
@@ -411,10 +404,11 @@ def rows_of_bytes(task: Task, nbytes: int, seed: int = 0) -> list[int]:
     return chosen
 
 
-def _in_classes_of(whole: Task, tasks: list[Task], k: int, kept: Kept) -> DistilledSet | Tensor:
+def _in_classes_of(whole: Task, tasks: list[Task], student: Student, k: int, kept: Kept) -> DistilledSet | Tensor:
     """What is kept of task k in the terms of all: a set for all classes, or rows of the united training split."""
     if isinstance(kept, DistilledSet):
-        return _for_classes(kept, whole.classes, 0.0)
+        kept.check_table(student)
+        return kept.in_classes(whole.classes, "the stream", foreign=0.0)
     return torch.as_tensor(kept, dtype=torch.long) + sum(len(task.train) for task in tasks[:k])
 
 

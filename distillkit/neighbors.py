@@ -126,6 +126,7 @@ class NeighborLoss:
 
     def __call__(self, distilled: DistilledSet) -> tuple[float, Tensor]:
         """The mean over free positions of ‖e − nearest‖², unweighted, and its gradient ``[m, l, d]``."""
+        distilled.check_table(self.student)
         table = self.student.embedding
         free = distilled.embeds[distilled.free]
         words, _ = nearest_tokens(free, table, allowed=allowed_tokens(self.student.tokenizer, len(table)))
@@ -150,14 +151,14 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
     Returns:
         A set with ``tokens`` and text, embeddings equal to those tokens', labels, step sizes and recipe kept;
         ``meta["projection"]`` tells the metric and the mean distance moved.
+
+    Raises:
+        ValueError: an unknown metric, or a set that was made with another embedding table.
     """
     check_is("distilled", distilled, DistilledSet)
     check_is("student", student, Student)
     check_choice("metric", metric, METRICS)
-    if distilled.embeds.shape[-1] != student.width:
-        raise ValueError(
-            f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants {student.width}"
-        )
+    distilled.check_table(student)
     table = student.embedding
     tokens = torch.full(distilled.mask.shape, cast("int", student.tokenizer.pad_token_id or 0))
     words, moved = nearest_tokens(

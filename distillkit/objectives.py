@@ -118,6 +118,8 @@ def _check_parts(objective) -> None:
     if not callable(getattr(objective.student, "loss", None)):
         raise TypeError(f"student must be what load_student returns, not {objective.student!r}")
     check_is("unroll", objective.unroll, Unroll)
+    if isinstance(objective.student, Student) and isinstance(objective.task, Task):
+        object.__setattr__(objective, "student", objective.student.for_task(objective.task))
 
 
 STUDENT_STATES = ("fresh", "expert")
@@ -349,11 +351,7 @@ def inner_problem(
     It starts from ``student.init(seed)`` with a fresh optimiser, or from ``params`` and ``state``; whatever else is drawn
     in the run is drawn from ``seed`` too.
     """
-    if distilled.embeds.shape[-1] != student.width:
-        raise ValueError(
-            f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants "
-            f"{student.width}: they belong to another model; go through text (dk.project, then that student)"
-        )
+    distilled = distilled.for_student(student)
     move = {"device": student.device, "dtype": student.dtype}
     return Problem(
         student=student,
@@ -362,7 +360,7 @@ def inner_problem(
         embeds=distilled.embeds.to(**move),
         mask=distilled.mask.to(student.device),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
-        step_sizes=bound_step_sizes(distilled, unroll).to(**move),
+        step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
         rows=unroll.rows(len(distilled)),
         outer=outer,
         micro_batch=unroll.micro_batch,
@@ -372,16 +370,27 @@ def inner_problem(
     )
 
 
-def bound_step_sizes(distilled: DistilledSet, unroll: Unroll) -> torch.Tensor:
-    """The set's own step sizes, ``[t]``, or the optimiser's at every step if it has none yet."""
+def bound_step_sizes(distilled: DistilledSet, unroll: Unroll, student: Student | None = None) -> torch.Tensor:
+    """The set's own step sizes, ``[t]``, or the optimiser's at every step if it has none yet.
+
+    The latter are float64 where the set or the ``student`` that trains on it is, and float32 otherwise.
+    """
     if distilled.step_sizes is None:
-        return torch.full((unroll.steps,), float(unroll.optimizer.step_size))
+        exact = torch.float64 in (distilled.embeds.dtype, None if student is None else student.dtype)
+        dtype = torch.float64 if exact else torch.float32
+        return torch.full((unroll.steps,), float(unroll.optimizer.step_size), dtype=dtype)
     if len(distilled.step_sizes) != unroll.steps:
         raise ValueError(
             f"the set carries {len(distilled.step_sizes)} step sizes but the unroll has {unroll.steps} steps; use the "
             "unroll it was distilled with, or set step_sizes to None"
         )
     return distilled.step_sizes
+
+
+def fitted(distilled: DistilledSet, objective) -> DistilledSet:
+    """The set as the student of ``objective`` trains on it; as it is where an objective of the caller's own names none."""
+    student = getattr(objective, "student", None)
+    return distilled if student is None else distilled.for_student(student)
 
 
 def check_objective(objective) -> None:
@@ -406,11 +415,16 @@ def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaG
     """
     check_is("distilled", distilled, DistilledSet)
     check_objective(objective)
+    own = fitted(distilled, objective)
     while True:
         trial = FITTING.get(objective, objective)
         try:
             metagrad = trial.unroll.metagrad
-            return MetaGradient.mean([metagrad(problem) for problem in trial.problems(distilled, seed)])
+            found = MetaGradient.mean([metagrad(problem) for problem in trial.problems(own, seed)])
+            if own is distilled or found.targets is None:
+                return found
+            back = [own.meta["classes"].index(name) for name in distilled.meta["classes"]]
+            return dataclasses.replace(found, targets=found.targets[:, back])
         except torch.OutOfMemoryError as error:
             FITTING[objective] = _halved(trial, len(distilled), error)
         # Here the exception is gone, and with it the tensors that its frames held.

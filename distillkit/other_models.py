@@ -8,15 +8,10 @@ model trains by the grid that every set without a recipe gets.
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Sequence
-from typing import cast
-
-import datasets
-import torch
 
 from distillkit.checks import check_is
-from distillkit.distilled import DistilledSet, decode, embed, from_rows, special_frame
+from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation, evaluate
 from distillkit.inner import Unroll
 from distillkit.students import Student
@@ -37,66 +32,34 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
         the examples that outgrew the length, and ``same_text``, those that read the same when decoded again.
 
     Raises:
-        ValueError: the set holds free embeddings; the task is of another kind; a text that makes no token.
+        ValueError: the set holds free embeddings; the task is of another kind, or its classes have other names; a text that
+            makes no token.
     """
     check_is("distilled", distilled, DistilledSet)
     check_is("task", task, Task)
     check_is("student", student, Student)
+    distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
     texts = distilled.to_text()
-    if ("responses" in distilled.meta) != (task.kind == "instruction"):
-        raise ValueError(f"the set was made for another kind of task than {task.name!r}, which is {task.kind}")
-    if task.kind == "instruction":
-        found, lengths = _prompts(texts, task, student)
-    else:
-        found, lengths = _sentences(distilled, texts, task, student)
+    column, labels = ("prompt", "response") if task.kind == "instruction" else ("text", "label")
+    length = task.max_length if task.kind == "instruction" else min(task.max_length, student.max_positions)
+    found = DistilledSet.from_text(texts[column], texts[labels], task, student, length=length, soft_labels=False)
+    if task.kind == "classification":
+        found = dataclasses.replace(found, targets=distilled.targets.clone())
+    uncut = student.tokenizer(texts[column][:], add_special_tokens=False)["input_ids"]
+    rows = distilled.meta.get("rows") if distilled.meta.get("task_fingerprint") == task.fingerprint else None
     words = [" ".join(text.split()) for text in found.meta["text"]]
     meta = {
         **found.meta,
+        **({} if rows is None else {"rows": rows}),
         "retokenized": {
             "from": distilled.meta.get("student"),
             "tokens_before": int(distilled.free.sum()),
-            "tokens_after": int(sum(lengths)),
-            "cut": sum(length > int(kept) for length, kept in zip(lengths, found.free.sum(1), strict=True)),
+            "tokens_after": sum(map(len, uncut)),
+            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, found.free.sum(1), strict=True)),
             "same_text": sum(a == " ".join(b.split()) for a, b in zip(words, distilled.meta["text"], strict=True)),
         },
     }
     return dataclasses.replace(found, meta=meta)
-
-
-def _sentences(distilled: DistilledSet, texts, task: Task, student: Student) -> tuple[DistilledSet, list[int]]:
-    """Sentences between the special tokens of ``student``, and how many tokens each has uncut."""
-    tokenizer = student.tokenizer
-    before, after = special_frame(tokenizer)
-    room = min(task.max_length, student.max_positions) - len(before) - len(after)
-    bodies = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts["text"][:]]
-    for number, (body, text) in enumerate(zip(bodies, texts["text"][:], strict=True)):
-        if not body:
-            raise ValueError(f"example {number}: the tokenizer of {student.name!r} makes no token of {text[:40]!r}")
-    rows = [torch.tensor(before + body[:room] + after) for body in bodies]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=cast("int", tokenizer.pad_token_id or 0))
-    place, sizes = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])[:, None]
-    mask = place < sizes
-    free = (place >= len(before)) & (place < sizes - len(after))
-    kept = {k: distilled.meta[k] for k in ("classes", "labels")}
-    meta = {**_origin(task, student), **kept, "text": decode(tokenizer, ids, free)}
-    found = DistilledSet(embed(student, ids), mask, free, distilled.targets.clone(), tokens=ids, meta=meta)
-    return found, [len(body) for body in bodies]
-
-
-def _prompts(texts, task, student: Student) -> tuple[DistilledSet, list[int]]:
-    """Prompts and responses as the training split of a task, which knows how ``student`` reads those."""
-    rows = {"prompt": texts["prompt"][:], "response": texts["response"][:]}
-    n = len(texts)
-    rows |= {"choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
-    train = datasets.Dataset.from_dict(rows, features=task.test.features)  # a task may have no training split
-    stand_in = dataclasses.replace(task, train=train, _token_ids=weakref.WeakKeyDictionary())
-    found = from_rows(stand_in, student, [range(n)])
-    uncut = [student.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rows["prompt"]]
-    return dataclasses.replace(found, meta={**found.meta, **_origin(task, student)}), [len(ids) for ids in uncut]
-
-
-def _origin(task: Task, student: Student) -> dict:
-    return {"task": task.name, "task_fingerprint": task.fingerprint, "student": student.name}
 
 
 def transfer(

@@ -40,7 +40,7 @@ from torch import Tensor
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation, evaluate
 from distillkit.metagrad import MetaGradient
-from distillkit.objectives import Objective, bound_step_sizes, meta_gradient
+from distillkit.objectives import Objective, bound_step_sizes, fitted, meta_gradient
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -166,6 +166,10 @@ class Shared:
         self.objective, self.team = objective, team
         self.unroll = dataclasses.replace(objective.unroll, metagrad=self._together)
 
+    @property
+    def student(self) -> Student:
+        return self.objective.student
+
     def __enter__(self) -> Shared:
         return self
 
@@ -191,6 +195,7 @@ class Shared:
         Raises:
             RankLost: another process has ended.
         """
+        distilled = fitted(distilled, self)  # as rank 0's Distiller has it
         while True:
             order, seed = self.team.told(torch.zeros(2, dtype=torch.int64)).tolist()
             if order == STOP:
@@ -204,7 +209,7 @@ class Shared:
 
     def _told(self, distilled: DistilledSet) -> DistilledSet:
         """The set of rank 0."""
-        sizes = bound_step_sizes(distilled, self.objective.unroll)
+        sizes = bound_step_sizes(distilled, self.objective.unroll, self.student)
         found = {"embeds": distilled.embeds, "step_sizes": sizes} | ({"targets": distilled.targets} if distilled.soft else {})
         found = {name: self.team.told(value.detach().cpu().clone()) for name, value in found.items()}
         return dataclasses.replace(distilled, tokens=None, **found)
@@ -233,6 +238,10 @@ class _Share:
 
     objective: Objective
     team: Team
+
+    @property
+    def student(self) -> Student:
+        return self.objective.student
 
     @property
     def unroll(self):

@@ -254,9 +254,7 @@ def _bodies(task, student: Student, shots) -> Iterator[tuple[str | Tensor, str]]
     if shots.tokens is not None:
         yield from zip(shots.meta["text"], answers, strict=True)
         return
-    if shots.meta.get("student") != student.name or shots.embeds.shape[-1] != student.width:
-        raise ValueError(f"the demonstrations are embeddings of {shots.meta.get('student')!r}, which {student.name!r} cannot "
-                         "read; project the set and give its text")
+    shots.check_table(student)
     yield from zip([e[free] for e, free in zip(shots.embeds, shots.free, strict=True)], answers, strict=True)
 
 

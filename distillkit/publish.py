@@ -226,10 +226,13 @@ def card(
     """The dataset card of a set as Markdown with YAML in front; arguments as of :func:`save_published`."""
     _same("task", task and task.fingerprint, distilled.meta.get("task_fingerprint"))
     _same("student", student and student.name, distilled.meta.get("student"))
+    if student is not None:
+        distilled.check_table(student)
     facts = {
         "method": _method(distilled.meta),
         "base model": _base_model(distilled.meta),
         "base model's revision": _revision(student),
+        "embedding table (SHA-256)": distilled.meta.get("table_sha256"),
         "corpus": distilled.meta.get("task"),
         "corpus' fingerprint (SHA-256)": distilled.meta.get("task_fingerprint"),
         "corpus came from": task and task.origin,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.checks import check_choice, check_is
+from distillkit.checks import check_choice, check_flag, check_is
 from distillkit.distilled import DistilledSet, examples_per_class, from_rows
 from distillkit.influence import LESS, LessSettings, less_rows
 from distillkit.progress import progress
@@ -39,6 +39,7 @@ def select(
     per_class: int | None = None,
     fraction: float | None = None,
     length: int | None = None,
+    fill: bool = True,
     seed: int = 0,
     less: LessSettings = LESS,
 ) -> DistilledSet:
@@ -46,7 +47,7 @@ def select(
 
     Args:
         method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
-        per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
+        per_class, fraction, length, fill, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
             same sentences for every seed; the seed then steers only what short ones are filled up with.
         less: settings of ``"less"``, noted in ``meta["selection"]``.  It compares gradients of what the student trains;
             the paper's method takes a student with ``trainable="lora"``.
@@ -58,17 +59,18 @@ def select(
     check_is("student", student, Student)
     check_is("less", less, LessSettings)
     check_choice("method", method, ALL_METHODS)
-    size = {"per_class": per_class, "fraction": fraction, "length": length, "seed": seed}
+    check_flag("fill", fill)
+    size = {"per_class": per_class, "fraction": fraction, "length": length, "fill": fill, "seed": seed}
     if method == "random":
         found = DistilledSet.from_real(task, student, soft_labels=False, **size)
     else:
         k = examples_per_class(task, per_class, fraction)
         if method == "less":
-            rows = less_rows(task, student, k, seed=seed, settings=less)
+            rows = less_rows(task, student.for_task(task), k, seed=seed, settings=less)
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
             rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
-        found = from_rows(task, student, rows, length=length, seed=seed)
+        found = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
     noted = {"trainable": student.trainable, **less.described()} if method == "less" else {}
     found.meta["selection"] = {"method": method, "seed": seed, **noted}
     return found

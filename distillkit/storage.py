@@ -37,6 +37,7 @@ FORMAT, VERSION = "distillkit", 1
 TENSORS, DATA, MANIFEST = "tensors.safetensors", "data.json", "manifest.json"
 ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+LARGEST_HEADER = 2**21  # bytes that describe the tensors of a file; parsing a hundred million takes minutes
 
 
 class StorageError(ValueError):
@@ -202,6 +203,11 @@ def _read(folder: Path, kind: str, device, prefix: str, verify: bool) -> Stored:
         for name in (DATA, TENSORS):
             _verify(folder, name, manifest["files"])
     remedy = f"another program wrote it; delete {folder} and make it again"
+    with (folder / TENSORS).open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > LARGEST_HEADER:
+        raise StorageError(f"{folder / TENSORS} has a header of {header} bytes, more than the {LARGEST_HEADER} that are read; "
+                           f"{remedy}")
     try:
         with safe_open(folder / TENSORS, framework="pt", device=str(device)) as stored:
             names = [name for name in stored.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no dictionary)

@@ -29,6 +29,7 @@ import hashlib
 import importlib.util
 import math
 import re
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,6 +98,9 @@ class Student:
         max_positions: longest input in tokens.
         trainable: ``"full"``, ``"head"`` or ``"lora"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
+        classes: names of the classes in the order of a classifier's logits; none for a language model.
+        table_sha256: which embedding table it has: the SHA-256 of the checkpoint's rows as little-endian float32, before a
+            cast to another dtype and before rows for new tokens.
     """
 
     name: str
@@ -112,6 +116,8 @@ class Student:
     trained_names: tuple[str, ...]
     fresh_names: frozenset[str]
     traits: Traits = Traits()
+    classes: tuple[str, ...] = ()
+    table_sha256: str = ""
     cache: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -131,6 +137,25 @@ class Student:
     def draws(self) -> bool:
         """Whether :meth:`init` gives other parameters for another seed; a pretrained language model has nothing to draw."""
         return self.weights == "random" or bool(self.fresh_names) or any(".lora_" in name for name in self.trained_names)
+
+    def for_task(self, task) -> Student:
+        """This student with its classes in the order of a task.
+
+        A head is drawn afresh for every training run and learns its order from the labels, so another order of the same
+        names changes no weight.  Parameters that were trained before keep the order they were trained in.
+
+        Raises:
+            ValueError: the task is of another kind, or has classes of other names.
+        """
+        if self.kind != task.kind:
+            raise ValueError(f"student {self.name!r} was loaded for {self.kind}, task {task.name!r} is {task.kind}; load it "
+                             "for this task")
+        if self.classes == tuple(task.classes):
+            return self
+        if sorted(self.classes) != sorted(task.classes):
+            raise ValueError(f"student {self.name!r} was loaded for the classes {reprlib.repr(list(self.classes))}, task "
+                             f"{task.name!r} has {reprlib.repr(list(task.classes))}; load it for this task")
+        return dataclasses.replace(self, classes=tuple(task.classes))
 
     def init(self, seed: int, *, weights: str | None = None) -> Params:
         """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
@@ -487,6 +512,7 @@ def load_student(
     wanted = _Wanted(task.kind, len(task.classes), DTYPES[dtype], attention)
     with torch.random.fork_rng(devices=[]):  # transformers draws what a checkpoint lacks from the global stream
         module, tokenizer, lacking = _load(source, wanted)
+    table_sha256 = module.table_sha256  # of the bare module, before adapters and devices
     module = module.to(device).eval().requires_grad_(False)
     embedding = module.get_input_embeddings().weight
     body = module.base_model_prefix + "."
@@ -512,6 +538,8 @@ def load_student(
         attention=attention,
         trained_names=tuple(n for n in names if trainable != "head" or n in head),
         fresh_names=head if wanted.kind == "classification" else frozenset(),
+        classes=tuple(task.classes),
+        table_sha256=table_sha256,
     )
     student.traits = _probed(student, source)
     if task.max_length > student.max_positions:
@@ -809,6 +837,7 @@ def _from_pretrained(
             )
         except safetensors.SafetensorError as error:
             raise ValueError(f"the weights of {location!r} are damaged ({error}); download or save them again") from error
+        module.table_sha256 = _checkpoint_table_sha256(module, folder)  # before any cast, and before rows are added
     module.config.name_or_path = module.name_or_path = location
     model_files.check_attention(module, wanted.attention, source)
     model_files.warn_of_unused(module, info["unexpected_keys"], source)
@@ -893,6 +922,7 @@ def _every_second_layer(bert: transformers.BertForSequenceClassification) -> tra
             for kind in ("weight", "bias"):
                 weights[f"transformer.layer.{new}.{theirs}.{kind}"] = source[f"encoder.layer.{layer}.{ours}.{kind}"]
     student.distilbert.load_state_dict(weights)
+    student.table_sha256 = bert.table_sha256
     return student
 
 
@@ -911,9 +941,38 @@ def _small_and_random(bert: transformers.BertForSequenceClassification) -> trans
         num_labels=bert.num_labels,
         attn_implementation=old._attn_implementation,
     )
-    student = cast("Any", transformers.BertForSequenceClassification(config)).to(bert.dtype)
+    student = cast("Any", transformers.BertForSequenceClassification(config)).float()
     draw = generator("small-bert", 0)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             parameter.copy_(_fresh(name, parameter, config.initializer_range, draw))
-    return student
+    student.table_sha256 = _table_sha256(student.get_input_embeddings().weight)
+    return student.to(bert.dtype)
+
+
+def _table_sha256(table: Tensor) -> str:
+    """SHA-256 of a table's rows as little-endian float32: the same number in every dtype that holds its values."""
+    digest = hashlib.sha256()
+    for rows in table.detach().cpu().split(8192):
+        digest.update(rows.float().contiguous().numpy().astype("<f4", copy=False))
+    return digest.hexdigest()
+
+
+def _checkpoint_table_sha256(module: Any, folder: Path) -> str:
+    """Which embedding table a checkpoint in ``folder`` has, told from its files where ``module`` was loaded in fewer bits than float32."""
+    table = module.get_input_embeddings().weight
+    if table.dtype not in (torch.float32, torch.float64):
+        name = next(name for name, parameter in module.named_parameters() if parameter is table)
+        table = next(_stored_tables(folder, name, table.shape), table)
+    return _table_sha256(table)
+
+
+def _stored_tables(folder: Path, name: str, shape: torch.Size) -> Iterator[Tensor]:
+    """Tensors of ``shape`` in a checkpoint under ``name``, with or without the prefix of a model around its body."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118 (it is no dictionary)
+                if f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}"):
+                    tensor = stored.get_tensor(key)
+                    if tensor.shape == shape:
+                        yield tensor

@@ -65,6 +65,7 @@ def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
 
 def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> DistilledSet:
     """The set with other ``tokens [m, l]``: their embeddings and their text."""
+    distilled.check_table(student)
     text = decode(student.tokenizer, tokens, distilled.free)
     return dataclasses.replace(
         distilled, embeds=embed(student, tokens), tokens=tokens, meta={**distilled.meta, "text": text}
@@ -389,6 +390,7 @@ def _check_search(distilled: DistilledSet, student: Student, judges: dict) -> No
     if distilled.tokens is None:
         raise ValueError("a search for words needs tokens to begin with, and this set holds free embeddings; project it "
                          "first: dk.project(set, student)")
+    distilled.check_table(student)
 
 
 def _words(student: Student, allowed: Tensor | None) -> Tensor:
@@ -442,7 +444,9 @@ def search_sentences(
         check_is(name, value, kind)
     for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
         check_whole(name, value)
-    start, labels = distilled, judge.labels(distilled)
+    _check_search(distilled, student, {"judge": judge})
+    start = distilled.in_classes(task.classes, f"task {task.name!r}")
+    labels = judge.labels(start)
     pool = _pool(task, student, sentences, start.embeds.shape[1], seed)
     x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
     of_class = [(pool.targets == label).nonzero().squeeze(1) for label in range(len(task.classes))]
@@ -496,9 +500,11 @@ def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, found: dict) -
         tail = (0, 0) if name == "embeds" else ()
         return torch.cat([torch.nn.functional.pad(t, (*tail, 0, width - t.shape[1])) for t in parts])[now]
 
-    text = [*pool.meta["text"], *start.meta["text"]]
-    meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection")}
-    meta |= {"text": [text[i] for i in now], "search": found}
+    meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection", "rows")}
+    for key in {"text", "rows"} & start.meta.keys():
+        values = [*pool.meta[key], *start.meta[key]]
+        meta[key] = [values[i] for i in now]
+    meta["search"] = found
     assert pool.tokens is not None and start.tokens is not None
     parts = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
     return dataclasses.replace(start, **parts, step_sizes=None, meta=meta)
@@ -561,6 +567,8 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     check_is("distilled", distilled, DistilledSet)
     check_is("task", task, Task)
     check_is("student", student, Student)
+    distilled.check_table(student)
+    distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
     real = sentence_features(task, student)
     with torch.no_grad():
         x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})

@@ -75,13 +75,11 @@ class Examples(torch.utils.data.Dataset):
     embeddings follow the prompt's.
 
     Raises:
-        ValueError: the embeddings belong to a model of another width.
+        ValueError: the embeddings belong to another table than the student's, or the classes have other names.
     """
 
     def __init__(self, distilled: DistilledSet, student: Student):
-        if distilled.embeds.shape[-1] != student.width:
-            raise ValueError(f"the set's embeddings are {distilled.embeds.shape[-1]} wide, student {student.name!r} wants "
-                             f"{student.width}; train on its text instead")
+        distilled = distilled.for_student(student)
         self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.traits.scale
         self.labels = distilled.targets.to(student.dtype).softmax(-1) if distilled.soft else distilled.targets
 

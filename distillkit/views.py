@@ -162,6 +162,7 @@ def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int 
         sample: words the yardstick is taken on (all of them where there are fewer), drawn from ``seed``.
     """
     check_whole("sample", sample)
+    distilled.check_table(student)
     table = student.embedding
     allowed = allowed_tokens(student.tokenizer, len(table))
     free = distilled.embeds[distilled.free].to(table.device, table.dtype)
@@ -190,7 +191,7 @@ def attention(student: Student, examples: DistilledSet | Batch, params: Params |
         in front).  Rows of present positions sum to 1; rows and columns of absent ones are 0.  That is
         examples · layers · heads · l² numbers: give a large set in parts.
     """
-    batch = _batch(examples)
+    batch = _batch(examples, student)
     kwargs = student._inputs(batch) | {"output_attentions": True}
     with torch.no_grad(), _eager(student.module.config):
         found = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).attentions
@@ -205,8 +206,9 @@ def attention(student: Student, examples: DistilledSet | Batch, params: Params |
     return (weights * present).cpu().numpy()
 
 
-def _batch(examples: DistilledSet | Batch) -> Batch:
+def _batch(examples: DistilledSet | Batch, student: Student) -> Batch:
     if isinstance(examples, DistilledSet):
+        examples.check_table(student)
         return {"inputs_embeds": examples.embeds, "attention_mask": examples.mask}
     return examples
 
@@ -342,13 +344,14 @@ def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) ->
         student: whose words they are near to.
 
     Raises:
-        ValueError: fewer than two snapshots, or snapshots that are not of one set.
+        ValueError: fewer than two snapshots, snapshots that are not of one set, or not in ``student``'s embedding space.
     """
     sets = [s if isinstance(s, DistilledSet) else DistilledSet.load(s) for s in snapshots]
     if len(sets) < 2:
         raise ValueError(f"a history needs two snapshots at least, not {len(sets)}; keep distiller.distilled while it runs")
     first = sets[0]
     for place, one in enumerate(sets):
+        one.check_table(student)
         if one.embeds.shape != first.embeds.shape or not torch.equal(one.free, first.free):
             raise ValueError(
                 f"snapshot {place} is of another set: embeddings {tuple(one.embeds.shape)} and {int(one.free.sum())} free "

@@ -81,8 +81,10 @@ def replaced(distilled: DistilledSet, student: Student, example: int, position: 
     """The set with ``token`` at one position; the other positions stay what they are, embeddings or tokens.
 
     Raises:
-        ValueError: a position that is not learned, or a token that the embedding table does not have.
+        ValueError: a position that is not learned, a token that the embedding table does not have, or a set that was made with
+            another table.
     """
+    distilled.check_table(student)
     _check_place(distilled, example, position)
     check_whole("token", token, least=0, most=len(student.embedding) - 1, meaning="the embedding table")
     if distilled.tokens is not None:
@@ -111,6 +113,7 @@ def candidates(
         score: from a set to a number, such as :func:`outer_loss` gives; called once for each word and once for the set as it
             is.  Default: no scores.
     """
+    distilled.check_table(student)
     _check_place(distilled, example, position)
     table = student.embedding
     here = distilled.embeds[example, position].to(table.device, table.dtype)
@@ -135,6 +138,7 @@ def nearest_words(distilled: DistilledSet, student: Student, k: int) -> Tensor:
 
     One search through a vocabulary of 30,000 takes as long as a hand rests between two moves; one for all takes little more.
     """
+    distilled.check_table(student)
     found = torch.full((*distilled.free.shape, k), -1)
     allowed = allowed_tokens(student.tokenizer, len(student.embedding))
     found[distilled.free], _ = nearest_tokens(distilled.embeds[distilled.free], student.embedding, k=k, allowed=allowed)
@@ -217,6 +221,7 @@ def _check_place(distilled: DistilledSet, example: int, position: int) -> None:
 
 def _words(distilled: DistilledSet, student: Student) -> list[list[str]]:
     """The words of each present position, of embeddings the nearest ones."""
+    distilled.check_table(student)
     tokens = (project(distilled, student) if distilled.tokens is None else distilled).tokens
     assert tokens is not None  # what is projected has tokens
     there = [row[mask].tolist() for row, mask in zip(tokens, distilled.mask, strict=True)]

@@ -88,10 +88,10 @@ CALLS = {
     "project": (dk.project, dict.fromkeys(("distilled", "student")), {"distilled": THING, "student": THING, "metric": CHOICE}),
     "select": (dk.select, {"task": None, "student": None, "method": "random", "per_class": 1, "length": 8}, {
         "task": THING, "student": THING, "method": CHOICE, "per_class": or_none(WHOLE), "length": or_none(WHOLE),
-        "less": THING, "seed": SEED}),
+        "less": THING, "fill": FLAG, "seed": SEED}),
     "DistilledSet": (dk.DistilledSet.from_real, {"task": None, "student": None, "fraction": 0.05}, {
         "task": THING, "student": THING, "fraction": or_none(SHARE), "length": or_none(WHOLE), "soft_labels": FLAG,
-        "seed": SEED}),
+        "fill": FLAG, "seed": SEED}),
     "meta_gradient": (dk.meta_gradient, dict.fromkeys(("distilled", "objective")), {
         "distilled": THING, "objective": THING, "seed": SEED}),
     "search_step_size": (dk.search_step_size, {"distilled": None, "objective": None, "candidates": (0.1,)}, {

@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_named(task, tiny, standin_hub):
     with pytest.raises(ValueError, match="carries 3 step sizes but the unroll has 5"):
         dk.evaluate(shorter, task, tiny, recipe="own")
     four = dk.load_task("ag_news", max_length=12)
-    with pytest.raises(ValueError, match="student .* was loaded for 2 classes, task 'ag_news' has 4"):
+    with pytest.raises(ValueError, match=r"student .*\['neg', 'pos'\].*\['World', 'Sports', 'Business', 'Sci/Tech'\]"):
         dk.evaluate(found, four, tiny)
-    with pytest.raises(ValueError, match="the set has 2 classes, task 'ag_news' has 4"):
+    with pytest.raises(ValueError, match=r"the set has .*\['neg', 'pos'\].*\['World', 'Sports', 'Business', 'Sci/Tech'\]"):
         dk.evaluate(found, four, dk.load_student("bert-base-uncased", four))

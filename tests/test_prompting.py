@@ -112,7 +112,7 @@ def test_embeddings_are_read_as_the_tokens_they_are(readers, task, asked, standi
         assert torch.equal(read, prompting._embedded(student, row[kept][:5].tolist() + behind))
     text, embeddings = (few_shot(asked, student, s, k=2, rows=ROWS) for s in (shots, free))
     assert embeddings.rows == text.rows == 12 and len(embeddings.scores) == 4
-    with pytest.raises(ValueError, match="embeddings of 'facebook/opt-1.3b', which 'gpt2' cannot read"):
+    with pytest.raises(ValueError, match="table of 'facebook/opt-1.3b'.* 'gpt2' has another.*only text moves"):
         few_shot(asked, readers["gpt2"], free, rows=ROWS)
     assert few_shot(asked, readers["gpt2"], shots, rows=ROWS).k == 4, "text can be read by any model"
 

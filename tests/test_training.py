@@ -53,7 +53,7 @@ def uneven(task, student, per_class=2):
     mask, draw = found.mask.clone(), torch.Generator().manual_seed(0)
     mask[0, 5:] = False
     noise = torch.randn(found.embeds.shape, generator=draw, dtype=found.embeds.dtype)
-    return dataclasses.replace(found, embeds=found.embeds + 0.1 * noise, mask=mask, tokens=None)
+    return dataclasses.replace(found, embeds=found.embeds + 0.1 * noise, mask=mask, free=found.free & mask, tokens=None)
 
 
 def ours(student, params, distilled, unroll):

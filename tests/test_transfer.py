@@ -89,7 +89,7 @@ def test_prompts_and_responses_arrive(questions):
 
 def test_a_set_of_another_kind_is_refused(world, questions):
     task, opt, llama = questions
-    with pytest.raises(ValueError, match="another kind of task"):
+    with pytest.raises(ValueError, match="different kinds of task"):
         dk.retokenize(dk.select(*world, "random", per_class=1), task, llama)
 
 
