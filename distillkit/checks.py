@@ -29,7 +29,7 @@ def limits_by_split(limit, splits: Sequence[str]) -> dict[str, int]:
         if split not in splits:
             raise ValueError(f"limit names the split {split!r}; a task has {', '.join(splits)}")
         if most is not None:
-            check_whole(names[split], most, meaning="rows per split, or None for all")
+            check_whole(names[split], most)
     return {split: most for split, most in limit.items() if most is not None}
 
 

@@ -463,7 +463,8 @@ def _of_split(name: str, sources: dict[str, list[Path]]) -> list[Path]:
     parts = sorted((int(match["part"]), int(match["parts"]), path) for match, path in zip(matches, paths)
                    if match and match["shard"])
     if len(parts) < len(paths) and len(paths) > 1 or len({(path.parent, ending(path), count) for _, count, path in parts}) > 1:
-        raise CorpusError(f"{paths[0].parent} holds {' and '.join(path.name for path in paths)}; keep one of them")
+        names = [path.name if path.parent == paths[0].parent else f"{path.parent.name}/{path.name}" for path in paths]
+        raise CorpusError(f"{paths[0].parent} holds {' and '.join(names)}; keep one of them")
     if parts and [part for part, _, _ in parts] != [*range(parts[0][1])]:
         raise CorpusError(f"{paths[0].parent} holds {len(parts)} of the {parts[0][1]} parts of {name}, or one twice; "
                           "add the missing parts")

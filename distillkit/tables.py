@@ -57,6 +57,11 @@ def shown(value) -> str:
     return _short.repr(value)
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of a file, on one line and without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+
+
 def named(names: Iterable[str], most: int = 8) -> str:
     """Names from a file in a row, as an error message lists them: the first `most`, without control characters."""
     names = list(names)
@@ -69,7 +74,7 @@ def parse_json(text: str, where: str, remedy: str = "repair it"):
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where}: not JSON ({error}); {remedy}") from error
+        raise CorpusError(f"{where}: not JSON ({one_line(error)}); {remedy}") from error
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
@@ -94,9 +99,9 @@ def read_text(path: Path) -> str:
     try:
         text = (gzip.decompress(content) if path.suffix.lower() == ".gz" else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
+        raise CorpusError(f"{path}: not UTF-8 ({one_line(error)}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path}: not a readable gzip file ({error}); pack or download it again") from error
+        raise CorpusError(f"{path}: not a readable gzip file ({one_line(error)}); pack or download it again") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise CorpusError(f"{path}, line {line}: a NUL character, which text has none of; save the file as UTF-8 again")
@@ -157,7 +162,7 @@ def _delimited(path: Path, delimiter: str) -> Table:
                 lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise CorpusError(f"{path}, line {reader.line_num}: not {'CSV' if delimiter == ',' else 'TSV'} ({error}); "
+        raise CorpusError(f"{path}, line {reader.line_num}: not {'CSV' if delimiter == ',' else 'TSV'} ({one_line(error)}); "
                           "quote fields as the format asks") from error
     finally:
         csv.field_size_limit(usual_limit)
@@ -185,7 +190,7 @@ def _parquet(path: Path) -> Table:
     try:
         table = parquet.ParquetFile(path).read()
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+        raise CorpusError(f"{path}: not a readable parquet file ({one_line(error)})") from error
     if (name := _doubled(table.column_names)) is not None:
         raise CorpusError(f"{path}: two columns are named {shown(name)}; rename one")
     columns = {name: table.column(name).to_pylist for name in table.column_names}
@@ -199,7 +204,8 @@ def _names_in_schema(path: Path, metadata: Mapping[bytes, bytes]) -> dict[str, t
     except KeyError:
         return {}
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        raise CorpusError(f"{path}: the schema's entry 'huggingface' is unreadable ({error}); save the file again") from error
+        raise CorpusError(f"{path}: the schema's entry 'huggingface' is unreadable ({one_line(error)}); save the file "
+                          "again") from error
     found = {name: about.get("names") for name, about in features
              if isinstance(about, dict) and about.get("_type") == "ClassLabel"}
     for name, names in found.items():
@@ -224,7 +230,8 @@ def saved_table(folder: Path) -> Table:
             raise CorpusError(f"{folder}: the file {shown(outside[0])} lies outside of the folder; save the dataset again")
         rows = datasets.load_from_disk(str(folder))
     except (ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{folder}: not a readable folder of save_to_disk ({error}); save the dataset again") from error
+        raise CorpusError(f"{folder}: not a readable folder of save_to_disk ({one_line(error)}); save the dataset "
+                          "again") from error
     return dataset_table(rows, str(folder))
 
 
