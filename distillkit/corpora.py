@@ -131,6 +131,7 @@ INSTRUCTIONS = (
     Known("", (), "instruction", "response", further=("context", "category"), layout="dolly"),
     Known("", (), "messages", "messages", layout="chat"),
     Known("", (), "conversations", "conversations", layout="chat"),
+    Known("", (), "conversation", "conversation", layout="chat"),
 )
 QA_SOURCES = ("docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
 
@@ -439,7 +440,7 @@ def _listed(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         if path.is_dir() and path.name in names and is_saved(path):
             sources.setdefault(path.name, []).append(path)
         elif path.is_dir():
-            if path != folder / "data" and any(map(_looks_like_data, _visible(path))):
+            if path != folder / "data" and (path.name.lower() in names or any(map(_looks_like_data, _visible(path)))):
                 unread.append(f"{path.name}/")
         elif match and match["name"] in names and ending(path):
             sources.setdefault(match["name"], []).append(path)

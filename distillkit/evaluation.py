@@ -105,7 +105,7 @@ class Evaluation:
         """What to compare evaluations on one split by, the higher the better: accuracy, or minus the loss of the responses."""
         return self.mean if self.losses is None else -float(np.mean(self.losses))
 
-    def told(self) -> str:
+    def score_text(self) -> str:
         """The score in words: mean ± std, without std for a single seed."""
         if self.losses is None:
             return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if len(self.scores) > 1 else "")
@@ -113,8 +113,8 @@ class Evaluation:
         return f"response loss {self.loss:.3f}{spread}, perplexity {self.perplexity:.3g}"
 
     def __str__(self) -> str:
-        told = f"{self.mean:.3f} ± {self.std:.3f}" if self.losses is None else self.told()
-        return f"{told} (n={len(self.scores)}, {self.recipe['name']})"
+        score = f"{self.mean:.3f} ± {self.std:.3f}" if self.losses is None else self.score_text()
+        return f"{score} (n={len(self.scores)}, {self.recipe['name']})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,8 +116,7 @@ def _warn_of_case(classes: tuple[str, ...]) -> None:
 
 
 def unlabelled(split: Split, corpus: Corpus) -> bool:
-    """Whether a split was published without labels: all -1, as in GLUE, where -1 is not a class of train."""
-    if not split.labels or any(whole(label) != -1 for label in split.labels):
-        return False
+    """Whether a split was published without labels: all -1, as in GLUE, where -1 is not one of the classes."""
     train = corpus.splits.get("train")
-    return bool(corpus.classes) or train is None or all(whole(label) != -1 for label in train.labels)
+    names = corpus.classes or (train.labels if train else ())
+    return bool(split.labels) and all(whole(label) == -1 for label in split.labels) and -1 not in map(whole, names)

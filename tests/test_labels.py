@@ -155,6 +155,9 @@ def test_names_that_differ_in_case_bring_a_warning(write):
 def test_minus_one_is_a_class_where_train_has_it(write):
     task = dk.load_task(write([-1, 1, -1, 1], [-1, -1]))
     assert read(task, "test") == ["-1", "-1"] and len(task.validation) == 4
+    task = dk.load_task(write([-1, 1, -1, 1], [-1, -1], listed=["-1", "1"]))
+    assert read(task, "test") == ["-1", "-1"]
+    (write([0, 1]) / "labels.json").unlink()
     task = dk.load_task(write([0, 1, 0, 1] * 5, ["-1.0", "-1"]))
     assert read(task, "test") == ["0", "1", "0", "1"] * 5 and "used as test" in task.origin
 

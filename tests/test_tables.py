@@ -138,6 +138,30 @@ def test_categories_are_their_names(tmp_path):
     assert as_written(dk.load_task(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "eval", "validation"])
+def test_splits_of_the_hub_go_by_the_same_names(monkeypatch, name):
+    rows = datasets.Dataset.from_dict(TABLE.to_dict("list"), features=NUMBERED)
+    splits = datasets.DatasetDict({"train": rows, name: rows, "test": rows, "more": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    with pytest.warns(UserWarning, match="not read: more;"):
+        task = dk.load_task("somebody/something")
+    assert task.classes == ("good", "bad") and all(as_written(task, split) for split in ("train", "validation", "test"))
+    del splits["test"], splits[name], splits["train"]
+    with pytest.raises(CorpusError, match="has none of train.*Not read: more"):
+        dk.load_task("somebody/something")
+
+
+@pytest.mark.parametrize("said", [
+    [{"from": "human", "value": "Name a river."}, {"from": "gpt", "value": "The Po."}],
+    {"from": ["human", "gpt"], "value": ["Name a river.", "The Po."]},  # as the hub's older data sets hold lists of objects
+])
+def test_conversations_of_the_hub(monkeypatch, said):
+    rows = datasets.Dataset.from_dict({"conversations": [said] * 20})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows, "test": rows}))
+    task = dk.load_task("somebody/something")
+    assert task.test[3] == {"prompt": "Name a river.", "response": "The Po.", "choices": [], "answer": -1, "group": ""}
+
+
 # --- columns of other names ------------------------------------------------------------------------------------------
 
 RENAMED = TABLE.rename(columns={"text": "tweet", "label": "mood"}).assign(text="other text", label="other label")
@@ -187,11 +211,11 @@ def test_what_looks_like_data_is_named(folder):
     path = folder(**{"training.csv": csv()} | others)
     with pytest.raises(CorpusError, match="mine holds none of .*Not read: more/, test.xlsx, train.parquet.gz, training.csv"):
         dk.load_task(path)
-    folder(**{"train.csv": csv()})
-    with pytest.raises(CorpusError, match="no test split.*not read: more/, test.xlsx"):
+    folder(**{"train.csv": csv(), "validation/good/1.txt": "x"})
+    with pytest.raises(CorpusError, match="no test split.*not read: more/, test.xlsx, .*, validation/; add a labelled test"):
         dk.load_task(path)
     folder(**{"test.csv": csv(), "dev.csv": csv(), "val.csv": csv()})
-    with pytest.warns(UserWarning, match="not read: more/, test.xlsx, train.parquet.gz, training.csv, val.csv"):
+    with pytest.warns(UserWarning, match="not read: more/, test.xlsx, train.parquet.gz, training.csv, validation/, val.csv"):
         dk.load_task(path)
 
 
