@@ -1,5 +1,6 @@
 """Rows without choices are scored by the loss of their responses, and a right choice is right wherever it stands."""
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from distillkit import evaluation
 from distillkit.__main__ import main
 from distillkit.evaluation import choice_accuracy, response_loss
 from distillkit.instruction_jobs import InstructionJob, InstructionRun
+from distillkit.merging import rescaled, with_recipe
 from distillkit.parallel import Team
 from distillkit.prompting import few_shot
 from distillkit.results import as_json
@@ -99,6 +101,16 @@ def test_tuned_takes_the_lowest_validation_loss(asked, student, quick):
     best = min(losses, key=losses.__getitem__)
     assert (recipe["steps"], recipe["optimizer"]["step_size"]) == best
     assert recipe["validation_loss"] == pytest.approx(losses[best]) and "validation" not in recipe
+
+
+def test_step_sizes_are_scaled_to_the_lowest_validation_loss(asked, student):
+    distilled = with_recipe(dk.select(asked, student, "random", fraction=0.5), dk.Unroll(2, optimizer=dk.SGD(0.1)), student)
+    best, worth = rescaled(distilled, asked, student, factors=(0.01, 1.0), seeds=(0,))
+    sets = {factor: dataclasses.replace(distilled, step_sizes=factor * distilled.step_sizes) for factor in worth}
+    seed = derive_seed("rescale", 0)
+    losses = {f: dk.evaluate(s, asked, student, seeds=(seed,), recipe="own", split="validation").loss for f, s in sets.items()}
+    assert worth == {factor: -loss for factor, loss in losses.items()} and losses[0.01] != losses[1.0]
+    assert torch.equal(best.step_sizes, sets[min(losses, key=losses.__getitem__)].step_sizes)
 
 
 def test_the_full_data_and_a_team_of_processes(asked, student, quick):
