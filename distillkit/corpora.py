@@ -561,10 +561,11 @@ def _known_corpus(name: str, known: Known, columns: _Columns) -> Corpus:
 
 def _hub_corpus(name: str, known: Known, columns: _Columns, looked_in: list[str]) -> Corpus:
     import datasets.config  # a second to import
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded = datasets.load_dataset(known.hub_id, known.config, revision=known.revision)
-    except (OSError, ValueError, RuntimeError) as error:  # not there, not reachable, several configurations, a script
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # absent, unreachable, ambiguous, malformed
         tried = f"the Hugging Face hub and its cache {datasets.config.HF_CACHE_HOME}, as {_on_hub(known)}: {error}"
         raise CorpusError(
             f"{name} was not found. Looked in\n" + "\n".join(f"  * {place}" for place in [*looked_in, tried])

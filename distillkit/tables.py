@@ -229,7 +229,8 @@ def saved_table(folder: Path) -> Table:
         if outside := [name for name in listed if Path(name).name != name]:
             raise CorpusError(f"{folder}: the file {shown(outside[0])} lies outside of the folder; save the dataset again")
         rows = datasets.load_from_disk(str(folder))
-    except (ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        rows.data.validate(full=True)  # offsets that point outside of a damaged file would end the process
+    except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # what `datasets` raises
         raise CorpusError(f"{folder}: not a readable folder of save_to_disk ({one_line(error)}); save the dataset "
                           "again") from error
     return dataset_table(rows, str(folder))

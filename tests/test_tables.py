@@ -18,6 +18,7 @@ from distillkit.corpora import CorpusError
 TEXTS = ["it was fine", 'a "quoted", word', "tabs\tand", "two\nlines", "NA", "caf\u00e9 \u2028 end"]
 ROWS = [{"text": text, "label": ["bad", "good"][number % 2]} for number, text in enumerate(TEXTS)]
 TABLE = pandas.DataFrame(ROWS)
+BOMB = "[" * 100_000 + "]" * 100_000
 
 
 def lines(rows):
@@ -138,6 +139,25 @@ def test_categories_are_their_names(tmp_path):
     assert as_written(dk.load_task(tmp_path / "mine"))
 
 
+@pytest.mark.parametrize("name, content", [
+    ("state.json", {"_data_files": []}), ("state.json", {"_data_files": [{"filename": "absent.arrow"}]}),
+    ("state.json", {"_split": 3}), ("state.json", {"_data_files": [{}]}), ("dataset_info.json", {"features": "x"}),
+    ("dataset_info.json", {"features": {"text": {"_type": "Nothing"}}}), ("state.json", BOMB),
+    ("data-00000-of-00001.arrow", "x"), ("data-00000-of-00001.arrow", 9),
+])
+def test_damaged_folders_of_save_to_disk(tmp_path, name, content):
+    rows = datasets.Dataset.from_dict(TABLE.to_dict("list"), features=NUMBERED)
+    datasets.DatasetDict({"train": rows, "valid": rows, "test": rows}).save_to_disk(tmp_path / "mine")
+    path = tmp_path / "mine" / "train" / name
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_bytes()) | content)
+    elif isinstance(content, int):  # the end of the first text lies far outside of the file
+        content = path.read_bytes().replace(b"\0" * 4 + len(TEXTS[0]).to_bytes(4, "little"), b"\0" * 4 + b"\xff\xff\xff\x7f", 1)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(CorpusError, match="train: not a readable folder of save_to_disk"):
+        dk.load_task(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "dev", "eval", "validation"])
 def test_splits_of_the_hub_go_by_the_same_names(monkeypatch, name):
     rows = datasets.Dataset.from_dict(TABLE.to_dict("list"), features=NUMBERED)
@@ -148,6 +168,15 @@ def test_splits_of_the_hub_go_by_the_same_names(monkeypatch, name):
     assert task.classes == ("good", "bad") and all(as_written(task, split) for split in ("train", "validation", "test"))
     del splits["test"], splits[name], splits["train"]
     with pytest.raises(CorpusError, match="has none of train.*Not read: more"):
+        dk.load_task("somebody/something")
+
+
+def test_a_malformed_file_of_the_hub(monkeypatch):
+    def malformed(*_, **__):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+
+    monkeypatch.setattr(datasets, "load_dataset", malformed)
+    with pytest.raises(CorpusError, match="somebody/something.*An error occurred while generating"):
         dk.load_task("somebody/something")
 
 
@@ -231,9 +260,6 @@ def test_two_files_for_one_split(folder, second):
 
 
 # --- files that cannot be read as they stand -------------------------------------------------------------------------
-
-BOMB = "[" * 100_000 + "]" * 100_000
-
 
 @pytest.mark.parametrize("name, content, message", [
     ("train.csv", "text,label\na,0\nb,c,1\n", "line 3: 3 fields where the header names 2"),
