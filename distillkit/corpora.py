@@ -125,13 +125,13 @@ QUESTIONS = {
 }
 PROMPTS = Known("", (), "prompt", "response", further=("choices", "answer", "group"), layout="prompts")
 # How instruction data of others name their columns; read only where no columns of labelled text are there.
+_ABOUT = ("input", "context", "system", "category", "history")
 INSTRUCTIONS = (
-    Known("", (), "prompt", "completion", layout="prompts"),
-    Known("", (), "instruction", "output", further=("input",), layout="alpaca"),
-    Known("", (), "instruction", "response", further=("context", "category"), layout="dolly"),
-    Known("", (), "messages", "messages", layout="chat"),
-    Known("", (), "conversations", "conversations", layout="chat"),
-    Known("", (), "conversation", "conversation", layout="chat"),
+    replace(PROMPTS, label="completion"),
+    Known("", (), "instruction", "output", further=_ABOUT, layout="instruction"),  # Alpaca
+    Known("", (), "instruction", "response", further=_ABOUT, layout="instruction"),  # Dolly
+    *(Known("", (), turns, turns, further=("system",), layout="chat")  # the last two: ShareGPT
+      for turns in ("messages", "conversation", "conversations")),
 )
 QA_SOURCES = ("docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
 

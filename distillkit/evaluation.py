@@ -177,26 +177,22 @@ def evaluate(
                          f"{len(task.classes)}; evaluate it on the task it was made for")
     task.split(split)  # a name that is none is an error before anything is trained
     plan_for = _planner(distilled, task, student, recipe)
-    graded, losses, seconds = [], [], []
-    with_choices = _has_choices(task, split)
+    runs, seconds = [], []
+    grade = _graded if _has_choices(task, split) else response_loss
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
         plan = plan_for(seed)
         start = student.init(derive_seed("evaluate-init", seed))
         begun = time.perf_counter()
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begun)
-        if with_choices:
-            graded.append(_graded(student, params, task, split))
-        else:
-            losses.append(response_loss(student, params, task, split))
+        runs.append(grade(student, params, task, split))
     return Evaluation(
-        **_scores(task, split, graded, len(seconds)),
+        **(_accuracies(task, split, runs) if grade is _graded else _without_accuracy(runs)),
         seconds=float(np.mean(seconds)),
         flops=_flops(plan, student),
         examples=len(task.train) if distilled is None else len(distilled),
         nbytes=_text_bytes(task) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
-        losses=tuple(losses) or None,
     )
 
 
@@ -205,11 +201,9 @@ def _has_choices(task: Task, split: str) -> bool:
     return task.kind == "classification" or not len(cast("InstructionTask", task).without_choices(split))
 
 
-def _scores(task: Task, split: str, graded: list[tuple[np.ndarray, np.ndarray]], seeds: int) -> dict[str, Any]:
-    """The accuracies of an :class:`Evaluation`; nan where nothing was graded."""
-    if not graded:
-        return {"mean": float("nan"), "std": float("nan"), "scores": (float("nan"),) * seeds, "groups": {}}
-    plain, by_length = zip(*graded, strict=True)
+def _accuracies(task: Task, split: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """The scores of an :class:`Evaluation` from what :func:`_graded` says of each run."""
+    plain, by_length = zip(*runs, strict=True)
     scores = [float(right.mean()) for right in plain]
     names, of_row = _groups(task, split)
     groups = [[float(right[of_row == g].mean()) for g in range(len(names))] for right in plain]
@@ -220,6 +214,11 @@ def _scores(task: Task, split: str, graded: list[tuple[np.ndarray, np.ndarray]],
         "groups": dict(zip(names, np.mean(groups, axis=0).tolist(), strict=True)),
         "normalized": tuple(float(right.mean()) for right in by_length) if task.kind == "instruction" else None,
     }
+
+
+def _without_accuracy(losses: list[float]) -> dict[str, Any]:
+    nan = float("nan")
+    return {"mean": nan, "std": nan, "scores": (nan,) * len(losses), "groups": {}, "losses": tuple(losses)}
 
 
 def _groups(task: Task, split: str) -> tuple[list[str], np.ndarray]:

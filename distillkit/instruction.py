@@ -279,29 +279,34 @@ def _mmlu_row(question, answer, choices=None, subject=None) -> tuple:
     return f"{question.strip()}\n{lines}\nAnswer:", letters[number], list(letters), number, subject or "", right
 
 
-def _alpaca_row(instruction, output, input=None) -> tuple:
-    return _instruction_row(instruction, output, input)
-
-
-def _dolly_row(instruction, response, context=None, category=None) -> tuple:
-    return _instruction_row(instruction, response, context, category)
-
-
-def _instruction_row(instruction, response, context=None, group=None) -> tuple:
-    """An instruction, and below it what it is about, as the prompt."""
+def _instruction_row(instruction, response, input=None, context=None, system=None, category=None, history=None) -> tuple:
+    """An instruction as the prompt, what a system is told above it, and below it what it is about."""
     check_text(instruction, "instruction")
-    if context is None or context == "":
-        return _prompt_row(instruction, response, group=group)
-    if not isinstance(context, str):
-        raise ValueError(f"what the instruction is about is {shown(context)}; write it as text, or leave it out")
-    return _prompt_row(f"{instruction}\n\n{context}" if context.strip() else instruction, response, group=group)
+    if not _is_blank(history):
+        raise ValueError(f"the history is {shown(history)}; write the conversation as a list of messages")
+    if not _is_blank(input) and not _is_blank(context):
+        raise ValueError(f"there are an input and a context, {shown(input)} and {shown(context)}; leave one of them empty")
+    about = context if _is_blank(input) else input
+    return _prompt_row(_paragraphs(system, instruction, about), response, group=category)
+
+
+def _is_blank(value) -> bool:
+    return value is None or value == [] or isinstance(value, str) and value.strip() in ("", "[]")
+
+
+def _paragraphs(*parts) -> str:
+    """Those of `parts` that are not blank, with an empty line between."""
+    parts = [part for part in parts if not _is_blank(part)]
+    for part in parts:
+        check_text(part, "input or the context")
+    return "\n\n".join(parts)
 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "chatgpt": "assistant", "model": "assistant"}
 
 
-def _chat_row(turns, _same_turns) -> tuple:
+def _chat_row(turns, _same_turns, system=None) -> tuple:
     """The last reply of a conversation as the response, and what was said before it as the prompt: the plain text where
     that is one turn (behind a system's), else each turn behind the name of who speaks."""
     turns = _parsed(turns, "turns")
@@ -316,8 +321,8 @@ def _chat_row(turns, _same_turns) -> tuple:
                          "user, so drop the row or its last turns")
     *asked, (_, response) = spoken
     alone = sum(role != "system" for role, _ in asked) == 1
-    prompt = "\n\n".join(text if alone or role == "system" else f"{role.title()}: {text}" for role, text in asked)
-    return _prompt_row(prompt, response)
+    said = [text if alone or role == "system" else f"{role.title()}: {text}" for role, text in asked]
+    return _prompt_row(_paragraphs(system, *said), response)
 
 
 def _turn(turn, place: int) -> tuple[str, str]:
@@ -332,8 +337,7 @@ def _turn(turn, place: int) -> tuple[str, str]:
 
 # How a row asks and answers, by the layout of its corpus -> its prompt, response, choices, answer, group, and the places of
 # all right choices where their texts do not tell. Raises ValueError for a row that cannot be used.
-ROWS = {"prompts": _prompt_row, "arc": _arc_row, "mmlu": _mmlu_row, "alpaca": _alpaca_row, "dolly": _dolly_row,
-        "chat": _chat_row}
+ROWS = {"prompts": _prompt_row, "arc": _arc_row, "mmlu": _mmlu_row, "instruction": _instruction_row, "chat": _chat_row}
 
 
 def _two_or_more(choices) -> list:

@@ -294,6 +294,10 @@ SHARED_NAMES = {"user": "human", "assistant": "gpt"}
     ({"instruction": QUESTION, "output": REPLY}, QUESTION, ""),
     ({"instruction": QUESTION, "context": TEXT, "response": REPLY, "category": "open_qa"}, f"{QUESTION}\n\n{TEXT}", "open_qa"),
     ({"instruction": QUESTION, "context": " ", "response": REPLY}, QUESTION, ""),
+    ({"instruction": QUESTION, "input": TEXT, "response": REPLY}, f"{QUESTION}\n\n{TEXT}", ""),
+    ({"instruction": QUESTION, "input": "", "context": TEXT, "output": REPLY, "history": []}, f"{QUESTION}\n\n{TEXT}", ""),
+    ({"system": "Be warm.", "instruction": QUESTION, "output": REPLY}, f"Be warm.\n\n{QUESTION}", ""),
+    ({"system": "Be warm.", "messages": turns(SAY[1:2] + SAY[-1:])}, f"Be warm.\n\n{QUESTION}", ""),
     ({"messages": turns(SAY[1:2] + SAY[-1:])}, QUESTION, ""),
     ({"messages": turns(SAY[:2] + SAY[-1:]), "id": 3}, f"Be warm.\n\n{QUESTION}", ""),
     ({"messages": turns(SAY)}, f"Be warm.\n\nUser: {QUESTION}\n\nAssistant: No.\n\nUser: Do!", ""),
@@ -322,7 +326,9 @@ def test_instruction_formats_are_read_as_prompt_and_response(write, ending, row,
 
 @pytest.mark.parametrize("row, message", [
     ({"instruction": "", "input": TEXT, "output": REPLY}, "the instruction is ''"),
-    ({"instruction": QUESTION, "input": ["a"], "output": REPLY}, r"\['a'\]; write it as text"),
+    ({"instruction": QUESTION, "input": ["a"], "output": REPLY}, r"the input or the context is \['a'\]"),
+    ({"instruction": QUESTION, "input": TEXT, "context": TEXT, "output": REPLY}, "there are an input and a context"),
+    ({"instruction": QUESTION, "history": [["a", "b"]], "output": REPLY}, "the history is "),
     ({"instruction": QUESTION, "input": TEXT, "output": None}, "the response is None"),
     ({"messages": []}, r"the conversation is \[\]"),
     ({"messages": "hello"}, "the turns are 'hello'"),
@@ -334,9 +340,15 @@ def test_instruction_formats_are_read_as_prompt_and_response(write, ending, row,
     ({"conversations": turns([("user", QUESTION), ("gpt", " ")], "from", "value")}, "the text of turn 1 .* is ' '"),
 ])
 def test_bad_rows_of_other_projects_are_named_by_place(write, row, message):
-    good = {name: QUESTION if name in ("instruction", "input", "output") else turns(SAY) for name in row}
+    good = {name: turns(SAY) if name in ("messages", "conversations") else QUESTION for name in row if name != "history"}
+    good |= {"context": ""} if "context" in row else {}
     with pytest.raises(CorpusError, match=rf"split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): .*{message}"):
         load_task(write(train=[good], validation=[good], test=[good, good, row]))
+
+
+def test_choices_beside_a_completion(mood):
+    row = {"prompt": WARM["prompt"], "completion": WARM["response"], "choices": WARM["choices"]}
+    assert mood(row).test[0] == WARM | {"group": ""}
 
 
 def test_columns_that_can_be_read_in_two_ways(write):

@@ -42,7 +42,7 @@ def student(asked, standin_home):
     import standin_hub
 
     with standin_hub.patched(standin_home):
-        return dk.load_student("facebook/opt-1.3b", asked, trainable="full", dtype="float64")
+        return dk.load_student("gpt2", asked, trainable="full", dtype="float64")  # its softmax is float64 too
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def by_hand(student, params, task, split, rows):
 def test_the_loss_of_responses_by_hand(asked, student, rows, batch_size):
     params = student.init(0)
     expected = by_hand(student, params, asked, "test", rows or range(6))
-    assert response_loss(student, params, asked, "test", rows, batch_size) == pytest.approx(expected, rel=1e-10)
+    assert response_loss(student, params, asked, "test", rows, batch_size) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("recipe", [dk.Unroll(3, optimizer=dk.SGD(0.5)), "standard", "tuned"])
@@ -78,7 +78,7 @@ def test_evaluate_tells_the_loss_where_there_are_no_choices(asked, student, quic
     for seed, loss in zip((0, 1), found.losses, strict=True):
         params = student.init(derive_seed("evaluate-init", seed))
         *_, params = evaluation._planner(distilled, asked, student, recipe)(seed).train(student, params)
-        assert loss == pytest.approx(by_hand(student, params, asked, "test", range(6)), rel=1e-10)
+        assert loss == pytest.approx(by_hand(student, params, asked, "test", range(6)), rel=1e-9)
     assert found.loss == pytest.approx(np.mean(found.losses)) and found.perplexity == pytest.approx(math.exp(found.loss))
     assert math.isnan(found.mean) and all(map(math.isnan, found.scores)) and len(found.scores) == 2
     assert found.worth == -found.loss
