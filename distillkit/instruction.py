@@ -6,6 +6,9 @@ continues it are tokenised together, with a space between, and what follows the 
 A prompt that is too long loses tokens in front, since the question stands at its end. Where two choices read the same,
 either is right if one is. Rows without choices are scored by the likelihood of their response.
 
+Rows of other projects are read as prompt and response: prompt with completion; instruction with input or context and
+output or response (Alpaca, Dolly); and conversations, the last reply of which is the response (chat `messages`, ShareGPT).
+
 The offline questions, `docstrings_qa`, are made of the first sentences of docstrings (see `corpora.py`), all with four
 choices, and so that the choices alone tell nothing:
 

@@ -148,7 +148,10 @@ def load_task(
     validation out of train where it is missing. `text_column`, `label_column`: the columns of labelled text, where they
     have other names than usual.
 
-    Where the source holds prompts with responses, the task is an `instruction.InstructionTask`.
+    A folder holds, itself or in `data/`, for each split a file or all of its numbered parts (.jsonl, .ndjson, .json, .csv,
+    .tsv, packed as .gz or not; .parquet), or a folder of `save_to_disk`; val, valid, dev and eval are validation. A warning
+    names other data that lie there. Where the source holds prompts with responses, the task is an
+    `instruction.InstructionTask`.
 
     Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
     """
