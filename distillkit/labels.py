@@ -26,6 +26,10 @@ _WHOLE = re.compile(r"\s*([+-]?[0-9]{1,18})(\.0+)?\s*")
 
 def whole(label) -> int | None:
     """The whole number that a label is, as a file may spell it (1, 1.0, "1", "1.0"), or None."""
+    if type(label) is int:  # most are, and the general test below is slow
+        return label
+    if type(label) is float:
+        return int(label) if label.is_integer() else None
     if isinstance(label, str):
         match = _WHOLE.fullmatch(label)
         return int(match[1]) if match else None
@@ -36,6 +40,8 @@ def whole(label) -> int | None:
 
 def spelled(label) -> str | None:
     """The name that a label spells, or None for one that is missing, a list, or anything else that is no name."""
+    if type(label) is int:
+        return str(label)
     if isinstance(label, str):
         return label.strip() or None
     if isinstance(label, bool | np.bool_):
@@ -89,20 +95,22 @@ def _names(task: str, splits: dict[str, Split]) -> tuple[str, ...]:
     """The classes where nothing lists them: what stands in train, in the order of numbers or of the alphabet."""
     train = splits["train"]
     for row, label in enumerate(train.labels):
-        if spelled(label) is None:
+        name = spelled(label)
+        if name is None:
             raise CorpusError(f"{task}, split train, {train.row(row)}: the label is {shown(label)}; write the name of one "
                               "class, or drop the row")
-        if any("\ud800" <= character <= "\udfff" for character in spelled(label) or ""):
+        if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
             raise CorpusError(f"{task}, split train, {train.row(row)}: half a surrogate pair in the label {shown(label)}; "
                               "repair it or drop the row")
-    everywhere = [label for split in splits.values() for label in split.labels if spelled(label) is not None]
-    if all(whole(label) is not None for label in everywhere):
-        return tuple(str(number) for number in sorted({whole(label) for label in train.labels}))
-    numbers = {isinstance(label, Real | Decimal) and not isinstance(label, bool | np.bool_) for label in train.labels}
+    labels = {(type(label), label) for label in train.labels}
+    others = (label for split in splits.values() for label in split.labels if spelled(label) is not None)
+    if all(whole(label) is not None for _, label in labels) and all(whole(label) is not None for label in others):
+        return tuple(str(number) for number in sorted({whole(label) for _, label in labels}))
+    numbers = {isinstance(label, Real | Decimal) and not isinstance(label, bool | np.bool_) for _, label in labels}
     if len(numbers) > 1:
-        kinds = dict.fromkeys(type(label).__name__ for label in train.labels)
+        kinds = sorted({kind.__name__ for kind, _ in labels})
         raise CorpusError(f"{train.place} mixes kinds of labels ({named(kinds)}); use numbers, or names")
-    names = {spelled(label) for label in train.labels}
+    names = {spelled(label) for _, label in labels}
     return tuple(sorted(names, key=float if numbers == {True} else str))
 
 
