@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def check_whole(name: str, value, *, least: int = 1, most: int | None = None, meaning: str = "") -> None:
@@ -13,6 +13,24 @@ def check_whole(name: str, value, *, least: int = 1, most: int | None = None, me
         return
     limit = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{name} must be a whole number {limit}{f' ({meaning})' if meaning else ''}, not {value!r}")
+
+
+def limits_by_split(limit, splits: Sequence[str]) -> dict[str, int]:
+    """The most rows of each split that ``limit`` limits: a whole number for all ``splits``, a mapping that names some, or None.
+
+    Raises ValueError for a split that there is none of, and for a number below 1.
+    """
+    if not isinstance(limit, Mapping):
+        limit = dict.fromkeys(splits, limit)
+        names = dict.fromkeys(splits, "limit")
+    else:
+        names = {split: f"limit[{split!r}]" for split in limit}
+    for split, most in limit.items():
+        if split not in splits:
+            raise ValueError(f"limit names the split {split!r}; a task has {', '.join(splits)}")
+        if most is not None:
+            check_whole(names[split], most)
+    return {split: most for split, most in limit.items() if most is not None}
 
 
 def check_choice(name: str, value, allowed) -> None:

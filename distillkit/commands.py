@@ -27,7 +27,7 @@ from pathlib import Path
 
 import yaml
 
-from distillkit.checks import check_choice, check_whole
+from distillkit.checks import check_choice, check_whole, limits_by_split
 from distillkit.configuration import Settings
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
@@ -48,7 +48,9 @@ class Work(Settings):
     corpus: str = _option("docstrings", "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
     student: str = _option("offline:minilm", "offline:minilm, ..., a folder, or a hub id")
     trainable: str | None = _option(None, "what trains: full, head or lora")
-    limit: int | None = _option(None, "rows of each split at most")
+    text_column: str | None = _option(None, "column of the text, where it has another name than usual")
+    label_column: str | None = _option(None, "column of the label, where it has another name than usual")
+    limit: int | dict[str, int] | None = _option(None, "rows of each split at most; in a file also {test: 900}")
     max_length: int = _option(32, "tokens that a real text is cut to")
     seed: int = _option(0, "of whatever is drawn")
     per_class: int = _option(1, "synthetic examples of each class")
@@ -84,7 +86,8 @@ class Work(Settings):
         for key in ("max_length", "per_class", "unroll_steps", "outer_steps", "outer_batch", "inits", "checkpoint_every",
                     "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch"):
             check_whole(key, getattr(self, key))
-        for key in ("limit", "length", "inner_batch"):
+        limits_by_split(self.limit, ("train", "validation", "test"))
+        for key in ("length", "inner_batch"):
             if getattr(self, key) is not None:
                 check_whole(key, getattr(self, key))
         self.check_positive("fraction", "step_size", "lr", "expert_step_size", "match_epochs")
@@ -103,7 +106,7 @@ class Work(Settings):
         return found | {"length": self.length, "seed": self.seed}
 
 
-WHERE = ("name", "corpus", "student", "trainable", "limit", "max_length")
+WHERE = ("name", "corpus", "text_column", "label_column", "student", "trainable", "limit", "max_length")
 SIZE = ("per_class", "fraction", "length")
 EXPERTS = ("expert_count", "expert_epochs", "expert_step_size", "expert_batch", "snapshots_per_epoch", "seed")
 DISTIL = (*SIZE, "objective", "unroll_steps", "optimizer", "step_size", "inner_batch", "metagrad", "outer_steps", "outer_batch",
@@ -128,7 +131,7 @@ STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
                  (*WHERE, *SCORED, "target"),
                  "transfer --name first --target offline:distil-minilm"),
     "card": ("print a set's dataset card, with the scores of runs/NAME/scores.jsonl that are this set's; or publish it",
-             ("name", "corpus", "student", "trainable", "limit", "max_length", "set", "license", "corpus_license"),
+             (*WHERE, "set", "license", "corpus_license"),
              "card --name first --out runs/first/published\n"
              "  python -m distillkit card --name first --set runs/first/text --push me/six-sentences   (private)"),
 }
@@ -222,10 +225,11 @@ def _world(settings: Work, student: str | None = None):
     from distillkit.students import load_student
     from distillkit.tasks import load_task
 
-    task = load_task(settings.corpus, max_length=settings.max_length, limit=settings.limit, seed=settings.seed)
+    task = load_task(settings.corpus, max_length=settings.max_length, limit=settings.limit, seed=settings.seed,
+                     text_column=settings.text_column, label_column=settings.label_column)
     found = load_student(student or settings.student, task, trainable=None if student else settings.trainable)
-    print(f"{task.name}: {len(task.train)} / {len(task.validation)} / {len(task.test)} rows; student {found.name}",
-          file=sys.stderr)
+    rows = " / ".join(str(len(split)) if split else "no" for split in (task.train, task.validation, task.test))
+    print(f"{task.name}: {rows} rows; student {found.name}", file=sys.stderr)
     return task, found
 
 

@@ -8,27 +8,27 @@ Three sources, and never one in place of another:
   sentence says. A sentence found in two libraries is dropped, and one found twice is kept once, so that nothing stands
   in two classes or two splits; every class has as many rows as the smallest library can fill.
 * **a known name** (`ag_news`, ...): the folder `$DISTILLKIT_DATA/<name>`, else the Hugging Face hub.
-* **any folder** of `train`, `validation`/`dev` and `test` as `.jsonl`, `.csv` or `.parquet`, or **any hub id**.
+* **any folder** that holds a file, several numbered files or a `save_to_disk` folder for each split, or **any hub id**.
 
 Rows are labelled text, or prompts with their responses: which of the two is told by the name or by the columns.
-A `Corpus` is what was found, as it was found: `tasks.py` checks the rows and makes what splits are missing.
+A `Corpus` is what was found, as it was found: `tasks.py` checks the rows and makes what splits are missing. Files are
+read by `tables.py`.
 """
 
 import ast
-import csv
 import difflib
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,13 +37,23 @@ from filelock import FileLock
 
 from .progress import progress
 from .storage import StorageError, cache_dir, load_folder, save_folder
+from .tables import (
+    READERS,
+    CorpusError,
+    Table,
+    dataset_table,
+    ending,
+    is_saved,
+    named,
+    parse_json,
+    read_table,
+    read_text,
+    saved_table,
+    shown,
+)
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 LABEL_COLUMNS = ("label", "labels", "coarse_label", "class", "category")
-
-
-class CorpusError(ValueError):
-    """Text that cannot be found or used; the message names the value, the place and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,31 @@ class Split:
     """The rows of one split, unchecked: `texts` and `labels` of equal length, and the place they came from.
 
     For prompts, `texts` are the questions, `labels` the answers, and `further` holds other columns of that length.
+    `files` are, in order, the files that hold the rows: place, number of rows, and the line of each where there are lines.
     """
 
     texts: list
     labels: list
     place: str
     further: dict[str, list] = field(default_factory=dict)
+    files: tuple[tuple[str, int, Sequence[int]], ...] = ()
+
+    def row(self, number: int) -> str:
+        """Where the row with that number is, for an error message."""
+        first = 0
+        for place, size, lines in self.files:
+            if number < first + size:
+                return f"row {number} (counted from 0; {f'line {lines[number - first]} of ' if lines else ''}{place})"
+            first += size
+        return f"row {number} (counted from 0; {self.place})"
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Text as it was found: `classes` is None where nothing names them; `origin` says in words where it is from.
 
-    `layout` is "labels" for labelled text, else how a row asks and answers: "prompts", "arc" or "mmlu".
+    `layout` is "labels" for labelled text, else how a row asks and answers; see `instruction.ROWS`. `unread` names what
+    looks like data, lies beside the splits and belongs to none of them.
     """
 
     name: str
@@ -71,6 +93,7 @@ class Corpus:
     splits: dict[str, Split]
     origin: str
     layout: str = "labels"
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,27 +124,46 @@ QUESTIONS = {
     "mmlu": Known("cais/mmlu", (), "question", "answer", config="all", further=("choices", "subject"), layout="mmlu"),
 }
 PROMPTS = Known("", (), "prompt", "response", further=("choices", "answer", "group"), layout="prompts")
+# How instruction data of others name their columns; read only where no columns of labelled text are there.
+_ABOUT = ("input", "context", "system", "category", "history")
+INSTRUCTIONS = (
+    replace(PROMPTS, label="completion"),
+    Known("", (), "instruction", "output", further=_ABOUT, layout="instruction"),  # Alpaca
+    Known("", (), "instruction", "response", further=_ABOUT, layout="instruction"),  # Dolly
+    *(Known("", (), turns, turns, further=("system",), layout="chat")  # the last two: ShareGPT
+      for turns in ("messages", "conversation", "conversations")),
+)
 QA_SOURCES = ("docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
 
 
-def load_corpus(source) -> Corpus:
-    """The corpus that `source` names: "docstrings", a known name, a folder, or a hub id. Raises `CorpusError`."""
-    known = KNOWN | QUESTIONS
+def load_corpus(source, *, text_column: str | None = None, label_column: str | None = None) -> Corpus:
+    """The corpus that `source` names: "docstrings", a known name, a folder, or a hub id.
+
+    `text_column`, `label_column`: what the columns are called, where they have other names than usual.
+
+    Raises `CorpusError` for a source that is not found, a file that cannot be read, or columns that are not there.
+    """
+    known, columns = KNOWN | QUESTIONS, _Columns(text_column, label_column)
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(source, str) or not source:
         raise CorpusError(f"a task is named by a string or a path, not by {source!r}")
-    if source == "docstrings":
-        return docstring_corpus()
-    if source in QA_SOURCES:
+    if source in ("docstrings", *QA_SOURCES):
+        if columns != _Columns():
+            raise CorpusError(f"{source} is built in and has no columns to name; leave out text_column and label_column")
+        if source == "docstrings":
+            return docstring_corpus()
         from .instruction import docstrings_qa  # which builds on this module
 
         return docstrings_qa(source)
     if source in known:
-        return _known_corpus(source, known[source])
-    if Path(source).expanduser().is_dir():
-        return folder_corpus(Path(source).expanduser())
+        return _known_corpus(source, known[source], columns)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return folder_corpus(path, columns=columns)
+    if path.is_file():
+        raise CorpusError(f"{source} is a file; name the folder that holds it, with the splits as train and test in it")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        return _hub_corpus(source, Known(source, ()), looked_in=["this folder: no such folder here"])
+        return _hub_corpus(source, Known(source, ()), columns, looked_in=["this folder: no such folder here"])
     names = ["docstrings", *QA_SOURCES, *known]
     close = difflib.get_close_matches(source, names, n=1)
     raise CorpusError(f"unknown task {source!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is none of "
@@ -344,97 +386,136 @@ def _cached(folder: Path, recipe: dict) -> dict | None:
 
 # --- folders ---------------------------------------------------------------------------------------------------------
 
+# A split of the kit, and what a file, a folder or a split of the hub is called that may fill it, the first choice first.
+SPLIT_NAMES = {"train": ("train", "auxiliary_train"), "validation": ("validation", "dev", "val", "valid", "eval"),
+               "test": ("test",)}
+_FILE = re.compile(r"(?P<name>[a-z_]+)(?P<shard>-(?P<part>\d{5})-of-(?P<parts>\d{5})(-[0-9a-f]{16})?)?(\.[a-z]+){1,2}")
+LOOKS_LIKE_DATA = {*READERS, ".txt", ".arrow", ".feather", ".orc", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".xml",
+                   ".xls", ".xlsx", ".pkl", ".pickle", ".npy", ".npz", ".pt", ".db", ".sqlite", ".avro"}
+NO_DATA = {"labels.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 
-def folder_corpus(folder: Path, *, name: str | None = None, known: Known | None = None) -> Corpus:
-    """The corpus in a folder of train, validation or dev, test (.jsonl, .csv, .parquet) and optional labels.json."""
-    files = {}
-    for split, file in SPLIT_NAMES:
-        here = [path for suffix in _READERS if (path := folder / f"{file}{suffix}").is_file()]
-        if len(here) > 1:
-            raise CorpusError(f"{folder} holds {' and '.join(path.name for path in here)}; keep one of them")
-        if here:
-            files.setdefault(split, here[0])
-    if not files:
-        raise CorpusError(f"{folder} holds none of train, validation, dev, test as {', '.join(_READERS)}; "
-                          f"put at least train and test there")
+
+@dataclass(frozen=True)
+class _Columns:
+    """The names that the user gave to the columns of labelled text."""
+
+    text: str | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        for role, name in (("text_column", self.text), ("label_column", self.label)):
+            if name is not None and (not isinstance(name, str) or not name):
+                raise CorpusError(f"{role} must be the name of a column, not {name!r}")
+        if self.text is not None and self.text == self.label:
+            raise CorpusError(f"text_column and label_column are both {self.text!r}; name two columns")
+
+
+def folder_corpus(folder: Path, *, name: str | None = None, known: Known | None = None,
+                  columns: _Columns = _Columns()) -> Corpus:
+    """The corpus in a folder of splits, with an optional labels.json."""
+    sources, unread = _listed(folder)
+    tables = {}
+    for split, candidates in SPLIT_NAMES.items():
+        present = [candidate for candidate in candidates if candidate in sources]
+        if present:
+            paths = _of_split(present[0], sources)
+            tables[split] = [saved_table(path) if path.is_dir() else read_table(path) for path in paths]
+        unread += [path.name for candidate in present[1:] for path in sources[candidate]]
+    if not tables:
+        raise CorpusError(f"{folder} holds none of train, validation, dev, test (or val, valid, eval) as {', '.join(READERS)}; "
+                          f"put at least train and test there{_not_read(unread)}")
     origin = f"the folder {name} in DISTILLKIT_DATA" if known else f"a local folder named {folder.resolve().name}"
-    tables = {split: (_READERS[path.suffix](path), str(path), {}) for split, path in files.items()}
-    corpus = _from_tables(name or folder.resolve().name, known or Known("", ()), tables, origin)
-    return replace(corpus, classes=_folder_classes(folder) or corpus.classes)
+    corpus = _from_tables(name or folder.resolve().name, known or Known("", ()), tables, origin, columns)
+    return replace(corpus, classes=_folder_classes(folder) or corpus.classes, unread=() if known else tuple(unread))
 
 
-# A split of the kit, and what a file or a split of the hub is called that may fill it, the first choice first.
-SPLIT_NAMES = (("train", "train"), ("train", "auxiliary_train"), ("validation", "validation"), ("validation", "dev"),
-               ("test", "test"))
+def _listed(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files and saved folders of each split name, and the names of whatever else looks like data."""
+    if is_saved(folder):  # a single split, which has no name
+        return {"train": [folder]}, []
+    sources, unread = {}, []
+    names = {candidate for candidates in SPLIT_NAMES.values() for candidate in candidates}
+    for path in _visible(folder) + _visible(folder / "data"):
+        match = _FILE.fullmatch(path.name.lower())
+        if path.is_dir() and path.name in names and is_saved(path):
+            sources.setdefault(path.name, []).append(path)
+        elif path.is_dir():
+            if path != folder / "data" and (path.name.lower() in names or any(map(_looks_like_data, _visible(path)))):
+                unread.append(f"{path.name}/")
+        elif match and match["name"] in names and ending(path):
+            sources.setdefault(match["name"], []).append(path)
+        elif _looks_like_data(path):
+            unread.append(path.name)
+    return sources, unread
 
 
-def _from_tables(name: str, known: Known, tables: dict, origin: str) -> Corpus:
-    """The corpus in `tables`: split -> (column name -> values, place, column name -> its type where there are types)."""
-    if known.layout == "labels" and any({PROMPTS.text, PROMPTS.label} <= {*columns} for columns, *_ in tables.values()):
-        known = PROMPTS
-    texts, labels = (TEXT_COLUMNS, LABEL_COLUMNS) if known.layout == "labels" else ((known.text,), (known.label,))
-    splits, classes = {}, known.classes or None
-    for split, (columns, place, types) in tables.items():
-        text, label = _column(columns, known.text, texts, place), _column(columns, known.label, labels, place)
-        further = {column: columns[column][:] for column in known.further if column in columns}
-        splits[split] = Split(columns[text][:], columns[label][:], place, further)
-        classes = tuple(getattr(types.get(label), "names", None) or ()) or classes
-    return Corpus(name, classes, splits, origin, known.layout)
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
-def _read_jsonl(path: Path) -> dict[str, list]:
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(f"{path}, line {number}: not JSON ({error}); put one object on a line") from error
-            if not isinstance(row, dict):
-                raise CorpusError(f"{path}, line {number}: {line[:40]!r} is not a JSON object with named columns")
-            rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: [row.get(name) for row in rows] for name in names}
+def _looks_like_data(path: Path) -> bool:
+    return path.suffix.lower() in LOOKS_LIKE_DATA and path.name not in NO_DATA
 
 
-def _read_csv(path: Path) -> dict[str, list]:
-    # Not splitlines(), which would end a row at other characters too, such as U+2028.
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise CorpusError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
-    return {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
+def _of_split(name: str, sources: dict[str, list[Path]]) -> list[Path]:
+    """The one file of a split, or all of its numbered parts in order."""
+    paths = sources[name]
+    matches = [_FILE.fullmatch(path.name.lower()) for path in paths]
+    parts = sorted((int(match["part"]), int(match["parts"]), path) for match, path in zip(matches, paths)
+                   if match and match["shard"])
+    if len(parts) < len(paths) and len(paths) > 1 or len({(path.parent, ending(path), count) for _, count, path in parts}) > 1:
+        names = [path.name if path.parent == paths[0].parent else f"{path.parent.name}/{path.name}" for path in paths]
+        raise CorpusError(f"{paths[0].parent} holds {' and '.join(names)}; keep one of them")
+    if parts and [part for part, _, _ in parts] != [*range(parts[0][1])]:
+        raise CorpusError(f"{paths[0].parent} holds {len(parts)} of the {parts[0][1]} parts of {name}, or one twice; "
+                          "add the missing parts")
+    return [path for *_, path in parts] if parts else paths
 
 
-def _read_parquet(path: Path) -> dict[str, list]:
-    from pyarrow import ArrowException, parquet  # slow to import, and seldom needed
-
-    try:
-        return parquet.read_table(path).to_pydict()
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: not a readable parquet file ({error})") from error
+def _not_read(unread: Sequence[str]) -> str:
+    return f". Not read: {named(unread)}" if unread else ""
 
 
-_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+def _from_tables(name: str, known: Known, tables: dict[str, list[Table]], origin: str, columns: _Columns) -> Corpus:
+    """The corpus whose splits are in `tables`, each in one or in several parts."""
+    known = _layout_of(known, tables, columns)
+    labelled = known.layout == "labels"
+    splits, classes = {}, None
+    for split, parts in tables.items():
+        text = _column(parts, "text", columns.text, known.text, TEXT_COLUMNS if labelled else ())
+        label = _column(parts, "label", columns.label, known.label, LABEL_COLUMNS if labelled else ())
+        if labelled:
+            classes = classes or next((part.class_names[label] for part in parts if label in part.class_names), None)
+        further = [column for column in known.further if all(column in part.columns for part in parts)]
+        read = [[part.values(column, by_name=labelled) for part in parts] for column in (text, label, *further)]
+        texts, labels, *others = (list(itertools.chain.from_iterable(values)) for values in read)
+        place = parts[0].place if len(parts) == 1 else f"{parts[0].place} and {len(parts) - 1} further parts"
+        files = tuple((part.place, len(values), part.lines) for part, values in zip(parts, read[0]))
+        splits[split] = Split(texts, labels, place, dict(zip(further, others)), files)
+    return Corpus(name, classes or known.classes or None, splits, origin, known.layout)
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from error
+def _layout_of(known: Known, tables: dict[str, list[Table]], columns: _Columns) -> Known:
+    """`known`, or how instruction data are read if the columns of `tables` are theirs."""
+    if known.layout != "labels" or columns != _Columns():
+        return known
+    headers = [{*part.columns} for parts in tables.values() for part in parts]
+    if any({PROMPTS.text, PROMPTS.label} <= header for header in headers):
+        return PROMPTS
+    instructions = [layout for layout in INSTRUCTIONS if any({layout.text, layout.label} <= header for header in headers)]
+    labelled = any(header & {known.text, *TEXT_COLUMNS} and header & {known.label, *LABEL_COLUMNS} for header in headers)
+    if instructions and labelled:
+        raise CorpusError(f"the columns {named(sorted(headers[0]))} can be read as labelled text and as instructions; name "
+                          "text_column and label_column, or rename the columns to prompt and response")
+    return instructions[0] if instructions else known
 
 
 def _folder_classes(folder: Path) -> tuple[str, ...] | None:
     path = folder / "labels.json"
     if not path.is_file():
         return None
-    try:
-        names = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{path}: not JSON ({error})") from error
-    if not isinstance(names, list) or not all(map(_is_name, names)) or len({*names}) < len(names):
+    names = parse_json(read_text(path), str(path))
+    if not isinstance(names, list) or not all(map(_is_name, names)) or len({name.strip() for name in names}) < len(names):
         raise CorpusError(f"{path}: must be a list of distinct class names, like [\"negative\", \"positive\"]")
     return tuple(names)
 
@@ -444,34 +525,47 @@ def _is_name(value) -> bool:
     return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
-def _column(columns, own: str, usual: tuple[str, ...], place: str) -> str:
-    """The name among `columns` that is `own`, or else the first that is one of the `usual`, which begin with the role."""
-    for name in (own, *usual):
-        if name in columns:
-            return name
-    others = [name for name in usual if name != own]
-    raise CorpusError(f"{place} has no {usual[0]} column: it has {', '.join(map(str, columns)) or 'no columns at all'}; "
-                      f"name the {usual[0]} column {own!r}" + (f" (or {', '.join(others)}); prompts with their responses go "
-                      "into columns named prompt and response" if others else ""))
+def _column(parts: list[Table], role: str, given: str | None, own: str, usual: tuple[str, ...]) -> str:
+    """The column of a role in all `parts`: the one that the user gave, or else `own`, or the first of the `usual`."""
+    names = [given] if given else [own, *(name for name in usual if name != own)]
+    for part in parts:
+        name = next((name for name in names if name in part.columns), None)
+        if name is None:
+            raise CorpusError(_no_column(part, role, given, names, labelled=bool(usual)))
+        names = [name]  # the same one in the other parts
+    return names[0]
+
+
+def _no_column(part: Table, role: str, given: str | None, names: list[str], labelled: bool) -> str:
+    has = f"it has {named(part.columns) or 'no columns at all'}"
+    if given:
+        return f"{part.place} has no column {shown(given)}, which {role}_column names: {has}"
+    role = role if labelled else names[0]
+    remedy = f"name the {role} column {names[0]!r}"
+    if labelled:
+        remedy += (f" (or {', '.join(names[1:])}), or give its name as {role}_column; prompts with their responses go into "
+                   "columns named prompt and response")
+    return f"{part.place} has no {role} column: {has}; {remedy}"
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def _known_corpus(name: str, known: Known) -> Corpus:
+def _known_corpus(name: str, known: Known, columns: _Columns) -> Corpus:
     root = os.environ.get("DISTILLKIT_DATA")
     if root and (folder := Path(root).expanduser() / name).is_dir():
-        return folder_corpus(folder, name=name, known=known)
+        return folder_corpus(folder, name=name, known=known, columns=columns)
     looked = f"the folder {folder}: absent" if root else f"$DISTILLKIT_DATA/{name}: DISTILLKIT_DATA is not set"
-    return _hub_corpus(name, known, looked_in=[looked])
+    return _hub_corpus(name, known, columns, looked_in=[looked])
 
 
-def _hub_corpus(name: str, known: Known, looked_in: list[str]) -> Corpus:
+def _hub_corpus(name: str, known: Known, columns: _Columns, looked_in: list[str]) -> Corpus:
     import datasets.config  # a second to import
+    from datasets.exceptions import DatasetsError
 
     try:
-        found = datasets.load_dataset(known.hub_id, known.config, revision=known.revision)
-    except (OSError, ValueError, RuntimeError) as error:  # not there, not reachable, several configurations, a script
+        loaded = datasets.load_dataset(known.hub_id, known.config, revision=known.revision)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # absent, unreachable, ambiguous, malformed
         tried = f"the Hugging Face hub and its cache {datasets.config.HF_CACHE_HOME}, as {_on_hub(known)}: {error}"
         raise CorpusError(
             f"{name} was not found. Looked in\n" + "\n".join(f"  * {place}" for place in [*looked_in, tried])
@@ -479,17 +573,19 @@ def _hub_corpus(name: str, known: Known, looked_in: list[str]) -> Corpus:
             "with train.jsonl and test.jsonl, name such a folder itself, copy the hub's cache (HF_HOME) from a machine "
             "that has it, or use 'docstrings' or 'docstrings_qa', which need no download."
         ) from error
-    return _from_datasets(name, known, found)
+    return _from_datasets(name, known, loaded, columns)
 
 
-def _from_datasets(name: str, known: Known, found) -> Corpus:
-    tables = {}
-    for split, there in SPLIT_NAMES:
-        if there in found and split not in tables:
-            rows = found[there]
-            columns = {column: rows[column] for column in rows.column_names}  # read when they are sliced
-            tables[split] = columns, f"the hub's {_on_hub(known)}, split {there}", rows.features
-    return _from_tables(name, known, tables, f"Hugging Face hub, {_on_hub(known)}")
+def _from_datasets(name: str, known: Known, loaded, columns: _Columns) -> Corpus:
+    tables, unread = {}, {*loaded}
+    for split, candidates in SPLIT_NAMES.items():
+        if present := [candidate for candidate in candidates if candidate in loaded]:
+            unread.remove(present[0])
+            tables[split] = [dataset_table(loaded[present[0]], f"the hub's {_on_hub(known)}, split {present[0]}")]
+    if not tables:
+        raise CorpusError(f"the hub's {_on_hub(known)} has none of train, validation, dev, test{_not_read(sorted(unread))}")
+    corpus = _from_tables(name, known, tables, f"Hugging Face hub, {_on_hub(known)}", columns)
+    return replace(corpus, unread=() if name in KNOWN | QUESTIONS else tuple(sorted(unread)))
 
 
 def _on_hub(known: Known) -> str:

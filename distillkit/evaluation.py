@@ -12,7 +12,9 @@ A score belongs to a *recipe*, so every :class:`Evaluation` names its own:
   gets a fair chance.
 
 Classification is scored by the largest logit.  Multiple choice is scored as ARC and MMLU are: the choice that the model
-gives the highest log-likelihood after the prompt, and beside it the same divided by the choice's number of characters.
+gives the highest log-likelihood after the prompt, and beside it the same divided by the choice's number of characters; of
+choices that read the same, any is right if one is.  Where a row has no choices there is no accuracy, and the score is the
+loss of the responses: the mean negative log-likelihood of a response token, and its exponential, the perplexity.
 
 Initialisations for scoring, for tuning and for distilling come from disjoint seed streams.
 """
@@ -22,6 +24,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -60,6 +63,9 @@ Feed = Callable[[int], Iterable[Part]]
 class Evaluation:
     """What a set is worth under one recipe.
 
+    Accuracy is told of classes and of multiple choice.  Where the scored split has rows without choices, ``losses`` is told
+    instead, ``mean``, ``std`` and each of ``scores`` are nan, and ``groups`` is empty.
+
     Attributes:
         mean, std: accuracy over the seeds, std with n − 1 (nan for one seed).
         scores: one accuracy a seed.
@@ -68,7 +74,9 @@ class Evaluation:
         flops: floating-point operations of one training run.
         examples, nbytes: size of what was trained on.
         recipe: how it was trained, as JSON values.
-        normalized: multiple choice by length-normalised log-likelihood, one accuracy a seed; None for classification.
+        normalized: multiple choice by length-normalised log-likelihood, one accuracy a seed; None where there is none.
+        losses: where there are no choices: mean negative log-likelihood (nats) of the split's response tokens, one value a
+            seed; else None.
     """
 
     mean: float
@@ -81,9 +89,33 @@ class Evaluation:
     nbytes: int
     recipe: dict
     normalized: tuple[float, ...] | None = None
+    losses: tuple[float, ...] | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of ``losses``."""
+        return None if self.losses is None else float(np.mean(self.losses))
+
+    @property
+    def perplexity(self) -> float | None:
+        """e to the power of ``loss``."""
+        return None if self.losses is None else float(np.exp(np.mean(self.losses)))
+
+    @property
+    def worth(self) -> float:
+        """What to compare evaluations on one split by, the higher the better: accuracy, or minus the loss of the responses."""
+        return self.mean if self.losses is None else -float(np.mean(self.losses))
+
+    def score_text(self) -> str:
+        """The score in words: mean ± std, without std for a single seed."""
+        if self.losses is None:
+            return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if len(self.scores) > 1 else "")
+        spread = f" ± {np.std(self.losses, ddof=1):.3f}" if len(self.losses) > 1 else ""
+        return f"response loss {self.loss:.3f}{spread}, perplexity {self.perplexity:.3g}"
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.std:.3f} (n={len(self.scores)}, {self.recipe['name']})"
+        score = f"{self.mean:.3f} ± {self.std:.3f}" if self.losses is None else self.score_text()
+        return f"{score} (n={len(self.scores)}, {self.recipe['name']})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +146,8 @@ def evaluate(
 ) -> Evaluation:
     """Train a fresh student per seed on the set, score each on ``split``.
 
+    The score is accuracy, or the loss of the responses where an instruction task has rows without choices.
+
     Args:
         distilled: the set; None trains on the task's whole training split (recipe ``"standard"``).
         seeds: one fresh initialisation each.
@@ -134,30 +168,48 @@ def evaluate(
     distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # a name that is none is an error before anything is trained
     plan_for = _planner(distilled, task, student, recipe)
-    scores, normalized, groups, seconds = [], [], [], []
-    names, of_row = _groups(task, split)
+    runs, seconds = [], []
+    grade = _graded if _has_choices(task, split) else response_loss
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
         plan = plan_for(seed)
         start = student.init(derive_seed("evaluate-init", seed))
         begun = time.perf_counter()
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begun)
-        right, by_length = _graded(student, params, task, split)
-        scores.append(float(right.mean()))
-        normalized.append(float(by_length.mean()))
-        groups.append([float(right[of_row == g].mean()) for g in range(len(names))])
+        runs.append(grade(student, params, task, split))
     return Evaluation(
-        mean=float(np.mean(scores)),
-        std=float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan"),
-        scores=tuple(scores),
-        groups=dict(zip(names, np.mean(groups, axis=0).tolist(), strict=True)),
+        **(_accuracies(task, split, runs) if grade is _graded else _without_accuracy(runs)),
         seconds=float(np.mean(seconds)),
         flops=_flops(plan, student),
         examples=len(task.train) if distilled is None else len(distilled),
         nbytes=_text_bytes(task) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
-        normalized=tuple(normalized) if task.kind == "instruction" else None,
     )
+
+
+def _has_choices(task: Task, split: str) -> bool:
+    """Whether there is an accuracy: of classes, and of rows that all have choices."""
+    return task.kind == "classification" or not len(cast("InstructionTask", task).without_choices(split))
+
+
+def _accuracies(task: Task, split: str, runs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """The scores of an :class:`Evaluation` from what :func:`_graded` says of each run."""
+    plain, by_length = zip(*runs, strict=True)
+    scores = [float(right.mean()) for right in plain]
+    names, of_row = _groups(task, split)
+    groups = [[float(right[of_row == g].mean()) for g in range(len(names))] for right in plain]
+    return {
+        "mean": float(np.mean(scores)),
+        "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan"),
+        "scores": tuple(scores),
+        "groups": dict(zip(names, np.mean(groups, axis=0).tolist(), strict=True)),
+        "normalized": tuple(float(right.mean()) for right in by_length) if task.kind == "instruction" else None,
+    }
+
+
+def _without_accuracy(losses: list[float]) -> dict[str, Any]:
+    nan = float("nan")
+    return {"mean": nan, "std": nan, "scores": (nan,) * len(losses), "groups": {}, "losses": tuple(losses)}
 
 
 def _groups(task: Task, split: str) -> tuple[list[str], np.ndarray]:
@@ -276,7 +328,7 @@ def _grouped_by_length(order: Tensor, lengths: Tensor, draw: torch.Generator) ->
 
 
 def _full_data(task: Task, student: Student, seed: int) -> _Plan:
-    n = len(task.train)
+    n = len(task.split("train"))
     steps = _standard_steps(n, student)
     draw, rows = generator("full-data-order", seed), []
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
@@ -292,10 +344,12 @@ def _full_data(task: Task, student: Student, seed: int) -> _Plan:
 
 
 def _tuned(distilled: DistilledSet, task: Task, student: Student) -> Callable[[int], _Plan]:
-    """Seed → plan of the grid point with the best mean validation accuracy; a tie goes to the cheaper one."""
+    """Seed → plan of the grid point with the best mean validation accuracy, or the lowest mean loss where the validation split
+    has rows without choices; a tie goes to the cheaper one."""
     rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0))
     grid = GRID if student.kind == "classification" else LANGUAGE_GRID
-    accuracy: dict[tuple[int, float], list[float]] = {}
+    with_choices = _has_choices(task, "validation")
+    worth: dict[tuple[int, float], list[float]] = {}
     for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
         unroll = Unroll(max(grid["steps"]), optimizer=AdamW(step_size), **_BATCHES)
         plan = _constant(distilled, student, unroll, "tuned")
@@ -304,11 +358,15 @@ def _tuned(distilled: DistilledSet, task: Task, student: Student) -> Callable[[i
             # One run passes through all step counts of the grid, as the step size is constant.
             for steps, trained in enumerate(plan.train(student, params), start=1):
                 if steps in grid["steps"]:
-                    right, _ = _graded(student, trained, task, "validation", rows)
-                    accuracy.setdefault((steps, step_size), []).append(float(right.mean()))
-    best = max(accuracy, key=lambda point: (round(float(np.mean(accuracy[point])), 6), -point[0], -point[1]))
+                    score = (_graded(student, trained, task, "validation", rows)[0].mean() if with_choices
+                             else -response_loss(student, trained, task, "validation", rows))
+                    worth.setdefault((steps, step_size), []).append(float(score))
+    means = {point: round(float(np.mean(values)), 6) for point, values in worth.items()}
+    best = max(means, key=lambda point: (-math.inf if math.isnan(means[point]) else means[point], -point[0], -point[1]))
     unroll = Unroll(best[0], optimizer=AdamW(best[1]), **_BATCHES)
-    judged = {"grid": {k: list(v) for k, v in grid.items()}, "validation": float(np.mean(accuracy[best]))}
+    noted = float(np.mean(worth[best]))
+    judged = {"grid": {k: list(v) for k, v in grid.items()},
+              **({"validation": noted} if with_choices else {"validation_loss": -noted})}
 
     def plan_for(seed: int) -> _Plan:
         plan = _constant(distilled, student, unroll, "tuned", order=seed)
@@ -323,17 +381,42 @@ def _graded(student: Student, params: Params, task: Task, split: str, rows=None)
     if task.kind == "classification":
         right = _correct(student, params, task, split, rows)
         return right, right
-    answers = np.array(task.split(split)["answer"])[rows]
-    if (answers < 0).any():
-        raise ValueError(f"task {task.name!r}, split {split!r} has rows without choices, which accuracy cannot be told of")
-    plain, by_length = choice_scores(student, params, task, split, rows)
+    questions = cast("InstructionTask", task)
+    questions.check_choices(split, rows)
     # A model that gives no choice a finite score has answered nothing, not the first choice.
-    chosen = ([np.argmax(s) if np.isfinite(s).any() else -1 for s in found] for found in (plain, by_length))
-    return tuple(np.array(picks) == answers for picks in chosen)
+    picks = ([np.argmax(s) if np.isfinite(s).any() else -1 for s in scores]
+             for scores in choice_scores(student, params, task, split, rows))
+    plain, by_length = (questions.are_right(split, rows, chosen) for chosen in picks)
+    return plain, by_length
+
+
+def response_loss(
+    student: Student, params: Params, task: Task, split: str, rows: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 16,
+) -> float:
+    """Mean negative log-likelihood (nats) of a response token after its prompt, over all tokens of the responses.
+
+    Args:
+        rows: of the split; default: all.
+        batch_size: rows at a time.
+    """
+    questions, tokenizer = cast("InstructionTask", task), student.tokenizer
+    rows = range(len(task.split(split))) if rows is None else rows
+    sizes = {int(row): len(questions.response_ids(tokenizer, split)[int(row)]) for row in rows}
+    total = 0.0
+    with torch.no_grad():
+        for part in _by_size([int(row) for row in rows], sizes.__getitem__, batch_size):
+            batch = task.batch(tokenizer, split, part)
+            total -= student.log_likelihood(params, batch, batch["labels"]).double().sum().item()
+    return total / sum(sizes[int(row)] for row in rows)
 
 
 def choice_accuracy(student: Student, params: Params, task: Task, split: str) -> tuple[float, float]:
-    """Share of a split's multiple-choice rows that ``params`` answer rightly, plainly and by length."""
+    """Share of a split's multiple-choice rows that ``params`` answer rightly, plainly and by length.
+
+    Raises:
+        ValueError: rows without choices.
+    """
     plain, by_length = _graded(student, params, task, split)
     return float(plain.mean()), float(by_length.mean())
 

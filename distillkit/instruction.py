@@ -3,7 +3,11 @@
 A row is a *prompt*, a *response* that is trained on, and for scoring the *choices* that the response is one of: a model
 answers with the choice it gives the highest likelihood. As the language model evaluation harness does, a prompt and what
 continues it are tokenised together, with a space between, and what follows the prompt's own tokens is the continuation.
-A prompt that is too long loses tokens in front, since the question stands at its end.
+A prompt that is too long loses tokens in front, since the question stands at its end. Where two choices read the same,
+either is right if one is. Rows without choices are scored by the likelihood of their response.
+
+Rows of other projects are read as prompt and response: prompt with completion; instruction with input or context and
+output or response (Alpaca, Dolly); and conversations, the last reply of which is the response (chat `messages`, ShareGPT).
 
 The offline questions, `docstrings_qa`, are made of the first sentences of docstrings (see `corpora.py`), all with four
 choices, and so that the choices alone tell nothing:
@@ -28,7 +32,8 @@ import json
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,14 +42,18 @@ from torch import Tensor
 
 from . import corpora
 from .corpora import Corpus, CorpusError, Split, first_sentence, same_sentence_key
+from .labels import whole
 from .progress import progress
 from .seeds import generator
-from .tasks import CARVED, NO_TARGET, SPLITS, Task, check_text, limited, whole, with_test_split
+from .tables import named, parse_json, shown
+from .tasks import CARVED, NO_TARGET, SPLITS, Task, check_text, limited, with_test_split
 
 COLUMNS = ("prompt", "response", "choices", "answer", "group")
+GROUP = COLUMNS.index("group")
 CHUNK = 1000  # rows that are tokenised at once
 
 
+@dataclass(frozen=True, eq=False)
 class InstructionTask(Task):
     """Three splits of prompts with responses. Make one with `load_task`.
 
@@ -54,6 +63,9 @@ class InstructionTask(Task):
     where MMLU comes without one; asking for its rows then raises `CorpusError`. `max_length` is for a prompt and the
     longest of its continuations together.
     """
+
+    # Where choices are letters, and options of the prompt read the same: prompt -> the places of all right choices.
+    _also_right: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def labels(self):
@@ -86,6 +98,31 @@ class InstructionTask(Task):
     def choice_ids(self, tokenizer, split: str, row: int) -> list[list[int]]:
         """Each choice of a row in tokens, as it continues the prompt; no end-of-text token. [] without choices."""
         return self._tokens(tokenizer, split)[2][row]
+
+    def without_choices(self, split: str, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Those of `rows` (default: all of the split) that have no choices, int64 [n]."""
+        answers = np.asarray(self.split(split)["answer"][:])
+        rows = np.arange(len(answers)) if rows is None else np.asarray(rows)
+        return rows[answers[rows] < 0]
+
+    def check_choices(self, split: str, rows: Sequence[int] | np.ndarray | None = None) -> None:
+        """Raise `ValueError` unless each of `rows` (default: all of the split) has choices, which accuracy is told by."""
+        bare = self.without_choices(split, rows)
+        if len(bare):
+            raise ValueError(f"task {self.name!r}, split {split!r} has {len(bare)} rows without choices, such as row {bare[0]} "
+                             "(counted from 0), and accuracy can only be told of choices; add them, or call evaluate, which "
+                             "then gives the loss of the responses")
+
+    def are_right(self, split: str, rows: Sequence[int] | np.ndarray, picks: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Whether each of `picks`, a place among the choices of the row beside it, or -1, is right; bool [n].
+
+        A choice that reads as the right one does is right as well.
+        """
+        right, columns = [], self.split(split)[[int(row) for row in rows]]
+        for pick, prompt, choices, answer in zip(picks, columns["prompt"], columns["choices"], columns["answer"]):
+            same = pick >= 0 and choices[pick] == choices[answer]
+            right.append(bool(same) or int(pick) in self._also_right.get(prompt, ()))
+        return np.array(right, dtype=bool)
 
     def batch(self, tokenizer, split: str, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
         """Rows as `input_ids` [b, l] and `attention_mask` [b, l], the prompts, and `labels` [b, r], the responses.
@@ -161,14 +198,15 @@ def _ids(tokenizer, texts: list[str]) -> list[list[int]]:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def instruction_task(corpus: Corpus, *, max_length: int, limit: int | None, seed: int) -> InstructionTask:
+def instruction_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, int], seed: int) -> InstructionTask:
     """The task that a corpus of prompts makes; for the arguments see `tasks.load_task`.
 
-    `limit` takes as many rows of every group, as far as they go. Raises `CorpusError` for rows that cannot be used.
+    `limits` take as many rows of every group, as far as they go. Raises `CorpusError` for rows that cannot be used.
     """
     trainless = corpus.layout == "mmlu" and "train" not in corpus.splits
     corpus = with_test_split(corpus, needed=("test",) if trainless else ("train", "test"))
-    rows = {name: _checked(corpus, name) for name in corpus.splits}
+    also_right: dict[str, tuple[int, ...]] = {}
+    rows = {name: _checked(corpus, name, also_right) for name in corpus.splits}
     origin = corpus.origin + "; no training split" * trainless
     if "validation" not in rows:
         if trainless or len(rows["train"]) < 2:
@@ -176,100 +214,171 @@ def instruction_task(corpus: Corpus, *, max_length: int, limit: int | None, seed
                               f"{'there is no train' if trainless else 'train has one row'}; add validation.jsonl")
         rows["train"], rows["validation"] = _carved(rows["train"], seed)
         origin += f"; validation is {CARVED:.0%} of train (seed {seed})"
-    if limit is not None:
-        rows = {name: _limited(split, limit, name, seed) for name, split in rows.items()}
+    rows |= {name: _limited(rows[name], most, name, seed) for name, most in limits.items() if name in rows}
     made: dict[str, Any] = {name: _dataset(rows[name]) if name in rows else None for name in SPLITS}
     content = json.dumps(["instruction", *([name, rows.get(name)] for name in SPLITS)])
     return InstructionTask(corpus.name, "instruction", (), **made, max_length=max_length, origin=origin,
-                           fingerprint=hashlib.sha256(content.encode()).hexdigest())
+                           fingerprint=hashlib.sha256(content.encode()).hexdigest(), _also_right=also_right)
 
 
-def _checked(corpus: Corpus, name: str) -> list[tuple]:
-    """The rows of a split as tuples in the order of `COLUMNS`; raises at the first that cannot be used."""
-    split, read = corpus.splits[name], {"prompts": _prompt_row, "arc": _arc_row, "mmlu": _mmlu_row}[corpus.layout]
+def _checked(corpus: Corpus, name: str, also_right: dict[str, tuple[int, ...]]) -> list[tuple]:
+    """The rows of a split as tuples in the order of `COLUMNS`; raises at the first that cannot be used.
+
+    Adds to `also_right` what the choices of a row do not tell; see `InstructionTask`.
+    """
+    split, read = corpus.splits[name], ROWS[corpus.layout]
     if not split.texts:
         raise CorpusError(f"{corpus.name}, split {name} has no rows ({split.place})")
     rows = []
     for number, (text, label, *further) in enumerate(zip(split.texts, split.labels, *split.further.values())):
-        where = f"{corpus.name}, split {name}, row {number} (counted from 0; {split.place})"
-        check_text(text, "prompt" if corpus.layout == "prompts" else "question", where)
+        where = f"{corpus.name}, split {name}, {split.row(number)}"
         try:
-            row = read(text, label, **dict(zip(split.further, further)))
+            *row, right = read(text, label, **dict(zip(split.further, further)))
         except ValueError as error:
             raise CorpusError(f"{where}: {error}") from None
-        for role, value in (("response", row[1]), *((f"choice {place}", value) for place, value in enumerate(row[2]))):
-            check_text(value, role, where)
-        rows.append(row)
+        if len(right) > 1:
+            also_right[row[0]] = right
+        rows.append(tuple(row))
     return rows
 
 
-def _prompt_row(prompt: str, response, choices=None, answer=None, group=None) -> tuple:
+def _prompt_row(prompt, response, choices=None, answer=None, group=None) -> tuple:
+    check_text(prompt, "prompt")
+    check_text(response, "response")
     group = "" if group is None else str(group)
     choices = _parsed(choices or [])
     if not choices:
         if answer not in (None, "", -1, "-1"):
-            raise ValueError(f"the answer is {answer!r}, but there are no choices; add them or leave the answer out")
-        return prompt, response, [], -1, group
+            raise ValueError(f"the answer is {shown(answer)}, but there are no choices; add them or leave the answer out")
+        return prompt, response, [], -1, group, ()
     choices = _two_or_more(choices)
     number = whole(answer)
     if answer in (None, "") and response in choices:
         number = choices.index(response)
     if number is None or not 0 <= number < len(choices):
-        raise ValueError(f"the answer is {answer!r}, which is none of the {len(choices)} choices; number them from 0, or "
+        raise ValueError(f"the answer is {shown(answer)}, which is none of the {len(choices)} choices; number them from 0, or "
                          "leave the answer out where the response is a choice")
     if response in choices and response != choices[number]:
-        raise ValueError(f"the answer is {number}, the choice {choices[number]!r}, but the response is the choice "
-                         f"{response!r}; correct one of them")
-    return prompt, response, choices, number, group
+        raise ValueError(f"the answer is {number}, the choice {shown(choices[number])}, but the response is the choice "
+                         f"{shown(response)}; correct one of them")
+    return prompt, response, choices, number, group, ()
 
 
-def _arc_row(question: str, key, choices=None) -> tuple:
+def _arc_row(question, key, choices=None) -> tuple:
+    check_text(question, "question")
     choices = _parsed(choices)
     if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
-        raise ValueError(f"the choices are {choices!r}; give a text and a label list")
+        raise ValueError(f"the choices are {shown(choices)}; give a text and a label list")
     texts, keys = _two_or_more(choices["text"]), choices["label"]
-    if key not in keys[: len(texts)]:
-        raise ValueError(f"the answer key is {key!r}, which is none of the choices {', '.join(map(str, keys))}; correct it")
+    if not isinstance(keys, list) or len(keys) != len(texts) or len({*map(str, keys)}) < len(keys):
+        raise ValueError(f"the labels of the choices are {shown(keys)}; give a different one for each of {len(texts)} choices")
+    if key not in keys:
+        raise ValueError(f"the answer key is {shown(key)}, which is none of the choices {named(map(str, keys))}; correct it")
     answer = keys.index(key)
-    return f"Question: {question}\nAnswer:", texts[answer], texts, answer, ""
+    return f"Question: {question}\nAnswer:", texts[answer], texts, answer, "", ()
 
 
-def _mmlu_row(question: str, answer, choices=None, subject=None) -> tuple:
+def _mmlu_row(question, answer, choices=None, subject=None) -> tuple:
+    check_text(question, "question")
     choices = _two_or_more(choices)
     letters, number = string.ascii_uppercase[: len(choices)], whole(answer)
     if number is None or not 0 <= number < len(choices):
-        raise ValueError(f"the answer is {answer!r}, which is none of the {len(choices)} choices; number them from 0")
+        raise ValueError(f"the answer is {shown(answer)}, which is none of the {len(choices)} choices; number them from 0")
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices))
-    return f"{question.strip()}\n{lines}\nAnswer:", letters[number], list(letters), number, subject or ""
+    right = tuple(place for place, choice in enumerate(choices) if choice == choices[number])
+    return f"{question.strip()}\n{lines}\nAnswer:", letters[number], list(letters), number, subject or "", right
+
+
+def _instruction_row(instruction, response, input=None, context=None, system=None, category=None, history=None) -> tuple:
+    """An instruction as the prompt, what a system is told above it, and below it what it is about."""
+    check_text(instruction, "instruction")
+    if not _is_blank(history):
+        raise ValueError(f"the history is {shown(history)}; write the conversation as a list of messages")
+    if not _is_blank(input) and not _is_blank(context):
+        raise ValueError(f"there are an input and a context, {shown(input)} and {shown(context)}; leave one of them empty")
+    about = context if _is_blank(input) else input
+    return _prompt_row(_paragraphs(system, instruction, about), response, group=category)
+
+
+def _is_blank(value) -> bool:
+    return value is None or value == [] or isinstance(value, str) and value.strip() in ("", "[]")
+
+
+def _paragraphs(*parts) -> str:
+    """Those of `parts` that are not blank, with an empty line between."""
+    parts = [part for part in parts if not _is_blank(part)]
+    for part in parts:
+        check_text(part, "input or the context")
+    return "\n\n".join(parts)
+
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "chatgpt": "assistant", "model": "assistant"}
+
+
+def _chat_row(turns, _same_turns, system=None) -> tuple:
+    """The last reply of a conversation as the response, and what was said before it as the prompt: the plain text where
+    that is one turn (behind a system's), else each turn behind the name of who speaks."""
+    turns = _parsed(turns, "turns")
+    if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
+        turns = [dict(zip(turns, values)) for values in zip(*turns.values())]  # as the hub stores lists of objects
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"the conversation is {shown(turns)}; give a list of turns with role and content, or from and value")
+    spoken = [_turn(turn, place) for place, turn in enumerate(turns)]
+    roles = [role for role, _ in spoken]
+    if roles[-1] != "assistant" or "user" not in roles[:-1]:
+        raise ValueError(f"the roles of the conversation are {named(roles)}; it must end with a reply of the assistant to a "
+                         "user, so drop the row or its last turns")
+    *asked, (_, response) = spoken
+    alone = sum(role != "system" for role, _ in asked) == 1
+    said = [text if alone or role == "system" else f"{role.title()}: {text}" for role, text in asked]
+    return _prompt_row(_paragraphs(system, *said), response)
+
+
+def _turn(turn, place: int) -> tuple[str, str]:
+    role, text = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (
+        None, None)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ValueError(f"turn {place} (counted from 0) of the conversation is {shown(turn)}; give it a role of "
+                         f"{', '.join(ROLES)} and a text")
+    check_text(text, f"text of turn {place} (counted from 0)")
+    return ROLES[role.lower()], text
+
+
+# How a row asks and answers, by the layout of its corpus -> its prompt, response, choices, answer, group, and the places of
+# all right choices where their texts do not tell. Raises ValueError for a row that cannot be used.
+ROWS = {"prompts": _prompt_row, "arc": _arc_row, "mmlu": _mmlu_row, "instruction": _instruction_row, "chat": _chat_row}
 
 
 def _two_or_more(choices) -> list:
     choices = _parsed(choices)
     if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"the choices are {choices!r}; give a list of two or more")
+        raise ValueError(f"the choices are {shown(choices)}; give a list of two or more")
+    for place, choice in enumerate(choices):
+        check_text(choice, f"choice {place}")
     return choices
 
 
-def _parsed(choices):
-    """Choices as a file may spell them: as they are, or as JSON in a string, which is all that CSV can hold."""
-    if not isinstance(choices, str):
-        return choices
+def _parsed(value, role: str = "choices"):
+    """Choices or turns as a file may spell them: as they are, or as JSON in a string, which is all that CSV can hold."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(choices)
-    except ValueError:
-        raise ValueError(f"the choices are {choices!r}; write them as a JSON list") from None
+        return parse_json(value, "")
+    except CorpusError:
+        raise ValueError(f"the {role} are {shown(value)}; write them as a JSON list") from None
 
 
 def _carved(rows: list[tuple], seed: int) -> tuple[list, list]:
     """Train without, and validation with, a tenth of the rows: every tenth of those of a group, in random order."""
     order = torch.randperm(len(rows), generator=generator("instruction-carve", seed)).tolist()
-    taken = {*sorted(order, key=lambda row: rows[row][-1])[:: round(1 / CARVED)]}
+    taken = {*sorted(order, key=lambda row: rows[row][GROUP])[:: round(1 / CARVED)]}
     return [row for place, row in enumerate(rows) if place not in taken], [rows[place] for place in sorted(taken)]
 
 
 def _limited(rows: list[tuple], limit: int, split: str, seed: int) -> list[tuple]:
-    groups = {group: number for number, group in enumerate(dict.fromkeys(row[-1] for row in rows))}
-    return limited((rows, [groups[row[-1]] for row in rows]), limit, len(groups), split, seed)[0]
+    groups = {group: number for number, group in enumerate(dict.fromkeys(row[GROUP] for row in rows))}
+    return limited((rows, [groups[row[GROUP]] for row in rows]), limit, len(groups), split, seed)[0]
 
 
 def _dataset(rows: list[tuple]):

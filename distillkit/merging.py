@@ -276,12 +276,12 @@ def rescaled(
         seeds: of the initialisations to judge on, from a stream of their own.
 
     Returns:
-        the set, and the validation accuracy of each factor.
+        the set, and the validation accuracy of each factor (minus the loss of the responses where there are no choices).
     """
     own = bound_step_sizes(distilled, from_recipe(_recipe_of(distilled)), student)
     tuning = [derive_seed("rescale", seed) for seed in seeds]
     sets = {factor: dataclasses.replace(distilled, step_sizes=factor * own) for factor in factors}
-    found = {f: evaluate(s, task, student, seeds=tuning, recipe="own", split="validation").mean for f, s in sets.items()}
+    found = {f: evaluate(s, task, student, seeds=tuning, recipe="own", split="validation").worth for f, s in sets.items()}
     best = max(found, key=lambda factor: (round(found[factor], 6), -abs(math.log(factor))))
     return sets[best], found
 

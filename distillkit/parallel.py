@@ -79,13 +79,14 @@ class Team:
             raise ValueError(f"{len(seeds)} seeds are too few for {self.size} processes; give as many seeds or start fewer")
         mine = range(self.rank, len(seeds), self.size)
         found = evaluate(distilled, task, student, seeds=[seeds[i] for i in mine], **options)
-        scores, normalized = torch.zeros(2, len(seeds), dtype=torch.float64)
-        scores[list(mine)] = torch.tensor(found.scores, dtype=torch.float64)
-        if found.normalized is not None:
-            normalized[list(mine)] = torch.tensor(found.normalized, dtype=torch.float64)
+        by_seed = torch.zeros(3, len(seeds), dtype=torch.float64)
+        for row, values in zip(by_seed, (found.scores, found.normalized, found.losses)):
+            if values is not None:
+                row[list(mine)] = torch.tensor(values, dtype=torch.float64)
         means = torch.tensor([found.seconds, *found.groups.values()], dtype=torch.float64) * len(mine) / len(seeds)
-        total = self.sum(torch.cat([scores, normalized, means]))
-        scores, normalized, means = (part.tolist() for part in total.split([len(seeds), len(seeds), len(means)]))
+        total = self.sum(torch.cat([by_seed.flatten(), means]))
+        scores, normalized, losses = total[: by_seed.numel()].view(by_seed.shape).tolist()
+        means = total[by_seed.numel() :].tolist()
         if not self.leads:
             return None
         return dataclasses.replace(
@@ -96,6 +97,7 @@ class Team:
             groups=dict(zip(found.groups, means[1:], strict=True)),
             seconds=means[0],
             normalized=None if found.normalized is None else tuple(normalized),
+            losses=None if found.losses is None else tuple(losses),
         )
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -156,9 +156,9 @@ def few_shot(
     _check(task, student, split)
     check_whole("orders", orders)
     rows = range(len(task.split(split))) if rows is None else [int(row) for row in rows]
-    answers = np.array(task.split(split)["answer"][:])[rows]
-    if not len(rows) or (answers < 0).any():
-        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, all of them with choices")
+    if not len(rows):
+        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
+    task.check_choices(split, rows)
     shown = _demonstrations(task, student, shots, length, separator)
     k = len(shown) if k is None else k
     check_whole("k", k, least=0, most=len(shown), meaning="no more than there are demonstrations")
@@ -187,7 +187,7 @@ def few_shot(
             said = np.stack(log_likelihoods(student, memory, *blank, batch_size))
             prior = np.log(np.mean(_softmax(said), axis=0))
             scored.append([s - prior for s in plain])
-        right.append([float(np.mean(_picks(scores) == answers)) for scores in scored])
+        right.append([float(task.are_right(split, rows, _picks(scores)).mean()) for scores in scored])
         dropped.append(len(chosen) - len(kept))
         context.append(len(read))
     plain, by_length, *calibrated = (tuple(column) for column in zip(*right, strict=True))

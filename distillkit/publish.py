@@ -370,9 +370,8 @@ def _scores(evaluations: Scores) -> str:
     for where, one in found:
         optimizer = one.recipe.get("optimizer") or {}
         rate = f", step size {optimizer['step_size']:g}" if one.recipe["name"] != "own" and "step_size" in optimizer else ""
-        spread = f" ± {one.std:.3f}" if len(one.scores) > 1 else ""
         lines.append(f"| {_said(where)} | {_said(one.recipe['name'])} | {_said(one.recipe.get('steps'))} | "
-                     f"{_said(optimizer.get('name'))}{rate} | {one.mean:.3f}{spread} | {len(one.scores)} |")
+                     f"{_said(optimizer.get('name'))}{rate} | {one.score_text()} | {len(one.scores)} |")
     return "\n".join(lines) + (
         "\n\nEach score is that of models trained afresh on this set alone, by the recipe of its row: *own* is the one above, "
         "*standard* AdamW fine-tuning with published settings, *tuned* the best of one AdamW grid judged on validation text."

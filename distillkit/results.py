@@ -28,6 +28,7 @@ from distillkit.configuration import Settings
 from distillkit.configuration import kind_of as kind_of
 from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
+from distillkit.instruction import InstructionTask
 from distillkit.progress import progress
 from distillkit.storage import StorageError
 from distillkit.students import Student
@@ -117,10 +118,14 @@ class SeededRun:
         task, student: what it is about.
 
     Raises:
-        ValueError: the result that is there was made with other settings or another corpus.
+        ValueError: the result that is there was made with other settings or another corpus; or there are rows without choices,
+            which these tables, being of accuracy, have no score for.
     """
 
     def __init__(self, job: Settings, folder: str | Path, work: str | Path, task: Task, student: Student):
+        if isinstance(task, InstructionTask):
+            for split in ("validation", "test"):
+                task.check_choices(split)
         self.job, self.work, self.task, self.student = job, Path(work) / job.name, task, student
         self.path = Path(folder) / f"{job.name}.json"
         self.result = take_up(self.path, job, task)
@@ -202,9 +207,10 @@ def as_json(found: Evaluation) -> dict:
     row = dataclasses.asdict(found)
     for key in ("mean", "std", "seconds"):
         row[key] = _rounded(row[key])
-    if row["normalized"] is None:
-        del row["normalized"]
-    for key in {"scores", "normalized"} & row.keys():
+    for key in ("normalized", "losses"):
+        if row[key] is None:
+            del row[key]
+    for key in {"scores", "normalized", "losses"} & row.keys():
         row[key] = [_rounded(s) for s in row[key]]
     row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
     return row

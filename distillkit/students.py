@@ -959,7 +959,7 @@ def _table_sha256(table: Tensor) -> str:
 
 
 def _checkpoint_table_sha256(module: Any, folder: Path) -> str:
-    """Which embedding table a checkpoint in ``folder`` has, told from its files where ``module`` was loaded in fewer bits than float32."""
+    """Which embedding table a checkpoint has; read from ``folder`` where ``module`` was loaded in fewer bits than float32."""
     table = module.get_input_embeddings().weight
     if table.dtype not in (torch.float32, torch.float64):
         name = next(name for name, parameter in module.named_parameters() if parameter is table)

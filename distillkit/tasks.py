@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_whole
+from .checks import check_whole, limits_by_split
 from .corpora import Corpus, CorpusError, Split, load_corpus
+from .labels import read_labels, unlabelled
 from .seeds import generator as seeded
+from .tables import named, shown
 
 if TYPE_CHECKING:
     import datasets  # a second to import, so at run time only where rows are made
@@ -130,38 +132,52 @@ class Task:
         return right.double().mean().item()
 
 
-def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: int = 0) -> Task:
+def load_task(
+    source,
+    *,
+    max_length: int = 64,
+    limit: int | Mapping[str, int | None] | None = None,
+    seed: int = 0,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Task:
     """The task that `source` names: "docstrings", "docstrings_qa", a name on the hub, a folder, or a hub id.
 
     `max_length`: tokens of a row, special ones included, 3 or more. `limit`: at most so many rows in each split, the
-    classes as equal as they can be. `seed`: for `limit`, and for carving validation out of train where it is missing.
+    classes as equal as they can be; `{"test": 900}` limits the splits that it names. `seed`: for `limit`, and for carving
+    validation out of train where it is missing. `text_column`, `label_column`: the columns of labelled text, where they
+    have other names than usual.
 
-    Where the source holds prompts with responses, the task is an `instruction.InstructionTask`.
+    A folder holds, itself or in `data/`, for each split a file or all of its numbered parts (.jsonl, .ndjson, .json, .csv,
+    .tsv, packed as .gz or not; .parquet), or a folder of `save_to_disk`; val, valid, dev and eval are validation. A warning
+    names other data that lie there. Where the source holds prompts with responses, the task is an
+    `instruction.InstructionTask`.
 
     Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
     """
     check_whole("max_length", max_length, least=SHORTEST, meaning="at least one token between two special ones")
-    if limit is not None:
-        check_whole("limit", limit, meaning="rows per split, or None for all")
+    limits = limits_by_split(limit, SPLITS)
     seeded("task-limit", seed)  # an error now if it is none
-    corpus = load_corpus(source)
+    corpus = load_corpus(source, text_column=text_column, label_column=label_column)
     if corpus.layout != "labels":
         from .instruction import instruction_task  # which builds on this module
 
-        return instruction_task(corpus, max_length=max_length, limit=limit, seed=seed)
+        return instruction_task(corpus, max_length=max_length, limits=limits, seed=seed)
     corpus = with_test_split(corpus)
-    classes = corpus.classes or _classes_from_labels(corpus)
-    rows = {name: _checked(corpus.name, name, split, classes) for name, split in corpus.splits.items()}
+    for name, split in corpus.splits.items():
+        _check_texts(corpus.name, name, split)
+    classes, labels = read_labels(corpus.name, corpus.splits, corpus.classes)
+    rows = {name: (split.texts, labels[name]) for name, split in corpus.splits.items()}
     _check_classes(corpus, classes, rows["train"][1])
     origin = corpus.origin
     if "validation" not in rows:
         rows["train"], rows["validation"] = _carve(corpus, classes, rows["train"], seed)
         origin += f"; validation is {CARVED:.0%} of train (seed {seed})"
-    if limit is not None:
-        if limit < len(classes):
-            raise ValueError(f"limit={limit} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
+    for name, most in limits.items():
+        if most < len(classes):
+            raise ValueError(f"limit={most} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
                              f"use {len(classes)} or more")
-        rows = {name: limited(pair, limit, len(classes), name, seed) for name, pair in rows.items()}
+        rows[name] = limited(rows[name], most, len(classes), name, seed)
     made: dict[str, Any] = {name: _dataset(*rows[name], classes) for name in SPLITS}
     return Task(corpus.name, "classification", classes, **made, max_length=max_length,
                 fingerprint=_fingerprint(classes, rows), origin=origin)
@@ -170,70 +186,52 @@ def load_task(source, *, max_length: int = 64, limit: int | None = None, seed: i
 def with_test_split(corpus: Corpus, needed: tuple[str, ...] = ("train", "test")) -> Corpus:
     """Validation takes the place of a test split that is missing or has no labels; what is `needed` must then be there."""
     splits, origin = dict(corpus.splits), corpus.origin
-    if "test" in splits and splits["test"].labels and all(label in (-1, "-1") for label in splits["test"].labels):
+    if "test" in splits and unlabelled(splits["test"], corpus):
         del splits["test"]
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
         origin += "; its validation split is used as test, for want of a labelled one"
+    not_read = f"not read: {named(corpus.unread)}; " if corpus.unread else ""
     for name in needed:
         if name not in splits:
             places = ", ".join(split.place for split in splits.values())
-            raise CorpusError(f"{corpus.name} has no {name} split and none can be made: found only {places}; "
-                              f"add {'a train' if name == 'train' else 'a labelled test or validation'} split")
+            missing = "a train" if name == "train" else "a labelled test or validation"
+            raise CorpusError(f"{corpus.name} has no {name} split and none can be made: found only {places}; {not_read}add "
+                              f"{missing} split")
+    if not_read:
+        warnings.warn(f"{corpus.name}: {not_read}name a file after a split (train, validation, test) to have it read",
+                      stacklevel=3)
     return replace(corpus, splits=splits, origin=origin)
 
 
-def _classes_from_labels(corpus: Corpus) -> tuple[str, ...]:
-    """Class names where nothing lists them: the distinct names in train in sorted order, or the numbers from 0."""
-    found = {label for label in corpus.splits["train"].labels if label is not None}
-    numbers, place = {whole(label) for label in found}, corpus.splits["train"].place
-    if None not in numbers:
-        if skipped := set(range(len(numbers))) - numbers:
-            highest = max(number for number in numbers if number is not None)
-            raise CorpusError(f"{place} has labels up to {highest} but no row of class {min(skipped)}; "
-                              "number the classes from 0 without gaps")
-        return tuple(str(number) for number in range(len(numbers)))
-    if all(isinstance(label, str) for label in found):
-        for label in found:
-            check_text(label, "label", place)
-        return tuple(sorted(found))
-    raise CorpusError(f"{place} mixes kinds of labels, such as {sorted(map(repr, found))[:4]}; "
-                      "use whole numbers from 0, or names")
-
-
-def _checked(task: str, name: str, split: Split, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
-    """The texts and the class indices of a split; raises at the first row that cannot be used."""
+def _check_texts(task: str, name: str, split: Split) -> None:
+    """Raise `CorpusError` at the first row of a split whose text cannot be used, or if it has no rows."""
     if not split.texts:
         raise CorpusError(f"{task}, split {name} has no rows ({split.place})")
-    index, labels = {label: number for number, label in enumerate(classes)}, []
-    for row, (text, label) in enumerate(zip(split.texts, split.labels)):
-        where = f"{task}, split {name}, row {row} (counted from 0; {split.place})"
-        check_text(text, "text", where)
-        number = index.get(label) if isinstance(label, str) else None
-        number = whole(label) if number is None else number
-        if number is None or not 0 <= number < len(classes):
-            raise CorpusError(f"{where}: the label is {label!r}, which is none of the {len(classes)} classes "
-                              f"{_listed(classes)}; number classes from 0, or list their names in labels.json")
-        labels.append(number)
-    return split.texts, labels
+    for row, text in enumerate(split.texts):
+        try:
+            check_text(text, "text")
+        except ValueError as error:
+            raise CorpusError(f"{task}, split {name}, {split.row(row)}: {error}") from None
 
 
-def check_text(text, role: str, where: str) -> None:
-    """Raise `CorpusError` unless `text`, the `role` at the place `where`, is a string with something in it."""
+def check_text(text, role: str) -> None:
+    """Raise `ValueError` unless `text`, which has that `role` in a row, is a string with something in it."""
     if not isinstance(text, str) or not text.strip():
-        raise CorpusError(f"{where}: the {role} is {text!r}; fill it in or drop the row")
+        raise ValueError(f"the {role} is {shown(text)}; fill it in or drop the row")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise CorpusError(f"{where}: half a surrogate pair in the {role} {text[:40]!r}; repair or drop the row")
+        raise ValueError(f"half a surrogate pair in the {role} {shown(text)}; repair or drop the row")
 
 
 def _check_classes(corpus: Corpus, classes: tuple[str, ...], labels: list[int]) -> None:
     place = corpus.splits["train"].place
     if len(classes) < 2:
-        raise CorpusError(f"{place} has only the class {_listed(classes)}; a task needs two or more")
-    missing = [name for number, name in enumerate(classes) if number not in {*labels}]
+        raise CorpusError(f"{place} has only the class {named(classes)}; a task needs two or more")
+    numbers = {*labels}
+    missing = [name for number, name in enumerate(classes) if number not in numbers]
     if missing:
-        raise CorpusError(f"{place} has no row of the class {_listed(missing)}; add rows, or take the class off "
-                          "labels.json and number the others without gaps")
+        raise CorpusError(f"{place} has no row of the class {named(missing)}; add rows, or take the class off the "
+                          "list of classes")
 
 
 def _carve(corpus: Corpus, classes, rows, seed: int):
@@ -286,18 +284,3 @@ def _fingerprint(classes: tuple[str, ...], rows: dict) -> str:
     for name in SPLITS:
         content.update(json.dumps([name, *rows[name]]).encode())
     return content.hexdigest()
-
-
-def whole(label) -> int | None:
-    """The whole number that a label is, as a file may spell it (1, 1.0, "1"), or None."""
-    if isinstance(label, bool):
-        return None
-    if isinstance(label, str):
-        return int(label) if re.fullmatch(r"\s*-?[0-9]{1,9}\s*", label) else None
-    if isinstance(label, float):
-        return int(label) if label.is_integer() else None
-    return label if isinstance(label, int) else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

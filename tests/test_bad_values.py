@@ -129,7 +129,8 @@ CALLS = {
         "distilled": THING, "objective": THING, "steps": WHOLE.filter(bool), "lr": RATE, "seed": SEED}),
     "load_task": (dk.load_task, {"source": "docstrings"}, {
         "source": st.one_of(st.integers(), st.none(), st.just(""), st.just("no such task")), "max_length": WHOLE,
-        "limit": or_none(WHOLE), "seed": SEED}),
+        "limit": st.one_of(or_none(WHOLE), st.sampled_from([{"tset": 9}, {"test": 0}, {1: 1}])), "seed": SEED,
+        **dict.fromkeys(["text_column", "label_column"], st.one_of(st.integers(), st.sampled_from(["", "tweet", ["a"]])))}),
     "load_student": (dk.load_student, {"source": "offline:nobody", "task": None}, {
         "source": st.just("offline:nobody"), "task": THING, "trainable": or_none(CHOICE), "dtype": CHOICE,
         "weights": or_none(CHOICE), "attention": CHOICE}),

@@ -121,6 +121,7 @@ def test_flags_win_over_the_file_over_the_folder(tmp_path):
     (tmp_path / "work" / SETTINGS).write_text("lr: 0.3\nouter_steps: 7\n")
     (tmp_path / "a.yaml").write_text("outer_steps: 8\nseeds: [4, 5]\n")
     assert (settled().lr, settled().outer_steps) == (0.3, 7)
+    assert settled("--limit", 9).limit == 9
     found = settled("--config", tmp_path / "a.yaml", "--inits", 2)
     assert (found.lr, found.outer_steps, found.seeds, found.inits) == (0.08, 8, (4, 5), 2)
     assert settled("--config", tmp_path / "a.yaml", "--outer-steps", 9).outer_steps == 9
@@ -141,6 +142,8 @@ def test_flags_win_over_the_file_over_the_folder(tmp_path):
     ("recipe: mine", "recipe must be one of own"),
     ("seeds: []", r"seeds must be a list of whole numbers, not \(\)"),
     ("limit: many", "limit must be a whole number of at least 1, not 'many'"),
+    ("limit: {test: 0}", r"limit\['test'\] must be a whole number of at least 1, not 0"),
+    ("limit: {tset: 9}", "limit names the split 'tset'; a task has train, validation, test"),
     ("- a", "must hold settings"),
     ("a: [", "is not YAML"),
 ])

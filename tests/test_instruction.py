@@ -244,6 +244,14 @@ def test_bad_rows_are_named_by_place(write, changed, message):
         load_task(write(train=rows_of(4), test=rows))
 
 
+@pytest.mark.parametrize("choices", ["[" * 100_000, "[" * 900 + "]" * 900, [["a"], "b"], [None, "a"], [" ", "a"], [1, "a"]])
+def test_choices_that_are_none(write, choices):
+    rows = rows_of(4)
+    rows[2] |= {"choices": choices}
+    with pytest.raises(CorpusError, match=r"mine, split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): the choice"):
+        load_task(write(train=rows_of(4), test=rows))
+
+
 def test_the_answer_may_be_left_to_the_response(mood):
     assert mood({name: WARM[name] for name in ("prompt", "response", "choices")}).test["answer"][:] == [1]
     assert mood(WARM | {"answer": "2", "response": "the third of them"}).test["answer"][:] == [2]
@@ -263,6 +271,92 @@ def test_a_near_miss_is_pointed_out():
                           ("arc-easy", "arc_easy"), ("mmul", "mmlu")):
         with pytest.raises(CorpusError, match=f"unknown task '{source}' .did you mean '{meant}'"):
             load_task(source)
+
+
+# --- rows as other projects write them -------------------------------------------------------------------------------
+
+QUESTION, TEXT, REPLY = "Name a river.", "It flows to the coast.", "The tender one."
+SAY = [("system", "Be warm."), ("user", QUESTION), ("assistant", "No."), ("user", "Do!"), ("assistant", REPLY)]
+
+
+def turns(said, role="role", content="content", names=None):
+    return [{role: (names or {}).get(who, who), content: text} for who, text in said]
+
+
+SHARED_NAMES = {"user": "human", "assistant": "gpt"}
+
+
+@pytest.mark.parametrize("row, prompt, group", [
+    ({"prompt": QUESTION, "completion": REPLY}, QUESTION, ""),
+    ({"instruction": QUESTION, "input": TEXT, "output": REPLY}, f"{QUESTION}\n\n{TEXT}", ""),
+    ({"instruction": QUESTION, "input": "", "output": REPLY, "text": "all of it"}, QUESTION, ""),
+    ({"instruction": QUESTION, "input": None, "output": REPLY}, QUESTION, ""),
+    ({"instruction": QUESTION, "output": REPLY}, QUESTION, ""),
+    ({"instruction": QUESTION, "context": TEXT, "response": REPLY, "category": "open_qa"}, f"{QUESTION}\n\n{TEXT}", "open_qa"),
+    ({"instruction": QUESTION, "context": " ", "response": REPLY}, QUESTION, ""),
+    ({"instruction": QUESTION, "input": TEXT, "response": REPLY}, f"{QUESTION}\n\n{TEXT}", ""),
+    ({"instruction": QUESTION, "input": "", "context": TEXT, "output": REPLY, "history": []}, f"{QUESTION}\n\n{TEXT}", ""),
+    ({"system": "Be warm.", "instruction": QUESTION, "output": REPLY}, f"Be warm.\n\n{QUESTION}", ""),
+    ({"system": "Be warm.", "messages": turns(SAY[1:2] + SAY[-1:])}, f"Be warm.\n\n{QUESTION}", ""),
+    ({"messages": turns(SAY[1:2] + SAY[-1:])}, QUESTION, ""),
+    ({"messages": turns(SAY[:2] + SAY[-1:]), "id": 3}, f"Be warm.\n\n{QUESTION}", ""),
+    ({"messages": turns(SAY)}, f"Be warm.\n\nUser: {QUESTION}\n\nAssistant: No.\n\nUser: Do!", ""),
+    ({"conversations": turns(SAY[1:2] + SAY[-1:], "from", "value", SHARED_NAMES), "id": "x"}, QUESTION, ""),
+    ({"conversations": turns(SAY[1:], "from", "value", SHARED_NAMES)},
+     f"User: {QUESTION}\n\nAssistant: No.\n\nUser: Do!", ""),
+])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_instruction_formats_are_read_as_prompt_and_response(write, ending, row, prompt, group):
+    import pandas
+
+    folder = write()
+    for split in SPLITS:
+        table = pandas.DataFrame([row] * 2)
+        if ending == "jsonl":
+            table.to_json(folder / f"{split}.jsonl", orient="records", lines=True)
+        elif ending == "csv":
+            spelled = table.map(lambda value: json.dumps(value) if isinstance(value, list) else value)
+            spelled.to_csv(folder / f"{split}.csv", index=False)
+        else:
+            table.to_parquet(folder / f"{split}.parquet")
+    expected = {"prompt": prompt, "response": REPLY, "choices": [], "answer": -1, "group": group}
+    task = load_task(folder)
+    assert task.kind == "instruction" and [task.split(split)[1] for split in SPLITS] == [expected] * 3
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"instruction": "", "input": TEXT, "output": REPLY}, "the instruction is ''"),
+    ({"instruction": QUESTION, "input": ["a"], "output": REPLY}, r"the input or the context is \['a'\]"),
+    ({"instruction": QUESTION, "input": TEXT, "context": TEXT, "output": REPLY}, "there are an input and a context"),
+    ({"instruction": QUESTION, "history": [["a", "b"]], "output": REPLY}, "the history is "),
+    ({"instruction": QUESTION, "input": TEXT, "output": None}, "the response is None"),
+    ({"messages": []}, r"the conversation is \[\]"),
+    ({"messages": "hello"}, "the turns are 'hello'"),
+    ({"messages": turns(SAY[:2])}, "roles of the conversation are system, user; it must end with a reply"),
+    ({"messages": turns(SAY[-1:])}, "roles of the conversation are assistant"),
+    ({"messages": turns(SAY[1:3], names={"assistant": "tool"})}, "turn 1 .*'tool'"),
+    ({"messages": [{"role": "user"}, *turns(SAY[-1:])]}, "the text of turn 0 .* is None"),
+    ({"messages": ["hello", *turns(SAY[-1:])]}, "turn 0 .* is 'hello'"),
+    ({"conversations": turns([("user", QUESTION), ("gpt", " ")], "from", "value")}, "the text of turn 1 .* is ' '"),
+])
+def test_bad_rows_of_other_projects_are_named_by_place(write, row, message):
+    good = {name: turns(SAY) if name in ("messages", "conversations") else QUESTION for name in row if name != "history"}
+    good |= {"context": ""} if "context" in row else {}
+    with pytest.raises(CorpusError, match=rf"split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): .*{message}"):
+        load_task(write(train=[good], validation=[good], test=[good, good, row]))
+
+
+def test_choices_beside_a_completion(mood):
+    row = {"prompt": WARM["prompt"], "completion": WARM["response"], "choices": WARM["choices"]}
+    assert mood(row).test[0] == WARM | {"group": ""}
+
+
+def test_columns_that_can_be_read_in_two_ways(write):
+    row = {"instruction": QUESTION, "response": REPLY, "category": "open_qa", "text": "all of it"}
+    folder = write(train=[row, row | {"category": "other"}], validation=[row], test=[row])
+    with pytest.raises(CorpusError, match="category, instruction, response, text can be read as labelled text and as instr"):
+        load_task(folder)
+    assert load_task(folder, text_column="text", label_column="category").classes == ("open_qa", "other")
 
 
 # --- ARC and MMLU ----------------------------------------------------------------------------------------------------
@@ -307,6 +401,23 @@ def test_mmlu_without_training_rows(data, opt):
     assert opt.decode(task.batch(opt, "test", [0])["labels"][0]) == " B</s>"
 
 
+def test_choices_that_read_the_same_are_all_right(data, mood):
+    """Where choices are letters, it is the texts behind them that count."""
+    data("mmlu", dev=[MMLU], validation=[MMLU], test=[MMLU, MMLU | {"choices": ["4", "4", "22", "4"]},
+                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 2}])
+    lettered, named = load_task("mmlu"), mood(WARM, WARM | {"choices": ["tender", "dull", "tender"], "answer": 2},
+                                              WARM | {"choices": ["dull", "dull", "tender"], "answer": 2})
+    expected = {lettered: ["0100", "1101", "0010"], named: ["010", "101", "001"]}
+    for task, rows in expected.items():
+        for row, right in enumerate(rows):
+            picks = range(len(right))
+            assert task.are_right("test", [row] * len(right), picks).tolist() == [mark == "1" for mark in right]
+        assert task.are_right("test", [0, 1, 2], [-1, -1, -1]).tolist() == [False] * 3
+    only = load_task("mmlu", limit={"test": 2})
+    assert {only.test["prompt"][row]: only.are_right("test", [row], [3]).tolist() for row in range(2)} == {
+        prompt: [prompt == lettered.test["prompt"][1]] for prompt in only.test["prompt"]}
+
+
 @pytest.mark.parametrize("name, row, message", [
     ("arc_easy", ARC | {"answerKey": "B"}, "the answer key is 'B', which is none of the choices 1, 2, 3"),
     ("arc_easy", ARC | {"choices": None}, "the choices are None; give a text and a label list"),
@@ -315,6 +426,11 @@ def test_mmlu_without_training_rows(data, opt):
     ("mmlu", MMLU | {"answer": 4}, "the answer is 4, which is none of the 4 choices"),
     ("mmlu", MMLU | {"answer": None}, "the answer is None"),
     ("mmlu", MMLU | {"choices": []}, r"the choices are \[\]; give a list of two or more"),
+    ("mmlu", MMLU | {"choices": ["3", None, "4", "5"]}, "the choice 1 is None; fill it in"),
+    ("mmlu", MMLU | {"choices": ["3", "4", " ", "5"]}, "the choice 2 is ' '; fill it in"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", None, "c"], "label": ["1", "2", "3"]}}, "the choice 1 is None"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "the labels of the choices are"),
+    ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["1", "2", "2"]}}, "the labels of the choices are"),
 ])
 def test_bad_questions_are_named_by_place(data, name, row, message):
     good = ARC if name == "arc_easy" else MMLU

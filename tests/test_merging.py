@@ -236,7 +236,7 @@ def test_rescaling_takes_the_best_factor(news, halves, monkeypatch):
 
     def scored(found, task, student, *, seeds, recipe, split):
         asked.append((float(found.step_sizes[0]), tuple(seeds), recipe, split))
-        return dataclasses.make_dataclass("Found", ["mean"])(0.7 if 0.5 < found.step_sizes[0] < 1.3 else 0.3)
+        return dataclasses.make_dataclass("Found", ["worth"])(0.7 if 0.5 < found.step_sizes[0] < 1.3 else 0.3)
 
     monkeypatch.setattr(merging, "evaluate", scored)
     best, found = rescaled(both, task, student, factors=(0.5, 2.0, 4.0))

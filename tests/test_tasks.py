@@ -147,6 +147,31 @@ def test_limit_spreads_a_remainder_and_is_seeded(weather):
     assert len({load_task(weather, limit=11, seed=seed).fingerprint for seed in range(4)}) == 4
 
 
+@pytest.mark.parametrize("limit, sizes", [
+    ({"test": 9}, [60, 12, 9]), ({"train": 12, "test": 6}, [12, 12, 6]), ({"train": None, "validation": 3}, [60, 3, 15]),
+    ({}, [60, 12, 15]), ({"test": 900}, [60, 12, 15]),
+])
+def test_splits_are_limited_apart(weather, limit, sizes):
+    task = load_task(weather, limit=limit)
+    assert [len(task.split(split)) for split in ("train", "validation", "test")] == sizes
+    for split, most in limit.items():  # the same rows as a limit of all splits takes
+        assert task.split(split)["text"][:] == load_task(weather, limit=most).split(split)["text"][:]
+
+
+@pytest.mark.parametrize("limit, message", [
+    ({"tset": 9}, "limit names the split 'tset'; a task has train, validation, test"),
+    ({"dev": 9}, "limit names the split 'dev'"),
+    ({3: 9}, "limit names the split 3"),
+    ({"test": 0}, r"limit\['test'\] must be a whole number of at least 1, not 0"),
+    ({"test": "9"}, r"limit\['test'\] must be a whole number of at least 1, not '9'"),
+    ({"test": True}, r"limit\['test'\] must be a whole number .*, not True"),
+    ({"train": 60, "test": 2}, "limit=2 .* 3 classes of weather"),
+])
+def test_bad_limits_of_splits(weather, limit, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(weather, limit=limit)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +207,9 @@ def test_bad_label_is_named_by_split_and_row(write, label):
 
 def test_labels_that_skip_a_class(write):
     skipping = [row for row in rows_of(4) if row["label"] != 1]
-    with pytest.raises(CorpusError, match="train.jsonl has labels up to 2 but no row of class 1"):
-        load_task(write(labels=None, train=skipping, test=skipping))
+    assert load_task(write(labels=None, train=skipping, test=skipping)).classes == ("0", "2"), "names, not places"
+    with pytest.raises(CorpusError, match="split test, row 1 .*the label is 1, which is none of the 2 classes 0, 2"):
+        load_task(write(labels=None, test=rows_of(4)))
     with pytest.raises(CorpusError, match="train.jsonl has no row of the class mild"):
         load_task(write(train=skipping, test=rows_of(4)))
 
