@@ -24,6 +24,7 @@ from distillkit.storage import (
     is_vacant,
     kind_of,
     others,
+    remove_orphans,
     unwritten,
 )
 
@@ -75,6 +76,8 @@ def _set_aside(places: list[Path]) -> None:
 
 def _decide(places: list[Path]) -> None:
     """Delete what was set aside if something new has been written at any of ``places``, else put it back."""
+    for place in places:
+        remove_orphans(place, wait=False)
     asides = {place: others(place, "aside") for place in places}
     complete = all(asides.values())  # otherwise a process was killed while it set them aside, before it wrote anything
     begun = complete and any(os.path.lexists(place) for place in places)

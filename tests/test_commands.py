@@ -1,7 +1,6 @@
 """The command line's steps on a tiny world: one piece of work from experts to card, and every refusal by name."""
 
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
