@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --quiet -c constraints.txt -e '.[offline,notebooks,browser,test]'
 	@touch $@
 
-demo: $(STAMP)  ## distil the offline corpus, print the table, draw figures/quickstart.png
+demo: $(STAMP)  ## distil the offline corpus, print the table, draw runs/quickstart.png
 	@$(BIN)/python -m distillkit demo
 
 # refresh.py --tier prints --nbval (compare outputs) where the pinned versions are installed, else --nbval-lax.

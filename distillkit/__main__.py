@@ -1,20 +1,24 @@
 """Command line: ``python -m distillkit demo``, ``run CONFIG``, the single steps ``distil``, ``evaluate``, ..., and ``doctor``.
 
 ``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
-same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result beside its checkpoints and starts over
-once it was finished; the committed result of it is made by ``run quickstart --fresh``.  The steps are in
-:mod:`distillkit.commands`.
+same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result and its figure beside its checkpoints and
+starts over once it was finished; the committed result of it is made by ``run quickstart --fresh``, the committed figures
+by ``figures``.  The steps are in :mod:`distillkit.commands`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import os
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from distillkit import commands as steps
+from distillkit.escaping import one_line, say, visible_warnings
+from distillkit.signals import Ended, ending_signals
 
 RESULTS, WORK = Path("figures/results"), Path("runs")
 
@@ -23,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="python -m distillkit", description=(__doc__ or "").split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw figures/quickstart.png")
+    demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw runs/quickstart.png")
     run = commands.add_parser("run", help="run an experiment from a YAML file of settings")
     run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
     run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
@@ -40,23 +44,34 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
     for command in (demo, run):
         command.add_argument("--work", type=Path, default=WORK, help=f"folder of checkpoints and sets (default {WORK})")
-        command.add_argument("--fresh", action="store_true", help="forget what an earlier run of it has made")
+        command.add_argument("--fresh", action="store_true", help=steps.FRESH)
     steps.add_commands(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 for bad input, 130 for an interruption; 1 where ``verify`` finds damage."""
+    """Run a command; returns the exit code: 0; 1 where ``verify`` finds damage; 2 for bad input, or a disk that takes no more;
+    130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
     args = parser().parse_args(argv)
     own = {"demo": _demo, "run": _run, "table": _table, "figures": _figures, "readme": _readme}
-    try:
-        return own.get(args.command, steps.run)(args)
-    except (ValueError, FileNotFoundError, ConnectionError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; give the same command again to go on", file=sys.stderr)
-        return 130
+    with visible_warnings(), ending_signals():
+        try:
+            return own.get(args.command, steps.run)(args)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (ValueError, OSError, FloatingPointError) as error:
+            said = one_line(error)
+        except RecursionError:
+            said = "what was to be read is nested too deeply"
+        except KeyboardInterrupt:
+            say("\ninterrupted; give the same command again to go on", error=True)
+            return 130
+        except Ended as ended:
+            say(f"\nended by {ended.signal.name}; give the same command again to go on", error=True)
+            return ended.code
+    say(f"error: {said}", error=True)
+    return 2
 
 
 def _config_path(name: Path) -> Path:
@@ -95,6 +110,7 @@ def _kinds() -> dict:
 
 def _result(path: Path, args, folder: Path) -> dict:
     from distillkit.checks import check_choice
+    from distillkit.restart import started
     from distillkit.results import kind_of
 
     kind = kind_of(path)
@@ -105,19 +121,20 @@ def _result(path: Path, args, folder: Path) -> dict:
     if seeds and not seeded:
         raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
                          "at once")
-    if args.fresh:
-        shutil.rmtree(args.work / job.name, ignore_errors=True)
-        (folder / f"{job.name}.json").unlink(missing_ok=True)
-    begun = time.perf_counter()
-    run = run_class(job, folder, args.work) if seeded else run_class(job, folder, args.work, committed=args.results)
+    begun, own = time.perf_counter(), {} if seeded else {"committed": args.results}
+    # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
+    with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
+        run = run_class(job, read_from, args.work, **own)
+    run.path = folder / f"{job.name}.json"
     if kind in ("scaling", "slides", "text_grid"):
-        print(f"{job.name}: {len(job.cells())} cells")
+        say(f"{job.name}: {len(job.cells())} cells")
     else:
-        print(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
-              f"student {run.student.name}")
-    result = run(rows, seeds) if seeded else run(rows)
-    print(draw(result))
-    print(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
+        say(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
+            f"student {run.student.name}")
+    with started(run.claim, run.path, run.work, fresh=args.fresh):
+        result = run(rows, seeds) if seeded else run(rows)
+    say(draw(result))
+    say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result
 
 
@@ -132,10 +149,8 @@ def _demo(args) -> int:
     folder = args.work / "results"
     args.fresh = args.fresh or _done_with(folder / "quickstart.json")
     result = _result(_config_path(Path("quickstart")), args, folder)
-    target = args.results.parent / "quickstart.png"
-    plots.save(plots.quickstart(result), target)
-    print(f"figure: {target}")
-    print(f"the rows marked committed were made by: python -m distillkit run {result['config']['committed']} --fresh")
+    say(f"figure: {plots.save(plots.quickstart(result), args.work / 'quickstart.png')}")
+    say(f"the rows marked committed were made by: python -m distillkit run {result['config']['committed']} --fresh")
     return 0
 
 
@@ -166,7 +181,10 @@ def _table(args) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"no result {path}")
     result = read(path)
-    print(draw(result))
+    try:
+        say(draw(result))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no result that this distillkit can show ({error!r}); make it again") from error
     if args.figure:
         from distillkit import plots
 
@@ -178,16 +196,17 @@ def _figures(args) -> int:
     from distillkit.gallery import regenerate
 
     for line in regenerate(args.results, args.results.parent):
-        print(line)
+        say(line)
     return 0
 
 
 def _readme(args) -> int:
     from distillkit.results import with_tables
+    from distillkit.storage import save_text
 
     for file in args.file:
         text = file.read_text(encoding="utf-8")
-        file.write_text(with_tables(text, args.results, marker="table", draw=draw), encoding="utf-8")
+        save_text(file, with_tables(text, args.results, marker="table", draw=draw))
     return 0
 
 

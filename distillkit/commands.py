@@ -18,21 +18,22 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import shutil
-import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
 
 from distillkit.checks import check_choice, check_whole, limits_by_split
-from distillkit.configuration import Settings
+from distillkit.configuration import Settings, renamed
+from distillkit.escaping import one_line, say
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 OBJECTIVES = ("bptt", "trajectory")
 METAGRADS = ("replay", "forward_difference", "recommended")
+FRESH = "start over: what an earlier run has made is removed once the new one has begun to write"
 SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
 
 
@@ -113,6 +114,14 @@ DISTIL = (*SIZE, "objective", "unroll_steps", "optimizer", "step_size", "inner_b
           "inits", "lr", "checkpoint_every", "match_epochs", "seed")
 SCORED = ("set", "recipe", "seeds", "split")
 
+# command -> {argument of the library: the setting that it is given, or what to say instead}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
+                "step_size": "expert_step_size"},
+    "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
+               "checkpoint_dir": "--name, or start over with --fresh"},
+}
+
 # command -> (one line, the settings that are its flags, an example that teaches)
 STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "experts": ("train on all the data and write down the way there, to be matched by distil --objective trajectory",
@@ -139,8 +148,8 @@ _EPILOG = """example:
   python -m distillkit {example}
 
 All settings may stand in a YAML file (--config), as in 'outer_steps: 100'; flags win over it. Without --config a step
-takes up the settings that runs/NAME was distilled with. Exit codes: 0 done, 2 something is wrong with what was asked,
-130 interrupted (give the same command again to go on)."""
+takes up the settings that runs/NAME was distilled with. Exit codes: 0 done, 2 something is wrong with what was asked;
+130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP (give the same command again to go on)."""
 
 
 def add_commands(commands) -> None:
@@ -154,7 +163,7 @@ def add_commands(commands) -> None:
         parser.add_argument("--config", type=Path, help="YAML file of settings")
         parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of all work (default runs)")
         if step in ("experts", "distil"):
-            parser.add_argument("--fresh", action="store_true", help="forget what an earlier run of this step has made")
+            parser.add_argument("--fresh", action="store_true", help=FRESH)
         if step == "card":
             parser.add_argument("--origin", action="store_true", help="load corpus and student to say where they came from")
             parser.add_argument("--out", type=Path, help="write the published folder here instead of printing the card")
@@ -194,15 +203,20 @@ def settings_of(args: argparse.Namespace) -> Work:
     Raises:
         ValueError: an unknown key, or a bad value, named.
     """
-    fields = {f.name for f in dataclasses.fields(Work)}
-    given = {name: value for name, value in vars(args).items() if name in fields}
+    path, given = _sources(args)
+    return Work.from_yaml(path, **given)
+
+
+def _sources(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """The file of settings of a step, if there is one, and the settings that are flags."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Work) if hasattr(args, field.name)}
     path = args.config
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"no file of settings {path}")
     if path is None:
         made = args.work / Work.from_yaml(None, **given).name / SETTINGS
         path = made if made.is_file() else None
-    return Work.from_yaml(path, **given)
+    return path, given
 
 
 def run(args: argparse.Namespace) -> int:
@@ -211,10 +225,17 @@ def run(args: argparse.Namespace) -> int:
         return verify(args.folders)
     if args.command == "doctor":
         for line in doctor(args.student):
-            print(line)
+            say(line)
         return 0
     steps = {"experts": experts, "distil": distil, "evaluate": evaluate, "transfer": transfer, "card": card}
-    steps[args.command](settings_of(args), args)
+    settings, (path, given) = settings_of(args), _sources(args)
+    try:
+        steps[args.command](settings, args)
+    except (ValueError, FloatingPointError) as error:
+        names = Work.origins(path, given)
+        for argument, setting in ARGUMENTS.get(args.command, {}).items():
+            names[argument] = names.get(setting, setting)
+        raise type(error)(renamed(error, names)) from error
     return 0
 
 
@@ -229,23 +250,16 @@ def _world(settings: Work, student: str | None = None):
                      text_column=settings.text_column, label_column=settings.label_column)
     found = load_student(student or settings.student, task, trainable=None if student else settings.trainable)
     rows = " / ".join(str(len(split)) if split else "no" for split in (task.train, task.validation, task.test))
-    print(f"{task.name}: {rows} rows; student {found.name}", file=sys.stderr)
+    say(f"{task.name}: {rows} rows; student {found.name}", error=True)
     return task, found
 
 
 def _keep(settings: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
-    path = folder / SETTINGS
-    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    from distillkit.storage import save_text
 
-
-def _forget(args: argparse.Namespace, *folders: Path) -> None:
-    for folder in folders if args.fresh else ():
-        shutil.rmtree(folder, ignore_errors=True)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def experts(settings: Work, args: argparse.Namespace) -> None:
@@ -253,20 +267,24 @@ def experts(settings: Work, args: argparse.Namespace) -> None:
     from distillkit.experts import record_experts
     from distillkit.inner import AdamW
     from distillkit.parallel import team
+    from distillkit.restart import started
+    from distillkit.storage import Claim
 
     folder = args.work / settings.name
+    recorded = folder / "experts"
     with team() as ranks:
-        if ranks.leads:
-            _forget(args, folder / "experts")
-        ranks.wait()
-        found = record_experts(
-            *_world(settings), folder / "experts", count=settings.expert_count, epochs=settings.expert_epochs,
-            optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
-            snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
-        )
-        if ranks.leads:
-            _keep(settings, folder)
-            print(f"{len(found)} experts of {found.snapshots} snapshots, {found.nbytes / 1e6:.1f} MB: {folder / 'experts'}")
+        task, student = _world(settings)
+        run = started(Claim(recorded, wait=True, shared=True), recorded, fresh=args.fresh) if ranks.leads else nullcontext()
+        with run:
+            ranks.wait()
+            made = record_experts(
+                task, student, recorded, count=settings.expert_count, epochs=settings.expert_epochs,
+                optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
+                snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
+            )
+            if ranks.leads:
+                _keep(settings, folder)
+                say(f"{len(made)} experts of {made.snapshots} snapshots, {made.nbytes / 1e6:.1f} MB: {recorded}")
 
 
 def _objective(settings: Work, task, student, folder: Path):
@@ -289,47 +307,49 @@ def distil(settings: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit distil``; under ``torchrun`` with ``--inits`` spread over its processes."""
     from distillkit.distilled import DistilledSet
     from distillkit.parallel import team
+    from distillkit.restart import started
+    from distillkit.storage import Claim
 
     folder = args.work / settings.name
     with team() as ranks:
-        if ranks.leads:
-            _forget(args, folder / "checkpoint", folder / "set", folder / "text")
         task, student = _world(settings)
         start = DistilledSet.from_real(task, student, **settings.size())
         objective = _objective(settings, task, student, folder)
-        if ranks.size == 1:
-            _learn(settings, folder, start, objective, student)
-        elif ranks.leads:
-            with ranks.shared(objective) as shared:
-                _learn(settings, folder, start, shared, student)
-        else:
+        if not ranks.leads:
             ranks.shared(objective).serve(start)
+            return
+        # A recording that starts over must not take away what is read here.
+        matched = Claim(folder / "experts", wait=True, shared=True) if settings.objective == "trajectory" else nullcontext()
+        spread = ranks.shared(objective) if ranks.size > 1 else nullcontext(objective)
+        made = [folder / part for part in ("checkpoint", "set", "text")]
+        with spread as shared, matched, started(Claim(folder), *made, fresh=args.fresh):
+            _learn(settings, folder, start, shared, student)
 
 
 def _learn(settings: Work, folder: Path, start, objective, student) -> None:
     """Distil, write what came of it, and show it."""
+    from distillkit.distilled import KIND
     from distillkit.distiller import Distiller
     from distillkit.neighbors import project
+    from distillkit.storage import refuse_to_overwrite
 
     distiller = Distiller(start, objective, lr=settings.lr, seed=settings.seed, checkpoint_dir=folder / "checkpoint",
                           checkpoint_every=settings.checkpoint_every)
-    _keep(settings, folder)
-    for record in distiller.run(settings.outer_steps):
-        if record.step % max(1, settings.outer_steps // 10) == 0:
-            print(f"step {record.step}: loss {record.loss:.3f}")
-    found = distiller.distilled
-    found.save(folder / "set")
-    words = project(found, student)
+    for part in ("set", "text"):  # now, and not after the last step
+        refuse_to_overwrite(folder / part, KIND)
+    with distiller.claim or nullcontext():
+        _keep(settings, folder)
+        for record in distiller.run(settings.outer_steps):
+            if record.step % max(1, settings.outer_steps // 10) == 0:
+                say(f"step {record.step}: loss {record.loss:.3f}")
+    learned = distiller.distilled
+    learned.save(folder / "set")
+    words = project(learned, student)
     words.save(folder / "text")
-    print(f"{len(found)} examples, {found.nbytes:,} bytes: {folder / 'set'}; as words: {folder / 'text'}")
+    say(f"{len(learned)} examples, {learned.nbytes:,} bytes: {folder / 'set'}; as words: {folder / 'text'}")
     for row in words.to_text().select(range(min(3, len(words)))).to_list():
-        print("  " + " | ".join(_printable(row[key]) for key in ("label", "prompt", "text", "response") if key in row))
-    print(f"what it is worth: python -m distillkit evaluate --name {settings.name}")
-
-
-def _printable(text: str) -> str:
-    """On one line of a terminal, without control characters that would do something to it."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:100]
+        say("  " + " | ".join(one_line(row[key], 100) for key in ("label", "prompt", "text", "response") if key in row))
+    say(f"what it is worth: python -m distillkit evaluate --name {settings.name}")
 
 
 def evaluate(settings: Work, args: argparse.Namespace) -> None:
@@ -359,13 +379,12 @@ def _note(folder: Path, found, task, student, settings: Work, made) -> None:
     """Print a score, and add it to those of this piece of work."""
     from distillkit.distiller import digest
     from distillkit.results import as_json
+    from distillkit.storage import append_line
 
     row = {"set": digest(found), "student": student.name, "trainable": student.trainable, "corpus": task.name,
            "corpus_sha256": task.fingerprint, "split": settings.split, "seeds": list(settings.seeds), **as_json(made)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / SCORES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{made}: {student.name} trained on {len(found)} examples, {settings.split} split of {task.name}")
+    append_line(folder / SCORES, row)
+    say(f"{made}: {student.name} trained on {len(found)} examples, {settings.split} split of {task.name}")
 
 
 def read_set(source: str | Path):
@@ -377,14 +396,15 @@ def read_set(source: str | Path):
     """
     from distillkit.distilled import DistilledSet
     from distillkit.publish import SUMS, from_hub, load_published
+    from distillkit.storage import standing
 
     if str(source).startswith("hub:"):
         repo_id, _, revision = str(source).removeprefix("hub:").partition("@")
         return from_hub(repo_id, revision or None)
     folder = Path(source).expanduser()
-    if not folder.is_dir():
+    if not standing(folder).is_dir():
         raise FileNotFoundError(f"no set {folder}; make one with: python -m distillkit distil, or name another with --set")
-    return load_published(folder) if (folder / SUMS).is_file() else DistilledSet.load(folder)
+    return load_published(folder) if (standing(folder) / SUMS).is_file() else DistilledSet.load(folder)
 
 
 def card(settings: Work, args: argparse.Namespace) -> None:
@@ -397,42 +417,40 @@ def card(settings: Work, args: argparse.Namespace) -> None:
     if args.origin:
         about |= dict(zip(("task", "student"), _world(settings)))
     if args.push:
-        print(publish.push_to_hub(found, args.push, private=not args.public, **about))
+        say(publish.push_to_hub(found, args.push, private=not args.public, **about))
     elif args.out:
-        print(publish.save_published(found, args.out, **about))
+        say(publish.save_published(found, args.out, **about))
     else:
-        print(publish.card(found, settings.name, **about), end="")
+        say(publish.card(found, settings.name, **about).removesuffix("\n"))
 
 
 def _scores(path: Path, found) -> dict:
     """The scores in a file that were taken of this very set, by what they were taken on; the last of a kind counts."""
     from distillkit.distiller import digest
     from distillkit.evaluation import Evaluation
+    from distillkit.storage import read_lines
 
     names = [f.name for f in dataclasses.fields(Evaluation)]
     scores, own = {}, digest(found)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
+    for number, row in enumerate(read_lines(path), start=1):
         try:
-            row = json.loads(line)
             if row["set"] == own:
                 one = Evaluation(**{name: row.get(name) for name in names})
                 where = f"{row['split']} split of {row['corpus']}, {row['student']}, {one.recipe['name']}"
                 scores[where] = dataclasses.replace(one, scores=tuple(one.scores))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number + 1} is no score ({error!r}); delete the line") from error
+            raise ValueError(f"{path}, line {number} is no score ({error!r}); delete the line") from error
     return scores
 
 
 # --- looks -----------------------------------------------------------------------------------------------------------
-
-LEFT_OVER = re.compile(r"\..+\.[0-9a-f]{16}\.(new|old)")
-
 
 def verify(folders: list[Path]) -> int:
     """Check every distillkit folder below ``folders``, print a line each; returns the exit code.
 
     Raises:
         FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        OSError: a folder below one of them cannot be read.
     """
     counts = {"ok": 0, "DAMAGED": 0, "left over": 0}
     for folder in folders:
@@ -440,35 +458,50 @@ def verify(folders: list[Path]) -> int:
             raise FileNotFoundError(f"no folder {folder}")
         for path, state, told in _checked(folder):
             counts[state] += 1
-            print(f"{state:9} {path}: {told}")
+            say(f"{state:9} {one_line(path)}: {one_line(told)}")
     if not sum(counts.values()):
         raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, folders))}")
-    print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))
     return 1 if counts["DAMAGED"] else 0
 
 
 def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
     """Each stored thing below ``top``: where, its state, and what is to be said of it."""
-    from distillkit.publish import SUMS, verify_published
-    from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError, load_folder
+    from distillkit.storage import LEFT_OVER, standing
 
-    for place, inner, files in os.walk(top):
+    def unreadable(error: OSError):
+        raise error
+
+    for place, inner, files in os.walk(top, onerror=unreadable):
         inner.sort()
         folder = Path(place)
-        for name in [name for name in inner if LEFT_OVER.fullmatch(name)]:
-            inner.remove(name)
-            yield folder / name, "left over", "by an interrupted write; the next one to this folder removes it"
-        ours = len({DATA, MANIFEST, TENSORS} & {*files}) >= 2  # one may be lost
-        try:
-            if SUMS in files and "set" in inner:
-                verify_published(folder)
-                yield folder, "ok", "published set"
-            elif ours:
-                kind = _kind(folder / MANIFEST)
-                load_folder(folder, kind=kind)
-                yield folder, "ok", kind
-        except StorageError as error:
-            yield folder, "DAMAGED", str(error)
+        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
+            target = folder / name[1:].rsplit(".", 2)[0]
+            if standing(target) == folder / name:
+                yield from _state(target)
+            aside = name.endswith(".aside")
+            told = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
+            yield folder / name, "left over", f"by {told} removes it"
+        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
+        yield from _state(folder)
+
+
+def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """The state of what is stored at ``folder``, if anything is."""
+    from distillkit.publish import SET, SUMS, verify_published
+    from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError, load_folder, standing
+
+    names = {path.name for path in standing(folder).iterdir()}
+    try:
+        if {SUMS, SET} <= names:
+            verify_published(folder)
+            yield folder, "ok", "published set"
+        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
+            kind = _kind(standing(folder) / MANIFEST)
+            load_folder(folder, kind=kind)
+            yield folder, "ok", kind
+    except StorageError as error:
+        yield folder, "DAMAGED", str(error)
 
 
 def _kind(manifest: Path) -> str:

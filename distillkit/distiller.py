@@ -22,7 +22,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -40,7 +39,8 @@ from distillkit.distilled import DistilledSet
 from distillkit.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed
-from distillkit.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder, unwritten
+from distillkit.signals import ending_signals
+from distillkit.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder, save_text, unwritten
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
@@ -111,6 +111,9 @@ class Distiller:
             ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
             initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
 
+    Attributes:
+        claim: the lock on ``checkpoint_dir`` (None without one); a run takes it, and a ``with`` block may hold it longer.
+
     Raises:
         ValueError: settings that cannot be, or a checkpoint made with other settings, naming which.
         StorageError: a checkpoint that cannot be trusted.
@@ -167,7 +170,7 @@ class Distiller:
         }
         self._made = _Made(values, {}, [])
         self._saved = 0  # steps in the checkpoint
-        self._claim = None if self.checkpoint_dir is None else Claim(self.checkpoint_dir)
+        self.claim = None if self.checkpoint_dir is None else Claim(self.checkpoint_dir)
         self._resume()
 
     @property
@@ -201,8 +204,8 @@ class Distiller:
     def run(self, n: int) -> Generator[StepRecord, None, None]:
         """Make outer steps until ``n`` in all have been made, yielding a record of each.
 
-        With a ``checkpoint_dir``, a run that ends before (by Ctrl-C, by an error, or because the loop over it was left)
-        saves its last complete step and says on stderr how to go on.
+        With a ``checkpoint_dir``, a run that ends before (by Ctrl-C, SIGTERM or SIGHUP, by an error, or because the loop over
+        it was left) saves its last complete step and says on stderr how to go on.
 
         Raises:
             FloatingPointError: the loss, a gradient or a value is not finite, or the step sizes have run to zero or to
@@ -210,7 +213,7 @@ class Distiller:
             StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
         """
         check_whole("n", n, least=0)
-        with self._claim or nullcontext():
+        with self.claim or nullcontext(), ending_signals():
             self._take_up()
             try:
                 with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
@@ -232,9 +235,9 @@ class Distiller:
         Raises:
             StorageError: another run works there, or it cannot be written.
         """
-        if self._claim is None:
+        if self.claim is None:
             raise ValueError("this distiller has no checkpoint_dir to save to")
-        with self._claim:
+        with self.claim:
             self._save()
 
     def _save(self) -> None:
@@ -366,12 +369,7 @@ class Distiller:
         head = {"settings": self._settings, "versions": _versions()}
         lines = [json.dumps(line, ensure_ascii=False) for line in (head, *(_as_json(r) for r in self.records))]
         # Written anew, the log loses a line that a kill cut short, and the steps after the checkpoint, which are made again.
-        fresh = self.log_file.with_suffix(".partial")
-        try:
-            fresh.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            os.replace(fresh, self.log_file)
-        except OSError as error:
-            raise unwritten(self.log_file, error) from error
+        save_text(self.log_file, "\n".join(lines) + "\n")
 
     def _log(self, record: StepRecord) -> None:
         if self.checkpoint_dir is None:
@@ -417,9 +415,9 @@ class Distiller:
     @property
     def log_file(self) -> Path:
         """Where the log is, a JSON value a line: the settings and versions, then the records."""
-        if self._claim is None:
+        if self.claim is None:
             raise ValueError("this distiller has no checkpoint_dir, beside which a log would be")
-        return self._claim.folder.with_name(f"{self._claim.folder.name}.log.jsonl")
+        return self.claim.path.with_name(f"{self.claim.path.name}.log.jsonl")
 
 
 def _versions() -> dict[str, str]:

@@ -28,7 +28,8 @@ from distillkit.checks import check_is, check_whole
 from distillkit.inner import AdamW, Optimizer, Part, State, described, inner_step
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
-from distillkit.storage import Claim, StorageError, is_vacant, load_folder, save_folder
+from distillkit.signals import Ended, ending_signals
+from distillkit.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder
 from distillkit.students import Params, Student
 from distillkit.tasks import Task
 
@@ -139,9 +140,11 @@ def record_experts(
 ) -> Experts:
     """Train experts on the whole training split and write their trajectories to ``folder``.
 
-    A recording that was interrupted goes on after its last snapshot when called again; more experts or epochs may be
-    asked of a finished one.  Several processes that are given the same folder and settings share the work, an expert each
-    at a time, and return when all are recorded.
+    A recording that was interrupted, by Ctrl-C, SIGTERM, SIGHUP or a kill, goes on after its last snapshot when called
+    again; more experts or epochs may be asked of a finished one.
+
+    Several processes that are given the same folder and settings share the work, an expert each at a time, and return when
+    all are recorded.
 
     Args:
         count: experts; each has its own order of batches (and, where the student draws any, fresh parameters).
@@ -178,18 +181,20 @@ def record_experts(
     }
     for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
         check_whole(name, settings[name], most=most)
-    with Claim(folder, wait=True):
-        experts = Experts(folder, _settled(folder, settings))
-        missing = [(e, i) for e in range(len(experts)) for i in range(experts.snapshots) if is_vacant(experts._place(e, i))]
-        _need_room(folder, student, optimizer, len(missing))
-        save_folder(folder / "settings", kind=KIND, data=experts.settings)
-    try:
-        _record_missing(experts, missing, task, student, optimizer, micro_batch)
-    except KeyboardInterrupt:
-        print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
-              file=sys.stderr)
-        raise
-    return Experts.load(folder)
+    with Claim(folder, wait=True, shared=True), ending_signals():
+        with Claim(folder.with_name(f"{folder.name}.settings"), wait=True):
+            experts = Experts(folder, _settled(folder, settings))
+            places = ((e, i) for e in range(len(experts)) for i in range(experts.snapshots))
+            missing = [place for place in places if is_vacant(experts._place(*place))]
+            _need_room(folder, student, optimizer, len(missing))
+            save_folder(folder / "settings", kind=KIND, data=experts.settings)
+        try:
+            _record_missing(experts, missing, task, student, optimizer, micro_batch)
+        except (KeyboardInterrupt, Ended):
+            print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
+                  file=sys.stderr)
+            raise
+        return Experts.load(folder)
 
 
 def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
@@ -275,6 +280,7 @@ def _batch(settings: dict, expert: int, step: int) -> Tensor:
 
 def _settled(folder: Path, settings: dict) -> dict:
     """The settings to record with: those stored in ``folder``, if any, with as many experts and epochs as are asked for."""
+    remove_orphans(folder / "settings")  # a recording killed in its first write leaves nothing else
     if is_vacant(folder / "settings"):
         if not is_vacant(folder):
             raise StorageError(f"{folder} holds something else than experts; choose another folder")

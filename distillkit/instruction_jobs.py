@@ -105,6 +105,7 @@ class InstructionJob(Settings):
     kind: str = "instruction"
 
     def __post_init__(self):
+        self.check_name()
         check_choice("kind", self.kind, ("instruction",))
         if self.metagrad is not None:
             check_choice("metagrad", self.metagrad, STRATEGIES)
@@ -116,7 +117,6 @@ class InstructionJob(Settings):
         self.check_positive("fraction", "expert_step_size", "segment", "step_size", "eps_root", "lr", "step_size_lr")
         if not self.seeds or not all(isinstance(s, int) for s in self.seeds):
             raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
-        self.check_name()
 
 
 class InstructionRun(SeededRun):

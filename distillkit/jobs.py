@@ -94,6 +94,7 @@ class ClassificationJob(Settings):
     committed_rows: tuple[str, ...] = ()
 
     def __post_init__(self):
+        self.check_name()
         unknown = [r for r in (*self.rows, *self.committed_rows) if r not in ROW_NAMES]
         if unknown:
             raise ValueError(f"unknown row {unknown[0]!r}; there are {', '.join(ROW_NAMES)}")
@@ -105,8 +106,6 @@ class ClassificationJob(Settings):
         check_choice("metagrad", self.metagrad, STRATEGIES)
         if bool(self.committed) != bool(self.committed_rows):
             raise ValueError("committed and committed_rows belong together: the name of a result, and rows to take from it")
-        self.check_name()
-
 
 
 def twin(method: str, scores: Mapping[str, dict | None], set_of: Callable[[str], DistilledSet]) -> dict | None:
@@ -143,6 +142,7 @@ class Run:
         self.job, self.work = job, Path(work) / job.name
         self.path = Path(folder) / f"{job.name}.json"
         self.committed = Path(folder if committed is None else committed)
+        self.claim = Claim(self.work)
         self.task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
         self.student = load_student(job.student, self.task)
         for name in job.committed_rows:
@@ -159,7 +159,7 @@ class Run:
         """
         if unknown := [r for r in only if r not in self.job.rows]:
             raise ValueError(f"no row {unknown[0]!r} in this job; it has {', '.join(self.job.rows)}")
-        with Claim(self.work):
+        with self.claim:
             return self._completed(only)
 
     def _completed(self, only: tuple[str, ...]) -> dict:

@@ -103,6 +103,7 @@ class ContinualJob(Settings):
     kind: str = "continual"
 
     def __post_init__(self):
+        self.check_name()
         check_choice("kind", self.kind, ("continual",))
         check_choice("metagrad", self.metagrad, STRATEGIES)
         for row in self.rows:
@@ -120,7 +121,6 @@ class ContinualJob(Settings):
         for key in ("seeds", "eval_seeds", "stream_step_sizes", "weights"):
             if not getattr(self, key):
                 raise ValueError(f"{key} must not be empty")
-        self.check_name()
 
 
 class ContinualRun(SeededRun):

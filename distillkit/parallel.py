@@ -26,9 +26,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -41,6 +38,7 @@ from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation, evaluate
 from distillkit.metagrad import MetaGradient
 from distillkit.objectives import Objective, bound_step_sizes, fitted, meta_gradient
+from distillkit.signals import ending_signals
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -134,7 +132,7 @@ def team(timeout: float = 1800) -> Iterator[Team]:
     """The processes that ``torchrun`` or ``accelerate launch`` has started, or a team of one.
 
     Each takes the GPU of its local rank, where there are any.  A process that is told to end (SIGTERM, as ``torchrun`` does
-    to the others when one is lost) unwinds, so that a checkpoint is still written.
+    to the others when one is lost, or SIGHUP) unwinds, so that a checkpoint is still written.
 
     Args:
         timeout: seconds that a rank waits for the others before it takes them for lost; above what one's share of an outer
@@ -147,13 +145,10 @@ def team(timeout: float = 1800) -> Iterator[Team]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     try:
-        yield Team(dist.get_rank(), size)
+        with ending_signals():
+            yield Team(dist.get_rank(), size)
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 

@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -49,8 +48,10 @@ from distillkit import corpora
 from distillkit.checks import check_choice
 from distillkit.corpora import first_sentence, mask_libraries, same_sentence_key
 from distillkit.progress import progress
+from distillkit.restart import started
 from distillkit.seeds import derive_seed, generator
-from distillkit.storage import is_vacant, load_folder, save_folder
+from distillkit.signals import Ended, ending_signals
+from distillkit.storage import Claim, is_vacant, load_folder, replacing, save_folder
 
 ASSETS = Path(__file__).parent / "assets"
 MANIFEST = "manifest.json"
@@ -342,18 +343,14 @@ class Pretraining:
         if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
             raise AssetError(f"will not overwrite {folder}: it has no {MANIFEST}, so it is not a model of this package; "
                              "choose another folder, or delete it yourself")
-        fresh = folder.with_name(f".{self.name}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(fresh)
-        self.tokenizer.save_pretrained(fresh)
-        record = self.record()
-        (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (fresh / "README.md").write_text(card(record), encoding="utf-8")
-        manifest = {"sha256": {file: _sha256(fresh / file) for file in FILES}}
-        (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        with replacing(folder.resolve()) as fresh:
+            cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+            record = self.record()
+            (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (fresh / "README.md").write_text(card(record), encoding="utf-8")
+            manifest = {"sha256": {file: _sha256(fresh / file) for file in FILES}}
+            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         return folder
 
     def record(self) -> dict:
@@ -561,17 +558,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(args.threads)
-    if args.fresh:
-        shutil.rmtree(args.runs / f"pretrain-{args.name}", ignore_errors=True)
     minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
+    checkpoint = args.runs / f"pretrain-{args.name}"
     try:
-        run = Pretraining(args.name, library_documents(), steps=args.steps, minutes=minutes, seed=args.seed, runs=args.runs)
-        for _ in run.run():
-            pass
-        print(f"{run.write(args.out)}: {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second; {run.curve[-1]}")
-    except (ValueError, FloatingPointError) as error:
+        documents = library_documents()
+        with ending_signals(), started(Claim(checkpoint), checkpoint, fresh=args.fresh):
+            run = Pretraining(args.name, documents, steps=args.steps, minutes=minutes, seed=args.seed, runs=args.runs)
+            for _ in run.run():
+                pass
+            print(f"{run.write(args.out)}: {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second; {run.curve[-1]}")
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Ended as ended:
+        print(f"\nended by {ended.signal.name}; give the same command again to go on", file=sys.stderr)
+        return ended.code
     except KeyboardInterrupt:
         print("\ninterrupted; give the same command again to go on", file=sys.stderr)
         return 130

@@ -95,6 +95,7 @@ class PromptingJob(Settings):
     kind: str = "prompting"
 
     def __post_init__(self):
+        self.check_name()
         check_choice("kind", self.kind, ("prompting",))
         for row in self.rows:
             source, _, k = row.partition("/")
@@ -109,7 +110,6 @@ class PromptingJob(Settings):
             raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
         if not self.templates:
             raise ValueError("templates must list one at least")
-        self.check_name()
 
 
 class PromptingRun(SeededRun):

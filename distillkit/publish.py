@@ -15,11 +15,9 @@ in a card they stand as character references: no HTML, mark-up, link or formula 
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,8 +25,9 @@ import datasets
 import yaml
 
 from distillkit.distilled import DistilledSet
+from distillkit.escaping import markdown as escaped
 from distillkit.evaluation import Evaluation
-from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError, beside, move_into_place
+from distillkit.storage import DATA, LEFT_OVER, MANIFEST, TENSORS, StorageError, is_vacant, read_standing, replacing, standing
 from distillkit.students import MINILM_HUB_ID, MINILM_SHA256, Student
 from distillkit.tasks import Task
 
@@ -80,25 +79,31 @@ def save_published(
 
     Raises:
         ValueError: ``task`` or ``student`` is another than the set was made with.
-        StorageError: something else stands at ``folder``.
+        StorageError: something else stands at ``folder``, or in it; or it cannot be written.
     """
     folder = Path(folder).expanduser().resolve()
     text = card(distilled, folder.name, evaluations=evaluations, task=task, student=student, license=license,
                 corpus_license=corpus_license)
-    if folder.exists() and not (folder.is_dir() and ((folder / SUMS).is_file() or not any(folder.iterdir()))):
-        raise StorageError(f"will not overwrite {folder}: it is no published set; choose another folder, or delete this one")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = beside(folder, "new")
-    try:
+    _refuse_to_replace(folder)
+    with replacing(folder) as fresh:
         distilled.save(fresh / SET)
         (fresh / ROWS).parent.mkdir()
         rows(distilled).to_parquet(fresh / ROWS)
         (fresh / CARD).write_text(text, encoding="utf-8")
         (fresh / SUMS).write_text("".join(f"{_sha256(fresh / name)}  {name}\n" for name in CHECKED), encoding="ascii")
-        move_into_place(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # already gone if all went well
     return folder
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if is_vacant(folder):
+        return
+    place, remedy = standing(folder), "choose another folder, or delete this one yourself"
+    if not (place / SUMS).is_file():
+        raise StorageError(f"will not overwrite {folder}: it is no published set; {remedy}")
+    parts = {str(parent) for name in CHECKED for parent in Path(name).parents} | {*CHECKED, CARD, SUMS}
+    inside = (path.relative_to(place) for path in place.rglob("*") if not LEFT_OVER.fullmatch(path.name))
+    if strangers := sorted({str(path) for path in inside} - parts):
+        raise StorageError(f"will not overwrite {folder}: it also holds {', '.join(strangers[:3])}; {remedy}")
 
 
 def load_published(folder: str | Path) -> DistilledSet:
@@ -107,14 +112,19 @@ def load_published(folder: str | Path) -> DistilledSet:
     Raises:
         StorageError: a file is missing, a link, or differs from its SHA-256; named in the message.
     """
-    folder = Path(folder).expanduser()
-    verify_published(folder)
-    return DistilledSet.load(folder / SET)
+    def load(place: Path) -> DistilledSet:
+        _verify(place)
+        return DistilledSet.load(place / SET)
+
+    return read_standing(folder, load)
 
 
 def verify_published(folder: str | Path) -> None:
     """Raise StorageError unless every file that is read back from a published folder is as it was written."""
-    folder = Path(folder)
+    read_standing(folder, _verify)
+
+
+def _verify(folder: Path) -> None:
     path, remedy = folder / SUMS, "publish or download it again"
     if path.is_symlink() or not path.is_file():
         raise StorageError(f"{folder} has no plain file {SUMS}: it is no published set, or lost a file; check the path, or "
@@ -266,18 +276,6 @@ def card(
         "\n".join(f"* {line}" for line in _limits(distilled, evaluations, license)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def escaped(text: str, longest: int | None = None) -> str:
-    """``text`` on one line of Markdown as itself: no HTML, mark-up, link, mention or formula, and no character unseen."""
-    text = " ".join(str(text).split())
-    if longest is not None and len(text) > longest:
-        text = text[: longest - 1] + "…"
-    # Control, direction and surrogate characters would hide, turn round or break what stands beside them.
-    text = "".join(f"(U+{ord(c):04X})" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn") else c for c in text)
-    text = html.escape(text, quote=False)
-    # As character references, which neither a Markdown reader nor a reader of formulas takes for mark-up.
-    return "".join(f"&#{ord(c)};" if c in "|\\`*_[]~$#!:@{}^=" else c for c in text)
 
 
 def _said(value) -> str:

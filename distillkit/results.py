@@ -8,7 +8,6 @@ nothing is ever added to a result of other settings or another corpus.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from distillkit.checks import check_choice
 from distillkit.configuration import Settings
@@ -30,7 +28,7 @@ from distillkit.distilled import DistilledSet
 from distillkit.evaluation import Evaluation
 from distillkit.instruction import InstructionTask
 from distillkit.progress import progress
-from distillkit.storage import StorageError
+from distillkit.storage import Claim, StorageError, save_text, sealed, unsealed
 from distillkit.students import Student
 from distillkit.tasks import Task
 
@@ -79,12 +77,8 @@ def comparable(config: dict, settings: Settings) -> dict:
 
 
 def write(path: Path, result: dict) -> None:
-    """Write a result, all or nothing, with the SHA-256 of what it says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    sealed = {**result, "sha256": _sha256(result)}
-    temporary.write_text(json.dumps(sealed, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a result, all or nothing, with the SHA-256 of what it says; StorageError if it cannot be written."""
+    save_text(path, json.dumps(sealed(result), indent=1) + "\n")
 
 
 def read(path: Path) -> dict:
@@ -95,17 +89,9 @@ def read(path: Path) -> dict:
     """
     remedy = "take it from a copy (a committed one: git checkout), or make it again with --fresh"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return unsealed(path.read_bytes())
     except ValueError as error:
-        raise StorageError(f"{path} is damaged ({error}); {remedy}") from error
-    if not isinstance(found, dict) or found.pop("sha256", None) != _sha256(found):
-        raise StorageError(f"{path} does not say what was written, by its SHA-256; {remedy}")
-    return found
-
-
-def _sha256(result: dict) -> str:
-    said = json.loads(json.dumps({key: value for key, value in result.items() if key != "sha256"}))  # as it will be read
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        raise StorageError(f"{path} is damaged: {error}; {remedy}") from error
 
 
 class SeededRun:
@@ -128,13 +114,14 @@ class SeededRun:
                 task.check_choices(split)
         self.job, self.work, self.task, self.student = job, Path(work) / job.name, task, student
         self.path = Path(folder) / f"{job.name}.json"
+        self.claim = Claim(self.work, wait=True, shared=True)
         self.result = take_up(self.path, job, task)
         self._sets: dict[tuple[str, int], DistilledSet] = {}
 
     def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
         """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
 
-        Processes with the same folders may work on different seeds of one result at the same time.
+        Processes with the same folder of results may work on different seeds of one result at the same time.
         """
         for row in only:
             check_choice("a row", row, self.job.rows)
@@ -143,9 +130,10 @@ class SeededRun:
         rows = [row for row in self.job.rows if not only or row in only]
         wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
         missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
-        for seed, row in progress(missing, desc="scores", unit="score"):
-            method, recipe = row.split("/")
-            self._add(row, seed, self._scored(method, recipe, seed))
+        with self.claim:
+            for seed, row in progress(missing, desc="scores", unit="score"):
+                method, recipe = row.split("/")
+                self._add(row, seed, self._scored(method, recipe, seed))
         return self.result
 
     def set_of(self, method: str, seed: int) -> DistilledSet:
@@ -157,8 +145,7 @@ class SeededRun:
 
     def _add(self, row: str, seed: int, score: dict) -> None:
         """Write a score, and take over what other processes have written meanwhile."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / "result.lock"):
+        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
             result = take_up(self.path, self.job, self.task)
             result["rows"].setdefault(row, {})[str(seed)] = score
             result["distilling"] |= self.result["distilling"]

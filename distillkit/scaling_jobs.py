@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from distillkit.checks import check_choice
 from distillkit.configuration import tupled
 from distillkit.corpora import CorpusError
+from distillkit.escaping import one_line, say
 from distillkit.jobs import ClassificationJob, Run
 from distillkit.progress import progress
 from distillkit.results import Settings, _difference, comparable, read, write
 from distillkit.selection import METHODS
+from distillkit.storage import Claim
 
 KINDS = ("scaling", "slides")
 # All that the score of a selected set depends on.
@@ -110,6 +111,7 @@ class GridRun:
     def __init__(self, job: GridJob, folder: str | Path, work: str | Path):
         self.job, self.work = job, Path(work) / job.name
         self.path = Path(folder) / f"{job.name}.json"
+        self.claim = Claim(self.work, wait=True, shared=True)
         there = read(self.path) if self.path.is_file() else {"cells": {}}
         self.result = {"config": json.loads(json.dumps(dataclasses.asdict(job))), "cells": there["cells"]}
         for key, cell in job.cells().items():
@@ -128,11 +130,12 @@ class GridRun:
         chosen = {k: cell for k, cell in cells.items() if (k in only or not {*only} & cells.keys())
                   and (not seeds or cell.seed in seeds)}
         rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
-        for key in progress(chosen, desc="cells", unit="cell"):
-            try:
-                self._make(key, cells[key], rows)
-            except (CorpusError, FileNotFoundError, FloatingPointError) as error:
-                print(f"{key}: skipped: {error}")
+        with self.claim:
+            for key in progress(chosen, desc="cells", unit="cell"):
+                try:
+                    self._make(key, cells[key], rows)
+                except (CorpusError, FileNotFoundError, FloatingPointError) as error:
+                    say(f"{key}: skipped: {one_line(error)}")
         return self.result
 
     def _make(self, key: str, cell: ClassificationJob, rows: list[str]) -> None:
@@ -151,8 +154,7 @@ class GridRun:
         # A curve of losses for each of dozens of cells would bury the scores.
         distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
         found = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
-        self.work.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.work / "result.lock"):
+        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
             others = read(self.path)["cells"] if self.path.is_file() else {}
             for part in ("rows", "distilling"):
                 found[part] = others.get(key, {}).get(part, {}) | found[part]

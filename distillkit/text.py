@@ -44,6 +44,7 @@ from distillkit.objectives import Objective, check_objective
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
 from distillkit.selection import sentence_features
+from distillkit.signals import ending_signals
 from distillkit.storage import Claim, is_vacant, load_folder, remove_orphans, save_folder
 from distillkit.students import Student
 from distillkit.tasks import Task
@@ -168,7 +169,7 @@ class SwapSearch:
             StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
         """
         check_whole("n", n, least=0)
-        with self._claim or nullcontext():
+        with self._claim or nullcontext(), ending_signals():
             if self.checkpoint_dir is not None:
                 remove_orphans(self.checkpoint_dir)
                 self._resume()  # another run may have gone on since this object was made

@@ -141,6 +141,7 @@ class TextJob(Settings):
     kind: str = "text"
 
     def __post_init__(self):
+        self.check_name()
         check_choice("kind", self.kind, ("text",))
         check_choice("metagrad", self.metagrad, STRATEGIES)
         for row in self.rows:
@@ -162,7 +163,6 @@ class TextJob(Settings):
             value = getattr(self, key)
             if not value or not all(isinstance(s, int) for s in value):
                 raise ValueError(f"{key} must be a list of whole numbers, not {value!r}")
-        self.check_name()
 
 
 class TextRun(SeededRun):

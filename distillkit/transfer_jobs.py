@@ -71,6 +71,7 @@ class TransferJob(Settings):
     kind: str = "transfer"
 
     def __post_init__(self):
+        self.check_name()
         check_choice("kind", self.kind, ("transfer",))
         check_choice("recipe", self.recipe, RECIPES)
         if not isinstance(self.sets, dict):
@@ -82,7 +83,6 @@ class TransferJob(Settings):
             value = getattr(self, key)
             if not value or not all(isinstance(s, int) for s in value):
                 raise ValueError(f"{key} must be a list of whole numbers, not {value!r}")
-        self.check_name()
         for row in self.rows:
             self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):

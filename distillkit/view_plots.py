@@ -15,6 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 
 from distillkit.checks import check_choice
+from distillkit.escaping import visible
 from distillkit.plots import METHOD_COLOURS, _figure, plain, style
 from distillkit.views import AttentionShares, History
 
@@ -245,7 +246,7 @@ def label_table(rows: Sequence[Mapping], classes: Sequence[str], format: str = "
 
 def _markdown(text: str) -> str:
     """``text`` in a cell of a Markdown table: no HTML, no mark-up, no end of the cell."""
-    text = html.escape(" ".join(text.split()), quote=False)
+    text = html.escape(visible(" ".join(text.split())), quote=False)
     # As character references, which neither a Markdown reader nor a reader of formulas takes for mark-up.
     return "".join(f"&#{ord(c)};" if c in "|\\`*_[]~$#!:@" else c for c in text)
 

@@ -7,6 +7,7 @@ It prints what it saw as one line of JSON; the first thing that is not as it sho
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,9 +23,13 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import torch
+
 import distillkit as dk
 import standin_hub
+from distillkit.publish import load_published, save_published
 from distillkit.storage import StorageError, load_folder, save_folder
+from killed import at_every_stage, forked, leftovers
 
 STEPS = 8
 NOBODY = 65534
@@ -117,6 +122,8 @@ def _in_child(work: Path, run) -> None:
         status = 0
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as ended:
+        status = ended.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -176,17 +183,18 @@ def kills(world: World, times: int, draw: random.Random) -> dict:
 
 
 def interrupts(world: World, times: int, draw: random.Random) -> list[int]:
-    """SIGINT at random moments of a run that saves at its end only."""
+    """SIGINT, SIGTERM and SIGHUP at random moments of a run that saves at its end only."""
     saved = []
     while len(saved) < times:
+        number = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)[len(saved) % 3]
         status, told = world.child(
-            lambda tell: world.go(tell, 10**6), kill=signal.SIGINT, after=draw.uniform(0, 3 * world.pace), first=True
+            lambda tell: world.go(tell, 10**6), kill=number, after=draw.uniform(0, 3 * world.pace), first=True
         )
         found = world.taken_up()
         if status == 0:
             assert found == STEPS
         else:
-            assert status == 130 and found - told[-1] in (0, 1), (status, found, told, said(world.work))
+            assert status == 128 + number and found - told[-1] in (0, 1), (status, found, told, said(world.work))
             assert f"distilling ended after outer step {found} of {STEPS}, which is saved in" in said(world.work)
             assert f"call run({STEPS})" in said(world.work)
             saved.append(found)
@@ -234,6 +242,44 @@ def no_right(world: World) -> str:
     return said_last(world)
 
 
+def recordings(world: World) -> int:
+    """SIGKILL at every stage of recording experts: the same call makes the rest, and what nobody killed would have made."""
+    folder, whole = world.work / "experts", world.work / "uninterrupted"
+
+    def record(place: Path = folder):
+        dk.record_experts(world.goal.task, world.goal.student, place, batch_size=80, optimizer=dk.SGD(0.1), seed=1)
+
+    assert forked(lambda: record(whole), world.work) == 0, "autograd must not have run in a process that forks"
+    stages = 0
+    for _ in at_every_stage(record, folder, step=5):
+        assert forked(record, world.work) == 0
+        for index in range(2):
+            one, other = (dk.Experts.load(place).snapshot(0, index)[0] for place in (whole, folder))
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        assert leftovers(folder) == []
+        shutil.rmtree(folder)
+        stages += 1
+    return stages
+
+
+def publications(world: World) -> int:
+    """SIGKILL at every stage of publishing a set anew: the earlier one or the new one can be read, and replaced."""
+    target, stages, seen = world.work / "published", 0, set()
+    first, second = (dataclasses.replace(world.start, meta={**world.start.meta, "task": name}) for name in ("first", "second"))
+
+    def publish(distilled):
+        assert forked(lambda: save_published(distilled, target), world.work) == 0
+
+    publish(first)
+    for _ in at_every_stage(lambda: save_published(second, target), world.work, step=3):
+        seen.add(load_published(target).meta["task"])
+        publish(first)
+        assert load_published(target).meta["task"] == "first" and leftovers(world.work) == []
+        stages += 1
+    assert load_published(target).meta["task"] == "second" and "first" in seen <= {"first", "second"}
+    return stages
+
+
 def said_last(world: World) -> str:
     """The message of the exception that ended the last child that failed."""
     return next(line for line in reversed(said(world.work).splitlines()) if line.startswith(StorageError.__module__))
@@ -257,6 +303,8 @@ def main() -> None:
             "interrupts": interrupts(world, given.interrupts, draw),
             "no_room": no_room(world),
             "no_right": no_right(world),
+            "recordings": recordings(world),
+            "publications": publications(world),
         }))
 
 

@@ -1,7 +1,6 @@
 """The command line's steps on a tiny world: one piece of work from experts to card, and every refusal by name."""
 
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import distillkit as dk
 from distillkit import __main__, commands, evaluation
 from distillkit.commands import SCORES, SETTINGS, STEPS, Work
 from distillkit.publish import save_published
+from distillkit.storage import append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -43,7 +43,7 @@ def call(*argv):
 
 
 def scores(folder):
-    return [json.loads(line) for line in (folder / "tiny" / SCORES).read_text().splitlines()]
+    return read_lines(folder / "tiny" / SCORES)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -79,15 +79,15 @@ def test_transfer(work, quick, capsys):
 def test_card_has_the_scores_of_this_set_alone(work, capsys, standin_hub, tmp_path):
     work = shutil.copytree(work, tmp_path / "copy")
     row = scores(work)[0]
-    with (work / "tiny" / SCORES).open("a") as file:
-        file.write(json.dumps(row | {"set": "0" * 64, "corpus": "elsewhere"}) + "\n")
+    append_line(work / "tiny" / SCORES, row | {"set": "0" * 64, "corpus": "elsewhere"})
     assert call("card", "--name", "tiny", "--work", work, "--license", "mit", "--origin") == 0
     out = capsys.readouterr().out
     assert "license: mit" in out and f"| 2 | SGD | {row['mean']:.3f} ± {row['std']:.3f} | 2 |" in out and "elsewhere" not in out
     assert "test split of rotten&#95;tomatoes, bert-base-uncased, own" in out and "5" * 40 in out
     assert call("card", "--name", "tiny", "--work", work, "--set", work / "tiny" / "text", "--out", tmp_path / "out") == 0
     assert call("evaluate", "--set", tmp_path / "out", *TINY, "--seeds", 0, "--work", tmp_path) == 0, "a published set is one"
-    (work / "tiny" / SCORES).write_text("{}\n")
+    (work / "tiny" / SCORES).unlink()
+    append_line(work / "tiny" / SCORES, {"score": 1})
     assert call("card", "--name", "tiny", "--work", work) == 2
     assert "line 1 is no score (KeyError('set')" in capsys.readouterr().err
 
@@ -289,10 +289,6 @@ def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert commands._hub().startswith("NOT reachable (http://127.0.0.1:9: ")
-
-
-def test_terminal_text_is_harmless():
-    assert commands._printable("a\x1b[31m\u202eb\n\0c") == "a [31m b  c"
 
 
 def test_every_setting_is_a_flag_of_some_step():

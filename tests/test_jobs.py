@@ -259,7 +259,7 @@ def test_settings_from_a_file(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"learning_rate": 0.1}, r"a\.yaml: unknown setting 'learning_rate'; there are .*outer_steps.*seed"),
     ({"rows": ["random/tuned", "random/own"]}, "unknown row 'random/own'; there are random/tuned, k_center/tuned"),
-    ({"rows": "full/standard"}, "unknown row 'f'"),
+    ({"rows": "full/standard"}, "rows must be a list of texts, not 'full/standard'"),
     ({"lr": "1e-3"}, "lr must be a number above 0, not '1e-3'.*write 0.001"),
     ({"step_size": -1}, "step_size must be a number above 0, not -1"),
     ({"outer_steps": 2.5}, "outer_steps must be a whole number of at least 1, not 2.5"),
@@ -317,7 +317,8 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
     assert __main__.main(["demo", *places(copied)]) == 0
-    assert (copied / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert not [*copied.glob("*.png")], "the committed figures are drawn by another command"
     assert "| embeddings | own |" in capsys.readouterr().out
 
 

@@ -58,7 +58,7 @@ def outcome(standin_home):
     """What survival_worker.py saw; it ends with an assertion where a resumed run is not the uninterrupted one to the bit."""
     import standin_hub
 
-    command = [sys.executable, str(WORKER), "--kills", "5", "--interrupts", "2", "--home", str(standin_home)]
+    command = [sys.executable, str(WORKER), "--kills", "5", "--interrupts", "3", "--home", str(standin_home)]
     env = standin_hub.environment(standin_home) | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, text=True, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -74,7 +74,11 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(outcome):
 
 
 def test_an_interrupted_run_saves_its_last_step(outcome):
-    assert len(outcome["interrupts"]) == 2 and all(1 <= step <= 8 for step in outcome["interrupts"])
+    assert len(outcome["interrupts"]) == 3 and all(1 <= step <= 8 for step in outcome["interrupts"])
+
+
+def test_killed_at_every_stage_experts_can_be_recorded_and_sets_published(outcome):
+    assert outcome["recordings"] > 5 and outcome["publications"] > 10
 
 
 def test_a_file_that_may_not_grow_and_a_folder_that_may_not_be_written(outcome):
