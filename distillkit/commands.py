@@ -602,7 +602,7 @@ def _files(source: str) -> Iterator[str]:
 
     for word, names in zip(("read", "left out"), inventory(source)):
         if names:
-            yield f"  files {word}: {', '.join(map(_printable, names))}"
+            yield f"  files {word}: {', '.join(one_line(name, 100) for name in names)}"
 
 
 def _model(source: str) -> Iterator[str]:
