@@ -27,10 +27,11 @@ from torch import Tensor
 
 from distillkit.checks import check_flag, check_is, check_whole
 from distillkit.contents import check_depth, check_inputs, check_meta, check_shapes, check_step_sizes, check_targets
+from distillkit.labels import whole
 from distillkit.seeds import generator
 from distillkit.storage import StorageError, load_folder, save_folder
 from distillkit.students import Student
-from distillkit.tasks import NO_TARGET, Task, check_text, whole
+from distillkit.tasks import NO_TARGET, Task, check_text
 
 KIND = "distilled-set"
 CONFIDENCE = 0.9  # share of its own class in a soft label before learning
