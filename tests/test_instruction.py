@@ -228,6 +228,8 @@ def test_batch_pads_prompts_and_responses(mood, opt):
     ({"response": None}, "the response is None; fill it in"),
     ({"response": ["tender"]}, r"the response is \['tender'\]; fill it in"),
     ({"response": "half \ud83d"}, "half a surrogate pair in the response"),
+    ({"group": ["mood"]}, r"the group is \['mood'\]; write one name"),
+    ({"group": "half \ud83d"}, "half a surrogate pair in the group"),
     ({"choices": ["tender"]}, r"the choices are \['tender'\]; give a list of two or more"),
     ({"choices": "dull, tender"}, "the choices are 'dull, tender'; write them as a JSON list"),
     ({"choices": ["", "tender"]}, "the choice 0 is ''; fill it in"),
@@ -404,10 +406,11 @@ def test_mmlu_without_training_rows(data, opt):
 def test_choices_that_read_the_same_are_all_right(data, mood):
     """Where choices are letters, it is the texts behind them that count."""
     data("mmlu", dev=[MMLU], validation=[MMLU], test=[MMLU, MMLU | {"choices": ["4", "4", "22", "4"]},
-                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 2}])
+                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 2},
+                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 0}])
     lettered, named = load_task("mmlu"), mood(WARM, WARM | {"choices": ["tender", "dull", "tender"], "answer": 2},
                                               WARM | {"choices": ["dull", "dull", "tender"], "answer": 2})
-    expected = {lettered: ["0100", "1101", "0010"], named: ["010", "101", "001"]}
+    expected = {lettered: ["0100", "1101", "0010", "1100"], named: ["010", "101", "001"]}
     for task, rows in expected.items():
         for row, right in enumerate(rows):
             picks = range(len(right))
