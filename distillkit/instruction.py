@@ -259,7 +259,7 @@ def _prompt_row(prompt, response, choices=None, answer=None, group=None) -> tupl
 
 def _group(name) -> str:
     """The name of a row's group, a number as it is written, and "" where there is none."""
-    if name is None or name == "":
+    if name is None or isinstance(name, str) and not name.strip():
         return ""
     if isinstance(name, list | dict):
         raise ValueError(f"the group is {shown(name)}; write one name")

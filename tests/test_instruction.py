@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -346,6 +347,28 @@ def test_bad_rows_of_other_projects_are_named_by_place(write, row, message):
     good |= {"context": ""} if "context" in row else {}
     with pytest.raises(CorpusError, match=rf"split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): .*{message}"):
         load_task(write(train=[good], validation=[good], test=[good, good, row]))
+
+
+ODD = [None, "", " ", 0, -1, 1.5, True, [], ["a"], ["a", "a"], {}, {"text": ["a", "b"], "label": ["A", "B"]}, [[1]],
+       '["a", "b"]', "half \ud83d", float("nan"), 10**400, [{"role": "user", "content": "a"}], {"role": [1], "content": [2]},
+       [None], "\x1b[31m"]
+FULL_ROWS = [
+    WARM, WARM | {"completion": "tender"}, {"messages": turns(SAY), "system": "a"}, {"conversations": turns(SAY)},
+    dict.fromkeys(("instruction", "input", "output", "system", "category"), QUESTION) | {"history": []},
+    {"instruction": QUESTION, "context": TEXT, "response": REPLY, "category": "open_qa"},
+]
+
+
+def test_whatever_stands_in_a_row_it_is_read_or_refused(write):
+    outcomes, draw = Counter(), random.Random(0)
+    for row, column in [(row, column) for row in FULL_ROWS for column in row]:
+        for value in draw.sample(ODD, 6):
+            folder = write(**dict.fromkeys(SPLITS, [row, row | {column: value}, row]))
+            try:
+                outcomes[load_task(folder).kind] += 1
+            except CorpusError as error:
+                outcomes[str(error).isprintable() and "row 1 " in str(error)] += 1
+    assert outcomes.keys() == {"instruction", True}
 
 
 def test_choices_beside_a_completion(mood):
