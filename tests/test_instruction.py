@@ -361,9 +361,9 @@ FULL_ROWS = [
 
 def test_whatever_stands_in_a_row_it_is_read_or_refused(write):
     outcomes, draw = Counter(), random.Random(0)
-    for row, column in [(row, column) for row in FULL_ROWS for column in row]:
+    for good, column in [(row, column) for row in FULL_ROWS for column in row]:
         for value in draw.sample(ODD, 6):
-            folder = write(**dict.fromkeys(SPLITS, [row, row | {column: value}, row]))
+            folder = write(**dict.fromkeys(SPLITS, [good, good | {column: value}, good]))
             try:
                 outcomes[load_task(folder).kind] += 1
             except CorpusError as error:
