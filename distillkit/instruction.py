@@ -64,8 +64,8 @@ class InstructionTask(Task):
     longest of its continuations together.
     """
 
-    # Where choices are letters, and options of the prompt read the same: prompt -> the places of all right choices.
-    _also_right: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    # Where choices are letters, and options of the prompt read the same: prompt and answer -> the places of all right choices.
+    _also_right: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def labels(self):
@@ -121,7 +121,7 @@ class InstructionTask(Task):
         right, columns = [], self.split(split)[[int(row) for row in rows]]
         for pick, prompt, choices, answer in zip(picks, columns["prompt"], columns["choices"], columns["answer"]):
             same = pick >= 0 and choices[pick] == choices[answer]
-            right.append(bool(same) or int(pick) in self._also_right.get(prompt, ()))
+            right.append(bool(same) or int(pick) in self._also_right.get((prompt, answer), ()))
         return np.array(right, dtype=bool)
 
     def batch(self, tokenizer, split: str, rows: Sequence[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def instruction_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, in
     """
     trainless = corpus.layout == "mmlu" and "train" not in corpus.splits
     corpus = with_test_split(corpus, needed=("test",) if trainless else ("train", "test"))
-    also_right: dict[str, tuple[int, ...]] = {}
+    also_right: dict[tuple[str, int], tuple[int, ...]] = {}
     rows = {name: _checked(corpus, name, also_right) for name in corpus.splits}
     origin = corpus.origin + "; no training split" * trainless
     if "validation" not in rows:
@@ -221,7 +221,7 @@ def instruction_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, in
                            fingerprint=hashlib.sha256(content.encode()).hexdigest(), _also_right=also_right)
 
 
-def _checked(corpus: Corpus, name: str, also_right: dict[str, tuple[int, ...]]) -> list[tuple]:
+def _checked(corpus: Corpus, name: str, also_right: dict[tuple[str, int], tuple[int, ...]]) -> list[tuple]:
     """The rows of a split as tuples in the order of `COLUMNS`; raises at the first that cannot be used.
 
     Adds to `also_right` what the choices of a row do not tell; see `InstructionTask`.
@@ -237,7 +237,7 @@ def _checked(corpus: Corpus, name: str, also_right: dict[str, tuple[int, ...]]) 
         except ValueError as error:
             raise CorpusError(f"{where}: {error}") from None
         if len(right) > 1:
-            also_right[row[0]] = right
+            also_right[row[0], row[COLUMNS.index("answer")]] = right
         rows.append(tuple(row))
     return rows
 
@@ -245,7 +245,7 @@ def _checked(corpus: Corpus, name: str, also_right: dict[str, tuple[int, ...]]) 
 def _prompt_row(prompt, response, choices=None, answer=None, group=None) -> tuple:
     check_text(prompt, "prompt")
     check_text(response, "response")
-    group = "" if group is None else str(group)
+    group = _group(group)
     choices = _parsed(choices or [])
     if not choices:
         if answer not in (None, "", -1, "-1"):
@@ -262,6 +262,16 @@ def _prompt_row(prompt, response, choices=None, answer=None, group=None) -> tupl
         raise ValueError(f"the answer is {number}, the choice {shown(choices[number])}, but the response is the choice "
                          f"{shown(response)}; correct one of them")
     return prompt, response, choices, number, group, ()
+
+
+def _group(name) -> str:
+    """The name of a row's group, a number as it is written, and "" where there is none."""
+    if name is None or isinstance(name, str) and not name.strip():
+        return ""
+    if isinstance(name, list | dict):
+        raise ValueError(f"the group is {shown(name)}; write one name")
+    check_text(str(name), "group")
+    return str(name)
 
 
 def _arc_row(question, key, choices=None) -> tuple:
@@ -286,7 +296,7 @@ def _mmlu_row(question, answer, choices=None, subject=None) -> tuple:
         raise ValueError(f"the answer is {shown(answer)}, which is none of the {len(choices)} choices; number them from 0")
     lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices))
     right = tuple(place for place, choice in enumerate(choices) if choice == choices[number])
-    return f"{question.strip()}\n{lines}\nAnswer:", letters[number], list(letters), number, subject or "", right
+    return f"{question.strip()}\n{lines}\nAnswer:", letters[number], list(letters), number, _group(subject), right
 
 
 def _instruction_row(instruction, response, input=None, context=None, system=None, category=None, history=None) -> tuple:

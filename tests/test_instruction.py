@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def test_batch_pads_prompts_and_responses(mood, opt):
     ({"response": None}, "the response is None; fill it in"),
     ({"response": ["tender"]}, r"the response is \['tender'\]; fill it in"),
     ({"response": "half \ud83d"}, "half a surrogate pair in the response"),
+    ({"group": ["mood"]}, r"the group is \['mood'\]; write one name"),
+    ({"group": "half \ud83d"}, "half a surrogate pair in the group"),
     ({"choices": ["tender"]}, r"the choices are \['tender'\]; give a list of two or more"),
     ({"choices": "dull, tender"}, "the choices are 'dull, tender'; write them as a JSON list"),
     ({"choices": ["", "tender"]}, "the choice 0 is ''; fill it in"),
@@ -346,6 +349,28 @@ def test_bad_rows_of_other_projects_are_named_by_place(write, row, message):
         load_task(write(train=[good], validation=[good], test=[good, good, row]))
 
 
+ODD = [None, "", " ", 0, -1, 1.5, True, [], ["a"], ["a", "a"], {}, {"text": ["a", "b"], "label": ["A", "B"]}, [[1]],
+       '["a", "b"]', "half \ud83d", float("nan"), 10**400, [{"role": "user", "content": "a"}], {"role": [1], "content": [2]},
+       [None], "\x1b[31m"]
+FULL_ROWS = [
+    WARM, WARM | {"completion": "tender"}, {"messages": turns(SAY), "system": "a"}, {"conversations": turns(SAY)},
+    dict.fromkeys(("instruction", "input", "output", "system", "category"), QUESTION) | {"history": []},
+    {"instruction": QUESTION, "context": TEXT, "response": REPLY, "category": "open_qa"},
+]
+
+
+def test_whatever_stands_in_a_row_it_is_read_or_refused(write):
+    outcomes, draw = Counter(), random.Random(0)
+    for good, column in [(row, column) for row in FULL_ROWS for column in row]:
+        for value in draw.sample(ODD, 6):
+            folder = write(**dict.fromkeys(SPLITS, [good, good | {column: value}, good]))
+            try:
+                outcomes[load_task(folder).kind] += 1
+            except CorpusError as error:
+                outcomes[str(error).isprintable() and "row 1 " in str(error)] += 1
+    assert outcomes.keys() == {"instruction", True}
+
+
 def test_choices_beside_a_completion(mood):
     row = {"prompt": WARM["prompt"], "completion": WARM["response"], "choices": WARM["choices"]}
     assert mood(row).test[0] == WARM | {"group": ""}
@@ -404,10 +429,11 @@ def test_mmlu_without_training_rows(data, opt):
 def test_choices_that_read_the_same_are_all_right(data, mood):
     """Where choices are letters, it is the texts behind them that count."""
     data("mmlu", dev=[MMLU], validation=[MMLU], test=[MMLU, MMLU | {"choices": ["4", "4", "22", "4"]},
-                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 2}])
+                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 2},
+                                                      MMLU | {"choices": ["3", "3", "4", "5"], "answer": 0}])
     lettered, named = load_task("mmlu"), mood(WARM, WARM | {"choices": ["tender", "dull", "tender"], "answer": 2},
                                               WARM | {"choices": ["dull", "dull", "tender"], "answer": 2})
-    expected = {lettered: ["0100", "1101", "0010"], named: ["010", "101", "001"]}
+    expected = {lettered: ["0100", "1101", "0010", "1100"], named: ["010", "101", "001"]}
     for task, rows in expected.items():
         for row, right in enumerate(rows):
             picks = range(len(right))
