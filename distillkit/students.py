@@ -472,6 +472,9 @@ def load_student(
     and GPT-NeoX as either.  An output head that shares its weights with the input embeddings becomes a trainable copy, as the
     input embeddings are frozen.
 
+    A warning says so where the tokenizer turns more than 5 % of the corpus into its unknown token, and where the checkpoint's
+    body has tensors that its configuration leaves out.
+
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:small-bert"`` (never trained by anybody),
             ``"offline:tiny-opt"``, ``"offline:tiny-llama"``, a local folder in the hub's layout, or a hub id.
@@ -581,7 +584,7 @@ def _warn_of_unknown_words(student: Student, task) -> None:
     if share > UNKNOWN:
         warnings.warn(
             f"the tokenizer of {student.name!r} does not know {share:.0%} of the tokens of {task.name!r} ({len(rows)} rows of "
-            f"train): all of them become {student.tokenizer.unk_token}; take a model that was trained on this kind of text",
+            f"train): all of them become {student.tokenizer.unk_token!r}; take a model that was trained on this kind of text",
             stacklevel=3,
         )
 

@@ -1,6 +1,7 @@
 """Model folders of other people: what is read is right, and what could do harm is refused before it does."""
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -18,7 +19,6 @@ from standin_hub import MODELS
 
 BOMB = "[" * 100_000
 DEEP = '{"model_type": "bert", "deep": ' + '{"a": ' * 500 + "1" + "}" * 501
-FORBIDDEN_CODE = "open({path!r}, 'w').close()\n"
 
 
 class Payload:
@@ -180,6 +180,11 @@ HARMS = {
     "weights are a pickle": (bin_only, "save_file"),
     "there are no weights": (without("model.safetensors"), "model.safetensors"),
     "weights are a link": (linked("model.safetensors"), "link"),
+    "weights are a pipe": (lambda *a: (without("model.safetensors")(*a), os.mkfifo(a[0] / "model.safetensors")),
+                           "model.safetensors"),
+    "weights are a link to themselves": (
+        lambda *a: (without("model.safetensors")(*a), (a[0] / "model.safetensors").symlink_to("model.safetensors")),
+        "model.safetensors"),
     "weights have a header of 99 MB": (sparse("model.safetensors", 10**8, (99 * 10**6).to_bytes(8, "little")), "header"),
     "weights are empty": (sparse("model.safetensors", 0), "damaged"),
     "config is a link": (linked("config.json"), "link"),
@@ -258,7 +263,7 @@ def other_config(folder, made, outside):
 def code(folder, made, outside):
     for name in ("modeling_mine.py", "configuration_mine.py", "tokenization_mine.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(FORBIDDEN_CODE.format(path=str(made)))
+        (folder / name).write_text(f"open({str(made)!r}, 'w').close()\n")
     change(folder / "config.json", auto_map={
         "AutoConfig": "configuration_mine.Mine", "AutoModelForSequenceClassification": "modeling_mine.Mine"})
     change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
