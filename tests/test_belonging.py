@@ -70,7 +70,11 @@ def test_a_checkpoint_saved_in_half_the_bits_has_a_table_of_its_own(world, load,
     rounded = load(BERT, task, dtype="bfloat16")
     rounded.module.save_pretrained(tmp_path / "model")
     rounded.tokenizer.save_pretrained(tmp_path / "model")
-    found = {dk.load_student(tmp_path / "model", task, dtype=dtype).table_sha256 for dtype in DTYPES}
+    rounded.module.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    rounded.tokenizer.save_pretrained(tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    folders = (tmp_path / "model", tmp_path / "parts")
+    found = {dk.load_student(folder, task, dtype=dtype).table_sha256 for folder in folders for dtype in DTYPES}
     expected = hashlib.sha256(rounded.embedding.float().numpy().tobytes()).hexdigest()
     assert found == {expected} and expected != student.table_sha256 == rounded.table_sha256
 
@@ -225,6 +229,8 @@ def test_old_sets_are_told_by_what_they_have_of_the_table(text, learned, world, 
         with pytest.raises(ValueError, match="its tokens have other embeddings"):
             dk.evaluate(unsigned(found), task, other, seeds=(0,))
     narrow = dataclasses.replace(unsigned(learned), embeds=learned.embeds[..., :16])
+    assert dk.project(unsigned(learned), student).meta["table_sha256"] == student.table_sha256
+    assert "table_sha256" not in merging.merge(unsigned(learned), learned).meta, "nobody knows of all of it"
     with pytest.raises(ValueError, match="16 wide"):
         dk.evaluate(narrow, task, student, seeds=(0,))
 
