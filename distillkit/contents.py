@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,8 +49,7 @@ def check_inputs(embeds: Tensor, mask: Tensor, free: Tensor, tokens: Tensor | No
         raise ValueError(f"mask must leave a position of each example, and leaves none of {int((~mask.any(1)).nonzero()[0])}")
     if bool((free & ~mask).any()):
         example, position = (free & ~mask).nonzero()[0].tolist()
-        raise ValueError(f"free must lie within mask, and example {example}, position {position} does not; give "
-                         "free & mask")
+        raise ValueError(f"free must lie within mask, and example {example}, position {position} does not; give free & mask")
     if tokens is None:
         return
     if tokens.dtype not in (torch.int32, torch.int64):
@@ -127,7 +127,7 @@ def check_depth(value: Any) -> None:
 
 def _demand(key: str, value: Any, what: str, fits: Callable[[Any], bool]) -> None:
     if not fits(value):
-        raise ValueError(f"meta[{key!r}] must be {what}, not a {type(value).__name__} of other content")
+        raise ValueError(f"meta[{key!r}] must be {what}, not {reprlib.repr(value)}")
 
 
 def _strings(value: Any) -> bool:

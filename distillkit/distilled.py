@@ -191,7 +191,7 @@ class DistilledSet:
 
         A set carries the SHA-256 of the table it was made with.  One that was saved before sets did so is accepted where
         the widths agree and what it has of the table is so in the student's: the embeddings of its tokens; of learned
-        embeddings those that stay fixed, which are rows of the table.  An object of the caller's own in the place of a
+        embeddings those that stay fixed, which are special tokens.  An object of the caller's own in the place of a
         student is asked for its width alone.
         """
         if self.embeds.shape[-1] != student.width:
@@ -213,14 +213,17 @@ class DistilledSet:
                              f"that of student {student.name!r}; {self._way_across()}")
 
     def _has_rows_of(self, student: Student) -> bool:
-        """Whether the embeddings of tokens, or those that stay fixed, are rows of a student's table, up to half precision."""
+        """Whether the embeddings of tokens, or of learned ones those that stay fixed, are a student's, up to half precision."""
         if self.tokens is not None:
             known, rows = self.embeds[self.mask], embed(student, self.tokens[self.mask])
         else:
-            known = self.embeds[self.mask & ~self.free].float().unique(dim=0)[:16]  # an opening and a closing one, as a rule
-            table = student.embedding.cpu().float()
-            rows = table[torch.cdist(known, table).argmin(1)]
-        return not len(rows) or torch.allclose(known.to(rows), rows, rtol=1e-2, atol=1e-3 * float(rows.abs().max()))
+            known = self.embeds[self.mask & ~self.free].float().unique(dim=0)  # an opening and a closing one, as a rule
+            ids = [i for i in student.tokenizer.all_special_ids if i < len(student.embedding)]
+            if not len(known) or not ids:
+                return True
+            special = embed(student, torch.tensor(ids)).float()
+            rows = special[torch.cdist(known, special).argmin(1)]
+        return torch.allclose(known.to(rows), rows, rtol=1e-2, atol=1e-3 * float(rows.abs().max()))
 
     def _way_across(self) -> str:
         if self.tokens is None:

@@ -136,7 +136,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     parts = [part for s in sets for part in _parts(s)]
     step_sizes, recipe = _joint_recipe(parts, sets[0].embeds.dtype)
     meta = {key: " + ".join(s.meta.get(key, "unknown") for s in sets) for key in ("task", "task_fingerprint")}
-    meta |= {key: sets[0].meta[key] for key in ("student", "table_sha256") if key in sets[0].meta}
+    meta |= {key: sets[0].meta[key] for key in ("student", "table_sha256") if all(s.meta.get(key) for s in sets)}
     meta |= {"classes": list(classes), "parts": parts} | ({"recipe": recipe} if recipe else {})
     meta |= {key: [value for s in sets for value in s.meta[key]] for key in ("labels", "text", "rows")
              if all(key in s.meta for s in sets)}

@@ -168,7 +168,7 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
     fixed = distilled.mask & ~distilled.free  # these never moved: their own rows are at distance 0
     if fixed.any():
         tokens[fixed] = nearest_tokens(distilled.embeds[fixed], table, metric=metric)[0].squeeze(1)
-    meta = dict(distilled.meta)
+    meta = {**distilled.meta, "table_sha256": student.table_sha256}
     meta["text"] = decode(student.tokenizer, tokens, distilled.free)
     meta["projection"] = {"metric": metric, "mean_distance": float(moved.mean()) if len(moved) else 0.0}
     return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)

@@ -137,7 +137,8 @@ class PromptingRun(SeededRun):
         if source == "zero-shot":
             return ()
         if source == "wrong labels":
-            shown, names = self.set_of("random", seed), self.task.classes
+            shown = self.set_of("random", seed)
+            names = shown.meta["classes"]
             return [(text, names[(label + 1) % len(names)])
                     for text, label in zip(shown.meta["text"], shown.meta["labels"], strict=True)]
         return self.set_of(source, seed)

@@ -68,9 +68,8 @@ def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> Di
     """The set with other ``tokens [m, l]``: their embeddings and their text."""
     distilled.check_table(student)
     text = decode(student.tokenizer, tokens, distilled.free)
-    return dataclasses.replace(
-        distilled, embeds=embed(student, tokens), tokens=tokens, meta={**distilled.meta, "text": text}
-    )
+    meta = {**distilled.meta, "text": text, "table_sha256": student.table_sha256}
+    return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)
 
 
 # ------------------------------------------------------------------------------------------------------------ swaps

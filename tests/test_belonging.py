@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import distillkit as dk
 from distillkit import merging, widgets
 from distillkit.objectives import bound_step_sizes
+from distillkit.parallel import team
 from distillkit.publish import card, load_published, save_published
 from distillkit.training import Examples
 from distillkit.views import attention, distance_to_words, history
@@ -69,7 +70,11 @@ def test_a_checkpoint_saved_in_half_the_bits_has_a_table_of_its_own(world, load,
     rounded = load(BERT, task, dtype="bfloat16")
     rounded.module.save_pretrained(tmp_path / "model")
     rounded.tokenizer.save_pretrained(tmp_path / "model")
-    found = {dk.load_student(tmp_path / "model", task, dtype=dtype).table_sha256 for dtype in DTYPES}
+    rounded.module.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    rounded.tokenizer.save_pretrained(tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    folders = (tmp_path / "model", tmp_path / "parts")
+    found = {dk.load_student(folder, task, dtype=dtype).table_sha256 for folder in folders for dtype in DTYPES}
     expected = hashlib.sha256(rounded.embedding.float().numpy().tobytes()).hexdigest()
     assert found == {expected} and expected != student.table_sha256 == rounded.table_sha256
 
@@ -224,6 +229,8 @@ def test_old_sets_are_told_by_what_they_have_of_the_table(text, learned, world, 
         with pytest.raises(ValueError, match="its tokens have other embeddings"):
             dk.evaluate(unsigned(found), task, other, seeds=(0,))
     narrow = dataclasses.replace(unsigned(learned), embeds=learned.embeds[..., :16])
+    assert dk.project(unsigned(learned), student).meta["table_sha256"] == student.table_sha256
+    assert "table_sha256" not in merging.merge(unsigned(learned), learned).meta, "nobody knows of all of it"
     with pytest.raises(ValueError, match="16 wide"):
         dk.evaluate(narrow, task, student, seeds=(0,))
 
@@ -290,6 +297,8 @@ def test_judges_gradients_and_searches_follow_the_names(by_name, world, turned):
     mine, theirs = (dk.meta_gradient(s, goal, seed=1) for s in (one, two))
     assert mine.loss == theirs.loss and torch.equal(mine.embeds, theirs.embeds)
     assert torch.equal(mine.targets, theirs.targets.flip(1)), "in the order of the set that was asked about"
+    with team() as ranks, ranks.shared(goal) as shared:
+        assert torch.equal(dk.meta_gradient(one, shared, seed=1).targets, mine.targets)
     losses = [dk.search_step_size(s, goal, candidates=(0.1,), tries=1)[1] for s in (one, two)]
     assert losses[0] == losses[1]
     found = [dk.nearest_sentences(s, turned, student) for s in (one, two)]
@@ -310,6 +319,14 @@ def test_what_is_learned_stands_in_the_order_of_the_task(by_name, world, turned)
     assert results[0].meta["classes"] == ["pos", "neg"] and results[0].meta["labels"] == two.meta["labels"]
     relabelled = dk.relabel(one, objective(turned, world[1]), steps=1)
     assert relabelled.meta["classes"] == ["pos", "neg"]
+
+
+def test_demonstrations_and_descriptions_go_by_name(by_name, task, load, asked):
+    one, two = by_name
+    reader, rows = load(OPT, asked, trainable="full"), range(8)
+    pairs = [(text, name) for text, name in zip(one.meta["text"], one.to_text()["label"], strict=True)]
+    assert len({dk.few_shot(asked, reader, shots, k=2, rows=rows).scores for shots in (one, two, pairs)}) == 1
+    assert dk.describe_text(one, task) == dk.describe_text(two, task)
 
 
 def test_merged_sets_agree_on_names(by_name):
