@@ -136,7 +136,8 @@ def _result(path: Path, args, folder: Path) -> dict:
         with started(run.claim, run.path, run.work, fresh=args.fresh):
             result = run(rows, seeds) if seeded else run(rows)
     except (ValueError, FloatingPointError) as error:
-        raise type(error)(renamed(error, job_class.origins(path, {}))) from error
+        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
+        raise type(error)(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result

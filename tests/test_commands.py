@@ -95,6 +95,22 @@ def test_card_has_the_scores_of_this_set_alone(work, capsys, standin_hub, tmp_pa
     assert "line 1 is no score (KeyError('set')" in capsys.readouterr().err
 
 
+def test_a_card_refuses_an_edited_score_and_outlives_a_torn_one(work, capsys, standin_hub, tmp_path):
+    folder = shutil.copytree(work, tmp_path / "copy") / "tiny"
+    row = scores(folder.parent)[0]
+    argv = ["card", "--name", "tiny", "--work", folder.parent]
+    append_line(folder / SCORES, row | {"corpus": "elsewhere"})
+    whole = (folder / SCORES).read_text()
+    (folder / SCORES).write_text(whole.replace(f'"mean": {row["mean"]}', '"mean": 0.99', 1))
+    assert call(*argv) == 2 and re.search(r"scores\.jsonl, line 1: .*delete the line", capsys.readouterr().err)
+    (folder / SCORES).write_text(whole[:-30])
+    assert call(*argv) == 0
+    out = capsys.readouterr().out
+    assert f"{row['mean']:.3f}" in out and "elsewhere" not in out
+    assert call("evaluate", "--name", "tiny", "--seeds", 0, "--work", folder.parent) == 0
+    assert [len(one["scores"]) for one in scores(folder.parent)] == [2, *[1] * (len(scores(folder.parent)) - 1)]
+
+
 def test_experts_then_trajectory(standin_hub, tmp_path, capsys):
     assert call("experts", "--name", "tiny", *TINY, "--work", tmp_path) == 0
     assert "1 experts of 2 snapshots" in capsys.readouterr().out
@@ -428,6 +444,20 @@ def test_nothing_of_strangers_reaches_the_terminal_raw(work, tmp_path, capsys):
     assert codes == [0, 2, 2, 2, 2, 2, 2]
     said = "".join(capsys.readouterr())
     assert not {*said} & {"\x1b", "\u202e", "\x07", "\x9b"} and "a(U+001B)[2Jb(U+202E)c(U+0007)(U+009B)d" in said
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_a_crash_set_aside_is_verified_and_read(work, tmp_path, capsys, standin_hub, published):
+    made = dk.DistilledSet.load(work / "tiny" / "text")
+    (save_published if published else dk.DistilledSet.save)(made, tmp_path / "runs" / "text")
+    (tmp_path / "runs" / "text").rename(tmp_path / "runs" / f".text.{'0a' * 8}.old")
+    assert call("verify", tmp_path / "runs") == 0
+    assert "1 ok, 1 left over" in capsys.readouterr().out
+    assert call("evaluate", "--set", tmp_path / "runs" / "text", *TINY, "--seeds", 0, "--work", tmp_path) == 0
+    path = next((tmp_path / "runs").rglob("tensors.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert call("verify", tmp_path / "runs") == 1
+    assert "1 DAMAGED, 1 left over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", ["{", "[]", '{"kind": 3}', "[" * 100_000])
