@@ -110,6 +110,7 @@ def _kinds() -> dict:
 
 def _result(path: Path, args, folder: Path) -> dict:
     from distillkit.checks import check_choice
+    from distillkit.configuration import renamed
     from distillkit.restart import started
     from distillkit.results import kind_of
 
@@ -122,17 +123,21 @@ def _result(path: Path, args, folder: Path) -> dict:
         raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
                          "at once")
     begun, own = time.perf_counter(), {} if seeded else {"committed": args.results}
-    # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
-    with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
-        run = run_class(job, read_from, args.work, **own)
-    run.path = folder / f"{job.name}.json"
-    if kind in ("scaling", "slides", "text_grid"):
-        say(f"{job.name}: {len(job.cells())} cells")
-    else:
-        say(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
-            f"student {run.student.name}")
-    with started(run.claim, run.path, run.work, fresh=args.fresh):
-        result = run(rows, seeds) if seeded else run(rows)
+    try:
+        # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
+        with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
+            run = run_class(job, read_from, args.work, **own)
+        run.path = folder / f"{job.name}.json"
+        if kind in ("scaling", "slides", "text_grid"):
+            say(f"{job.name}: {len(job.cells())} cells")
+        else:
+            say(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
+                f"student {run.student.name}")
+        with started(run.claim, run.path, run.work, fresh=args.fresh):
+            result = run(rows, seeds) if seeded else run(rows)
+    except (ValueError, FloatingPointError) as error:
+        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
+        raise type(error)(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result

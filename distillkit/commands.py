@@ -119,7 +119,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
                 "step_size": "expert_step_size"},
     "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
-               "checkpoint_dir": "--name, or start over with --fresh"},
+               "rates": "lr", "checkpoint_dir": "--name, or start over with --fresh"},
 }
 
 # command -> (one line, the settings that are its flags, an example that teaches)
@@ -292,6 +292,7 @@ def _objective(settings: Work, task, student, folder: Path):
     from distillkit.inner import SGD, AdamW, Momentum, Unroll
     from distillkit.metagrad import ForwardDifference, Replay, recommend
     from distillkit.objectives import BPTT, TrajectoryMatching
+    from distillkit.storage import is_vacant
 
     metagrad = {"replay": Replay, "forward_difference": ForwardDifference, "recommended": lambda: recommend(student)[0]}
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
@@ -299,6 +300,9 @@ def _objective(settings: Work, task, student, folder: Path):
                     metagrad=metagrad[settings.metagrad](), batch_size=settings.inner_batch)
     if settings.objective == "bptt":
         return BPTT(task, student, unroll, batch_size=settings.outer_batch, inits=settings.inits)
+    if is_vacant(folder / "experts"):
+        raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
+                                f"{settings.name}")
     recorded = Experts.load(folder / "experts")
     return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=settings.match_epochs, segments=settings.inits)
 

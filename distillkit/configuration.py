@@ -140,10 +140,12 @@ class _Plain(yaml.SafeLoader):
 def renamed(error: Exception, names: Mapping[str, str]) -> str:
     """The message of ``error`` with the arguments that it names called as ``names`` says.
 
-    An argument is known by its place, at the beginning or before ``=`` or ``must``, or by a name with an underscore.
+    An argument is known by its place, at the beginning, before ``=`` or ``must`` or as the setting that differs, or by a
+    name with an underscore.
     """
     words = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     compound = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "_" in name)
-    known = rf"(?<![\w./'\"-])(?:^({words})(?![\w./-])|({words})(?==| must\b)|({compound or words})(?![\w./'\"-]))"
+    places = [rf"^({words})(?![\w./-])", rf"({words})(?==| must\b)", rf"(?<=settings: )({words})(?= is )"]
+    known = rf"(?<![\w./'\"-])(?:{'|'.join(places)}|({compound or words})(?![\w./'\"-]))"
     # The file that a key stands in is named once, in front.
     return re.sub(known, lambda match: names[match[0]].rpartition(": ")[2] if match.start() else names[match[0]], str(error))

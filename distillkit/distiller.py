@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from distillkit.checks import check_choice, check_is, check_rate, check_whole
 from distillkit.distilled import DistilledSet
+from distillkit.escaping import say
 from distillkit.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed
@@ -258,8 +258,8 @@ class Distiller:
         if self.step > self._saved:
             self._save()
         if self.step < n:
-            print(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to "
-                  f"go on, make a Distiller with the same settings and call run({n})", file=sys.stderr)
+            say(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
+                f"make a Distiller with the same settings and call run({n})", error=True)
 
     def _one(self, n: int) -> StepRecord:
         """Make a step: all of it, or nothing where an exception ends it."""

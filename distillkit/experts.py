@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from distillkit.checks import check_is, check_whole
+from distillkit.escaping import say
 from distillkit.inner import AdamW, Optimizer, Part, State, described, inner_step
 from distillkit.progress import progress
 from distillkit.seeds import derive_seed, generator
@@ -191,8 +191,8 @@ def record_experts(
         try:
             _record_missing(experts, missing, task, student, optimizer, micro_batch)
         except (KeyboardInterrupt, Ended):
-            print(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
-                  file=sys.stderr)
+            say(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
+                error=True)
             raise
         return Experts.load(folder)
 

@@ -47,6 +47,7 @@ from torch import Tensor
 from distillkit import corpora
 from distillkit.checks import check_choice
 from distillkit.corpora import first_sentence, mask_libraries, same_sentence_key
+from distillkit.escaping import one_line, say
 from distillkit.progress import progress
 from distillkit.restart import started
 from distillkit.seeds import derive_seed, generator
@@ -566,15 +567,15 @@ def main(argv: list[str] | None = None) -> int:
             run = Pretraining(args.name, documents, steps=args.steps, minutes=minutes, seed=args.seed, runs=args.runs)
             for _ in run.run():
                 pass
-            print(f"{run.write(args.out)}: {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second; {run.curve[-1]}")
+            say(f"{run.write(args.out)}: {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second; {run.curve[-1]}")
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {one_line(error)}", error=True)
         return 2
     except Ended as ended:
-        print(f"\nended by {ended.signal.name}; give the same command again to go on", file=sys.stderr)
+        say(f"\nended by {ended.signal.name}; give the same command again to go on", error=True)
         return ended.code
     except KeyboardInterrupt:
-        print("\ninterrupted; give the same command again to go on", file=sys.stderr)
+        say("\ninterrupted; give the same command again to go on", error=True)
         return 130
     return 0
 

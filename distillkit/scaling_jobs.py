@@ -64,7 +64,7 @@ class GridJob(Settings):
         for key, values in (("base", self.base), ("product", self.product or {}), ("around", self.around or {})):
             if not isinstance(values, Mapping):
                 raise ValueError(f"{key} must hold settings as 'key: value' lines, not {values!r}")
-            if unknown := sorted(values.keys() - known):
+            if unknown := sorted(map(str, values.keys() - known)):
                 raise ValueError(f"{key}: unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
         for key in ("product", "around"):
             for setting, values in (getattr(self, key) or {}).items():

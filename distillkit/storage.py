@@ -437,7 +437,7 @@ def refuse_to_overwrite(folder: Path, kind: str) -> None:
     """Raise `StorageError` if something stands at `folder` that :func:`save_folder` must not replace with this `kind`."""
     remedy = "choose another folder, or delete this one yourself"
     try:
-        if is_vacant(folder):
+        if not os.path.lexists(folder) or is_vacant(folder):
             return
         stored_kind = kind_of(folder)
     except StorageError as error:

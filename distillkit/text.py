@@ -25,7 +25,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ from torch import Tensor
 from distillkit.checks import check_choice, check_is, check_number, check_rate, check_whole
 from distillkit.distilled import DistilledSet, decode, embed, from_rows
 from distillkit.distiller import Distiller, digest
+from distillkit.escaping import say
 from distillkit.judges import FrozenJudge, Swap, swapped
 from distillkit.neighbors import METRICS, allowed_tokens, project
 from distillkit.objectives import Objective, check_objective
@@ -192,8 +192,8 @@ class SwapSearch:
         if len(self.records) > self._saved:
             self.save()
         if len(self.records) < n:
-            print(f"the search ended after step {len(self.records)} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
-                  f"make a SwapSearch with the same settings and call run({n})", file=sys.stderr)
+            say(f"the search ended after step {len(self.records)} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
+                f"make a SwapSearch with the same settings and call run({n})", error=True)
 
     def save(self) -> None:
         """Write a checkpoint of the search to ``checkpoint_dir``."""

@@ -53,7 +53,7 @@ class TextGridJob(Settings):
         for key, values in (("base", self.base), *self.corpora.items()):
             if not isinstance(values, Mapping):
                 raise ValueError(f"{key} must hold settings as 'key: value' lines, not {values!r}")
-            if unknown := sorted(values.keys() - known):
+            if unknown := sorted(map(str, values.keys() - known)):
                 raise ValueError(f"{key}: unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
         self.cells()  # every one of them is checked before the first is run
 

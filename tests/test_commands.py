@@ -1,8 +1,12 @@
 """The command line's steps on a tiny world: one piece of work from experts to card, and every refusal by name."""
 
 import dataclasses
+import errno
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -15,7 +19,7 @@ import distillkit as dk
 from distillkit import __main__, commands, evaluation
 from distillkit.commands import SCORES, SETTINGS, STEPS, Work
 from distillkit.publish import save_published
-from distillkit.storage import append_line, read_lines
+from distillkit.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -92,6 +96,22 @@ def test_card_has_the_scores_of_this_set_alone(work, capsys, standin_hub, tmp_pa
     assert "line 1 is no score (KeyError('set')" in capsys.readouterr().err
 
 
+def test_a_card_refuses_an_edited_score_and_outlives_a_torn_one(work, capsys, standin_hub, tmp_path):
+    folder = shutil.copytree(work, tmp_path / "copy") / "tiny"
+    row = scores(folder.parent)[0]
+    argv = ["card", "--name", "tiny", "--work", folder.parent]
+    append_line(folder / SCORES, row | {"corpus": "elsewhere"})
+    whole = (folder / SCORES).read_text()
+    (folder / SCORES).write_text(whole.replace(f'"mean": {row["mean"]}', '"mean": 0.99', 1))
+    assert call(*argv) == 2 and re.search(r"scores\.jsonl, line 1: .*delete the line", capsys.readouterr().err)
+    (folder / SCORES).write_text(whole[:-30])
+    assert call(*argv) == 0
+    out = capsys.readouterr().out
+    assert f"{row['mean']:.3f}" in out and "elsewhere" not in out
+    assert call("evaluate", "--name", "tiny", "--seeds", 0, "--work", folder.parent) == 0
+    assert [len(one["scores"]) for one in scores(folder.parent)] == [2, *[1] * (len(scores(folder.parent)) - 1)]
+
+
 def test_experts_then_trajectory(standin_hub, tmp_path, capsys):
     assert call("experts", "--name", "tiny", *TINY, "--work", tmp_path) == 0
     assert "1 experts of 2 snapshots" in capsys.readouterr().out
@@ -105,8 +125,95 @@ def test_going_on_and_starting_over(standin_hub, tmp_path, capsys):
     assert call(*base) == 0 and call(*base) == 0
     capsys.readouterr()
     assert call(*base, "--lr", "0.5") == 2
-    assert "other settings: rates" in capsys.readouterr().err
+    assert "other settings: --lr is" in capsys.readouterr().err
     assert call(*base, "--lr", "0.5", "--fresh") == 0
+
+
+# --- starting over, and not starting ---------------------------------------------------------------------------------
+
+
+def contents(folder):
+    """Every file below a folder by its bytes, but for locks, which hold nothing."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".lock"}
+
+
+@pytest.fixture
+def copy(work, tmp_path, standin_hub):
+    return shutil.copytree(work, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("mistake", [
+    ["--corpus", "rotten_tomatos"], ["--student", "no-such/student"], ["--per-class", 41], ["--length", 2], ["--colour", "red"],
+    ["--objective", "trajectory"], ["--outer-batch", 81],
+])
+def test_a_mistake_beside_fresh_costs_nothing(copy, mistake, capsys):
+    before = contents(copy)
+    try:
+        assert call("distil", "--name", "tiny", *TINY, *STEPS_OF, *mistake, "--fresh", "--work", copy) == 2
+    except SystemExit as stopped:  # by argparse
+        assert stopped.code == 2
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_run_that_is_refused_changes_nothing_of_the_running_one(copy, fresh, capsys):
+    before = contents(copy)
+    for held in (copy / "tiny", copy / "tiny" / "checkpoint"):
+        with Claim(held):
+            assert call("distil", "--name", "tiny", "--outer-steps", 3, "--work", copy, *fresh) == 2
+        assert "in use by another run" in capsys.readouterr().err
+        assert contents(copy) == before
+
+
+def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
+    (copy / "tiny" / "notes.txt").write_text("mine")
+    assert call("distil", "--name", "tiny", "--outer-steps", 1, "--fresh", "--work", copy) == 0
+    assert (copy / "tiny" / "notes.txt").read_text() == "mine" and (copy / "tiny" / SCORES).is_file()
+    assert dk.DistilledSet.load(copy / "tiny" / "set").meta["recipe"]["outer_steps"] == 1
+    (copy / "tiny" / "set" / "notes.txt").write_text("mine")
+    before = contents(copy)
+    for fresh in ([], ["--fresh"]):
+        assert call("distil", "--name", "tiny", "--outer-steps", 1, "--work", copy, *fresh) == 2
+        assert "also holds notes.txt" in capsys.readouterr().err and contents(copy) == before
+
+
+def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monkeypatch, capsys):
+    (tmp_path / "Documents" / "thesis").mkdir(parents=True)
+    (tmp_path / "Documents" / "thesis" / "chapter.tex").write_text("precious")
+    (tmp_path / "package.json").write_text('{"name": "package"}')
+    settings = {"corpus": TINY[1], "student": TINY[3], "max_length": 12, "length": 8, "rows": ["random/tuned"]}
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("Documents", "package"):
+        (tmp_path / "doc.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
+        assert call("run", "doc.yaml", "--fresh", "--work", ".", "--results", ".") == 2
+        assert "distillkit did not write it" in capsys.readouterr().err
+    (tmp_path / "doc.yaml").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatch, capsys):
+    from distillkit import distiller
+
+    plain, calls = distiller.meta_gradient, iter(range(9))
+
+    def ended(*args, **kwargs):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args, **kwargs)
+
+    base = ["distil", "--name", "tiny", *STEPS_OF, "--fresh", "--work", copy]
+    with monkeypatch.context() as patch:
+        patch.setattr(distiller, "meta_gradient", ended)
+        assert call(*base) == 143
+    assert "give the same command again to go on" in capsys.readouterr().err
+    assert not (copy / "tiny" / "set").exists(), "the new run has begun to write"
+    with monkeypatch.context() as patch:
+        patch.setattr(distiller, "meta_gradient", ended)
+        assert call(*base[:-3], "--work", copy) == 0
+    assert next(calls) == 3, "one step of two was left"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -166,6 +273,99 @@ def test_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     assert call(*argv) == 2
     assert re.search(f"^error: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["distil", "--outer-steps", 0], "--outer-steps must be"),
+    (["distil", "--outer-batch", 81], "--outer-batch must be a whole number from 1 to 80"),
+    (["distil", "--per-class", 41], "--per-class=41 but class"),
+    (["distil", "--length", 2], "--length must be"),
+    (["experts", "--expert-batch", 81], "--expert-batch must be a whole number from 1 to 80"),
+    (["experts", "--snapshots-per-epoch", 9], "--snapshots-per-epoch must be"),
+])
+def test_an_error_names_the_flag_or_the_key_and_its_file(standin_hub, tmp_path, capsys, argv, message):
+    step, flag, value = argv
+    assert call(step, *TINY, flag, value, "--work", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+    key = flag[2:].replace("-", "_")
+    (tmp_path / "a.yaml").write_text(f"{key}: {value}\n")
+    assert call(step, *TINY, "--config", tmp_path / "a.yaml", "--work", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'a.yaml'}: {message.replace(flag, key)}")
+
+
+def test_an_error_of_an_experiment_names_its_file(standin_hub, tmp_path, capsys):
+    settings = {"name": "a", "corpus": TINY[1], "student": TINY[3], "max_length": 12, "length": 8, "rows": ["random/tuned"]}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings | {"per_class": 41}))
+    assert call("run", tmp_path / "a.yaml", "--work", tmp_path, "--results", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'a.yaml'}: per_class=41 but class")
+
+
+LAUGHS = "".join(f"{b}: &{b} [" + f"*{a}, " * 9 + f"*{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+BOMB = "a: &a [" + "x, " * 9 + "x]\n" + LAUGHS
+
+
+@pytest.mark.parametrize("text", [
+    BOMB, "lr: " + "[" * 100_000, "lr: " + "{a: " * 5_000, "lr: 2024-13-45", "limit: " + "9" * 6000, "corpus: {a: 1}",
+    "student: 5", "seeds: {a: 1}", "? [a]\n: b", "5: x", "lr: !!python/object/apply:os.getcwd []", "name: " + "n" * 300,
+    "set: 4", "#" * 2_000_000, "kind: scaling\nname: a\nbase: {}\nproduct: {5: [1], a: [2]}",
+], ids=lambda text: text[:12])
+def test_no_file_of_settings_is_more_than_an_error(tmp_path, capsys, text):
+    (tmp_path / "a.yaml").write_text(text)
+    for step in ("distil", "run"):
+        argv = ["--config", tmp_path / "a.yaml"] if step == "distil" else [tmp_path / "a.yaml"]
+        assert call(step, *argv, "--work", tmp_path / "work") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and len(line) < 2100
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 50_000, "{}", "[]", "\xff", '{"config": {}, "sha256": 1}'],
+                         ids=lambda text: text[:9])
+@pytest.mark.parametrize("what", ["result", "scores", "manifest", "data"])
+def test_no_json_of_others_is_more_than_an_error(work, tmp_path, capsys, content, what):
+    folder = shutil.copytree(work, tmp_path / "runs") / "tiny"
+    path, argv = {
+        "result": (tmp_path / "a.json", ["table", "a", "--results", tmp_path]),
+        "scores": (folder / SCORES, ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
+        "manifest": (folder / "set" / "manifest.json", ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
+        "data": (folder / "set" / "data.json", ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
+    }[what]
+    path.write_text(content + "\n", encoding="latin-1")
+    assert call(*argv) == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("argv", [
+    ["distil", "--name", LONG], ["distil", "--config", LONG], ["distil", "--work", LONG], ["distil", "--corpus", LONG],
+    ["distil", "--student", LONG], ["evaluate", "--set", LONG], ["verify", LONG], ["run", LONG], ["table", LONG],
+    ["card", "--out", LONG],
+    ["card", "--out", "runs/tiny/settings.yaml/below"], ["distil", "--work", "runs/tiny/settings.yaml"],
+    ["verify", "runs/tiny/settings.yaml"], ["distil", "--corpus", "a\0b"],
+])
+def test_names_and_places_that_cannot_be_are_exit_code_2(work, tmp_path, standin_hub, monkeypatch, capsys, argv):
+    shutil.copytree(work, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--name" in argv or argv[0] not in STEPS else ["--name", "tiny"]
+    assert call(*argv, *given, *([] if "--corpus" in argv or argv[0] != "distil" else TINY[:2])) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("argv", [["distil", "--outer-steps", "1", "--fresh"], ["evaluate", "--seeds", "0"],
+                                  ["card", "--out", "out"]])
+def test_a_disk_that_takes_no_more_is_exit_code_2_and_costs_nothing(copy, monkeypatch, capsys, argv, number):
+    before = contents(copy)
+
+    def full(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.chdir(copy)
+    assert call(*argv, "--name", "tiny", "--work", copy) == 2
+    assert os.strerror(number) in capsys.readouterr().err
+    after = contents(copy)
+    assert after.pop(f"tiny/{SCORES}").startswith(before.pop(f"tiny/{SCORES}")) and after == before
 
 
 @pytest.mark.parametrize("argv", [["distil", "--colour", "red"], ["distil", "--lr", "much"], ["verify"],
@@ -231,6 +431,37 @@ def test_verify_finds_every_folder_and_every_harm(work, tmp_path, capsys):
     damaged = [line for line in out if line.startswith("DAMAGED")]
     assert "does not have the SHA-256" in damaged[1] and "has no plain file manifest.json" in damaged[2]
     assert "train.parquet does not have the SHA-256" in damaged[0]
+
+
+def test_nothing_of_strangers_reaches_the_terminal_raw(work, tmp_path, capsys):
+    """Escape sequences in names of folders, kinds, manifests and corpora show themselves and do nothing."""
+    evil = "a\x1b[2Jb\u202ec\x07\x9bd"
+    folder = shutil.copytree(work / "tiny" / "set", tmp_path / evil / "set")
+    shutil.copytree(work / "tiny" / "set", tmp_path / evil / "other")
+    manifest = tmp_path / evil / "other" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": evil}))
+    (tmp_path / evil / f".set.{'0a' * 8}.new").mkdir()
+    (tmp_path / "a.yaml").write_text(f'"{evil[:-2]}": 1', encoding="utf-8")
+    codes = [call("verify", tmp_path), call("verify", folder / evil), call("distil", "--config", tmp_path / evil),
+             call("evaluate", "--set", tmp_path / evil / "other"), call("distil", "--config", tmp_path / "a.yaml"),
+             call("table", evil, "--results", tmp_path), call("run", evil)]
+    assert codes == [0, 2, 2, 2, 2, 2, 2]
+    said = "".join(capsys.readouterr())
+    assert not {*said} & {"\x1b", "\u202e", "\x07", "\x9b"} and "a(U+001B)[2Jb(U+202E)c(U+0007)(U+009B)d" in said
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_what_a_crash_set_aside_is_verified_and_read(work, tmp_path, capsys, standin_hub, published):
+    made = dk.DistilledSet.load(work / "tiny" / "text")
+    (save_published if published else dk.DistilledSet.save)(made, tmp_path / "runs" / "text")
+    (tmp_path / "runs" / "text").rename(tmp_path / "runs" / f".text.{'0a' * 8}.old")
+    assert call("verify", tmp_path / "runs") == 0
+    assert "1 ok, 1 left over" in capsys.readouterr().out
+    assert call("evaluate", "--set", tmp_path / "runs" / "text", *TINY, "--seeds", 0, "--work", tmp_path) == 0
+    path = next((tmp_path / "runs").rglob("tensors.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert call("verify", tmp_path / "runs") == 1
+    assert "1 DAMAGED, 1 left over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("harm", ["{", "[]", '{"kind": 3}', "[" * 100_000])
