@@ -60,8 +60,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 TRAINABLE = ("full", "head", "lora")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 NO_CODE = {"trust_remote_code": False}  # said outright, as transformers asks the user where nothing is said
-PROBED = 7  # tokens that a model is tried on; more where its attention window is short
-SHORT_WINDOW = 256  # the longest window that is tried
+PROBED, TRIAL_WINDOW = 7, 3  # tokens that a model is tried on, and how far its attention windows reach then
 # Functions whose gradient jumps, by their names in torch and torch.nn.functional.
 KINKED = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "selu", "hardtanh", "hardswish",
           "hardsigmoid", "threshold"}
@@ -544,7 +543,8 @@ def load_student(
         classes=tuple(task.classes),
         table_sha256=table_sha256,
     )
-    student.traits = _probed(student, source)
+    with _short_windows(student.module):
+        student.traits = _probed(student, source)
     if task.max_length > student.max_positions:
         raise ValueError(
             f"task {task.name!r} has max_length={task.max_length}, but {source!r} has only {student.max_positions} "
@@ -687,38 +687,48 @@ def _probed(student: Student, source: str) -> Traits:
         raise _unsuitable(module, source, "its embedding layer does more than look up rows of a table and scale them")
     if student.kind == "instruction" and not causal:
         raise _unsuitable(module, source, "an instruction task needs a language model whose tokens see only those before them")
-    reasons = []
-    # A window under another name than transformers' usual one may be too long to be tried, so the model builds its masks.
-    for builds_masks in (True, False) if _has_other_windows(module.config) else (False, True):
+    reasons, failures = [], []
+    for builds_masks in (False, True):
         student.traits = Traits(causal, kinks.seen, builds_masks, scale)
         try:
             reason = _disagreement(student, ids, whole.logits, short.logits)
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:
-            reason = _first_line(error)
+            failures.append(_first_line(error))
+            continue
         if reason is None:
             return student.traits
         reasons.append(reason)
-    raise _unsuitable(module, source, "; with other masks, ".join(dict.fromkeys(reasons)))
+    raise _unsuitable(module, source, "; with other masks, ".join(dict.fromkeys(reasons or failures)))
 
 
-def _has_other_windows(config: transformers.PretrainedConfig) -> bool:
-    usual = r"sliding_window|max_window_layers|feed_forward"
-    return any(
-        re.search("window|chunk", name) and not re.search(usual, name) and isinstance(value, int) and value > 0
-        for name, value in config.to_dict().items()
-    )
+@contextlib.contextmanager
+def _short_windows(module: torch.nn.Module) -> Iterator[None]:
+    """A model whose attention windows are so short that the tokens of a trial look past them.
+
+    Windows are read from the configuration in each pass.  One that the student's masks do not have in them shows here.
+    """
+    configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
+    saved = {key: dict(vars(config)) for key, config in configs.items()}
+    try:
+        for config in cast("Any", configs.values()):
+            for name in ("sliding_window", *(name for name in config.to_dict() if re.search("window|chunk", name))):
+                width = getattr(config, name, None)
+                if isinstance(width, int) and width > TRIAL_WINDOW:
+                    setattr(config, name, TRIAL_WINDOW)
+        yield
+    finally:
+        for key, config in configs.items():
+            vars(config).update(saved[key])
 
 
 def _trial_ids(student: Student) -> Tensor:
-    """Ordinary tokens ``[n]``, spread over the vocabulary, as many as it takes to look past a short window."""
-    window = getattr(student.module.config, "sliding_window", None) or 0
-    count = min(window + 3 if PROBED <= window + 3 <= SHORT_WINDOW else PROBED, student.max_positions)
+    """Ordinary tokens ``[n]``, spread over the vocabulary."""
     special = set(student.tokenizer.all_special_ids)
     known = range(min(len(student.embedding), len(student.tokenizer)))
     ordinary = [i for i in known if i not in special] or known
-    return torch.tensor([ordinary[i * len(ordinary) // count] for i in range(count)], device=student.device)
+    return torch.tensor([ordinary[i * len(ordinary) // PROBED] for i in range(PROBED)], device=student.device)
 
 
 def _embedding_scale(layer: torch.nn.Module, ids: Tensor) -> float | None:
