@@ -17,34 +17,43 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.1.0"
+from distillkit.io.version import __version__ as __version__
 
 _HOMES = {
-    "distilled": ("DistilledSet",),
-    "distiller": ("Distiller", "StepRecord"),
-    "evaluation": ("Evaluation", "evaluate"),
-    "experts": ("Experts", "record_experts"),
-    "influence": ("LessSettings",),
-    "inner": ("SGD", "AdamW", "Momentum", "Unroll"),
-    "instruction": ("InstructionTask",),
-    "metagrad": (
-        "ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated", "recommend",
-    ),
-    "neighbors": ("NeighborLoss", "nearest_tokens", "project"),
-    "objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
-    "prompting": ("FewShot", "few_shot", "questions"),
-    "scale": ("settings",),
-    "seeds": ("derive_seed",),
-    "selection": ("select",),
-    "storage": ("StorageError",),
-    "students": ("Student", "load_student"),
-    "tasks": ("Task", "load_task"),
-    "judges": ("FrozenJudge", "StudentJudge"),
-    "text": (
+    # a corpus as a task, a model as a student
+    "data.load": ("load_task",),
+    "data.tasks": ("Task",),
+    "data.instruction": ("InstructionTask",),
+    "core.students": ("Student", "load_student"),
+    # the synthetic examples
+    "core.distilled": ("DistilledSet",),
+    # the inner loop: how a student trains
+    "core.inner": ("SGD", "AdamW", "Momentum", "Unroll"),
+    # how a gradient flows back through it
+    "core.metagrad": ("ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated", "recommend"),
+    # what a set is learned by, and the outer loop
+    "core.objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
+    "core.experts": ("Experts", "record_experts"),
+    "core.distiller": ("Distiller", "StepRecord"),
+    # honest scores, and real examples to compare with
+    "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "evaluation.selection": ("select",),
+    "evaluation.influence": ("LessSettings",),
+    # from embeddings to words
+    "text.projection": ("NeighborLoss", "nearest_tokens", "project"),
+    "text.judges": ("FrozenJudge", "StudentJudge"),
+    "text.search": (
         "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel", "relax_tokens", "search_sentences",
     ),
-    "wording": ("Wording", "describe_text", "wording_table"),
-    "other_models": ("retokenize", "transfer"),
+    # what a finished set is used for
+    "applications.transfer": ("retokenize", "transfer"),
+    "applications.prompting": ("FewShot", "few_shot", "questions"),
+    "applications.wording": ("Wording", "describe_text", "wording_table"),
+    "applications.publish": ("from_hub", "push_to_hub"),
+    # the ground: errors, random streams, sizes of the notebooks
+    "io.storage": ("StorageError",),
+    "io.seeds": ("derive_seed",),
+    "view.scale": ("settings",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

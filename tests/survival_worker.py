@@ -27,8 +27,8 @@ import torch
 
 import distillkit as dk
 import standin_hub
-from distillkit.publish import load_published, save_published
-from distillkit.storage import StorageError, load_folder, save_folder
+from distillkit.applications.publish import load_published, save_published
+from distillkit.io.storage import StorageError, load_folder, save_folder
 from killed import at_every_stage, forked, leftovers
 
 STEPS = 8

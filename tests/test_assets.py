@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import corpora, instruction, pretrain
-from distillkit.evaluation import choice_accuracy
-from distillkit.pretrain import KINDS, asset
+from distillkit.assets import pretrain
+from distillkit.assets.pretrain import KINDS
+from distillkit.data import corpora, instruction
+from distillkit.evaluation.evaluate import choice_accuracy
+from distillkit.io.packaged import asset
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

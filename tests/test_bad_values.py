@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import distillkit as dk
-from distillkit.experts import record_experts
+from distillkit.core.experts import record_experts
 
 NAN, INF = math.nan, math.inf
 WHOLE = st.one_of(st.integers(-9, 0), st.floats(), st.booleans(), st.text(max_size=3), st.just([1]))

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import distillkit as dk
-from distillkit import merging, widgets
-from distillkit.objectives import bound_step_sizes
-from distillkit.parallel import team
-from distillkit.publish import card, load_published, save_published
-from distillkit.training import Examples
-from distillkit.views import attention, distance_to_words, history
+from distillkit.applications import merging
+from distillkit.applications.processes import team
+from distillkit.applications.publish import card, load_published, save_published
+from distillkit.applications.trainer import Examples
+from distillkit.core.objectives import bound_step_sizes
+from distillkit.view import widgets
+from distillkit.view.measures import attention, distance_to_words, history
 
 # As wide as each other; the first two read the same tokens.
 BERT, DISTILBERT, OPT = "bert-base-uncased", "distilbert-base-uncased", "facebook/opt-1.3b"

@@ -10,7 +10,7 @@ import transformers
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
-from distillkit.results import write
+from distillkit.experiments.results import write
 
 SETTINGS = {"examples": 6, "length": 12, "outer_batch": 12, "step_size": 0.3}
 PEERS = [c for c in benchmark.CONTENDERS if c.peer]

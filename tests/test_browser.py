@@ -31,7 +31,7 @@ CELLS = [
     """
 import dataclasses, torch
 import distillkit as dk
-from distillkit import widgets
+from distillkit.view import widgets
 task = dk.load_task("rotten_tomatoes", max_length=12)
 student = dk.load_student("bert-base-uncased", task)
 real = dk.DistilledSet.from_real(task, student, per_class=2, length=12)

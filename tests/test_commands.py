@@ -16,10 +16,12 @@ import transformers
 import yaml
 
 import distillkit as dk
-from distillkit import __main__, commands, evaluation
-from distillkit.commands import SCORES, SETTINGS, STEPS, Work
-from distillkit.publish import save_published
-from distillkit.storage import Claim, append_line, read_lines
+from distillkit.applications.publish import save_published
+from distillkit.cli import main as command_line
+from distillkit.cli import steps as commands
+from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -32,8 +34,8 @@ def work(standin_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("work")
     with standin_hub.patched(standin_home):
-        assert __main__.main(["distil", "--name", "tiny", *TINY, *STEPS_OF, "--work", str(folder)]) == 0
-        assert __main__.main(["evaluate", "--name", "tiny", "--seeds", "0", "1", "--work", str(folder)]) == 0
+        assert command_line.main(["distil", "--name", "tiny", *TINY, *STEPS_OF, "--work", str(folder)]) == 0
+        assert command_line.main(["evaluate", "--name", "tiny", "--seeds", "0", "1", "--work", str(folder)]) == 0
     return folder
 
 
@@ -43,7 +45,7 @@ def quick(standin_hub, monkeypatch):
 
 
 def call(*argv):
-    return __main__.main([str(a) for a in argv])
+    return command_line.main([str(a) for a in argv])
 
 
 def scores(folder):
@@ -194,7 +196,7 @@ def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monke
 
 
 def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatch, capsys):
-    from distillkit import distiller
+    from distillkit.core import distiller
 
     plain, calls = distiller.meta_gradient, iter(range(9))
 
@@ -221,7 +223,7 @@ def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatc
 
 def test_flags_win_over_the_file_over_the_folder(tmp_path):
     def settled(*argv):
-        return commands.settings_of(__main__.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))
+        return commands.settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))
 
     assert settled() == Work()
     (tmp_path / "work").mkdir()
@@ -383,14 +385,14 @@ def test_help_teaches(command, capsys):
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     for line in re.findall(r"python -m distillkit (.*?)(?:   .*)?$", out.split("example:")[1], re.MULTILINE):
-        __main__.parser().parse_args(line.split()), "an example that parses"
+        command_line.parser().parse_args(line.split()), "an example that parses"
     assert f"python -m distillkit {command}" in out.split("example:")[1]
     for flag in STEPS.get(command, ("", (), ""))[1]:
         assert re.search(rf"--{flag.replace('_', '-')} .*\n?.*\w", out)
 
 
 def test_the_parser_imports_nothing_heavy():
-    code = ("import sys, distillkit.__main__ as m; m.parser(); "
+    code = ("import sys, distillkit.cli.main as m; m.parser(); "
             "print([n for n in ('torch', 'transformers', 'datasets') if n in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import merging, storage
-from distillkit.publish import from_hub, load_published, save_published
+from distillkit.applications import merging
+from distillkit.applications.publish import from_hub, load_published, save_published
+from distillkit.io import storage
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from distillkit import corpora
-from distillkit.corpora import CorpusError, first_sentence, load_corpus, mask_libraries, same_sentence_key
-from distillkit.storage import DATA
+from distillkit.data import corpora
+from distillkit.data.corpora import CorpusError, first_sentence, mask_libraries, same_sentence_key
+from distillkit.data.load import load_corpus
+from distillkit.io.storage import DATA
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ def test_build_does_not_depend_on_hash_randomisation(little):
     script = textwrap.dedent(f"""
         import json, sys
         sys.path.insert(0, {str(little)!r})
-        from distillkit import corpora
+        from distillkit.data import corpora
         corpora.LIBRARIES = ("alphalib", "betalib")
         print(json.dumps(corpora.build_docstrings()))
     """)
@@ -180,11 +181,11 @@ def test_two_processes_at_once_build_once(little):
     script = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(little)!r})
-        from distillkit import corpora
+        from distillkit.data import corpora
         corpora.LIBRARIES, corpora._installed = ("alphalib", "betalib"), lambda library: "1.0"
         build = corpora.build_docstrings
         corpora.build_docstrings = lambda: print("built") or build()
-        print(len(corpora.load_corpus("docstrings").splits["train"].texts))
+        print(len(load_corpus("docstrings").splits["train"].texts))
     """)
     processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = sorted(process.communicate()[0].split() for process in processes)

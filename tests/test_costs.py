@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import costs
+from distillkit.applications import costs
 
 
 def test_break_even_by_hand():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.distilled import special_frame
+from distillkit.core.distilled import special_frame
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_damaged_folder_is_refused_by_name(learned, tmp_path, file, how):
 
 
 def test_foreign_folders_are_refused_by_name(tmp_path):
-    from distillkit.storage import save_folder
+    from distillkit.io.storage import save_folder
 
     with pytest.raises(dk.StorageError, match=f"{tmp_path / 'none'} is not a folder"):
         dk.DistilledSet.load(tmp_path / "none")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import distiller as distiller_module
-from distillkit.distiller import LEARNABLE, constant, cosine
-from distillkit.evaluation import TUNING_SEEDS, _tuned
-from distillkit.metagrad import MetaGradient
+from distillkit.core import distiller as distiller_module
+from distillkit.core.distiller import LEARNABLE, constant, cosine
+from distillkit.core.metagrad import MetaGradient
+from distillkit.evaluation.evaluate import TUNING_SEEDS, _tuned
 
 VALUES = ("embeds", "targets", "step_sizes")
 OTHERS = ("mask", "free", "tokens")
@@ -55,7 +55,7 @@ def scripted(monkeypatch):
         objective.step += 1
         return objective.script(distilled, objective.step)
 
-    monkeypatch.setattr("distillkit.distiller.meta_gradient", given)
+    monkeypatch.setattr("distillkit.core.distiller.meta_gradient", given)
     return Scripted
 
 
@@ -314,8 +314,8 @@ def test_seed_streams_are_disjoint(world, start, goal, monkeypatch):
         result = what(*args, **kwargs)
         return result, set(drawn)
 
-    monkeypatch.setattr("distillkit.evaluation.GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-    monkeypatch.setattr("distillkit.evaluation._flops", lambda plan, student: 0)  # counts, and scores nothing
+    monkeypatch.setattr("distillkit.evaluation.evaluate.GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+    monkeypatch.setattr("distillkit.evaluation.evaluate._flops", lambda plan, student: 0)  # counts, and scores nothing
     runs = [seeds(finished, dk.Distiller(start, goal, seed=s), 4) for s in (0, 1, 2)]
     distilling = set().union(*(found for _, found in runs))
     _, tuning = seeds(_tuned, start, task, student)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import evaluation
-from distillkit.evaluation import STANDARD, _correct, _full_data, _standard, _warm_up_and_decay
-from distillkit.seeds import derive_seed
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.evaluate import STANDARD, _correct, _full_data, _standard, _warm_up_and_decay
+from distillkit.io.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")

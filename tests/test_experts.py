@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import experts as module
-from distillkit.experts import Experts, record_experts
-from distillkit.inner import inner_step
-from distillkit.seeds import derive_seed
+from distillkit.core import experts as module
+from distillkit.core.experts import Experts, record_experts
+from distillkit.core.inner import inner_step
+from distillkit.io.seeds import derive_seed
 
 SETTINGS = {"epochs": 2, "batch_size": 16, "snapshots_per_epoch": 2, "optimizer": dk.AdamW(0.01), "seed": 3}
 

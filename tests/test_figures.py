@@ -7,10 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 
-from distillkit import gallery, plots
-from distillkit.__main__ import main
-from distillkit.jobs import CONFIGS
-from distillkit.results import paired_difference, write
+from distillkit.cli.main import main
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.results import paired_difference, write
+from distillkit.view import figures as plots
+from distillkit.view import gallery
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
 COMMITTED = {path.stem for path in RESULTS.glob("*.json")}

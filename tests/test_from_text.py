@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import merging
-from distillkit.distilled import special_frame
+from distillkit.applications import merging
+from distillkit.core.distilled import special_frame
 
 TEXTS = ["a dull and tired story", "it was warm , almost tender", "what a stale flat day"]
 NAMES = ["neg", "pos", "neg"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.influence import (
+from distillkit.core.inner import AdamW, loss_and_grads
+from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,
     SparseProjection,
@@ -19,7 +20,6 @@ from distillkit.influence import (
     per_example_gradients,
     warm_up,
 )
-from distillkit.inner import AdamW, loss_and_grads
 from standin_hub import SUBJECTS, rounding, sentences
 
 SHORT = LessSettings(fraction=0.25, epochs=2, batch_size=8, projection=256)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.inner import from_recipe, set_parts
+from distillkit.core.inner import from_recipe, set_parts
 
 
 def quadratic(params):

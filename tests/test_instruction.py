@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import corpora, instruction
-from distillkit.corpora import CorpusError, same_sentence_key
-from distillkit.instruction import InstructionTask
-from distillkit.seeds import generator
-from distillkit.tasks import SPLITS, Task, load_task
+from distillkit.data import corpora, instruction
+from distillkit.data.corpora import CorpusError, same_sentence_key
+from distillkit.data.instruction import InstructionTask
+from distillkit.data.load import load_task
+from distillkit.data.tasks import SPLITS, Task
+from distillkit.io.seeds import generator
 
 WARM = {"prompt": "It was warm and fresh.\nAnswer:", "response": "tender", "choices": ["dull", "tender", "a stale day"],
         "answer": 1, "group": "mood"}
@@ -586,7 +587,7 @@ def test_the_questions_do_not_depend_on_hash_randomisation(little):
     script = textwrap.dedent(f"""
         import json, sys
         sys.path.insert(0, {str(little)!r})
-        from distillkit import corpora, instruction
+        from distillkit.data import corpora, instruction
         corpora.LIBRARIES = {tuple(NOUNS)!r}
         print(json.dumps(instruction.build_docstrings_qa()))
     """)

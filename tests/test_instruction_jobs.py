@@ -7,11 +7,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from distillkit import evaluation, instruction_jobs
-from distillkit.__main__ import draw, main
-from distillkit.instruction_jobs import ROWS, InstructionJob, InstructionRun, instruction_table
-from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, paired_difference, read, write
+from distillkit.cli.main import draw, main
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments import instruction as instruction_jobs
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.instruction import ROWS, InstructionJob, InstructionRun, instruction_table
+from distillkit.experiments.results import kind_of, paired_difference, read, write
 
 SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import yaml
 
-from distillkit import __main__, evaluation, jobs
-from distillkit.jobs import CONFIGS, ROW_NAMES, ClassificationJob, Run, table
-from distillkit.results import VERSIONED, kind_of, read, with_tables
-from distillkit.results import write as write_result
+from distillkit.cli import main as command_line
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments import classification as jobs
+from distillkit.experiments.classification import CONFIGS, ROW_NAMES, ClassificationJob, Run, table
+from distillkit.experiments.results import VERSIONED, kind_of, read, with_tables
+from distillkit.experiments.results import write as write_result
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
@@ -298,7 +300,7 @@ def places(folder):
 def test_run_from_the_command_line(copied, scored, capsys, tmp_path):
     config = write(tmp_path / "small.yaml", **SMALL)
     rewrite(copied, lambda result: result["rows"].pop("random/tuned"))
-    assert __main__.main(["run", str(config), *places(copied)]) == 0
+    assert command_line.main(["run", str(config), *places(copied)]) == 0
     out = capsys.readouterr().out
     assert "rotten_tomatoes: 80 / 40 / 40 rows; student bert-base-uncased" in out
     assert table(stored(copied)) in out and "written to" in out and scored == ["tuned"]
@@ -308,7 +310,7 @@ def test_fresh_forgets(copied, scored, tmp_path):
     config = write(tmp_path / "small.yaml", **SMALL | {"rows": ["random/tuned"]})
     marker = copied / "work" / "small" / "left-over"
     marker.mkdir()
-    assert __main__.main(["run", str(config), *places(copied), "--fresh"]) == 0
+    assert command_line.main(["run", str(config), *places(copied), "--fresh"]) == 0
     assert not marker.exists() and list(stored(copied)["rows"]) == ["random/tuned"] and scored == ["tuned"]
 
 
@@ -316,7 +318,7 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     """With the settings and the finished rows of the small run in the place of the shipped ones."""
     monkeypatch.setattr(jobs, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
-    assert __main__.main(["demo", *places(copied)]) == 0
+    assert command_line.main(["demo", *places(copied)]) == 0
     assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert not [*copied.glob("*.png")], "the committed figures are drawn by another command"
     assert "| embeddings | own |" in capsys.readouterr().out
@@ -325,18 +327,18 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
 def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(tmp_path):
     path = tmp_path / "quickstart.json"
     half = {"config": {"rows": ["random/tuned", "full/standard"]}, "rows": {"random/tuned": {}}}
-    assert not __main__._done_with(path)
+    assert not command_line._done_with(path)
     write_result(path, half)
-    assert not __main__._done_with(path), "it goes on"
+    assert not command_line._done_with(path), "it goes on"
     write_result(path, half | {"rows": {"random/tuned": {}, "full/standard": {}}, "text": []})
-    assert __main__._done_with(path)
+    assert command_line._done_with(path)
     write_result(path, half)
     path.write_bytes(path.read_bytes()[:-9])
-    assert __main__._done_with(path)
+    assert command_line._done_with(path)
 
 
 def test_table_of_a_result(copied, capsys, finished):
-    assert __main__.main(["table", "small", "--results", str(copied / "results")]) == 0
+    assert command_line.main(["table", "small", "--results", str(copied / "results")]) == 0
     assert capsys.readouterr().out.strip() == table(finished[1])
 
 
@@ -347,7 +349,7 @@ def test_table_of_a_result(copied, capsys, finished):
 def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
     import re
 
-    assert __main__.main([*argv, "--results", str(tmp_path)]) == 2
+    assert command_line.main([*argv, "--results", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert re.search(f"^error: {message}", captured.err) and captured.out == ""
 
@@ -356,7 +358,7 @@ def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
                                     {"per_class": 41}])
 def test_bad_settings_are_exit_code_2(quick, tmp_path, capsys, change):
     config = write(tmp_path / "a.yaml", **SMALL | {"rows": ["random/tuned"]} | change)
-    assert __main__.main(["run", str(config), *places(tmp_path)]) == 2
+    assert command_line.main(["run", str(config), *places(tmp_path)]) == 2
     assert str(*change.values()) in capsys.readouterr().err or "colour" in change
     assert not (tmp_path / "results").exists()
 
@@ -366,12 +368,12 @@ def test_an_interruption_is_exit_code_130(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ClassificationJob, "from_yaml", interrupted)
-    assert __main__.main(["run", "quickstart", *places(tmp_path)]) == 130
+    assert command_line.main(["run", "quickstart", *places(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["run"], ["table"], ["demo", "--quick"]])
 def test_commands_that_are_none(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
-        __main__.main(argv)
+        command_line.main(argv)
     assert stopped.value.code == 2 and "usage: python -m distillkit" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 import distillkit as dk
-from distillkit.corpora import CorpusError
-from distillkit.labels import spelled, whole
+from distillkit.data.corpora import CorpusError
+from distillkit.data.labels import spelled, whole
 
 
 @pytest.fixture

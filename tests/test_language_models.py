@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.evaluation import choice_accuracy, choice_scores
-from distillkit.metagrad import Problem
-from distillkit.tasks import NO_TARGET
+from distillkit.core.metagrad import Problem
+from distillkit.data.tasks import NO_TARGET
+from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
 from standin_hub import rounding
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",

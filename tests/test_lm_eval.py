@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.evaluation import choice_accuracy, choice_scores
-from distillkit.pretrain import asset
+from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
+from distillkit.io.packaged import asset
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is the extra of that name")
 

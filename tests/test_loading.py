@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import distillkit as dk
-from distillkit.__main__ import main
+from distillkit.cli.main import main
 from standin_hub import SUBJECTS, TINY, sentences
 
 CHINESE = ["这部电影非常好看我很喜欢", "剧情无聊而且演员的表演很差", "导演的想法新颖画面也很美", "浪费时间的电影不值得一看"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import objectives
-from distillkit.experts import record_experts
-from distillkit.neighbors import allowed_tokens
-from distillkit.objectives import meta_gradient, search_step_size, trained_loss
+from distillkit.core import objectives
+from distillkit.core.experts import record_experts
+from distillkit.core.objectives import meta_gradient, search_step_size, trained_loss
+from distillkit.text.projection import allowed_tokens
 
 ADAM = dk.AdamW(0.003, eps_root=1e-8)
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from distillkit.memory import LiveBytes
+from distillkit.io.memory import LiveBytes
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import merging
-from distillkit.merging import (
+from distillkit.applications import merging
+from distillkit.applications.merging import (
     Stream,
     continual,
     merge,
@@ -22,7 +22,7 @@ from distillkit.merging import (
     with_recipe,
     without,
 )
-from distillkit.seeds import generator
+from distillkit.io.seeds import generator
 
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 

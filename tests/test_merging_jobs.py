@@ -4,10 +4,12 @@
 import pytest
 import yaml
 
-from distillkit import __main__, evaluation, merging_jobs
-from distillkit.jobs import CONFIGS
-from distillkit.merging_jobs import ROWS, ContinualJob, continual_table
-from distillkit.results import kind_of, read
+from distillkit.cli import main as command_line
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments import continual as merging_jobs
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.continual import ROWS, ContinualJob, continual_table
+from distillkit.experiments.results import kind_of, read
 
 SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
          "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],
@@ -35,9 +37,9 @@ def finished(standin_home, tmp_path_factory):
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
         patch.setattr(merging_jobs, "rescaled", lambda s, t, u: (s, {1.0: 0.0}))
-        assert __main__.main([*command, "--rows", "merged/own", "after/update"]) == 0
+        assert command_line.main([*command, "--rows", "merged/own", "after/update"]) == 0
         part = read(folder / "small.json")
-        assert __main__.main(command) == 0
+        assert command_line.main(command) == 0
     return part, read(folder / "small.json")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.metagrad import _Difference, _norm, compare
-from distillkit.objectives import inner_problem
+from distillkit.core.metagrad import _Difference, _norm, compare
+from distillkit.core.objectives import inner_problem
 
 OPTIMIZERS = {
     "sgd": dk.SGD(0.3),

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distillkit as dk
-from distillkit.neighbors import allowed_tokens
+from distillkit.text.projection import allowed_tokens
 
 
 @pytest.fixture

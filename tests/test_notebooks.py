@@ -297,7 +297,7 @@ def lesson() -> dict:
     """Return a notebook, the last of its folder, that breaks no rule."""
     cells = [
         markdown("# 99 A lesson\n\nWhat is one and one? A second on two cores, and on a GPU."),
-        code("from distillkit.scale import settings\ncfg = settings('99_lesson')\nprint(1)", printed("1\n")),
+        code("from distillkit.view.scale import settings\ncfg = settings('99_lesson')\nprint(1)", printed("1\n")),
         code("assert 1 + 1 == 2\nassert [1]\ncfg.claim(2 > 1, 'two is more than one')", count=2),
         markdown("## What would break this\n\n## References\n\n[a paper](https://arxiv.org/abs/1811.10959)"),
         markdown("## Check yourself\n\nThis is the end."),

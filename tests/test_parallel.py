@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.parallel import Team, team
+from distillkit.applications.processes import Team, team
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +22,7 @@ RANK = """
     import json, os, signal, sys
     import torch
     import distillkit as dk
-    from distillkit.parallel import RankLost, team
+    from distillkit.applications.processes import RankLost, team
     from test_parallel import objective_of, set_of, world_of
 
     torch.set_num_threads(1)

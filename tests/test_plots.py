@@ -9,7 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from distillkit import plots
+from distillkit.view import figures as plots
 
 
 def row(method, mean, recipe="own"):

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 import distillkit as dk
-from distillkit import pretrain
-from distillkit.pretrain import FILES, LENGTHS, AssetError, Pretraining, Text, asset, documents
+from distillkit.assets import pretrain
+from distillkit.assets.pretrain import LENGTHS, Pretraining, Text, documents
+from distillkit.io.packaged import FILES, AssetError, asset
 
 NAMES = ["tiny-opt", "tiny-llama"]
 STEPS, BATCH = 4, 256
@@ -291,7 +292,7 @@ def test_a_damaged_asset_is_refused(packaged, file):
     content = bytearray((packaged / file).read_bytes())
     content[len(content) // 2] ^= 1
     (packaged / file).write_bytes(content)
-    with pytest.raises(AssetError, match=f"{file}.*SHA-256.*make it again: python -m distillkit.pretrain tiny-opt"):
+    with pytest.raises(AssetError, match=f"{file}.*SHA-256.*make it again: python -m distillkit.assets.pretrain tiny-opt"):
         asset("tiny-opt")
 
 

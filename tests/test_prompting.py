@@ -9,11 +9,13 @@ import torch
 import yaml
 
 import distillkit as dk
-from distillkit import prompting, prompting_jobs, results
-from distillkit.__main__ import draw, main
-from distillkit.evaluation import choice_accuracy, choice_scores
-from distillkit.prompting import CONTENT_FREE, few_shot, questions
-from distillkit.prompting_jobs import PromptingJob, PromptingRun, prompting_table
+from distillkit.applications import prompting
+from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
+from distillkit.cli.main import draw, main
+from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
+from distillkit.experiments import prompting as prompting_jobs
+from distillkit.experiments import results
+from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),

@@ -14,8 +14,18 @@ import torch
 import yaml
 
 import distillkit as dk
-from distillkit import publish
-from distillkit.publish import CARD, CHECKED, NOT_RECORDED, ROWS, SUMS, card, escaped, load_published, save_published
+from distillkit.applications import publish
+from distillkit.applications.publish import (
+    CARD,
+    CHECKED,
+    NOT_RECORDED,
+    ROWS,
+    SUMS,
+    card,
+    escaped,
+    load_published,
+    save_published,
+)
 
 HOSTILE = ["<script>alert(1)</script>", "a|b\n# c", "$x$ `y` *z* [l](http://e.vil) ![i](u) @you ~~s~~", "nul\0 \u202et\u2066",
            "---\nlicense: mit", "日本 🎉 \x1b[31m", ": {yaml: !!python/object:os.system x}", "' \" %s {0} ```"]
@@ -172,36 +182,36 @@ def test_sums_lead_nowhere_else(text, tmp_path):
 
 def test_up_and_down_again(text, distilled, hub, score):
     _, calls = hub
-    url = text.push_to_hub("someone/six-examples", evaluations=[score])
+    url = dk.push_to_hub(text, "someone/six-examples", evaluations=[score])
     assert calls == [("someone/six-examples", {"repo_type": "dataset", "private": True, "exist_ok": True})]
-    same(text, dk.DistilledSet.from_hub("someone/six-examples"))
-    distilled.push_to_hub("someone/six-examples", private=False)
+    same(text, dk.from_hub("someone/six-examples"))
+    dk.push_to_hub(distilled, "someone/six-examples", private=False)
     assert calls[1][1]["private"] is False
-    same(distilled, dk.DistilledSet.from_hub("someone/six-examples"))
-    same(text, dk.DistilledSet.from_hub("someone/six-examples", revision=url.rsplit("/")[-1]))
+    same(distilled, dk.from_hub("someone/six-examples"))
+    same(text, dk.from_hub("someone/six-examples", revision=url.rsplit("/")[-1]))
 
 
 def test_a_damaged_download_is_refused(text, hub):
     cache, _ = hub
-    text.push_to_hub("someone/a")
+    dk.push_to_hub(text, "someone/a")
     (blob,) = {p.resolve() for p in cache.rglob("tensors.safetensors")}
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
     with pytest.raises(dk.StorageError, match=r"someone/a on the hub: .*snapshots.*tensors\.safetensors does not have"):
-        dk.DistilledSet.from_hub("someone/a")
+        dk.from_hub("someone/a")
 
 
 def test_what_is_not_there(hub, text):
     with pytest.raises(FileNotFoundError, match="no set someone/nothing at revision 'v1' on the Hugging Face hub or in"):
-        dk.DistilledSet.from_hub("someone/nothing", revision="v1")
+        dk.from_hub("someone/nothing", revision="v1")
     for wrong in ("nothing", "a/b/c", "/b", "../b/c", 7):
         with pytest.raises(ValueError, match="repo_id must be 'owner/name', not"):
-            dk.DistilledSet.from_hub(wrong)
+            dk.from_hub(wrong)
         with pytest.raises(ValueError, match="repo_id must be 'owner/name', not"):
-            text.push_to_hub(wrong)
+            dk.push_to_hub(text, wrong)
     with pytest.raises(ValueError, match=r"\.\.|Repo id"):
-        text.push_to_hub("../b")
+        dk.push_to_hub(text, "../b")
 
 
 def test_a_hub_that_says_no(text, hub, monkeypatch):
@@ -210,7 +220,7 @@ def test_a_hub_that_says_no(text, hub, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refused)
     with pytest.raises(ConnectionError, match="could not push to someone/a: offline; log in .* upload that later"):
-        text.push_to_hub("someone/a")
+        dk.push_to_hub(text, "someone/a")
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

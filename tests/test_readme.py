@@ -9,9 +9,9 @@ import pytest
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
-from distillkit import evaluation
-from distillkit.__main__ import draw
-from distillkit.results import MARKED, with_tables
+from distillkit.cli.main import draw
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "figures" / "results"

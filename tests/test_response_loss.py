@@ -10,15 +10,15 @@ import torch
 import yaml
 
 import distillkit as dk
-from distillkit import evaluation
-from distillkit.__main__ import main
-from distillkit.evaluation import choice_accuracy, response_loss
-from distillkit.instruction_jobs import InstructionJob, InstructionRun
-from distillkit.merging import rescaled, with_recipe
-from distillkit.parallel import Team
-from distillkit.prompting import few_shot
-from distillkit.results import as_json
-from distillkit.seeds import derive_seed
+from distillkit.applications.merging import rescaled, with_recipe
+from distillkit.applications.processes import Team
+from distillkit.applications.prompting import few_shot
+from distillkit.cli.main import main
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.evaluate import choice_accuracy, response_loss
+from distillkit.experiments.instruction import InstructionJob, InstructionRun
+from distillkit.experiments.results import as_json
+from distillkit.io.seeds import derive_seed
 
 PAIRS = [("it was warm", "tender and fresh"), ("a dull story", "flat"), ("we saw a river and a coast", "the country"),
          ("what a stale day", "tired , almost boring"), ("so clever", "fun"), ("the market made all think", "of profit")]

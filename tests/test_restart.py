@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import distiller as distiller_module
-from distillkit.configuration import Settings
-from distillkit.experts import Experts, record_experts
-from distillkit.publish import load_published, save_published
-from distillkit.restart import started
-from distillkit.results import SeededRun, read, write
-from distillkit.signals import ENDING, Ended, ending_signals
-from distillkit.storage import (
+from distillkit.applications.publish import load_published, save_published
+from distillkit.core import distiller as distiller_module
+from distillkit.core.experts import Experts, record_experts
+from distillkit.experiments.results import SeededRun, read, write
+from distillkit.experiments.settings import Settings
+from distillkit.io.restart import started
+from distillkit.io.signals import ENDING, Ended, ending_signals
+from distillkit.io.storage import (
     Claim,
     StorageError,
     append_line,
@@ -322,7 +322,8 @@ def test_a_signal_saves_the_last_step(start, goal, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("signum", ENDING)
 def test_a_signal_leaves_a_recording_and_a_search_that_can_go_on(world, start, goal, tmp_path, monkeypatch, signum):
-    from distillkit import experts, text
+    from distillkit.core import experts
+    from distillkit.text import search as text
 
     settings = {"batch_size": 27, "snapshots_per_epoch": 3, "optimizer": dk.SGD(0.1)}
     with monkeypatch.context() as patch:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from distillkit import scale
+from distillkit.view import scale
 
 
 @pytest.fixture(autouse=True)

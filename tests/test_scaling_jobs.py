@@ -6,10 +6,13 @@ import shutil
 import pytest
 import yaml
 
-from distillkit import __main__, evaluation, jobs, scaling_jobs
-from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, write
-from distillkit.scaling_jobs import GridJob, GridRun, along, scaling_table, slides_table
+from distillkit.cli import main as command_line
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments import classification as jobs
+from distillkit.experiments import grid as scaling_jobs
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.grid import GridJob, GridRun, along, scaling_table, slides_table
+from distillkit.experiments.results import kind_of, write
 
 BASE = {"max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8, "eval_seeds": [0, 1],
         "full_seeds": [0]}
@@ -57,7 +60,7 @@ def scored(monkeypatch):
 def command(folder, settings, *options):
     path = folder / f"{settings['name']}.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return __main__.main(["run", str(path), "--results", str(folder / "results"), "--work", str(folder / "work"), *options])
+    return command_line.main(["run", str(path), "--results", str(folder / "results"), "--work", str(folder / "work"), *options])
 
 
 def result(folder, name="small"):

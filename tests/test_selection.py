@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import selection
-from distillkit.influence import LessSettings, influence
-from distillkit.selection import herding, k_center, sentence_features
+from distillkit.evaluation import selection
+from distillkit.evaluation.influence import LessSettings, influence
+from distillkit.evaluation.selection import herding, k_center, sentence_features
 
 
 def column(*values):

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from distillkit.storage import DATA, MANIFEST, TENSORS, StorageError, cache_dir, load_folder, save_folder
+from distillkit.io.storage import DATA, MANIFEST, TENSORS, StorageError, cache_dir, load_folder, save_folder
 
 TENSOR_SET = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -157,7 +157,7 @@ def test_a_killed_writer_leaves_a_whole_folder(tmp_path):
     """A process that saves without pause is killed; whatever version stands there must be whole."""
     script = textwrap.dedent("""
         import sys, torch
-        from distillkit.storage import save_folder
+        from distillkit.io.storage import save_folder
         for number in range(10**6):
             save_folder(sys.argv[1], kind="test", tensors={"x": torch.full((50_000,), number)}, data={"number": number})
             print(number, flush=True)
@@ -179,7 +179,7 @@ def test_two_writers_of_one_folder_leave_a_whole_one(tmp_path):
     """Either may be told that it lost a race; what stands there in the end is what one of them wrote."""
     script = textwrap.dedent("""
         import sys
-        from distillkit.storage import StorageError, save_folder
+        from distillkit.io.storage import StorageError, save_folder
         for number in range(30):
             try:
                 save_folder(sys.argv[1], kind="test", data={"writer": sys.argv[2], "number": number})

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import distillkit as dk
-from distillkit import students
-from distillkit.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
+from distillkit.core import students
+from distillkit.core.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
 
 HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
              "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]

@@ -20,11 +20,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import distillkit as dk
-from distillkit import corpora, results, storage
-from distillkit.distiller import NONFINITE, PATIENCE, constant
-from distillkit.experts import Experts, record_experts
-from distillkit.inner import loss_and_grads
-from distillkit.storage import StorageError, load_folder, save_folder
+from distillkit.core.distiller import NONFINITE, PATIENCE, constant
+from distillkit.core.experts import Experts, record_experts
+from distillkit.core.inner import loss_and_grads
+from distillkit.data import corpora
+from distillkit.experiments import results
+from distillkit.io import storage
+from distillkit.io.storage import StorageError, load_folder, save_folder
 
 WORKER = Path(__file__).with_name("survival_worker.py")
 VALUES = ("embeds", "targets", "step_sizes")
@@ -89,7 +91,7 @@ def test_a_file_that_may_not_grow_and_a_folder_that_may_not_be_written(outcome):
 
 HOLDER = """
 import sys
-from distillkit.storage import Claim
+from distillkit.io.storage import Claim
 with Claim(sys.argv[1]), Claim(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.readline()
@@ -155,7 +157,7 @@ def test_the_log_is_repaired_and_rewound(start, goal, tmp_path):
 
 def test_other_versions_are_said(start, goal, tmp_path, monkeypatch):
     finished(dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run"), 1)
-    monkeypatch.setattr("distillkit.distiller._versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr("distillkit.core.distiller._versions", lambda: {"torch": "9.9"})
     with pytest.warns(UserWarning, match=r"was made with .*, and goes on with \{'torch': '9.9'\}"):
         assert dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run").step == 1
 
@@ -174,7 +176,7 @@ def test_a_write_that_fails_leaves_the_last_version(tmp_path, monkeypatch, call,
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"distillkit.storage.{call}", fails)
+        patch.setattr(f"distillkit.io.storage.{call}", fails)
         with pytest.raises(StorageError) as caught:
             save_folder(tmp_path / "run", kind="test", tensors={"x": torch.zeros(3)}, data={"number": 2})
     remedy = {errno.ENOSPC: "free some space", errno.EACCES: "get the right to write", errno.EIO: "look at the message"}
@@ -303,7 +305,7 @@ def broken(monkeypatch, goal):
     """Makes the meta-gradient of the steps that are given not finite: ``broken({3: {"embeds": nan}})``."""
 
     def breaks(steps):
-        from distillkit.objectives import meta_gradient
+        from distillkit.core.objectives import meta_gradient
 
         count = iter(range(1, 10**6))
 
@@ -312,7 +314,7 @@ def broken(monkeypatch, goal):
             values = {n: v if n == "loss" else torch.full_like(getattr(found, n), v) for n, v in bad.items()}
             return dataclasses.replace(found, **values)
 
-        monkeypatch.setattr("distillkit.distiller.meta_gradient", given)
+        monkeypatch.setattr("distillkit.core.distiller.meta_gradient", given)
 
     return breaks
 
@@ -530,8 +532,8 @@ def test_bytes_that_are_no_text_in_a_parquet_column_of_strings(tmp_path):
 
 
 def test_hostile_text_in_tables_is_text():
-    from distillkit.plots import html_table, text_table
-    from distillkit.view_plots import label_table
+    from distillkit.view.figures import html_table, text_table
+    from distillkit.view.set_figures import label_table
 
     classes = [MARK, HOSTILE["markup"]]
     rows = [{"text": text, "label": MARK, "probabilities": [0.5, 0.5]} for text in HOSTILE.values()]
@@ -547,7 +549,8 @@ def test_hostile_text_in_tables_is_text():
 def test_hostile_text_in_figures_is_drawn():
     import numpy as np
 
-    from distillkit import plots, view_plots
+    from distillkit.view import figures as plots
+    from distillkit.view import set_figures as view_plots
 
     names = list(HOSTILE.values())
     m = len(names)

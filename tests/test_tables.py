@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 import distillkit as dk
-from distillkit.__main__ import main
-from distillkit.corpora import CorpusError
+from distillkit.cli.main import main
+from distillkit.data.corpora import CorpusError
 
 TEXTS = ["it was fine", 'a "quoted", word', "tabs\tand", "two\nlines", "NA", "caf\u00e9 \u2028 end"]
 ROWS = [{"text": text, "label": ["bad", "good"][number % 2]} for number, text in enumerate(TEXTS)]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from distillkit.corpora import CorpusError
-from distillkit.seeds import generator
-from distillkit.tasks import Task, load_task
+from distillkit.data.corpora import CorpusError
+from distillkit.data.load import load_task
+from distillkit.data.tasks import Task
+from distillkit.io.seeds import generator
 
 NAMES = ["cold", "mild", "hot"]
 

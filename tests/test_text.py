@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.judges import FrozenJudge, StudentJudge, Swap
-from distillkit.metagrad import MetaGradient
-from distillkit.neighbors import allowed_tokens
-from distillkit.text import (
+from distillkit.core.metagrad import MetaGradient
+from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
+from distillkit.text.projection import allowed_tokens
+from distillkit.text.search import (
     SwapSearch,
     ThroughProjection,
     corpus_tokens,
@@ -163,7 +163,7 @@ def test_a_step_finds_the_best_sentence_there_is(world):
     """One example of each class, every sentence a candidate: brute force says which single change is best."""
     start, judge = dk.select(*world, "random", per_class=1, length=8), FrozenJudge(*world, steps=20, batch_size=None)
     found = search_sentences(start, *world, judge, steps=1, candidates=500, examples=2, sentences=30)
-    from distillkit.text import _pool
+    from distillkit.text.search import _pool
 
     pool, labels = _pool(*world, 30, start.embeds.shape[1], 0), judge.labels(start)
     x, own = judge.features(pool), judge.features(start)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import yaml
 
-from distillkit import text_grid_jobs
-from distillkit.__main__ import draw, main
-from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, read
-from distillkit.text_grid_jobs import TextGridJob, text_grid_table
+from distillkit.cli.main import draw, main
+from distillkit.experiments import text_grid as text_grid_jobs
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.results import kind_of, read
+from distillkit.experiments.text_grid import TextGridJob, text_grid_table
 
 BASE = {
     "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1], "eval_seeds": [0], "judge_steps": 5,

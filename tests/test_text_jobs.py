@@ -7,11 +7,12 @@ import torch
 import yaml
 
 import distillkit as dk
-from distillkit import evaluation, text_jobs
-from distillkit.__main__ import draw, main
-from distillkit.results import paired_difference, read
-from distillkit.selection import METHODS
-from distillkit.text_jobs import RECIPES, ROWS, STARTS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
+from distillkit.cli.main import draw, main
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.selection import METHODS
+from distillkit.experiments import ways_to_text as text_jobs
+from distillkit.experiments.results import paired_difference, read
+from distillkit.experiments.ways_to_text import RECIPES, ROWS, STARTS, TEXTS, WAYS, TextJob, TextRun, hardened, text_table
 
 # Every method under two recipes, a few under the others too.
 FEW = ("k_center", "sentences", "swaps")

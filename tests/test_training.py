@@ -9,9 +9,7 @@ import torch
 import transformers
 
 import distillkit as dk
-from distillkit.inner import inner_step, set_parts
-from distillkit.seeds import derive_seed
-from distillkit.training import (
+from distillkit.applications.trainer import (
     Examples,
     Padded,
     hugging_face_model,
@@ -21,6 +19,8 @@ from distillkit.training import (
     soft_cross_entropy,
     torch_optimizer,
 )
+from distillkit.core.inner import inner_step, set_parts
+from distillkit.io.seeds import derive_seed
 
 OPTIMIZERS = [dk.SGD(0.3), dk.SGD(0.3, clip_norm=0.05), dk.Momentum(0.1), dk.Momentum(0.1, nesterov=True),
               dk.AdamW(1e-2, weight_decay=0.1)]

@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit import evaluation, transfer_jobs
-from distillkit.__main__ import draw, main
-from distillkit.jobs import CONFIGS
-from distillkit.results import kind_of, paired_difference, read
-from distillkit.transfer_jobs import TransferJob, TransferRun, parsed, short_name, transfer_table
+from distillkit.cli.main import draw, main
+from distillkit.evaluation import evaluate as evaluation
+from distillkit.experiments import transfer as transfer_jobs
+from distillkit.experiments.classification import CONFIGS
+from distillkit.experiments.results import kind_of, paired_difference, read
+from distillkit.experiments.transfer import TransferJob, TransferRun, parsed, short_name, transfer_table
 
 SETS = {
     "kind": "text", "corpus": "rotten_tomatoes", "max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2,

@@ -13,7 +13,9 @@ import torch
 from matplotlib.figure import Figure
 
 import distillkit as dk
-from distillkit import plots, view_plots, views
+from distillkit.view import figures as plots
+from distillkit.view import measures as views
+from distillkit.view import set_figures as view_plots
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import plots, view_plots, views, widgets
+from distillkit.view import figures as plots
+from distillkit.view import measures as views
+from distillkit.view import set_figures as view_plots
+from distillkit.view import widgets
 
 HOSTILE = [
     "<script>alert(1)</script>", "\"'><img src=x onerror='alert(1)'>", "a & b &lt; &#60;", "nul \0 and bell \a",
@@ -118,7 +121,7 @@ def test_a_replacement_changes_one_position_and_nothing_else(world, real, learne
 
 def test_scores_are_the_judges_own(world, real, judge):
     """The same losses as the judge gives for swaps of tokens, which it takes by another route."""
-    from distillkit.judges import Swap
+    from distillkit.text.judges import Swap
 
     student = world[1]
     found = widgets.candidates(real, student, 0, 2, k=4, score=widgets.outer_loss(judge, seed=3))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit import wording
-from distillkit.tasks import Task
-from distillkit.wording import describe_text, log_odds, perplexity, wording_table, words_of
+from distillkit.applications import wording
+from distillkit.applications.wording import describe_text, log_odds, perplexity, wording_table, words_of
+from distillkit.data.tasks import Task
 
 RED = ["the red rose is red", "a red apple", "the rose and the apple", "red red rose"]
 BLUE = ["the blue sea is blue", "a blue whale", "the sea and the whale", "blue blue sea"]

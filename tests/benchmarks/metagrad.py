@@ -12,7 +12,7 @@ meta-gradient.  The outer loss is a fixed random linear function of the paramete
 the unroll alone is measured; what a real outer batch costs stands apart.  Plain training and a contender take turns
 (A B A B ...), and the median of the ratios is reported: a noisy neighbour slows both.
 
-*Live bytes* are those of tensors, not of the process (:mod:`distillkit.memory`).  Tensors shaped like a trained parameter
+*Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`).  Tensors shaped like a trained parameter
 are counted apart, in sets of parameters: parameters kept for the way back, gradients, cotangents.  So are the gradients
 of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations and what autograd saves of them.
 
@@ -49,12 +49,12 @@ import transformers
 from torch import Tensor
 
 import distillkit as dk
-from distillkit.memory import LiveBytes
-from distillkit.metagrad import MetaGradient, Problem, compare, outer_loss_and_grads, update_vjp
-from distillkit.progress import progress
-from distillkit.results import read, with_tables, write
-from distillkit.seeds import generator
-from distillkit.students import Params, Student
+from distillkit.core.metagrad import MetaGradient, Problem, compare, outer_loss_and_grads, update_vjp
+from distillkit.core.students import Params, Student
+from distillkit.experiments.results import read, with_tables, write
+from distillkit.io.memory import LiveBytes
+from distillkit.io.progress import progress
+from distillkit.io.seeds import generator
 
 README = Path(__file__).resolve().parents[2] / "figures" / "RESULTS.md"
 RESULTS = README.parent / "results"
@@ -213,7 +213,7 @@ class Known:
     steps: list
 
     def contributions(self, problem: Problem, start: int, stop: int):
-        """See :meth:`distillkit.metagrad.StoreAll.contributions`."""
+        """See :meth:`distillkit.core.metagrad.StoreAll.contributions`."""
         return self.loss, iter(self.steps)
 
     @classmethod

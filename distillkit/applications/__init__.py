@@ -1,0 +1,1 @@
+"""What a finished set is used for: transfer, prompts, merging, cost, publishing, the stock Trainer."""

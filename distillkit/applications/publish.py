@@ -1,0 +1,433 @@
+"""A distilled set as something to pass on: a folder that anybody can read, and the same on the Hugging Face hub.
+
+A published folder holds three things.  ``data/train.parquet`` is the set as a ``datasets.Dataset``: its text with labels
+where it has text, else the labels alone; ``datasets.load_dataset(folder)`` reads it, and distillkit need not be installed.
+``set/`` is the set itself, safetensors and JSON (:meth:`~distillkit.core.distilled.DistilledSet.save`), embeddings, step sizes
+and recipe included.  ``README.md`` is a dataset card (Gebru et al., 2021, "Datasheets for datasets", in short) made from
+what the set's ``meta`` says about how it came to be.  A card says what is known: nothing in it is guessed, and what nobody
+wrote down is *not recorded*.
+
+``SHA256SUMS`` lists every file that is read back, so that ``sha256sum -c SHA256SUMS`` checks a download too.  The card is
+left out of it, since cards are edited on the hub.  Names and texts come from corpora and from other people's folders, so
+in a card they stand as character references: no HTML, mark-up, link or formula of theirs takes effect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import yaml
+
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.students import MINILM_HUB_ID, MINILM_SHA256, Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.evaluate import Evaluation
+from distillkit.io.escaping import markdown as escaped
+from distillkit.io.storage import (
+    DATA,
+    LEFT_OVER,
+    MANIFEST,
+    TENSORS,
+    StorageError,
+    is_vacant,
+    read_standing,
+    replacing,
+    standing,
+)
+
+CARD, ROWS, SET, SUMS = "README.md", "data/train.parquet", "set", "SHA256SUMS"
+CHECKED = (ROWS, *(f"{SET}/{name}" for name in (DATA, TENSORS, MANIFEST)))
+NOT_RECORDED = "not recorded"
+SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
+SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))
+
+Scores = Mapping[str, Evaluation] | Sequence[Evaluation]
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def rows(distilled: DistilledSet) -> datasets.Dataset:
+    """The set as a Dataset: :meth:`DistilledSet.to_text` where it has text; else one row an example of what can be read.
+
+    Free embeddings have no words, so their rows hold ``example`` (the index into the tensors), ``tokens`` (its length), and
+    ``label`` with ``probabilities``, or ``response``.
+    """
+    if distilled.tokens is not None and "text" in distilled.meta:
+        return distilled.to_text()
+    columns = {"example": list(range(len(distilled))), "tokens": (distilled.mask != 0).sum(1).tolist()}
+    if "responses" in distilled.meta:
+        return datasets.Dataset.from_dict(columns | {"response": distilled.meta["responses"]})
+    columns["label"] = [distilled.meta["classes"][label] for label in distilled.meta["labels"]]
+    return datasets.Dataset.from_dict(columns | {"probabilities": distilled.probabilities().tolist()})
+
+
+def save_published(
+    distilled: DistilledSet,
+    folder: str | Path,
+    *,
+    evaluations: Scores = (),
+    task: Task | None = None,
+    student: Student | None = None,
+    license: str | None = None,
+    corpus_license: str | None = None,
+) -> Path:
+    """Write ``folder`` as it would stand on the hub: card, Dataset, safetensors, sums.  An earlier one is replaced.
+
+    Args:
+        evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": found}``.
+        task, student: what the set was made with, for what it does not carry itself: where the corpus came from, and the
+            base model's revision.
+        license: of the set, as the hub writes it, such as ``"cc-by-4.0"``; None: not recorded.
+        corpus_license: of the corpus, in words.
+
+    Raises:
+        ValueError: ``task`` or ``student`` is another than the set was made with.
+        StorageError: something else stands at ``folder``, or in it; or it cannot be written.
+    """
+    folder = Path(folder).expanduser().resolve()
+    text = card(distilled, folder.name, evaluations=evaluations, task=task, student=student, license=license,
+                corpus_license=corpus_license)
+    _refuse_to_replace(folder)
+    with replacing(folder) as fresh:
+        distilled.save(fresh / SET)
+        (fresh / ROWS).parent.mkdir()
+        rows(distilled).to_parquet(fresh / ROWS)
+        (fresh / CARD).write_text(text, encoding="utf-8")
+        (fresh / SUMS).write_text("".join(f"{_sha256(fresh / name)}  {name}\n" for name in CHECKED), encoding="ascii")
+    return folder
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if is_vacant(folder):
+        return
+    place, remedy = standing(folder), "choose another folder, or delete this one yourself"
+    if not (place / SUMS).is_file():
+        raise StorageError(f"will not overwrite {folder}: it is no published set; {remedy}")
+    parts = {str(parent) for name in CHECKED for parent in Path(name).parents} | {*CHECKED, CARD, SUMS}
+    inside = (path.relative_to(place) for path in place.rglob("*") if not LEFT_OVER.fullmatch(path.name))
+    if strangers := sorted({str(path) for path in inside} - parts):
+        raise StorageError(f"will not overwrite {folder}: it also holds {', '.join(strangers[:3])}; {remedy}")
+
+
+def load_published(folder: str | Path) -> DistilledSet:
+    """Read a folder that :func:`save_published` wrote, or a download of it.
+
+    Raises:
+        StorageError: a file is missing, a link, or differs from its SHA-256; named in the message.
+    """
+    def load(place: Path) -> DistilledSet:
+        _verify(place)
+        return DistilledSet.load(place / SET)
+
+    return read_standing(folder, load)
+
+
+def verify_published(folder: str | Path) -> None:
+    """Raise StorageError unless every file that is read back from a published folder is as it was written."""
+    read_standing(folder, _verify)
+
+
+def _verify(folder: Path) -> None:
+    path, remedy = folder / SUMS, "publish or download it again"
+    if path.is_symlink() or not path.is_file():
+        raise StorageError(f"{folder} has no plain file {SUMS}: it is no published set, or lost a file; check the path, or "
+                           f"{remedy}")
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in CHECKED:  # no name in the file is followed, so none can lead out of the folder
+        if name not in sums:
+            raise StorageError(f"{path} does not list {name}; {remedy}")
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise StorageError(f"{folder / name} is missing or not a plain file; {remedy}")
+        if _sha256(folder / name) != sums[name]:
+            raise StorageError(f"{folder / name} does not have the SHA-256 of {SUMS}: it was damaged or edited; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def push_to_hub(
+    distilled: DistilledSet, repo_id: str, *, private: bool = True, message: str = "A distilled set", **about
+) -> str:
+    """Put a set on the Hugging Face hub as a dataset repository; returns the address of the commit.
+
+    Args:
+        repo_id: ``"owner/name"``; made if it is not there.
+        private: whether a repository that is made is private: until you have seen whether the corpus' licence allows more.
+        message: of the commit.
+        about: ``evaluations``, ``task``, ``student``, ``license``, ``corpus_license`` as :func:`save_published` takes them.
+
+    Raises:
+        ValueError: ``repo_id`` can name no repository.
+        ConnectionError: the hub did not take it; says what it answered.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    _owned(repo_id)
+    validate_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = save_published(distilled, Path(scratch) / repo_id.split("/")[1], **about)
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=message)
+        except OSError as error:  # every error of huggingface_hub about the network or a permission is one
+            raise ConnectionError(
+                f"could not push to {repo_id}: {error}; log in ('hf auth login') with a token that may write there, or "
+                "save_published() to a folder and upload that later"
+            ) from error
+    return str(commit.commit_url)
+
+
+def from_hub(repo_id: str, revision: str | None = None) -> DistilledSet:
+    """A set that :func:`push_to_hub` put on the hub, or that lies in the hub's cache on this machine.
+
+    Args:
+        repo_id: ``"owner/name"``.
+        revision: branch, tag or commit; name a commit to be sure of the same bytes for ever.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or the hub cannot be reached and the cache has it not.
+        StorageError: it is no published set, or a file of it is damaged.
+    """
+    from huggingface_hub import snapshot_download
+
+    _owned(repo_id)
+    wanted = (SUMS, *CHECKED)
+    try:
+        found = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(wanted))
+    except OSError as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise FileNotFoundError(f"no set {repo_id}{at} on the Hugging Face hub or in its cache: {error}; check the name, log "
+                                "in if it is private, or copy the folder and use load_published()") from error
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        for name in wanted:  # the cache holds links, which load_folder follows nowhere
+            source, target = Path(found) / name, Path(scratch) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_file():
+                shutil.copyfile(source, target)
+        try:
+            return load_published(scratch)
+        except StorageError as error:
+            raise StorageError(f"{repo_id} on the hub: {str(error).replace(scratch, str(found))}") from error
+
+
+def _owned(repo_id: str) -> None:
+    if not isinstance(repo_id, str) or len([part for part in repo_id.split("/") if part]) != 2 or repo_id.count("/") != 1:
+        raise ValueError(f"repo_id must be 'owner/name', not {repo_id!r}")
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def card(
+    distilled: DistilledSet,
+    title: str,
+    *,
+    evaluations: Scores = (),
+    task: Task | None = None,
+    student: Student | None = None,
+    license: str | None = None,
+    corpus_license: str | None = None,
+) -> str:
+    """The dataset card of a set as Markdown with YAML in front; arguments as of :func:`save_published`."""
+    _same("task", task and task.fingerprint, distilled.meta.get("task_fingerprint"))
+    _same("student", student and student.name, distilled.meta.get("student"))
+    if student is not None:
+        distilled.check_table(student)
+    facts = {
+        "method": _method(distilled.meta),
+        "base model": _base_model(distilled.meta),
+        "base model's revision": _revision(student),
+        "embedding table (SHA-256)": distilled.meta.get("table_sha256"),
+        "corpus": distilled.meta.get("task"),
+        "corpus' fingerprint (SHA-256)": distilled.meta.get("task_fingerprint"),
+        "corpus came from": task and task.origin,
+        "corpus' licence": corpus_license,
+        "licence of this set": license,
+        "classes": ", ".join(map(str, distilled.meta.get("classes") or ())),
+        "size": f"{len(distilled)} examples of at most {distilled.embeds.shape[1]} tokens; {distilled.nbytes:,} bytes to "
+                "train on",
+        "budget of learning": _budget(distilled.meta),
+        "seeds": _seeds(distilled.meta),
+    }
+    recipe = distilled.meta.get("recipe")
+    told = json.dumps(recipe, indent=1) if recipe else "none: it was not distilled, or its recipe stayed behind"
+    parts = [
+        f"---\n{yaml.safe_dump(_front(distilled, title, license), sort_keys=False, allow_unicode=False)}---",
+        f"# {escaped(title)}",
+        f"{_form(distilled)} Made with distillkit. This card says what the set itself recorded; what is missing is "
+        f"*{NOT_RECORDED}*.",
+        "## How it was made",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_said(value)} |" for name, value in facts.items()),
+        "## Recipe",
+        "What training on it means, step by step:",
+        f"```json\n{told}\n```",
+        "## Scores",
+        _scores(evaluations),
+        "## Examples",
+        _examples(distilled),
+        "## Use",
+        _use(distilled),
+        "## What it is not good for",
+        "\n".join(f"* {line}" for line in _limits(distilled, evaluations, license)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _said(value) -> str:
+    return escaped(value) if value not in (None, "", ()) else NOT_RECORDED
+
+
+def _same(name: str, given, own) -> None:
+    if given is not None and own is not None and given != own:
+        raise ValueError(f"{name}: the set was made with another one ({own!r}) than was given ({given!r}); a card must not mix "
+                         "them, so give the one it was made with, or none")
+
+
+def _front(distilled: DistilledSet, title: str, license: str | None) -> dict:
+    instruction = "responses" in distilled.meta
+    front = {
+        "pretty_name": " ".join(title.split()),
+        "tags": ["distillkit", "dataset-distillation"],
+        "task_categories": ["text-generation" if instruction else "text-classification"],
+        "size_categories": [next(name for most, name in SIZES if len(distilled) < most)],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": ROWS}]}],
+    }
+    return ({"license": license} if license else {}) | front
+
+
+def _has_text(distilled: DistilledSet) -> bool:
+    return distilled.tokens is not None and "text" in distilled.meta
+
+
+def _form(distilled: DistilledSet) -> str:
+    what = "prompts with responses" if "responses" in distilled.meta else "labelled examples"
+    form = "as text" if _has_text(distilled) else "as learned input embeddings, which have no text"
+    return f"{len(distilled)} {what} to train on in place of a corpus, {form}."
+
+
+def _method(meta: Mapping) -> str | None:
+    """What was done to it, in the order it was done, in words."""
+    recipe, steps = meta.get("recipe") or {}, []
+    for key in ("selection", "search"):
+        if isinstance(meta.get(key), Mapping):
+            steps.append(f"{key}: {meta[key].get('method', meta[key].get('judge', NOT_RECORDED))}")
+    if recipe:
+        learned = (recipe.get("distiller") or {}).get("learn")
+        steps.append(f"distilled by {recipe.get('objective', NOT_RECORDED)}"
+                     + (f" (learned: {', '.join(map(str, learned))})" if learned else ""))
+    if isinstance(meta.get("projection"), Mapping):
+        steps.append(f"projected to the nearest tokens ({meta['projection'].get('metric', NOT_RECORDED)})")
+    if isinstance(meta.get("retokenized"), Mapping):
+        steps.append(f"tokenised again, from {meta['retokenized'].get('from', NOT_RECORDED)}")
+    return "; then ".join(steps) or None
+
+
+def _base_model(meta: Mapping) -> str | None:
+    name = meta.get("student")
+    if name == "offline:minilm":
+        return f"{MINILM_HUB_ID} ({name}; weights with SHA-256 {MINILM_SHA256})"
+    return name
+
+
+def _revision(student: Student | None) -> str | None:
+    """The commit that a hub model was loaded at, as the hub's cache names it; of a folder nothing is known."""
+    if student is None or Path(student.name).exists() or student.module.config.name_or_path != student.name:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(student.name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _budget(meta: Mapping) -> str | None:
+    recipe = meta.get("recipe") or {}
+    told = [f"{recipe[key]} {words}" for key, words in (
+        ("outer_steps", "outer steps"), ("outer_batch_size", "real examples each"), ("inits", "initialisations each"),
+        ("segments", "expert segments each"), ("steps", "inner steps"),
+    ) if recipe.get(key) is not None]
+    return ", ".join(told) or None
+
+
+def _seeds(meta: Mapping) -> str | None:
+    distiller = (meta.get("recipe") or {}).get("distiller") or {}
+    found = {"distilling": distiller.get("seed"), "selection": (meta.get("selection") or {}).get("seed"),
+             "search": (meta.get("search") or {}).get("seed")}
+    return ", ".join(f"{name} {seed}" for name, seed in found.items() if seed is not None) or None
+
+
+def _scores(evaluations: Scores) -> str:
+    if not evaluations:
+        return f"*{NOT_RECORDED}*"
+    found = evaluations.items() if isinstance(evaluations, Mapping) else ((None, e) for e in evaluations)
+    lines = ["| scored on | recipe | steps | optimiser | accuracy (mean ± sd) | fresh seeds |", "|---|---|---:|---|---:|---:|"]
+    for where, one in found:
+        optimizer = one.recipe.get("optimizer") or {}
+        rate = f", step size {optimizer['step_size']:g}" if one.recipe["name"] != "own" and "step_size" in optimizer else ""
+        lines.append(f"| {_said(where)} | {_said(one.recipe['name'])} | {_said(one.recipe.get('steps'))} | "
+                     f"{_said(optimizer.get('name'))}{rate} | {one.score_text()} | {len(one.scores)} |")
+    return "\n".join(lines) + (
+        "\n\nEach score is that of models trained afresh on this set alone, by the recipe of its row: *own* is the one above, "
+        "*standard* AdamW fine-tuning with published settings, *tuned* the best of one AdamW grid judged on validation text."
+    )
+
+
+def _examples(distilled: DistilledSet) -> str:
+    if not _has_text(distilled):
+        return "None can be shown: learned embeddings have no text."
+    found = distilled.to_text()
+    titles = [c for c in ("label", "text", "prompt", "response") if c in found.column_names]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    shown = found.select(range(min(SHOWN, len(found))))
+    lines += [f"| {' | '.join(escaped(row[c], LONGEST) for c in titles)} |" for row in shown.to_list()]
+    rest = len(found) - SHOWN
+    return "\n".join(lines) + (f"\n\n{rest} more in `{ROWS}`." if rest > 0 else "")
+
+
+def _use(distilled: DistilledSet) -> str:
+    with_kit = "import distillkit as dk\n\ndistilled = dk.DistilledSet.from_hub(\"owner/name\")   # every byte is checked"
+    tensors = f"from safetensors.torch import load_file\n\ntensors = load_file(\"{SET}/{TENSORS}\")   # embeds [m, l, d], mask"
+    plain = "from datasets import load_dataset\n\nrows = load_dataset(\"owner/name\", split=\"train\")   # without distillkit"
+    code = [with_kit, plain] if _has_text(distilled) else [with_kit, tensors]
+    return "\n\n".join(f"```python\n{part}\n```" for part in code)
+
+
+def _limits(distilled: DistilledSet, evaluations: Scores, license: str | None) -> list[str]:
+    meta, found = distilled.meta, []
+    if meta.get("recipe"):
+        found.append("Other recipes. It was learned for the one above; what it is worth under another is what the table of "
+                     "scores says, and unknown where that says nothing.")
+    if _has_text(distilled):
+        if meta.get("recipe") or "search" in meta:
+            found.append("Reading. Its words were chosen because a model trains well on them, not because they are true or "
+                         "make sense.")
+        else:
+            found.append("Hiding the corpus. No recipe is recorded, so take its sentences for ones of the corpus, whose "
+                         "licence and privacy hold for them.")
+    else:
+        found.append(f"Other models. Its embeddings, {distilled.embeds.shape[-1]} wide, belong to the base model's embedding "
+                     "table; no other model and no person can read them.")
+    if meta.get("classes"):
+        found.append(f"Other labels than its {len(meta['classes'])} classes, and other kinds of text than its corpus.")
+    else:
+        found.append("Other kinds of questions than those of its corpus.")
+    found.append("Privacy. It began as real rows of the corpus; how much of them can be got back was not measured.")
+    if not evaluations:
+        found.append("Any claim about accuracy: no score was recorded.")
+    if not license:
+        found.append("Passing on, before its licence is settled: none is recorded.")
+    return found

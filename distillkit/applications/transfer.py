@@ -1,0 +1,91 @@
+"""From one model to another: distilled tokens → text → the other model's tokens → train and score there.
+
+Embeddings belong to the model they were learned with; words belong to everyone.  So what moves is the text, with its
+labels.  Step sizes stay behind, since they were learned for the other model's loss, and the recipe with them: the other
+model trains by the grid that every set without a recipe gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.inner import Unroll
+from distillkit.core.students import Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.evaluate import Evaluation, evaluate
+from distillkit.io.checks import check_is
+
+
+def retokenize(distilled: DistilledSet, task: Task, student: Student) -> DistilledSet:
+    """The set's text as ``student`` reads it.
+
+    Args:
+        distilled: a set with text, of any model.
+        task: the task it was made for; texts are cut at its ``max_length``.
+        student: whose tokenizer and embedding table to use.
+
+    Returns:
+        a set of the same texts and labels, soft labels included, without step sizes or recipe.
+        ``meta["retokenized"]`` counts ``tokens_before`` and ``tokens_after`` (words' tokens, special ones apart), ``cut``,
+        the examples that outgrew the length, and ``same_text``, those that read the same when decoded again.
+
+    Raises:
+        ValueError: the set holds free embeddings; the task is of another kind, or its classes have other names; a text that
+            makes no token.
+    """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
+    texts = distilled.to_text()
+    column, labels = ("prompt", "response") if task.kind == "instruction" else ("text", "label")
+    length = task.max_length if task.kind == "instruction" else min(task.max_length, student.max_positions)
+    found = DistilledSet.from_text(texts[column], texts[labels], task, student, length=length, soft_labels=False)
+    if task.kind == "classification":
+        found = dataclasses.replace(found, targets=distilled.targets.clone())
+    uncut = student.tokenizer(texts[column][:], add_special_tokens=False)["input_ids"]
+    rows = distilled.meta.get("rows") if distilled.meta.get("task_fingerprint") == task.fingerprint else None
+    words = [" ".join(text.split()) for text in found.meta["text"]]
+    meta = {
+        **found.meta,
+        **({} if rows is None else {"rows": rows}),
+        "retokenized": {
+            "from": distilled.meta.get("student"),
+            "tokens_before": int(distilled.free.sum()),
+            "tokens_after": sum(map(len, uncut)),
+            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, found.free.sum(1), strict=True)),
+            "same_text": sum(a == " ".join(b.split()) for a, b in zip(words, distilled.meta["text"], strict=True)),
+        },
+    }
+    return dataclasses.replace(found, meta=meta)
+
+
+def transfer(
+    distilled: DistilledSet,
+    task: Task,
+    student: Student,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    recipe: str | Unroll = "tuned",
+    split: str = "test",
+) -> Evaluation:
+    """Score a set's text on another model.
+
+    Args:
+        distilled: a set with text: projected, searched for, or selected.
+        task: the task, which ``student`` was loaded for.
+        student: the model to train.
+        seeds: fresh initialisations (and orders) of it.
+        recipe: ``"tuned"``, ``"standard"``, or a training of one's own; the set's own recipe belongs to the model it was
+            learned with.
+        split: ``"test"`` or ``"validation"``.
+
+    Raises:
+        ValueError: the set holds free embeddings, or ``recipe`` is another.
+    """
+    if not isinstance(recipe, Unroll) and recipe not in ("tuned", "standard"):
+        raise ValueError("a set that moves to another model leaves its recipe behind: 'tuned', 'standard' or an Unroll, "
+                         f"not {recipe!r}")
+    return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)

@@ -1,0 +1,1 @@
+"""``python -m distillkit``: thin commands over the rooms below."""

@@ -1,0 +1,216 @@
+"""Command line: ``python -m distillkit demo``, ``run CONFIG``, the single steps ``distil``, ``evaluate``, ..., and ``doctor``.
+
+``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
+same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result and its figure beside its checkpoints and
+starts over once it was finished; the committed result of it is made by ``run quickstart --fresh``, the committed figures
+by ``figures``.  The steps are in :mod:`distillkit.cli.steps`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from distillkit.cli import steps
+from distillkit.io.escaping import one_line, say, visible_warnings
+from distillkit.io.signals import Ended, ending_signals
+
+RESULTS, WORK = Path("figures/results"), Path("runs")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="python -m distillkit", description=(__doc__ or "").split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw runs/quickstart.png")
+    run = commands.add_parser("run", help="run an experiment from a YAML file of settings")
+    run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
+    run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
+                     help="only these rows for now; the same command without it makes the others")
+    run.add_argument("--seeds", nargs="+", type=int, default=(),
+                     help="of an experiment whose scores belong to seeds: only these for now; other processes may make others")
+    show = commands.add_parser("table", help="print the table of a committed result")
+    show.add_argument("name", help="of a result in --results")
+    show.add_argument("--figure", type=Path, help="draw it too, into this file")
+    figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
+    readme = commands.add_parser("readme", help="write the tables of README.md and RESULTS.md from the committed results")
+    readme.add_argument("--file", type=Path, nargs="+", default=[Path("README.md"), Path("figures/RESULTS.md")])
+    for command in (demo, run, show, figures, readme):
+        command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
+    for command in (demo, run):
+        command.add_argument("--work", type=Path, default=WORK, help=f"folder of checkpoints and sets (default {WORK})")
+        command.add_argument("--fresh", action="store_true", help=steps.FRESH)
+    steps.add_commands(commands)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0; 1 where ``verify`` finds damage; 2 for bad input, or a disk that takes no more;
+    130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
+    args = parser().parse_args(argv)
+    own = {"demo": _demo, "run": _run, "table": _table, "figures": _figures, "readme": _readme}
+    with visible_warnings(), ending_signals():
+        try:
+            return own.get(args.command, steps.run)(args)
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (ValueError, OSError, FloatingPointError) as error:
+            said = one_line(error)
+        except RecursionError:
+            said = "what was to be read is nested too deeply"
+        except KeyboardInterrupt:
+            say("\ninterrupted; give the same command again to go on", error=True)
+            return 130
+        except Ended as ended:
+            say(f"\nended by {ended.signal.name}; give the same command again to go on", error=True)
+            return ended.code
+    say(f"error: {said}", error=True)
+    return 2
+
+
+def _config_path(name: Path) -> Path:
+    from distillkit.experiments.classification import CONFIGS
+
+    for candidate in (name, CONFIGS / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
+
+
+def _kinds() -> dict:
+    """Settings, run and table of each kind of experiment."""
+    from distillkit.experiments.classification import ClassificationJob, Run, table
+    from distillkit.experiments.continual import ContinualJob, ContinualRun, continual_table
+    from distillkit.experiments.grid import GridJob, GridRun, scaling_table, slides_table
+    from distillkit.experiments.instruction import InstructionJob, InstructionRun, instruction_table
+    from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
+    from distillkit.experiments.text_grid import TextGridJob, TextGridRun, text_grid_table
+    from distillkit.experiments.transfer import TransferJob, TransferRun, transfer_table
+    from distillkit.experiments.ways_to_text import TextJob, TextRun, text_table
+
+    return {
+        "classification": (ClassificationJob, Run, table),
+        "instruction": (InstructionJob, InstructionRun, instruction_table),
+        "prompting": (PromptingJob, PromptingRun, prompting_table),
+        "continual": (ContinualJob, ContinualRun, continual_table),
+        "scaling": (GridJob, GridRun, scaling_table),
+        "slides": (GridJob, GridRun, slides_table),
+        "text": (TextJob, TextRun, text_table),
+        "text_grid": (TextGridJob, TextGridRun, text_grid_table),
+        "transfer": (TransferJob, TransferRun, transfer_table),
+    }
+
+
+def _result(path: Path, args, folder: Path) -> dict:
+    from distillkit.experiments.results import kind_of
+    from distillkit.experiments.settings import renamed
+    from distillkit.io.checks import check_choice
+    from distillkit.io.restart import started
+
+    kind = kind_of(path)
+    check_choice(f"{path}: kind", kind, _kinds())
+    job_class, run_class, _ = _kinds()[kind]
+    job, seeded = job_class.from_yaml(path), kind != "classification"
+    rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
+    if seeds and not seeded:
+        raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
+                         "at once")
+    begun, own = time.perf_counter(), {} if seeded else {"committed": args.results}
+    try:
+        # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
+        with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
+            run = run_class(job, read_from, args.work, **own)
+        run.path = folder / f"{job.name}.json"
+        if kind in ("scaling", "slides", "text_grid"):
+            say(f"{job.name}: {len(job.cells())} cells")
+        else:
+            say(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
+                f"student {run.student.name}")
+        with started(run.claim, run.path, run.work, fresh=args.fresh):
+            result = run(rows, seeds) if seeded else run(rows)
+    except (ValueError, FloatingPointError) as error:
+        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
+        raise type(error)(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
+    say(draw(result))
+    say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
+    return result
+
+
+def _run(args) -> int:
+    _result(_config_path(args.config), args, args.results)
+    return 0
+
+
+def _demo(args) -> int:
+    from distillkit.view import figures as plots
+
+    folder = args.work / "results"
+    args.fresh = args.fresh or _done_with(folder / "quickstart.json")
+    result = _result(_config_path(Path("quickstart")), args, folder)
+    say(f"figure: {plots.save(plots.quickstart(result), args.work / 'quickstart.png')}")
+    say(f"the rows marked committed were made by: python -m distillkit run {result['config']['committed']} --fresh")
+    return 0
+
+
+def _done_with(path: Path) -> bool:
+    """Whether a demo begins anew: there is nothing left to make of its last result, or it cannot be read."""
+    from distillkit.experiments.results import read
+    from distillkit.io.storage import StorageError
+
+    if not path.is_file():
+        return False
+    try:
+        found = read(path)
+    except StorageError:
+        return True
+    return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
+
+
+def draw(result: dict) -> str:
+    """A result of any kind as Markdown."""
+    *_, table = _kinds()[result["config"].get("kind", "classification")]
+    return table(result)
+
+
+def _table(args) -> int:
+    from distillkit.experiments.results import read
+
+    path = args.results / f"{args.name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no result {path}")
+    result = read(path)
+    try:
+        say(draw(result))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is no result that this distillkit can show ({error!r}); make it again") from error
+    if args.figure:
+        from distillkit.view import figures as plots
+
+        plots.save(plots.quickstart(result), args.figure)
+    return 0
+
+
+def _figures(args) -> int:
+    from distillkit.view.gallery import regenerate
+
+    for line in regenerate(args.results, args.results.parent):
+        say(line)
+    return 0
+
+
+def _readme(args) -> int:
+    from distillkit.experiments.results import with_tables
+    from distillkit.io.storage import save_text
+
+    for file in args.file:
+        text = file.read_text(encoding="utf-8")
+        save_text(file, with_tables(text, args.results, marker="table", draw=draw))
+    return 0
+

@@ -1,0 +1,689 @@
+"""The steps of a distillation on the command line: ``experts``, ``distil``, ``evaluate``, ``transfer``, ``card``; and two
+that look: ``verify`` and ``doctor``.
+
+All steps of one piece of work are described by one :class:`Work`, and live in one folder, ``runs/NAME``: the settings that
+replay it, experts, checkpoint, the set, its text, and every score.  So a whole experiment is::
+
+    python -m distillkit distil --name first --corpus ag_news --student bert-base-uncased
+    python -m distillkit evaluate --name first
+    python -m distillkit card --name first
+
+Settings come from flags, else from ``--config FILE.yaml``, else from what the folder was made with, else are defaults.
+This module is imported to build the parser, so it imports nothing heavy until a step is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import yaml
+
+from distillkit.experiments.settings import Settings, renamed
+from distillkit.io.checks import check_choice, check_whole, limits_by_split
+from distillkit.io.escaping import one_line, say
+
+OPTIMIZERS = ("sgd", "momentum", "adamw")
+OBJECTIVES = ("bptt", "trajectory")
+METAGRADS = ("replay", "forward_difference", "recommended")
+FRESH = "start over: what an earlier run has made is removed once the new one has begun to write"
+SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
+
+
+def _option(default, told: str):
+    return dataclasses.field(default=default, metadata={"help": told})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work(Settings):
+    """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
+
+    name: str = _option("work", "of the folder under --work that everything goes to")
+    corpus: str = _option("docstrings", "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
+    student: str = _option("offline:minilm", "offline:minilm, ..., a folder, or a hub id")
+    trainable: str | None = _option(None, "what trains: full, head or lora")
+    text_column: str | None = _option(None, "column of the text, where it has another name than usual")
+    label_column: str | None = _option(None, "column of the label, where it has another name than usual")
+    limit: int | dict[str, int] | None = _option(None, "rows of each split at most; in a file also {test: 900}")
+    max_length: int = _option(32, "tokens that a real text is cut to")
+    seed: int = _option(0, "of whatever is drawn")
+    per_class: int = _option(1, "synthetic examples of each class")
+    fraction: float | None = _option(None, "or: their share of the training rows; an instruction task takes only this")
+    length: int | None = _option(None, "tokens of a synthetic example (default: max_length)")
+    objective: str = _option("bptt", "bptt, or trajectory (which wants experts first)")
+    unroll_steps: int = _option(3, "inner steps T")
+    optimizer: str = _option("sgd", "of the inner loop: sgd, momentum or adamw")
+    step_size: float = _option(0.2, "that the learned step sizes start from")
+    inner_batch: int | None = _option(None, "synthetic examples of an inner step (default: all)")
+    metagrad: str = _option("recommended", "replay (exact), forward_difference, or recommended: what suits the student")
+    outer_steps: int = _option(100, "updates of the synthetic examples")
+    outer_batch: int = _option(48, "real examples in an outer loss")
+    inits: int = _option(1, "initialisations, or expert segments, averaged in an outer step")
+    lr: float = _option(0.08, "outer learning rate")
+    checkpoint_every: int = _option(10, "outer steps between checkpoints")
+    expert_count: int = _option(1, "experts")
+    expert_epochs: int = _option(1, "epochs that an expert trains")
+    expert_step_size: float = _option(1e-3, "of an expert's AdamW")
+    expert_batch: int = _option(32, "rows of an expert's step")
+    snapshots_per_epoch: int = _option(1, "of an expert's path")
+    match_epochs: float = _option(1, "of an expert's path that the set has to lead along")
+    set: str | None = _option(None, "folder or hub:owner/name of the set (default: that of --name)")
+    recipe: str | None = _option(None, "own, standard or tuned (default: own where there is one, else tuned)")
+    seeds: tuple[int, ...] = _option((0, 1, 2), "fresh models that each score is the mean of")
+    split: str = _option("test", "that scores are taken on: test or validation")
+    target: str = _option("offline:distil-minilm", "the other model")
+    license: str | None = _option(None, "of the set, as the hub writes it, such as cc-by-4.0")
+    corpus_license: str | None = _option(None, "of the corpus, in words")
+
+    def __post_init__(self):
+        self.check_name()
+        for key in ("max_length", "per_class", "unroll_steps", "outer_steps", "outer_batch", "inits", "checkpoint_every",
+                    "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch"):
+            check_whole(key, getattr(self, key))
+        limits_by_split(self.limit, ("train", "validation", "test"))
+        for key in ("length", "inner_batch"):
+            if getattr(self, key) is not None:
+                check_whole(key, getattr(self, key))
+        self.check_positive("fraction", "step_size", "lr", "expert_step_size", "match_epochs")
+        for key, allowed in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS), ("metagrad", METAGRADS),
+                             ("split", ("test", "validation"))):
+            check_choice(key, getattr(self, key), allowed)
+        for key, allowed in (("trainable", ("full", "head", "lora")), ("recipe", ("own", "standard", "tuned"))):
+            if getattr(self, key) is not None:
+                check_choice(key, getattr(self, key), allowed)
+        if not self.seeds or not all(type(s) is int for s in self.seeds):
+            raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
+
+    def size(self) -> dict:
+        """Arguments that say how large a set is."""
+        found = {"per_class": self.per_class} if self.fraction is None else {"fraction": self.fraction}
+        return found | {"length": self.length, "seed": self.seed}
+
+
+WHERE = ("name", "corpus", "text_column", "label_column", "student", "trainable", "limit", "max_length")
+SIZE = ("per_class", "fraction", "length")
+EXPERTS = ("expert_count", "expert_epochs", "expert_step_size", "expert_batch", "snapshots_per_epoch", "seed")
+DISTIL = (*SIZE, "objective", "unroll_steps", "optimizer", "step_size", "inner_batch", "metagrad", "outer_steps", "outer_batch",
+          "inits", "lr", "checkpoint_every", "match_epochs", "seed")
+SCORED = ("set", "recipe", "seeds", "split")
+
+# command -> {argument of the library: the setting that it is given, or what to say instead}
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
+                "step_size": "expert_step_size"},
+    "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
+               "rates": "lr", "checkpoint_dir": "--name, or start over with --fresh"},
+}
+
+# command -> (one line, the settings that are its flags, an example that teaches)
+STEPS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "experts": ("train on all the data and write down the way there, to be matched by distil --objective trajectory",
+                (*WHERE, *EXPERTS),
+                "experts --name first --corpus docstrings --expert-epochs 2 --expert-count 2"),
+    "distil": ("learn a set: embeddings into runs/NAME/set, their nearest words into runs/NAME/text",
+               (*WHERE, *DISTIL),
+               "distil --name first --corpus docstrings --outer-steps 100\n"
+               "  torchrun --nproc-per-node 2 -m distillkit distil --name first --inits 4   (two processes, two each)\n"
+               "  the same command goes on where an interrupted run stopped; runs/first/settings.yaml replays it"),
+    "evaluate": ("train fresh models on a set, score them on held-out real text; adds a line to runs/NAME/scores.jsonl",
+                 (*WHERE, *SCORED),
+                 "evaluate --name first                       the set of that name, under its own recipe\n"
+                 "  python -m distillkit evaluate --name first --set runs/first/text --recipe tuned"),
+    "transfer": ("score a set's text on another model, which reads it with its own tokenizer",
+                 (*WHERE, *SCORED, "target"),
+                 "transfer --name first --target offline:distil-minilm"),
+    "card": ("print a set's dataset card, with the scores of runs/NAME/scores.jsonl that are this set's; or publish it",
+             (*WHERE, "set", "license", "corpus_license"),
+             "card --name first --out runs/first/published\n"
+             "  python -m distillkit card --name first --set runs/first/text --push me/six-sentences   (private)"),
+}
+_EPILOG = """example:
+  python -m distillkit {example}
+
+All settings may stand in a YAML file (--config), as in 'outer_steps: 100'; flags win over it. Without --config a step
+takes up the settings that runs/NAME was distilled with. Exit codes: 0 done, 2 something is wrong with what was asked;
+130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP (give the same command again to go on)."""
+
+
+def add_commands(commands) -> None:
+    """Add the parsers of all steps, ``verify`` and ``doctor`` to argparse's ``commands``."""
+    types = typing.get_type_hints(Work)
+    fields = {f.name: f for f in dataclasses.fields(Work)}
+    for step, (told, names, example) in STEPS.items():
+        parser = _parser(commands, step, told, _EPILOG.format(example=example))
+        for name in names:
+            _add_flag(parser, fields[name], types[name])
+        parser.add_argument("--config", type=Path, help="YAML file of settings")
+        parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of all work (default runs)")
+        if step in ("experts", "distil"):
+            parser.add_argument("--fresh", action="store_true", help=FRESH)
+        if step == "card":
+            parser.add_argument("--origin", action="store_true", help="load corpus and student to say where they came from")
+            parser.add_argument("--out", type=Path, help="write the published folder here instead of printing the card")
+            parser.add_argument("--push", metavar="OWNER/NAME", help="put it on the Hugging Face hub, in a private repository")
+            parser.add_argument("--public", action="store_true", help="make that repository public")
+    verify = _parser(commands, "verify", "check every byte of every distillkit folder below some folders, a line each",
+                     "example:\n  python -m distillkit verify runs\n\nExit codes: 0 all is as it was written, 1 something is "
+                     "damaged, 2 there is nothing to check.")
+    verify.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    doctor = _parser(commands, "doctor", "say what this machine and a model can do",
+                     "example:\n  python -m distillkit doctor --student offline:tiny-opt\n\nIt downloads nothing but what the "
+                     "student needs, and asks the hub once (not under HF_HUB_OFFLINE=1).")
+    doctor.add_argument("--student", default="offline:minilm", help="the model to look at (default offline:minilm)")
+
+
+def _parser(commands, name: str, told: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=told, description=told[0].upper() + told[1:] + ".", epilog=epilog, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, annotation) -> None:
+    """``--outer-steps 100`` for the field ``outer_steps``; absent where it is not given, so that a file may say it."""
+    default = field.default if isinstance(field.default, tuple) else None
+    told = field.metadata["help"] + ("" if field.default is None else f" (default {_shown(field.default)})")
+    kinds = [kind for kind in (int, float, str) if kind in (annotation, *typing.get_args(annotation))]
+    parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, type=kinds[0], nargs="+" if default else None,
+                        default=argparse.SUPPRESS, metavar=kinds[0].__name__.upper(), help=told.replace("%", "%%"))
+
+
+def _shown(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def settings_of(args: argparse.Namespace) -> Work:
+    """The settings of a step: flags, else the file, else what the folder of that name was made with, else defaults.
+
+    Raises:
+        ValueError: an unknown key, or a bad value, named.
+    """
+    path, given = _sources(args)
+    return Work.from_yaml(path, **given)
+
+
+def _sources(args: argparse.Namespace) -> tuple[Path | None, dict]:
+    """The file of settings of a step, if there is one, and the settings that are flags."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Work) if hasattr(args, field.name)}
+    path = args.config
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"no file of settings {path}")
+    if path is None:
+        made = args.work / Work.from_yaml(None, **given).name / SETTINGS
+        path = made if made.is_file() else None
+    return path, given
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the step, or the look, that ``args.command`` names; returns the exit code."""
+    if args.command == "verify":
+        return verify(args.folders)
+    if args.command == "doctor":
+        for line in doctor(args.student):
+            say(line)
+        return 0
+    steps = {"experts": experts, "distil": distil, "evaluate": evaluate, "transfer": transfer, "card": card}
+    settings, (path, given) = settings_of(args), _sources(args)
+    try:
+        steps[args.command](settings, args)
+    except (ValueError, FloatingPointError) as error:
+        names = Work.origins(path, given)
+        for argument, setting in ARGUMENTS.get(args.command, {}).items():
+            names[argument] = names.get(setting, setting)
+        raise type(error)(renamed(error, names)) from error
+    return 0
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def _world(settings: Work, student: str | None = None):
+    from distillkit.core.students import load_student
+    from distillkit.data.load import load_task
+
+    task = load_task(settings.corpus, max_length=settings.max_length, limit=settings.limit, seed=settings.seed,
+                     text_column=settings.text_column, label_column=settings.label_column)
+    found = load_student(student or settings.student, task, trainable=None if student else settings.trainable)
+    rows = " / ".join(str(len(split)) if split else "no" for split in (task.train, task.validation, task.test))
+    say(f"{task.name}: {rows} rows; student {found.name}", error=True)
+    return task, found
+
+
+def _keep(settings: Work, folder: Path) -> None:
+    """Write down the settings that replay a step, those of the steps before it included."""
+    from distillkit.io.storage import save_text
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def experts(settings: Work, args: argparse.Namespace) -> None:
+    """``python -m distillkit experts``; several processes share the experts, under ``torchrun`` or started by hand."""
+    from distillkit.applications.processes import team
+    from distillkit.core.experts import record_experts
+    from distillkit.core.inner import AdamW
+    from distillkit.io.restart import started
+    from distillkit.io.storage import Claim
+
+    folder = args.work / settings.name
+    recorded = folder / "experts"
+    with team() as ranks:
+        task, student = _world(settings)
+        run = started(Claim(recorded, wait=True, shared=True), recorded, fresh=args.fresh) if ranks.leads else nullcontext()
+        with run:
+            ranks.wait()
+            made = record_experts(
+                task, student, recorded, count=settings.expert_count, epochs=settings.expert_epochs,
+                optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
+                snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
+            )
+            if ranks.leads:
+                _keep(settings, folder)
+                say(f"{len(made)} experts of {made.snapshots} snapshots, {made.nbytes / 1e6:.1f} MB: {recorded}")
+
+
+def _objective(settings: Work, task, student, folder: Path):
+    from distillkit.core.experts import Experts
+    from distillkit.core.inner import SGD, AdamW, Momentum, Unroll
+    from distillkit.core.metagrad import ForwardDifference, Replay, recommend
+    from distillkit.core.objectives import BPTT, TrajectoryMatching
+    from distillkit.io.storage import is_vacant
+
+    metagrad = {"replay": Replay, "forward_difference": ForwardDifference, "recommended": lambda: recommend(student)[0]}
+    optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
+    unroll = Unroll(settings.unroll_steps, optimizer=optimizer[settings.optimizer](settings.step_size),
+                    metagrad=metagrad[settings.metagrad](), batch_size=settings.inner_batch)
+    if settings.objective == "bptt":
+        return BPTT(task, student, unroll, batch_size=settings.outer_batch, inits=settings.inits)
+    if is_vacant(folder / "experts"):
+        raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
+                                f"{settings.name}")
+    recorded = Experts.load(folder / "experts")
+    return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=settings.match_epochs, segments=settings.inits)
+
+
+def distil(settings: Work, args: argparse.Namespace) -> None:
+    """``python -m distillkit distil``; under ``torchrun`` with ``--inits`` spread over its processes."""
+    from distillkit.applications.processes import team
+    from distillkit.core.distilled import DistilledSet
+    from distillkit.io.restart import started
+    from distillkit.io.storage import Claim
+
+    folder = args.work / settings.name
+    with team() as ranks:
+        task, student = _world(settings)
+        start = DistilledSet.from_real(task, student, **settings.size())
+        objective = _objective(settings, task, student, folder)
+        if not ranks.leads:
+            ranks.shared(objective).serve(start)
+            return
+        # A recording that starts over must not take away what is read here.
+        matched = Claim(folder / "experts", wait=True, shared=True) if settings.objective == "trajectory" else nullcontext()
+        spread = ranks.shared(objective) if ranks.size > 1 else nullcontext(objective)
+        made = [folder / part for part in ("checkpoint", "set", "text")]
+        with spread as shared, matched, started(Claim(folder), *made, fresh=args.fresh):
+            _learn(settings, folder, start, shared, student)
+
+
+def _learn(settings: Work, folder: Path, start, objective, student) -> None:
+    """Distil, write what came of it, and show it."""
+    from distillkit.core.distilled import KIND
+    from distillkit.core.distiller import Distiller
+    from distillkit.io.storage import refuse_to_overwrite
+    from distillkit.text.projection import project
+
+    distiller = Distiller(start, objective, lr=settings.lr, seed=settings.seed, checkpoint_dir=folder / "checkpoint",
+                          checkpoint_every=settings.checkpoint_every)
+    for part in ("set", "text"):  # now, and not after the last step
+        refuse_to_overwrite(folder / part, KIND)
+    with distiller.claim or nullcontext():
+        _keep(settings, folder)
+        for record in distiller.run(settings.outer_steps):
+            if record.step % max(1, settings.outer_steps // 10) == 0:
+                say(f"step {record.step}: loss {record.loss:.3f}")
+    learned = distiller.distilled
+    learned.save(folder / "set")
+    words = project(learned, student)
+    words.save(folder / "text")
+    say(f"{len(learned)} examples, {learned.nbytes:,} bytes: {folder / 'set'}; as words: {folder / 'text'}")
+    for row in words.to_text().select(range(min(3, len(words)))).to_list():
+        say("  " + " | ".join(one_line(row[key], 100) for key in ("label", "prompt", "text", "response") if key in row))
+    say(f"what it is worth: python -m distillkit evaluate --name {settings.name}")
+
+
+def evaluate(settings: Work, args: argparse.Namespace) -> None:
+    """``python -m distillkit evaluate``; under ``torchrun`` with the seeds spread over its processes."""
+    from distillkit.applications.processes import team
+
+    found = read_set(settings.set or args.work / settings.name / "set")
+    with team() as ranks:
+        task, student = _world(settings)
+        made = ranks.evaluate(found, task, student, seeds=settings.seeds, recipe=settings.recipe, split=settings.split)
+        if ranks.leads:
+            _note(args.work / settings.name, found, task, student, settings, made)
+
+
+def transfer(settings: Work, args: argparse.Namespace) -> None:
+    """``python -m distillkit transfer``."""
+    from distillkit.applications.transfer import transfer as score
+
+    found = read_set(settings.set or args.work / settings.name / "text")
+    task, student = _world(settings, settings.target)
+    recipe = settings.recipe or "tuned"
+    made = score(found, task, student, seeds=settings.seeds, recipe=recipe, split=settings.split)
+    _note(args.work / settings.name, found, task, student, settings, made)
+
+
+def _note(folder: Path, found, task, student, settings: Work, made) -> None:
+    """Print a score, and add it to those of this piece of work."""
+    from distillkit.core.distiller import digest
+    from distillkit.experiments.results import as_json
+    from distillkit.io.storage import append_line
+
+    row = {"set": digest(found), "student": student.name, "trainable": student.trainable, "corpus": task.name,
+           "corpus_sha256": task.fingerprint, "split": settings.split, "seeds": list(settings.seeds), **as_json(made)}
+    append_line(folder / SCORES, row)
+    say(f"{made}: {student.name} trained on {len(found)} examples, {settings.split} split of {task.name}")
+
+
+def read_set(source: str | Path):
+    """A set from a folder that was saved or published, or from ``hub:owner/name`` (``hub:owner/name@revision``).
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it is damaged.
+    """
+    from distillkit.applications.publish import SUMS, from_hub, load_published
+    from distillkit.core.distilled import DistilledSet
+    from distillkit.io.storage import standing
+
+    if str(source).startswith("hub:"):
+        repo_id, _, revision = str(source).removeprefix("hub:").partition("@")
+        return from_hub(repo_id, revision or None)
+    folder = Path(source).expanduser()
+    if not standing(folder).is_dir():
+        raise FileNotFoundError(f"no set {folder}; make one with: python -m distillkit distil, or name another with --set")
+    return load_published(folder) if (standing(folder) / SUMS).is_file() else DistilledSet.load(folder)
+
+
+def card(settings: Work, args: argparse.Namespace) -> None:
+    """``python -m distillkit card``."""
+    from distillkit.applications import publish
+
+    found = read_set(settings.set or args.work / settings.name / "set")
+    about = {"evaluations": _scores(args.work / settings.name / SCORES, found), "license": settings.license,
+             "corpus_license": settings.corpus_license}
+    if args.origin:
+        about |= dict(zip(("task", "student"), _world(settings)))
+    if args.push:
+        say(publish.push_to_hub(found, args.push, private=not args.public, **about))
+    elif args.out:
+        say(publish.save_published(found, args.out, **about))
+    else:
+        say(publish.card(found, settings.name, **about).removesuffix("\n"))
+
+
+def _scores(path: Path, found) -> dict:
+    """The scores in a file that were taken of this very set, by what they were taken on; the last of a kind counts."""
+    from distillkit.core.distiller import digest
+    from distillkit.evaluation.evaluate import Evaluation
+    from distillkit.io.storage import read_lines
+
+    names = [f.name for f in dataclasses.fields(Evaluation)]
+    scores, own = {}, digest(found)
+    for number, row in enumerate(read_lines(path), start=1):
+        try:
+            if row["set"] == own:
+                one = Evaluation(**{name: row.get(name) for name in names})
+                where = f"{row['split']} split of {row['corpus']}, {row['student']}, {one.recipe['name']}"
+                scores[where] = dataclasses.replace(one, scores=tuple(one.scores))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no score ({error!r}); delete the line") from error
+    return scores
+
+
+# --- looks -----------------------------------------------------------------------------------------------------------
+
+def verify(folders: list[Path]) -> int:
+    """Check every distillkit folder below ``folders``, print a line each; returns the exit code.
+
+    Raises:
+        FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        OSError: a folder below one of them cannot be read.
+    """
+    counts = {"ok": 0, "DAMAGED": 0, "left over": 0}
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        for path, state, told in _checked(folder):
+            counts[state] += 1
+            say(f"{state:9} {one_line(path)}: {one_line(told)}")
+    if not sum(counts.values()):
+        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, folders))}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    return 1 if counts["DAMAGED"] else 0
+
+
+def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
+    """Each stored thing below ``top``: where, its state, and what is to be said of it."""
+    from distillkit.io.storage import LEFT_OVER, standing
+
+    def unreadable(error: OSError):
+        raise error
+
+    for place, inner, files in os.walk(top, onerror=unreadable):
+        inner.sort()
+        folder = Path(place)
+        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
+            target = folder / name[1:].rsplit(".", 2)[0]
+            if standing(target) == folder / name:
+                yield from _state(target)
+            aside = name.endswith(".aside")
+            told = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
+            yield folder / name, "left over", f"by {told} removes it"
+        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
+        yield from _state(folder)
+
+
+def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """The state of what is stored at ``folder``, if anything is."""
+    from distillkit.applications.publish import SET, SUMS, verify_published
+    from distillkit.io.storage import DATA, MANIFEST, TENSORS, StorageError, load_folder, standing
+
+    names = {path.name for path in standing(folder).iterdir()}
+    try:
+        if {SUMS, SET} <= names:
+            verify_published(folder)
+            yield folder, "ok", "published set"
+        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
+            kind = _kind(standing(folder) / MANIFEST)
+            load_folder(folder, kind=kind)
+            yield folder, "ok", kind
+    except StorageError as error:
+        yield folder, "DAMAGED", str(error)
+
+
+def _kind(manifest: Path) -> str:
+    """What a manifest says its folder holds; whatever is wrong with it, reading the folder will tell."""
+    try:
+        found = json.loads(manifest.read_bytes())
+        return str(found["kind"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def doctor(student: str = "offline:minilm") -> Iterator[str]:
+    """What this machine and a model can do, line by line."""
+    yield from _versions()
+    yield from _machine()
+    yield f"hub: {_hub()}"
+    yield from _data()
+    yield from _files(student)
+    yield from _model(student)
+
+
+def _versions() -> Iterator[str]:
+    import importlib.metadata
+    import platform
+
+    from packaging.requirements import Requirement
+
+    from distillkit.io.version import __version__
+
+    yield f"distillkit {__version__}, Python {platform.python_version()} on {platform.system()} ({platform.machine()})"
+    try:
+        wanted = [Requirement(line) for line in importlib.metadata.requires("distillkit") or ()]
+    except importlib.metadata.PackageNotFoundError:
+        yield "  not installed as a package, so the versions it needs are unknown; pip install -e ."
+        return
+    for one in wanted:
+        extra = one.marker is not None and not one.marker.evaluate({"extra": ""})
+        try:
+            found = importlib.metadata.version(one.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield f"  {one.name}: absent, {'optional' if extra else f'NEEDED: pip install {one.name}{one.specifier}'}"
+            continue
+        enough = one.specifier.contains(found, prereleases=True)
+        yield f"  {one.name} {found}: {'ok' if enough else 'TOO OLD OR TOO NEW'} ({one.specifier or 'any'})"
+
+
+def _machine() -> Iterator[str]:
+    import torch
+
+    from distillkit.io.storage import cache_dir
+
+    pages = "SC_PHYS_PAGES" in os.sysconf_names
+    memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB" if pages else "unknown"
+    yield f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}, memory {memory}"
+    yield f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here; cache: {cache_dir()}"
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        yield f"device: {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    else:
+        yield "device: CPU (torch sees no GPU)"
+
+
+def _hub() -> str:
+    """Whether the Hugging Face hub answers, asked once and briefly."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "not asked (HF_HUB_OFFLINE is set); only its cache is used"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
+            return f"reachable ({constants.ENDPOINT})"
+    except urllib.error.HTTPError as error:  # it answered
+        return f"reachable ({constants.ENDPOINT}, status {error.code})"
+    except (OSError, ValueError) as error:
+        return f"NOT reachable ({constants.ENDPOINT}: {error}); corpora and models must be here already"
+
+
+def _data() -> Iterator[str]:
+    from distillkit.data.corpora import KNOWN, QUESTIONS
+
+    root = os.environ.get("DISTILLKIT_DATA")
+    if not root:
+        yield "DISTILLKIT_DATA: not set; corpora known by name come from the hub"
+        return
+    yield f"DISTILLKIT_DATA: {root}{'' if Path(root).expanduser().is_dir() else ' (NO SUCH FOLDER)'}"
+    for name in KNOWN | QUESTIONS:
+        folder = Path(root).expanduser() / name
+        files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+        yield f"  {name}: {', '.join(files) if files else 'absent'}"
+
+
+def _files(source: str) -> Iterator[str]:
+    """What is read of a local model folder, and which of its files are pickles, code or weights that never are."""
+    from distillkit.core.model_files import inventory
+
+    for word, names in zip(("read", "left out"), inventory(source)):
+        if names:
+            yield f"  files {word}: {', '.join(one_line(name, 100) for name in names)}"
+
+
+def _model(source: str) -> Iterator[str]:
+    """What a model is as a classifier and as a language model, or why it is none; an error where it is neither."""
+    import tempfile
+
+    from distillkit.data.load import load_task
+
+    rows = {
+        "classifier": [{"text": f"a sentence of class {c}", "label": c} for c in ("one", "two")],
+        "language model": [{"prompt": f"the number before {c} is", "response": f"not {c}"} for c in ("one", "two")],
+    }
+    errors = []
+    for role, examples in rows.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for split in ("train", "validation", "test"):
+                (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+            task = load_task(folder, max_length=16)
+        try:
+            yield from _student(source, role, task)
+        except ValueError as error:
+            errors.append(error)
+            yield f"student {source} as {role}: none ({error})"
+    if len(errors) == len(rows):
+        raise errors[0]
+
+
+def _student(source: str, role: str, task) -> Iterator[str]:
+    """What a student is, which derivatives each kind of attention has, tried on a sentence, and its adapters."""
+    from distillkit.core.metagrad import recommend
+    from distillkit.core.students import load_student
+
+    for attention in ("eager", "sdpa"):
+        try:
+            student = load_student(source, task, trainable="full", attention=attention)
+        except ValueError as error:
+            if attention == "eager":
+                raise
+            yield f"  attention {attention}: none ({error})"
+            break
+        if attention == "eager":
+            trained = sum(p.numel() for p in student.init(0).values())
+            yield (f"student {student.name} as {role}: {student.module.config.model_type}, {trained:,} parameters trained, "
+                   f"embeddings [{', '.join(map(str, student.embedding.shape))}], {student.max_positions} positions, on "
+                   f"{student.device}")
+        first, second = (_tried(lambda order=order, s=student: _derivative(s, task, order)) for order in (1, 2))
+        yield f"  attention {attention}: first derivatives {first}, second {second}; use {_named(recommend(student))}"
+    try:
+        adapters = load_student(source, task, trainable="lora")
+    except ValueError as error:
+        yield f"  LoRA: none ({error})"
+    else:
+        yield f"  LoRA: {sum(p.numel() for n, p in adapters.init(0).items() if '.lora_' in n):,} parameters in adapters"
+
+
+def _named(advice: tuple) -> str:
+    strategy, why = advice
+    return f"{type(strategy).__name__} ({why})"
+
+
+def _derivative(student, task, order: int) -> bool:
+    """Whether the gradient of a loss, or of a gradient's norm, with respect to an input is finite."""
+    import torch
+
+    batch = task.batch(student.tokenizer, "train", [0, 1])
+    embeds = student.embedding[batch["input_ids"].to(student.device)].clone().requires_grad_()
+    params = {n: p.requires_grad_() for n, p in student.init(0).items()}
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    loss = student.loss(params, inputs, batch["labels"].to(student.device))
+    if order == 2:
+        grads = torch.autograd.grad(loss, [*params.values()], create_graph=True, allow_unused=True)
+        loss = torch.stack([g.square().sum() for g in grads if g is not None]).sum()
+    return bool(torch.autograd.grad(loss, embeds)[0].isfinite().all())
+
+
+def _tried(attempt: Callable[[], bool]) -> str:
+    try:
+        return "ok" if attempt() else "NOT FINITE"
+    except (RuntimeError, NotImplementedError) as error:
+        return f"none ({str(error).splitlines()[0][:80]})"

@@ -1,0 +1,329 @@
+"""Expert trajectories: where training on all the data leads, written down to be matched.
+
+An expert is a student trained on the whole training split.  Along the way it leaves *snapshots*: its parameters and its
+optimiser's state at evenly spaced steps, and, by a seed, the order of its batches.  With them any segment of its path can
+be walked again, step for step.  Trajectory matching (Cazenavette et al., 2022) asks a distilled set to lead a student
+along the same segment in fewer steps.
+
+On disk an expert is a folder of snapshots, each one atomic and with SHA-256 sums, so that an interrupted recording goes on
+after its last snapshot and a damaged file is noticed.  Of two processes that record into one folder the second waits, and
+finds there what the first has made.  Snapshots are memory-mapped when read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distillkit.core.inner import AdamW, Optimizer, Part, State, described, inner_step
+from distillkit.core.students import Params, Student
+from distillkit.data.tasks import Task
+from distillkit.io.checks import check_is, check_whole
+from distillkit.io.escaping import say
+from distillkit.io.progress import progress
+from distillkit.io.seeds import derive_seed, generator
+from distillkit.io.signals import Ended, ending_signals
+from distillkit.io.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder
+
+KIND, SNAPSHOT = "experts", "expert-snapshot"
+EXTENDABLE = ("count", "epochs")  # more of these may be asked of a folder than it holds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experts:
+    """Recorded experts, read from their folder as they are needed; made by :func:`record_experts`.
+
+    Attributes:
+        folder: where they are.
+        settings: how they were made: ``count``, ``epochs``, ``snapshots_per_epoch``, ``steps_per_epoch``, ``optimizer``,
+            ``batch_size``, ``seed``, and what identifies student, tokenizer and task.
+    """
+
+    folder: Path
+    settings: dict
+    _verified: set = dataclasses.field(default_factory=set, repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Experts:
+        """Open a folder of experts.
+
+        Raises:
+            StorageError: it holds none, is damaged, or its recording was interrupted.
+        """
+        folder = Path(folder).expanduser()
+        found = cls(folder, load_folder(folder / "settings", kind=KIND).data)
+        for expert in range(len(found)):
+            for index in range(found.snapshots):
+                if is_vacant(found._place(expert, index)):
+                    raise StorageError(
+                        f"{folder}: expert {expert} ends before snapshot {index} of {found.snapshots - 1}; its recording was "
+                        "interrupted: call record_experts with the same settings to finish it"
+                    )
+        return found
+
+    def __len__(self) -> int:
+        return self.settings["count"]
+
+    @property
+    def epochs(self) -> int:
+        return self.settings["epochs"]
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots of each expert, its start included."""
+        return self.epochs * self.settings["snapshots_per_epoch"] + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def snapshot(self, expert: int, index: int, *, state: bool = True) -> tuple[Params, State]:
+        """Parameters and optimiser state (empty unless ``state``) on the CPU.
+
+        Args:
+            expert: 0 … len − 1.
+            index: 0 (the start) … ``snapshots`` − 1.
+        """
+        if not (0 <= expert < len(self) and 0 <= index < self.snapshots):
+            raise ValueError(f"there is no snapshot {index} of expert {expert}: {self.folder} holds {len(self)} experts of "
+                             f"{self.snapshots} snapshots")
+        place, prefix = self._place(expert, index), "" if state else "params."
+        stored = load_folder(place, kind=SNAPSHOT, prefix=prefix, verify=(expert, index) not in self._verified)
+        self._verified.add((expert, index))
+        return _unpacked(stored)
+
+    def step(self, index: int) -> int:
+        """The number of training steps made before snapshot ``index``."""
+        return index * self.settings["steps_per_epoch"] // self.settings["snapshots_per_epoch"]
+
+    def batches(self, expert: int, first: int, last: int) -> Iterator[Tensor]:
+        """The training rows of each step between two snapshots."""
+        for step in range(self.step(first), self.step(last)):
+            yield _batch(self.settings, expert, step)
+
+    def check(self, student: Student, task) -> None:
+        """Raise ValueError if another student, tokenizer or task made these experts."""
+        ours = _identity(student, task)
+        for key, value in ours.items():
+            if self.settings[key] != value:
+                raise ValueError(
+                    f"the experts in {self.folder} were made with another {key.replace('_', ' ')} "
+                    f"({_short(self.settings[key])}) than student {student.name!r} on task {task.name!r} has "
+                    f"({_short(value)}); load what they were made with, or record experts anew"
+                )
+
+    def _place(self, expert: int, index: int) -> Path:
+        return self.folder / f"expert-{expert:03d}" / f"{index:04d}"
+
+
+def record_experts(
+    task,
+    student: Student,
+    folder: str | Path,
+    *,
+    count: int = 1,
+    epochs: int = 1,
+    optimizer: Optimizer = AdamW(step_size=1e-3),  # noqa: B008 (frozen)
+    batch_size: int = 32,
+    micro_batch: int | None = None,
+    snapshots_per_epoch: int = 1,
+    seed: int = 0,
+) -> Experts:
+    """Train experts on the whole training split and write their trajectories to ``folder``.
+
+    A recording that was interrupted, by Ctrl-C, SIGTERM, SIGHUP or a kill, goes on after its last snapshot when called
+    again; more experts or epochs may be asked of a finished one.
+
+    Several processes that are given the same folder and settings share the work, an expert each at a time, and return when
+    all are recorded.
+
+    Args:
+        count: experts; each has its own order of batches (and, where the student draws any, fresh parameters).
+        epochs: passes through the training split.
+        optimizer: how they train, at its constant step size.
+        batch_size, micro_batch: rows of a step, and of them at a time.
+        snapshots_per_epoch: evenly spaced.
+        seed: of orders and initialisations.
+
+    Raises:
+        ValueError: settings that cannot be, or others than the folder's, naming which.
+        OSError: the disk has less room than the trajectories will take.
+    """
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    student = student.for_task(task)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {optimizer!r}")
+    check_whole("batch_size", batch_size, most=len(task.split("train")))
+    if micro_batch is not None:
+        check_whole("micro_batch", micro_batch)
+    derive_seed("expert-order", seed)  # an error now if it is none
+    folder, steps = Path(folder).expanduser(), -(-len(task.train) // batch_size)
+    settings = {
+        "count": count,
+        "epochs": epochs,
+        "snapshots_per_epoch": snapshots_per_epoch,
+        "steps_per_epoch": steps,
+        "optimizer": described(optimizer),
+        "batch_size": batch_size,
+        "rows": len(task.train),
+        "seed": seed,
+        **_identity(student, task),
+    }
+    for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
+        check_whole(name, settings[name], most=most)
+    with Claim(folder, wait=True, shared=True), ending_signals():
+        with Claim(folder.with_name(f"{folder.name}.settings"), wait=True):
+            experts = Experts(folder, _settled(folder, settings))
+            places = ((e, i) for e in range(len(experts)) for i in range(experts.snapshots))
+            missing = [place for place in places if is_vacant(experts._place(*place))]
+            _need_room(folder, student, optimizer, len(missing))
+            save_folder(folder / "settings", kind=KIND, data=experts.settings)
+        try:
+            _record_missing(experts, missing, task, student, optimizer, micro_batch)
+        except (KeyboardInterrupt, Ended):
+            say(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
+                error=True)
+            raise
+        return Experts.load(folder)
+
+
+def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
+    """Every expert that lacks something: first those that no other process has in hand, then, when they are free, the rest."""
+    total = sum(experts.step(i) - experts.step(i - 1) for _, i in missing if i)
+    left = sorted({e for e, _ in missing})
+    with progress(total=total, desc="recording experts", unit="step") as bar:
+        for wait in (False, True):
+            for expert in tuple(left):
+                with contextlib.ExitStack() as held:
+                    try:
+                        held.enter_context(Claim(experts._place(expert, 0).parent, wait=wait))
+                    except StorageError:
+                        if wait:
+                            raise
+                        continue
+                    _record(experts, expert, task, student, optimizer, micro_batch, bar)
+                left.remove(expert)
+
+
+def _record(experts: Experts, expert: int, task, student: Student, optimizer: Optimizer, micro_batch, bar) -> None:
+    """Train one expert from its last snapshot on."""
+    there = [i for i in range(experts.snapshots) if not is_vacant(experts._place(expert, i))]
+    done = next((i for i in range(experts.snapshots) if i not in there), experts.snapshots) - 1
+    if done < 0:
+        params = student.init(derive_seed("expert-init", experts.settings["seed"], expert))
+        state, done = optimizer.init(params), 0
+        _save(experts._place(expert, 0), params, state)
+    else:
+        params, state = moved(experts.snapshot(expert, done), student.device)
+    for index in range(done + 1, experts.snapshots):
+        for rows in experts.batches(expert, index - 1, index):
+            parts = real_parts(task, student, rows, micro_batch)
+            params, state, *_ = inner_step(student, optimizer, params, state, parts, optimizer.step_size)
+            bar.update()
+        kept = [params, *(v for v in state.values() if isinstance(v, dict))]
+        if not all(bool(t.isfinite().all()) for tensors in kept for t in tensors.values()):
+            raise FloatingPointError(f"expert {expert} is not finite after {experts.step(index)} steps at step size "
+                                     f"{optimizer.step_size}; lower it, or clip gradients (clip_norm)")
+        _save(experts._place(expert, index), params, state)
+
+
+def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = None, split: str = "train") -> Iterator[Part]:
+    """The micro-batches of one step on real rows."""
+    for part in rows.split(micro_batch or len(rows)):
+        batch = task.batch(student.tokenizer, split, part.tolist())
+        yield len(part) / len(rows), batch, batch["labels"].to(student.device), None
+
+
+def moved(found: tuple[Params, State], device) -> tuple[Params, State]:
+    """Parameters and state on ``device``."""
+    params, state = found
+    return {n: p.to(device) for n, p in params.items()}, {
+        k: {n: t.to(device) for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()
+    }
+
+
+def _save(place: Path, params: Params, state: State) -> None:
+    tensors = {f"params.{n}": p for n, p in params.items()}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            tensors |= {f"state.{key}.{n}": t for n, t in value.items()}
+    numbers = {k: v for k, v in state.items() if not isinstance(v, dict)}
+    kept = [k for k, v in state.items() if isinstance(v, dict)]
+    save_folder(place, kind=SNAPSHOT, tensors=tensors, data={"numbers": numbers, "tensors": kept})
+
+
+def _unpacked(stored) -> tuple[Params, State]:
+    params = {n.removeprefix("params."): t for n, t in stored.tensors.items() if n.startswith("params.")}
+    state: State = dict(stored.data["numbers"])
+    for key in stored.data["tensors"]:
+        prefix = f"state.{key}."
+        state[key] = {n.removeprefix(prefix): t for n, t in stored.tensors.items() if n.startswith(prefix)}
+    return params, state
+
+
+def _batch(settings: dict, expert: int, step: int) -> Tensor:
+    epoch, place = divmod(step, settings["steps_per_epoch"])
+    draw = generator("expert-order", settings["seed"], expert, epoch)
+    order = torch.randperm(settings["rows"], generator=draw)
+    return order[place * settings["batch_size"] :][: settings["batch_size"]]
+
+
+def _settled(folder: Path, settings: dict) -> dict:
+    """The settings to record with: those stored in ``folder``, if any, with as many experts and epochs as are asked for."""
+    remove_orphans(folder / "settings")  # a recording killed in its first write leaves nothing else
+    if is_vacant(folder / "settings"):
+        if not is_vacant(folder):
+            raise StorageError(f"{folder} holds something else than experts; choose another folder")
+        return settings
+    stored = load_folder(folder / "settings", kind=KIND).data
+    ours = json.loads(json.dumps(settings))
+    for key, value in ours.items():
+        if key not in EXTENDABLE and stored.get(key) != value:
+            raise ValueError(f"{folder} holds experts made with {key}={_short(stored.get(key))}, not {_short(value)}; record "
+                             "these in another folder")
+    return ours | {key: max(ours[key], stored[key]) for key in EXTENDABLE}
+
+
+def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: int) -> None:
+    own = {n: p for n, p in student.module.named_parameters() if n in student.trained_names}
+    parameters = sum(p.numel() * p.element_size() for p in own.values())
+    states = sum(isinstance(v, dict) for v in optimizer.init({n: p[:0] for n, p in own.items()}).values())
+    wanted, existing = parameters * (1 + states) * snapshots, folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise OSError(
+            f"{snapshots} snapshots of {len(own)} tensors take {wanted / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB "
+            "free; record fewer experts or snapshots, or load the student with trainable='lora'"
+        )
+
+
+def _identity(student: Student, task) -> dict:
+    """What tells students, tokenizers and tasks apart."""
+    if "identity" not in student.cache:
+        own = dict(student.module.named_parameters())
+        shapes = [[n, list(own[n].shape)] for n in student.trained_names]
+        table = student.embedding.detach().float().cpu().contiguous().numpy()
+        student.cache["identity"] = {
+            "student": student.name,
+            "trainable": student.trainable,
+            "parameters": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+            "embedding": hashlib.sha256(table.tobytes()).hexdigest(),
+            "tokenizer": hashlib.sha256(json.dumps(sorted(student.tokenizer.get_vocab().items())).encode()).hexdigest(),
+        }
+    return student.cache["identity"] | {"task": task.fingerprint}
+
+
+def _short(value) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)

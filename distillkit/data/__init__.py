@@ -1,0 +1,1 @@
+"""Real text: found, read, checked, split, tokenised.  :func:`distillkit.data.load.load_task` is the entrance."""

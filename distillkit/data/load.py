@@ -1,0 +1,62 @@
+"""From the name of a corpus to a task: the one entrance to this room."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from distillkit.data.corpora import Columns, Corpus, CorpusError, docstring_corpus, find_corpus
+from distillkit.data.instruction import docstrings_qa, instruction_task
+from distillkit.data.tasks import SHORTEST, SPLITS, Task, classification_task
+from distillkit.io.checks import check_whole, limits_by_split
+from distillkit.io.seeds import generator
+
+BUILT_IN = ("docstrings", "docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
+
+
+def load_corpus(source, *, text_column: str | None = None, label_column: str | None = None) -> Corpus:
+    """The corpus that `source` names: "docstrings", a known name, a folder, or a hub id.
+
+    `text_column`, `label_column`: what the columns are called, where they have other names than usual.
+
+    Raises `CorpusError` for a source that is not found, a file that cannot be read, or columns that are not there.
+    """
+    source, columns = os.fspath(source) if isinstance(source, os.PathLike) else source, Columns(text_column, label_column)
+    if not isinstance(source, str) or not source:
+        raise CorpusError(f"a task is named by a string or a path, not by {source!r}")
+    if source not in BUILT_IN:
+        return find_corpus(source, columns, built_in=BUILT_IN)
+    if columns != Columns():
+        raise CorpusError(f"{source} is built in and has no columns to name; leave out text_column and label_column")
+    return docstring_corpus() if source == "docstrings" else docstrings_qa(source)
+
+
+def load_task(
+    source,
+    *,
+    max_length: int = 64,
+    limit: int | Mapping[str, int | None] | None = None,
+    seed: int = 0,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Task:
+    """The task that `source` names: "docstrings", "docstrings_qa", a name on the hub, a folder, or a hub id.
+
+    `max_length`: tokens of a row, special ones included, 3 or more. `limit`: at most so many rows in each split, the
+    classes as equal as they can be; `{"test": 900}` limits the splits that it names. `seed`: for `limit`, and for carving
+    validation out of train where it is missing. `text_column`, `label_column`: the columns of labelled text, where they
+    have other names than usual.
+
+    A folder holds, itself or in `data/`, for each split a file or all of its numbered parts (.jsonl, .ndjson, .json, .csv,
+    .tsv, packed as .gz or not; .parquet), or a folder of `save_to_disk`; val, valid, dev and eval are validation. A warning
+    names other data that lie there. Where the source holds prompts with responses, the task is an
+    `instruction.InstructionTask`.
+
+    Raises `CorpusError` (a `ValueError`) for a source that is not found, and for rows that cannot be used, by place.
+    """
+    check_whole("max_length", max_length, least=SHORTEST, meaning="at least one token between two special ones")
+    limits = limits_by_split(limit, SPLITS)
+    generator("task-limit", seed)  # an error now if it is none
+    corpus = load_corpus(source, text_column=text_column, label_column=label_column)
+    make = classification_task if corpus.layout == "labels" else instruction_task
+    return make(corpus, max_length=max_length, limits=limits, seed=seed)

@@ -1,0 +1,1 @@
+"""Scores of a set on held-out text, and real examples of its size to compare with."""

@@ -1,0 +1,118 @@
+"""Real examples, chosen well: the baseline that any distilled set has to beat.
+
+* ``random``: any sentences of the class.
+* ``k_center`` (Sener & Savarese, 2018): start from the sentence nearest the class mean, then keep adding the one
+  farthest from all chosen so far: cover the class.
+* ``herding`` (Welling, 2009): keep adding the sentence that brings the mean of the chosen nearest the class mean.
+* ``less`` (Xia et al., 2024): the sentences whose gradients point where the validation loss falls
+  (:mod:`distillkit.evaluation.influence`); it takes several gradients a training row.
+
+The two in the middle work on L2-normalised sentence representations under the student (mean of its last hidden states).
+Texts shorter than the budget are filled up with further real sentences, for every method alike (see
+:func:`distillkit.core.distilled.from_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillkit.core.distilled import DistilledSet, examples_per_class, from_rows
+from distillkit.core.students import Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.influence import LESS, LessSettings, less_rows
+from distillkit.io.checks import check_choice, check_flag, check_is
+from distillkit.io.progress import progress
+
+METHODS = ("random", "k_center", "herding")
+ALL_METHODS = (*METHODS, "less")
+
+
+def select(
+    task: Task,
+    student: Student,
+    method: str,
+    *,
+    per_class: int | None = None,
+    fraction: float | None = None,
+    length: int | None = None,
+    fill: bool = True,
+    seed: int = 0,
+    less: LessSettings = LESS,
+) -> DistilledSet:
+    """Real training sentences as a set with hard labels and no recipe.
+
+    Args:
+        method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
+        per_class, fraction, length, fill, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
+            same sentences for every seed; the seed then steers only what short ones are filled up with.
+        less: settings of ``"less"``, noted in ``meta["selection"]``.  It compares gradients of what the student trains;
+            the paper's method takes a student with ``trainable="lora"``.
+
+    Raises:
+        ValueError: an unknown method or a size that cannot be had.
+    """
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    check_is("less", less, LessSettings)
+    check_choice("method", method, ALL_METHODS)
+    check_flag("fill", fill)
+    size = {"per_class": per_class, "fraction": fraction, "length": length, "fill": fill, "seed": seed}
+    if method == "random":
+        found = DistilledSet.from_real(task, student, soft_labels=False, **size)
+    else:
+        k = examples_per_class(task, per_class, fraction)
+        if method == "less":
+            rows = less_rows(task, student.for_task(task), k, seed=seed, settings=less)
+        else:
+            x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
+            rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
+        found = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
+    noted = {"trainable": student.trainable, **less.described()} if method == "less" else {}
+    found.meta["selection"] = {"method": method, "seed": seed, **noted}
+    return found
+
+
+def k_center(x: np.ndarray, k: int) -> np.ndarray:
+    """Greedy k-centre: indices of ``k`` rows of ``x [n, d]``, the first nearest the mean, each next farthest from all."""
+    chosen = [int(np.argmin(np.linalg.norm(x - x.mean(0), axis=1)))]
+    distance = np.linalg.norm(x - x[chosen[0]], axis=1)
+    while len(chosen) < k:
+        distance[chosen] = -1.0  # a duplicate of a chosen row is at distance 0 and may still be chosen
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.linalg.norm(x - x[chosen[-1]], axis=1))
+    return np.array(chosen)
+
+
+def herding(x: np.ndarray, k: int) -> np.ndarray:
+    """Herding: indices of ``k`` rows of ``x [n, d]`` whose running mean stays nearest the mean of all."""
+    mean, total = x.mean(0), np.zeros(x.shape[1])
+    chosen: list[int] = []
+    for size in range(1, k + 1):
+        gap = np.linalg.norm(mean - (total + x) / size, axis=1)
+        gap[chosen] = np.inf
+        chosen.append(int(np.argmin(gap)))
+        total += x[chosen[-1]]
+    return np.array(chosen)
+
+
+def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np.ndarray:
+    """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
+    key = f"features:{task.fingerprint}:{task.max_length}"
+    if key not in student.cache:
+        found = over_training_rows(task, student, student.features, batch_size)
+        student.cache[key] = torch.nn.functional.normalize(found, dim=1).numpy()
+    return student.cache[key]
+
+
+def over_training_rows(task: Task, student: Student, read: Callable, batch_size: int = 128) -> Tensor:
+    """What ``read`` gives for batches of the training split: ``[rows, …]`` float32 on the CPU, in the split's order."""
+    lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
+    order = torch.from_numpy(np.argsort(lengths, kind="stable"))  # rows of like length together: little padding
+    batches = progress(order.split(batch_size), desc="reading the corpus", leave=False)
+    with torch.no_grad():
+        found = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu() for rows in batches])
+    return torch.empty_like(found).index_copy_(0, order, found)

@@ -1,0 +1,1 @@
+"""The ground: seeds, checks, storage that survives, packaged models.  Knows nothing of distillation."""

@@ -1,0 +1,1 @@
+"""From learned embeddings to words: projection, swaps, relaxed choice, chosen sentences."""

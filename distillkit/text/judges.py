@@ -1,0 +1,234 @@
+"""Judges: what the outer loss of a text would be, asked often enough to search by.
+
+:class:`FrozenJudge` trains only a linear head on frozen sentence representations: one candidate costs one forward pass of
+one sentence, and its head is tried on thousands of real rows at once.  :class:`StudentJudge` trains the real student and
+costs accordingly.  Both say what the loss of a set is after each of several groups of swaps, and its gradient in the
+embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillkit.core.distilled import DistilledSet, embed
+from distillkit.core.metagrad import MetaGradient
+from distillkit.core.objectives import Objective, check_objective, meta_gradient, trained_loss
+from distillkit.core.students import Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.selection import over_training_rows
+from distillkit.io.checks import check_is, check_whole
+from distillkit.io.seeds import derive_seed, generator
+
+REMEMBERED = 8192  # sentences that a judge has read and keeps at hand
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Swap:
+    """Token ``new`` for the one at ``position`` of ``example``."""
+
+    example: int
+    position: int
+    new: int
+
+
+def swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
+    """Other ``tokens [m, l]`` after some swaps."""
+    tokens = tokens.clone()
+    for swap in swaps:
+        tokens[swap.example, swap.position] = swap.new
+    return tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenJudge:
+    """Judges a text by a linear head trained on its frozen representations.
+
+    A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained: the
+    parts that :meth:`~distillkit.core.students.Student.layer_features` gives, each less its mean over the training split and
+    scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts at
+    zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
+    allows anywhere; its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of which
+    one sentence changes needs one forward pass of that sentence.
+
+    Args:
+        task, student: a classification task and the student whose body is the encoder.
+        steps: of the head's training.
+        batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
+
+    What it has read since the last gradient it remembers, so that a step of a search reads each sentence once.
+
+    Raises:
+        ValueError: from every method, a set of another embedding table or of classes with other names.
+    """
+
+    task: Task
+    student: Student
+    _: dataclasses.KW_ONLY
+    steps: int = 400
+    batch_size: int | None = 2048
+    _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        check_is("task", self.task, Task)
+        check_is("student", self.student, Student)
+        if self.batch_size is not None:
+            check_whole("batch_size", self.batch_size)
+        if self.task.kind != "classification":
+            raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
+        check_whole("steps", self.steps)
+
+    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
+        distilled.check_table(self.student)
+        self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
+        embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
+        chosen = torch.arange(len(embeds)) if examples is None else examples
+        chosen = chosen.to(embeds.device)
+        mask = distilled.mask.to(embeds.device)[chosen].long()
+        x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": mask})
+        if examples is not None:
+            assert distilled.tokens is not None  # without tokens there is nothing to swap
+            everything = self._of(distilled, [(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())])
+            x = everything.index_copy(0, chosen, x)
+        loss = self.head_losses(x[None], self.labels(distilled), seed)[0]
+        return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        assert distilled.tokens is not None  # without tokens there is nothing to swap
+        distilled.check_table(self.student)
+        changed = [(group, swapped(distilled.tokens, group)) for group in swaps]
+        needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
+        needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
+        order = sorted(needed)
+        with torch.no_grad():
+            found = self._of(distilled, order)
+            place = {key: n for n, key in enumerate(order)}
+            rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
+            return self.head_losses(found[torch.tensor(rows)], self.labels(distilled), seed).tolist()
+
+    def _of(self, distilled: DistilledSet, wanted: list[tuple[int, tuple[int, ...]]]) -> Tensor:
+        """Representations ``[len(wanted), n·d]`` of sentences, each an example's number and tokens; those that are
+        remembered are not read again."""
+        if len(self._read) > REMEMBERED:
+            self._read.clear()
+        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in wanted]
+        fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
+        with torch.no_grad():
+            for start in range(0, len(fresh), 64):
+                part = fresh[start : start + 64]
+                ids, mask = torch.tensor([row for row, _ in part]), torch.tensor([m for _, m in part])
+                x = self._represented({"input_ids": ids, "attention_mask": mask.long()})
+                self._read.update(zip(part, x, strict=True))
+        return torch.stack([self._read[key] for key in keys])
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        return {
+            "name": type(self).__name__, "student": self.student.name, "steps": self.steps,
+            "batch_size": self.batch_size,
+        }
+
+    def features(self, distilled: DistilledSet) -> Tensor:
+        """What the heads are trained on: representations ``[m, n·d]`` of a set's sentences."""
+        distilled.check_table(self.student)
+        with torch.no_grad():
+            return torch.cat([
+                self._represented({"inputs_embeds": embeds, "attention_mask": mask.long()})
+                for embeds, mask in zip(distilled.embeds.split(64), distilled.mask.split(64), strict=True)
+            ])
+
+    def labels(self, distilled: DistilledSet) -> Tensor:
+        """A set's labels as probabilities ``[m, c]`` of the task's classes, told by their names."""
+        distilled = distilled.in_classes(self.task.classes, f"task {self.task.name!r}")
+        if distilled.soft:
+            return distilled.targets.softmax(-1).to(self.student.device)
+        return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
+
+    def _represented(self, batch: dict[str, Tensor]) -> Tensor:
+        x = self.student.layer_features(batch)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot tell texts apart
+        _, mean, scale = self._of_the_corpus()
+        return ((x - mean.to(x)) * scale.to(x)).flatten(1)
+
+    def _of_the_corpus(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Representations ``[rows, n·d]`` of the training split, and the mean ``[n, d]`` and scale ``[n, 1]``; remembered."""
+        student, task = self.student, self.task
+        key = ("layers", task.fingerprint, task.max_length)
+        if key not in student.cache:
+            found = over_training_rows(task, student, student.layer_features)
+            mean = found.mean(0)
+            found -= mean
+            scale = (found.square().sum(2).mean(0) * found.shape[1]).rsqrt().unsqueeze(1)
+            student.cache[key] = (found * scale).flatten(1), mean, scale
+        return student.cache[key]
+
+    def head_losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """Outer losses ``[n]`` of heads trained on n sets of representations ``x [n, m, n·d]`` with ``labels [m, c]``, as
+        probabilities, on the real rows of an address ``seed``."""
+        real, y = (found.to(x.device) for found in self._real(seed))
+        real, labels = real.to(x.dtype), labels.to(x.dtype)
+        # The head is a sum of the representations, weight = αᵀx, so that its training needs their inner products only.
+        inner = x @ x.transpose(1, 2)
+        step = 2 * x.shape[1] / torch.linalg.eigvalsh(inner)[:, -1].clamp_min(1e-12)[:, None, None]
+        alpha = x.new_zeros(len(x), x.shape[1], labels.shape[1])
+        for _ in range(self.steps):  # the gradient of softmax regression, written out; its curvature is at most 1/step
+            alpha = alpha - step / x.shape[1] * ((inner @ alpha).softmax(-1) - labels)
+        logits = real @ (alpha.transpose(1, 2) @ x).transpose(1, 2)
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), y.repeat(len(x)), reduction="none"
+        ).unflatten(0, (len(x), len(real))).mean(1)
+
+    def _real(self, seed: int) -> tuple[Tensor, Tensor]:
+        x, *_ = self._of_the_corpus()
+        rows = np.arange(len(x))
+        if self.batch_size is not None and self.batch_size < len(x):
+            rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed)).numpy()
+        return x[torch.from_numpy(rows)], torch.from_numpy(self.task.labels("train")[rows])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StudentJudge:
+    """Judges a text by the real thing: the mean outer loss of an objective over several addresses.
+
+    Args:
+        objective: such as :class:`~distillkit.core.objectives.BPTT` or :class:`~distillkit.core.objectives.TrajectoryMatching`.
+        tries: addresses (initialisations and real batches, or segments) that every text is judged on.
+    """
+
+    objective: Objective
+    _: dataclasses.KW_ONLY
+    tries: int = 2
+
+    def __post_init__(self):
+        check_whole("tries", self.tries)
+        check_objective(self.objective)
+
+    def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings; all of them, ``examples`` or not."""
+        found = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
+        return float(found.loss), found.embeds.cpu()
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        found = []
+        for group in swaps:
+            assert distilled.tokens is not None  # without tokens there is nothing to swap
+            tokens, student = swapped(distilled.tokens, group), self.objective.student
+            distilled.check_table(student)
+            trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
+            losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
+            found.append(sum(losses) / len(losses))
+        return found
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        return {"name": type(self).__name__, "tries": self.tries, "objective": self.objective.recipe()}
+
+    def _addresses(self, seed: int) -> list[int]:
+        return [derive_seed("judge", seed, n) for n in range(self.tries)]

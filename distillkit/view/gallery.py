@@ -1,0 +1,68 @@
+"""Every figure of the project, drawn anew from the results it stands on: ``python -m distillkit figures``.
+
+A figure in a file is only worth looking at while it shows the committed result, so none is drawn by hand.  Where a result is
+not there, or none of its rows has run, its figure is left out and said to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from distillkit.experiments.results import read
+from distillkit.view import figures as plots
+
+
+def _classification(result: dict) -> Figure:
+    rows = sorted(result["rows"].values(), key=lambda row: -row["mean"])
+    return plots.scores(rows, chance=1 / len(rows[0]["groups"]))
+
+
+def _instruction(result: dict) -> Figure:
+    return plots.differences(result, ("random/standard", "k_center/standard", "less/standard"))
+
+
+def _text(result: dict) -> Figure:
+    return plots.seeded(result, f"Ways to text, one example a class: {result['corpus']['name']}")
+
+
+# File → the result it is drawn from, and how.
+FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
+    "quickstart": ("quickstart", plots.quickstart),
+    "classification_docstrings": ("classification_docstrings", _classification),
+    "classification_rotten_tomatoes": ("classification_rotten_tomatoes", _classification),
+    "classification_ag_news": ("classification_ag_news", _classification),
+    "instruction_library": ("instruction_library", lambda found: plots.seeded(found, "Which library?")),
+    "instruction_library_differences": ("instruction_library", _instruction),
+    "instruction_function": ("instruction_function", lambda found: plots.seeded(found, "Which function?")),
+    "instruction_arc_easy": ("instruction_arc_easy", lambda found: plots.seeded(found, "ARC-Easy")),
+    "text_docstrings": ("text_docstrings", _text),
+    "text_rotten_tomatoes": ("text_rotten_tomatoes", _text),
+    "text_ag_news": ("text_ag_news", _text),
+    "text_sizes": ("text_sizes", plots.seeded_grid),
+    "transfer_docstrings": ("transfer_docstrings", plots.transfer_map),
+    "transfer_ten_docstrings": ("transfer_ten_docstrings", plots.transfer_map),
+    "transfer_library": ("transfer_library", plots.transfer_map),
+    "metagrad": ("metagrad", plots.metagrad_cost),
+}
+
+
+def regenerate(results: Path, folder: Path) -> Iterator[str]:
+    """Draw every figure of which there is a result into ``folder``; yields a line a figure: where it is, or why it is not.
+
+    Args:
+        results: the folder of results.
+        folder: where the figures go.
+    """
+    for name, (source, draw) in FIGURES.items():
+        path = Path(results) / f"{source}.json"
+        if not path.is_file():
+            yield f"{name}: skipped, no result {path}"
+            continue
+        result = read(path)
+        if not (result.get("rows") or result.get("entries") or result.get("cells")):
+            yield f"{name}: skipped, nothing in {path} has run"
+            continue
+        yield f"{name}: {plots.save(draw(result), Path(folder) / f'{name}.png')}"
