@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="distil the offline corpus, print the table, draw runs/quickstart.png")
     run = commands.add_parser("run", help="run an experiment from a YAML file of settings")
-    run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/configs")
+    run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/experiments/configs")
     run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
                      help="only these rows for now; the same command without it makes the others")
     run.add_argument("--seeds", nargs="+", type=int, default=(),
