@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from distillkit.cli.main import main
-from distillkit.experiments.classification import CONFIGS
 from distillkit.experiments.results import paired_difference, write
+from distillkit.experiments.runner import CONFIGS
 from distillkit.view import figures as plots
 from distillkit.view import gallery
 

@@ -10,14 +10,14 @@ from scipy import stats
 from distillkit.cli.main import draw, main
 from distillkit.evaluation import evaluate as evaluation
 from distillkit.experiments import instruction as instruction_jobs
-from distillkit.experiments.classification import CONFIGS
 from distillkit.experiments.instruction import ROWS, InstructionJob, InstructionRun, instruction_table
 from distillkit.experiments.results import kind_of, paired_difference, read, write
+from distillkit.experiments.runner import CONFIGS
 
 SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,
     "fraction": 0.2, "seeds": [0, 1], "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2,
-    "segment": 0.5, "unroll_steps": 2, "batch_size": 4, "neighbor_weight": 0.1, "outer_steps": 2, "outer_batch": 4,
+    "match_epochs": 0.5, "unroll_steps": 2, "inner_batch": 4, "neighbor_weight": 0.1, "outer_steps": 2, "outer_batch": 4,
 }
 
 
@@ -52,9 +52,9 @@ def test_every_score_is_made(finished):
     rows = result["corpus"]["rows"]["train"]
     assert sizes.pop("full") == rows and sizes.pop("zero-shot") == 0 and set(sizes.values()) == {int(0.2 * rows)}
     made = result["distilling"]
-    assert made.keys() == {"nacd-0", "nacd-1", "bptt-0", "bptt-1"}
-    assert made["nacd-0"]["terms"].keys() == {"outer", "neighbor"} and made["bptt-0"]["terms"].keys() == {"outer"}
-    assert made["nacd-0"]["terms"] != made["nacd-1"]["terms"], "a seed is another set"
+    assert made.keys() == {"nacd 0", "nacd 1", "bptt 0", "bptt 1"}
+    assert made["nacd 0"]["terms"].keys() == {"outer", "neighbor"} and len(made["bptt 0"]["losses"]) == 2
+    assert made["nacd 0"]["terms"] != made["nacd 1"]["terms"], "a seed is another set"
 
 
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
@@ -62,7 +62,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     scored = []
     monkeypatch.setattr(instruction_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
     assert InstructionRun(job(), folder, folder / "work")() == result
-    monkeypatch.setattr(InstructionRun, "_scored", lambda self, *what: scored.append(what) or {"mean": 0.5})
+    monkeypatch.setattr(InstructionRun, "score", lambda self, *what: scored.append(what) or {"mean": 0.5})
     short = job(seeds=[0, 1], rows=["random/tuned", "nacd/own"])
     part = read(folder / "small.json")
     part["rows"]["random/tuned"].pop("1")
@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 
 def test_only_some_rows(finished, standin_hub, monkeypatch):
     folder, _ = finished
-    monkeypatch.setattr(InstructionRun, "_scored", lambda self, *what: {"mean": 0.5})
+    monkeypatch.setattr(InstructionRun, "score", lambda self, *what: {"mean": 0.5})
     run = InstructionRun(job(name="other"), folder, folder / "work")
     assert run(("less/tuned",))["rows"].keys() == {"less/tuned"}
     with pytest.raises(ValueError, match="a row must be one of zero-shot/none, .* not 'less/own'"):
@@ -97,12 +97,12 @@ def test_the_table(finished):
 def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
     rows = ["random/standard", "full/standard"]
     one, other = (InstructionRun(job(rows=rows), tmp_path, tmp_path / "work") for _ in range(2))
-    monkeypatch.setattr(InstructionRun, "_scored", lambda self, method, recipe, seed: {"mean": 0.1 * seed})
-    other.result["distilling"]["nacd-1"] = {"steps": 2}
+    monkeypatch.setattr(InstructionRun, "score", lambda self, method, recipe, seed: {"mean": 0.1 * seed})
+    other.result["distilling"]["nacd 1"] = {"steps": 2}
     assert one(seeds=(0,))["rows"] == {name: {"0": {"mean": 0.0}} for name in rows}
     found = other(only=("full/standard",), seeds=(1,))
     assert found["rows"] == {"random/standard": {"0": {"mean": 0.0}}, "full/standard": {"0": {"mean": 0.0}, "1": {"mean": 0.1}}}
-    assert one()["distilling"] == {"nacd-1": {"steps": 2}}, "nothing that the other has made is lost"
+    assert one()["distilling"] == {"nacd 1": {"steps": 2}}, "nothing that the other has made is lost"
     assert {seed for row in one.result["rows"].values() for seed in row} == {"0", "1"}
     assert read(tmp_path / "small.json")["rows"] == one.result["rows"]
     with pytest.raises(ValueError, match="no seed 7 in this job; it has 0, 1"):

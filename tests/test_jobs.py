@@ -10,9 +10,11 @@ import yaml
 from distillkit.cli import main as command_line
 from distillkit.evaluation import evaluate as evaluation
 from distillkit.experiments import classification as jobs
-from distillkit.experiments.classification import CONFIGS, ROW_NAMES, ClassificationJob, Run, table
+from distillkit.experiments import runner
+from distillkit.experiments.classification import ROW_NAMES, ClassificationJob, ClassificationRun, table
 from distillkit.experiments.results import VERSIONED, kind_of, read, with_tables
 from distillkit.experiments.results import write as write_result
+from distillkit.experiments.runner import CONFIGS
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
@@ -34,7 +36,7 @@ def finished(standin_home, tmp_path_factory):
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
         patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
-        return folder, Run(job(), folder / "results", folder / "work")()
+        return folder, ClassificationRun(job(), folder / "results", folder / "work")()
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def rewrite(folder, change):
 
 
 def run(folder, **changes):
-    return Run(job(**changes), folder / "results", folder / "work")()
+    return ClassificationRun(job(**changes), folder / "results", folder / "work")()
 
 
 def same(one, other):
@@ -183,9 +185,9 @@ def test_a_row_is_on_disk_before_the_next_begins(copied, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"eval_seeds": [0, 2]}, r"another config \(eval_seeds: \[0, 1\] there, \[0, 2\] here\)"),
-     ({"outer_steps": 4}, "another config .outer_steps: 3 there, 4 here"), ({"lr": 0.5}, "another config .lr"),
-     ({"limit": 20}, "another config .limit")],
+    [({"eval_seeds": [0, 2]}, r"other settings \(eval_seeds: \[0, 1\] there, \[0, 2\] here\)"),
+     ({"outer_steps": 4}, "other settings .outer_steps: 3 there, 4 here"), ({"lr": 0.5}, "other settings .lr"),
+     ({"limit": 20}, "other settings .limit")],
 )
 def test_other_settings_do_not_replace_a_result(copied, scored, change, message):
     before = stored(copied)
@@ -209,9 +211,9 @@ def test_other_rows_are_made_in_addition(copied, scored):
     assert {"herding/tuned", "embeddings/own"} <= set(result["rows"])
 
 
-def test_a_checkpoint_of_other_settings_is_refused(copied):
+def test_sets_of_other_settings_are_refused(copied):
     (copied / "results" / "small.json").unlink()
-    with pytest.raises(ValueError, match="checkpoint-embeddings-3 holds a run with other settings: .*rates"):
+    with pytest.raises(ValueError, match=r"small is of a run with other settings \(lr: 0\.08 there, 0\.5 here\).*--fresh"):
         run(copied, rows=["embeddings/own"], lr=0.5)
 
 
@@ -260,15 +262,15 @@ def test_settings_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"learning_rate": 0.1}, r"a\.yaml: unknown setting 'learning_rate'; there are .*outer_steps.*seed"),
-    ({"rows": ["random/tuned", "random/own"]}, "unknown row 'random/own'; there are random/tuned, k_center/tuned"),
+    ({"rows": ["random/tuned", "random/own"]}, "a row must be one of random/tuned, k_center/tuned, .*not 'random/own'"),
     ({"rows": "full/standard"}, "rows must be a list of texts, not 'full/standard'"),
     ({"lr": "1e-3"}, "lr must be a number above 0, not '1e-3'.*write 0.001"),
     ({"step_size": -1}, "step_size must be a number above 0, not -1"),
     ({"outer_steps": 2.5}, "outer_steps must be a whole number of at least 1, not 2.5"),
     ({"per_class": 0}, "per_class must be a whole number of at least 1, not 0"),
     ({"metagrad": "exact"}, "metagrad must be one of .*replay.*, not 'exact'"),
-    ({"committed": "longer"}, "committed and committed_rows belong together"),
-    ({"committed_rows": ["full/standard"]}, "committed and committed_rows belong together"),
+    ({"committed": "longer"}, "committed.* belong together"),
+    ({"committed_rows": ["full/standard"]}, "committed.* belong together"),
     ({"name": "../escape"}, "name must be letters, digits, .* not '../escape'"),
     ({"name": ""}, "name must be .* not ''"),
     ({"name": 7}, "name must be .* not 7"),
@@ -316,7 +318,7 @@ def test_fresh_forgets(copied, scored, tmp_path):
 
 def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     """With the settings and the finished rows of the small run in the place of the shipped ones."""
-    monkeypatch.setattr(jobs, "CONFIGS", copied)
+    monkeypatch.setattr(runner, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
     assert command_line.main(["demo", *places(copied)]) == 0
     assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")

@@ -7,9 +7,9 @@ import yaml
 from distillkit.cli import main as command_line
 from distillkit.evaluation import evaluate as evaluation
 from distillkit.experiments import continual as merging_jobs
-from distillkit.experiments.classification import CONFIGS
 from distillkit.experiments.continual import ROWS, ContinualJob, continual_table
 from distillkit.experiments.results import kind_of, read
+from distillkit.experiments.runner import CONFIGS
 
 SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
          "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],

@@ -229,7 +229,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     monkeypatch.setattr(prompting_jobs, "few_shot", lambda *a, **kw: pytest.fail("scored again"))
     run = PromptingRun(job(), folder, folder / "work")
     assert run() == result
-    monkeypatch.setattr(PromptingRun, "_found", lambda *a: pytest.fail("made again"))
+    monkeypatch.setattr(PromptingRun, "create", lambda *a: pytest.fail("made again"))
     assert run.set_of("swaps", 1).tokens is not None and run._template() == result["distilling"]["template"]["chosen"]
     wrong, right = run._shots("wrong labels", 0), run.set_of("random", 0)
     assert [text for text, _ in wrong] == right.meta["text"]
@@ -256,7 +256,7 @@ def test_the_table(finished):
     ({"orders": 0}, "orders must be a whole number"),
     ({"lr": 0}, "lr must be a number above 0"),
     ({"seeds": []}, "seeds must be a list"),
-    ({"templates": []}, "templates must list one at least"),
+    ({"templates": []}, "templates must not be empty"),
 ])
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):

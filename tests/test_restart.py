@@ -14,7 +14,8 @@ import distillkit as dk
 from distillkit.applications.publish import load_published, save_published
 from distillkit.core import distiller as distiller_module
 from distillkit.core.experts import Experts, record_experts
-from distillkit.experiments.results import SeededRun, read, write
+from distillkit.experiments.results import read, write
+from distillkit.experiments.runner import Run
 from distillkit.experiments.settings import Settings
 from distillkit.io.restart import started
 from distillkit.io.signals import ENDING, Ended, ending_signals
@@ -266,8 +267,8 @@ class Job(Settings):
     rows: tuple[str, ...] = ("random/own",)
 
 
-class Seeds(SeededRun):
-    def _scored(self, method, recipe, seed):
+class Seeds(Run):
+    def score(self, method, recipe, seed):
         return {"mean": seed / 100}
 
 

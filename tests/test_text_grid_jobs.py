@@ -7,8 +7,8 @@ import yaml
 
 from distillkit.cli.main import draw, main
 from distillkit.experiments import text_grid as text_grid_jobs
-from distillkit.experiments.classification import CONFIGS
 from distillkit.experiments.results import kind_of, read
+from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.text_grid import TextGridJob, text_grid_table
 
 BASE = {

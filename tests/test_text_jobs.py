@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result = finished
     monkeypatch.setattr(text_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
     assert TextRun(job(), folder, folder / "work")() == result
-    monkeypatch.setattr(TextRun, "_found", lambda *a: pytest.fail("made again"))
+    monkeypatch.setattr(TextRun, "create", lambda *a: pytest.fail("made again"))
     assert TextRun(job(), folder, folder / "work").set_of("swaps", 1).tokens is not None
 
 

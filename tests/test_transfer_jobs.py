@@ -9,8 +9,8 @@ import distillkit as dk
 from distillkit.cli.main import draw, main
 from distillkit.evaluation import evaluate as evaluation
 from distillkit.experiments import transfer as transfer_jobs
-from distillkit.experiments.classification import CONFIGS
 from distillkit.experiments.results import kind_of, paired_difference, read
+from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.transfer import TransferJob, TransferRun, parsed, short_name, transfer_table
 
 SETS = {
@@ -29,8 +29,8 @@ ASKED = {
     "name": "asked", "students": ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"], "seeds": [0], "eval_seeds": [0],
     "recipe": "standard", "rows": ["opt-1-3b to Llama-3-2-1B/random", "opt-1-3b to Llama-3-2-1B/nacd text"],
     "sets": {"kind": "instruction", "corpus": "arc_easy", "trainable": "full", "max_length": 48, "fraction": 0.2,
-             "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2, "segment": 0.5,
-             "unroll_steps": 2, "batch_size": 4, "outer_steps": 2},
+             "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2, "match_epochs": 0.5,
+             "unroll_steps": 2, "inner_batch": 4, "outer_steps": 2},
 }
 
 
@@ -87,7 +87,7 @@ def test_prompts_move_too(finished):
     _, _, result = finished
     for row in result["rows"].values():
         assert row["0"]["recipe"]["name"] == "standard" and row["0"]["retokenized"]["tokens_after"] > 0
-    assert list(result["distilling"]) == ["opt-1-3b nacd-0"]
+    assert list(result["distilling"]) == ["opt-1-3b nacd 0"]
 
 
 def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path, monkeypatch):
@@ -105,8 +105,8 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     monkeypatch.setattr(transfer_jobs, "transfer", lambda *a, **kw: pytest.fail("scored again"))
     run = TransferRun(job(), folder, folder / "work")
     assert run() == result
-    monkeypatch.setattr(transfer_jobs.TextRun, "_found", lambda *a: pytest.fail("made again"))
-    assert run._source("bert-base-uncased").set_of("swaps", 1).tokens is not None
+    monkeypatch.setattr(transfer_jobs.TextRun, "create", lambda *a: pytest.fail("made again"))
+    assert run.maker("bert-base-uncased").set_of("swaps", 1).tokens is not None
     assert not list((folder / "work" / "small").glob("*.json")), "who makes the sets writes no result"
 
 
@@ -160,13 +160,13 @@ def test_the_settings_that_come_with_the_kit(path):
     ({"recipe": "fixed"}, "fixed must give steps, step_size, batch for the target 'roberta-base', not None"),
     ({"recipe": "fixed", "fixed": {"roberta-base": {"steps": 2}}}, "fixed must give steps, step_size, batch"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
-    ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be above 0"),
+    ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be a number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
     ({"eval_seeds": []}, "eval_seeds must be a list"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
-    ({"sets": SETS | {"swap_step": 2}}, "unknown setting 'swap_step' under sets"),
-    ({"sets": SETS | {"student": "gpt2"}}, "unknown setting 'student' under sets"),
-    ({"sets": {"kind": "text"}}, "'corpus' is missing under sets"),
+    ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
+    ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),
+    ({"sets": {"kind": "text"}}, "sets: the setting 'corpus' is missing"),
     ({"sets": SETS | {"candidates": 0}}, "candidates must be a whole number"),
     ({"sets": "text"}, "sets must hold settings"),
     ({"rows": ["roberta-base/full"]}, "rows must hold at least one"),

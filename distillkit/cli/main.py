@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config_path(name: Path) -> Path:
-    from distillkit.experiments.classification import CONFIGS
+    from distillkit.experiments.runner import CONFIGS
 
     for candidate in (name, CONFIGS / f"{name}.yaml"):
         if candidate.is_file():
@@ -86,31 +86,30 @@ def _config_path(name: Path) -> Path:
 
 def _kinds() -> dict:
     """Settings, run and table of each kind of experiment."""
-    from distillkit.experiments.classification import ClassificationJob, Run, table
+    from distillkit.experiments.classification import ClassificationJob, ClassificationRun, table
     from distillkit.experiments.continual import ContinualJob, ContinualRun, continual_table
     from distillkit.experiments.grid import GridJob, GridRun, scaling_table, slides_table
     from distillkit.experiments.instruction import InstructionJob, InstructionRun, instruction_table
     from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
-    from distillkit.experiments.text_grid import TextGridJob, TextGridRun, text_grid_table
+    from distillkit.experiments.text_grid import TextGridJob, text_grid_table
     from distillkit.experiments.transfer import TransferJob, TransferRun, transfer_table
     from distillkit.experiments.ways_to_text import TextJob, TextRun, text_table
 
     return {
-        "classification": (ClassificationJob, Run, table),
+        "classification": (ClassificationJob, ClassificationRun, table),
         "instruction": (InstructionJob, InstructionRun, instruction_table),
         "prompting": (PromptingJob, PromptingRun, prompting_table),
         "continual": (ContinualJob, ContinualRun, continual_table),
         "scaling": (GridJob, GridRun, scaling_table),
         "slides": (GridJob, GridRun, slides_table),
         "text": (TextJob, TextRun, text_table),
-        "text_grid": (TextGridJob, TextGridRun, text_grid_table),
+        "text_grid": (TextGridJob, GridRun, text_grid_table),
         "transfer": (TransferJob, TransferRun, transfer_table),
     }
 
 
 def _result(path: Path, args, folder: Path) -> dict:
-    from distillkit.experiments.results import kind_of
-    from distillkit.experiments.settings import renamed
+    from distillkit.experiments.settings import kind_of, renamed
     from distillkit.io.checks import check_choice
     from distillkit.io.restart import started
 
@@ -128,13 +127,9 @@ def _result(path: Path, args, folder: Path) -> dict:
         with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
             run = run_class(job, read_from, args.work, **own)
         run.path = folder / f"{job.name}.json"
-        if kind in ("scaling", "slides", "text_grid"):
-            say(f"{job.name}: {len(job.cells())} cells")
-        else:
-            say(f"{run.task.name}: {len(run.task.train)} / {len(run.task.validation)} / {len(run.task.test)} rows; "
-                f"student {run.student.name}")
+        say(run.headline())
         with started(run.claim, run.path, run.work, fresh=args.fresh):
-            result = run(rows, seeds) if seeded else run(rows)
+            result = run(rows, seeds)
     except (ValueError, FloatingPointError) as error:
         names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
         raise type(error)(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error

@@ -26,92 +26,48 @@ from pathlib import Path
 
 import yaml
 
-from distillkit.experiments.settings import Settings, renamed
-from distillkit.io.checks import check_choice, check_whole, limits_by_split
+from distillkit.experiments.settings import (
+    Data,
+    Expert,
+    Inner,
+    Outer,
+    SetSeed,
+    Size,
+    Target,
+    choice,
+    names,
+    option,
+    renamed,
+    settings,
+    whole,
+    whole_numbers,
+)
 from distillkit.io.escaping import one_line, say
 
-OPTIMIZERS = ("sgd", "momentum", "adamw")
-OBJECTIVES = ("bptt", "trajectory")
-METAGRADS = ("replay", "forward_difference", "recommended")
 FRESH = "start over: what an earlier run has made is removed once the new one has begun to write"
 SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
 
 
-def _option(default, told: str):
-    return dataclasses.field(default=default, metadata={"help": told})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work(Settings):
+@settings(name="work", corpus="docstrings", student="offline:minilm")
+class Work(Data, Size, Expert, Inner, Outer, Target, SetSeed):
     """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
 
-    name: str = _option("work", "of the folder under --work that everything goes to")
-    corpus: str = _option("docstrings", "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
-    student: str = _option("offline:minilm", "offline:minilm, ..., a folder, or a hub id")
-    trainable: str | None = _option(None, "what trains: full, head or lora")
-    text_column: str | None = _option(None, "column of the text, where it has another name than usual")
-    label_column: str | None = _option(None, "column of the label, where it has another name than usual")
-    limit: int | dict[str, int] | None = _option(None, "rows of each split at most; in a file also {test: 900}")
-    max_length: int = _option(32, "tokens that a real text is cut to")
-    seed: int = _option(0, "of whatever is drawn")
-    per_class: int = _option(1, "synthetic examples of each class")
-    fraction: float | None = _option(None, "or: their share of the training rows; an instruction task takes only this")
-    length: int | None = _option(None, "tokens of a synthetic example (default: max_length)")
-    objective: str = _option("bptt", "bptt, or trajectory (which wants experts first)")
-    unroll_steps: int = _option(3, "inner steps T")
-    optimizer: str = _option("sgd", "of the inner loop: sgd, momentum or adamw")
-    step_size: float = _option(0.2, "that the learned step sizes start from")
-    inner_batch: int | None = _option(None, "synthetic examples of an inner step (default: all)")
-    metagrad: str = _option("recommended", "replay (exact), forward_difference, or recommended: what suits the student")
-    outer_steps: int = _option(100, "updates of the synthetic examples")
-    outer_batch: int = _option(48, "real examples in an outer loss")
-    inits: int = _option(1, "initialisations, or expert segments, averaged in an outer step")
-    lr: float = _option(0.08, "outer learning rate")
-    checkpoint_every: int = _option(10, "outer steps between checkpoints")
-    expert_count: int = _option(1, "experts")
-    expert_epochs: int = _option(1, "epochs that an expert trains")
-    expert_step_size: float = _option(1e-3, "of an expert's AdamW")
-    expert_batch: int = _option(32, "rows of an expert's step")
-    snapshots_per_epoch: int = _option(1, "of an expert's path")
-    match_epochs: float = _option(1, "of an expert's path that the set has to lead along")
-    set: str | None = _option(None, "folder or hub:owner/name of the set (default: that of --name)")
-    recipe: str | None = _option(None, "own, standard or tuned (default: own where there is one, else tuned)")
-    seeds: tuple[int, ...] = _option((0, 1, 2), "fresh models that each score is the mean of")
-    split: str = _option("test", "that scores are taken on: test or validation")
-    target: str = _option("offline:distil-minilm", "the other model")
-    license: str | None = _option(None, "of the set, as the hub writes it, such as cc-by-4.0")
-    corpus_license: str | None = _option(None, "of the corpus, in words")
-
-    def __post_init__(self):
-        self.check_name()
-        for key in ("max_length", "per_class", "unroll_steps", "outer_steps", "outer_batch", "inits", "checkpoint_every",
-                    "expert_count", "expert_epochs", "expert_batch", "snapshots_per_epoch"):
-            check_whole(key, getattr(self, key))
-        limits_by_split(self.limit, ("train", "validation", "test"))
-        for key in ("length", "inner_batch"):
-            if getattr(self, key) is not None:
-                check_whole(key, getattr(self, key))
-        self.check_positive("fraction", "step_size", "lr", "expert_step_size", "match_epochs")
-        for key, allowed in (("objective", OBJECTIVES), ("optimizer", OPTIMIZERS), ("metagrad", METAGRADS),
-                             ("split", ("test", "validation"))):
-            check_choice(key, getattr(self, key), allowed)
-        for key, allowed in (("trainable", ("full", "head", "lora")), ("recipe", ("own", "standard", "tuned"))):
-            if getattr(self, key) is not None:
-                check_choice(key, getattr(self, key), allowed)
-        if not self.seeds or not all(type(s) is int for s in self.seeds):
-            raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
-
-    def size(self) -> dict:
-        """Arguments that say how large a set is."""
-        found = {"per_class": self.per_class} if self.fraction is None else {"fraction": self.fraction}
-        return found | {"length": self.length, "seed": self.seed}
+    objective: str = choice("bptt", "bptt, or trajectory (which wants experts first)", ("bptt", "trajectory"))
+    optimizer: str = choice("sgd", "optimiser of the inner loop: sgd, momentum or adamw", ("sgd", "momentum", "adamw"))
+    inits: int = whole(1, "initialisations, or expert segments, averaged in an outer step")
+    checkpoint_every: int = whole(10, "outer steps between checkpoints")
+    set: str | None = option(None, "folder or hub:owner/name of the set (default: that of --name)")
+    recipe: str | None = choice(None, "own, standard or tuned (default: own where there is one, else tuned)",
+                                ("own", "standard", "tuned"))
+    seeds: tuple[int, ...] = whole_numbers((0, 1, 2), "fresh models that each score is the mean of")
+    split: str = choice("test", "split that scores are taken on: test or validation", ("test", "validation"))
+    license: str | None = option(None, "licence of the set, as the hub writes it, such as cc-by-4.0")
+    corpus_license: str | None = option(None, "licence of the corpus, in words")
 
 
-WHERE = ("name", "corpus", "text_column", "label_column", "student", "trainable", "limit", "max_length")
-SIZE = ("per_class", "fraction", "length")
-EXPERTS = ("expert_count", "expert_epochs", "expert_step_size", "expert_batch", "snapshots_per_epoch", "seed")
-DISTIL = (*SIZE, "objective", "unroll_steps", "optimizer", "step_size", "inner_batch", "metagrad", "outer_steps", "outer_batch",
-          "inits", "lr", "checkpoint_every", "match_epochs", "seed")
+WHERE = ("name", *names(Data))
+EXPERTS = (*(name for name in names(Expert) if name != "match_epochs"), "seed")
+DISTIL = (*names(Size, Inner, Outer), "objective", "optimizer", "inits", "checkpoint_every", "match_epochs", "seed")
 SCORED = ("set", "recipe", "seeds", "split")
 
 # command -> {argument of the library: the setting that it is given, or what to say instead}
@@ -156,9 +112,9 @@ def add_commands(commands) -> None:
     """Add the parsers of all steps, ``verify`` and ``doctor`` to argparse's ``commands``."""
     types = typing.get_type_hints(Work)
     fields = {f.name: f for f in dataclasses.fields(Work)}
-    for step, (told, names, example) in STEPS.items():
+    for step, (told, flags, example) in STEPS.items():
         parser = _parser(commands, step, told, _EPILOG.format(example=example))
-        for name in names:
+        for name in flags:
             _add_flag(parser, fields[name], types[name])
         parser.add_argument("--config", type=Path, help="YAML file of settings")
         parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of all work (default runs)")
@@ -228,9 +184,9 @@ def run(args: argparse.Namespace) -> int:
             say(line)
         return 0
     steps = {"experts": experts, "distil": distil, "evaluate": evaluate, "transfer": transfer, "card": card}
-    settings, (path, given) = settings_of(args), _sources(args)
+    work, (path, given) = settings_of(args), _sources(args)
     try:
-        steps[args.command](settings, args)
+        steps[args.command](work, args)
     except (ValueError, FloatingPointError) as error:
         names = Work.origins(path, given)
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
@@ -242,27 +198,26 @@ def run(args: argparse.Namespace) -> int:
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def _world(settings: Work, student: str | None = None):
+def _world(work: Work, student: str | None = None):
     from distillkit.core.students import load_student
-    from distillkit.data.load import load_task
+    from distillkit.experiments.runner import load_corpus
 
-    task = load_task(settings.corpus, max_length=settings.max_length, limit=settings.limit, seed=settings.seed,
-                     text_column=settings.text_column, label_column=settings.label_column)
-    found = load_student(student or settings.student, task, trainable=None if student else settings.trainable)
+    task = load_corpus(work, seed=work.seed)
+    loaded = load_student(student or work.student, task, trainable=None if student else work.trainable)
     rows = " / ".join(str(len(split)) if split else "no" for split in (task.train, task.validation, task.test))
-    say(f"{task.name}: {rows} rows; student {found.name}", error=True)
-    return task, found
+    say(f"{task.name}: {rows} rows; student {loaded.name}", error=True)
+    return task, loaded
 
 
-def _keep(settings: Work, folder: Path) -> None:
+def _keep(work: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
     from distillkit.io.storage import save_text
 
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(work).items()}
     save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def experts(settings: Work, args: argparse.Namespace) -> None:
+def experts(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit experts``; several processes share the experts, under ``torchrun`` or started by hand."""
     from distillkit.applications.processes import team
     from distillkit.core.experts import record_experts
@@ -270,81 +225,79 @@ def experts(settings: Work, args: argparse.Namespace) -> None:
     from distillkit.io.restart import started
     from distillkit.io.storage import Claim
 
-    folder = args.work / settings.name
+    folder = args.work / work.name
     recorded = folder / "experts"
     with team() as ranks:
-        task, student = _world(settings)
+        task, student = _world(work)
         run = started(Claim(recorded, wait=True, shared=True), recorded, fresh=args.fresh) if ranks.leads else nullcontext()
         with run:
             ranks.wait()
             made = record_experts(
-                task, student, recorded, count=settings.expert_count, epochs=settings.expert_epochs,
-                optimizer=AdamW(settings.expert_step_size), batch_size=settings.expert_batch, micro_batch=16,
-                snapshots_per_epoch=settings.snapshots_per_epoch, seed=settings.seed,
+                task, student, recorded, count=work.expert_count, epochs=work.expert_epochs,
+                optimizer=AdamW(work.expert_step_size), batch_size=work.expert_batch, micro_batch=16,
+                snapshots_per_epoch=work.snapshots_per_epoch, seed=work.seed,
             )
             if ranks.leads:
-                _keep(settings, folder)
+                _keep(work, folder)
                 say(f"{len(made)} experts of {made.snapshots} snapshots, {made.nbytes / 1e6:.1f} MB: {recorded}")
 
 
-def _objective(settings: Work, task, student, folder: Path):
+def _objective(work: Work, task, student, folder: Path):
     from distillkit.core.experts import Experts
-    from distillkit.core.inner import SGD, AdamW, Momentum, Unroll
-    from distillkit.core.metagrad import ForwardDifference, Replay, recommend
+    from distillkit.core.inner import SGD, AdamW, Momentum
     from distillkit.core.objectives import BPTT, TrajectoryMatching
+    from distillkit.experiments.runner import unroll_of
     from distillkit.io.storage import is_vacant
 
-    metagrad = {"replay": Replay, "forward_difference": ForwardDifference, "recommended": lambda: recommend(student)[0]}
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
-    unroll = Unroll(settings.unroll_steps, optimizer=optimizer[settings.optimizer](settings.step_size),
-                    metagrad=metagrad[settings.metagrad](), batch_size=settings.inner_batch)
-    if settings.objective == "bptt":
-        return BPTT(task, student, unroll, batch_size=settings.outer_batch, inits=settings.inits)
+    unroll = unroll_of(work, student, optimizer=optimizer[work.optimizer](work.step_size))
+    if work.objective == "bptt":
+        return BPTT(task, student, unroll, batch_size=work.outer_batch, inits=work.inits)
     if is_vacant(folder / "experts"):
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
-                                f"{settings.name}")
+                                f"{work.name}")
     recorded = Experts.load(folder / "experts")
-    return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=settings.match_epochs, segments=settings.inits)
+    return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=work.match_epochs, segments=work.inits)
 
 
-def distil(settings: Work, args: argparse.Namespace) -> None:
+def distil(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit distil``; under ``torchrun`` with ``--inits`` spread over its processes."""
     from distillkit.applications.processes import team
     from distillkit.core.distilled import DistilledSet
     from distillkit.io.restart import started
     from distillkit.io.storage import Claim
 
-    folder = args.work / settings.name
+    folder = args.work / work.name
     with team() as ranks:
-        task, student = _world(settings)
-        start = DistilledSet.from_real(task, student, **settings.size())
-        objective = _objective(settings, task, student, folder)
+        task, student = _world(work)
+        start = DistilledSet.from_real(task, student, **work.size(work.seed))
+        objective = _objective(work, task, student, folder)
         if not ranks.leads:
             ranks.shared(objective).serve(start)
             return
         # A recording that starts over must not take away what is read here.
-        matched = Claim(folder / "experts", wait=True, shared=True) if settings.objective == "trajectory" else nullcontext()
+        matched = Claim(folder / "experts", wait=True, shared=True) if work.objective == "trajectory" else nullcontext()
         spread = ranks.shared(objective) if ranks.size > 1 else nullcontext(objective)
         made = [folder / part for part in ("checkpoint", "set", "text")]
         with spread as shared, matched, started(Claim(folder), *made, fresh=args.fresh):
-            _learn(settings, folder, start, shared, student)
+            _learn(work, folder, start, shared, student)
 
 
-def _learn(settings: Work, folder: Path, start, objective, student) -> None:
+def _learn(work: Work, folder: Path, start, objective, student) -> None:
     """Distil, write what came of it, and show it."""
     from distillkit.core.distilled import KIND
     from distillkit.core.distiller import Distiller
     from distillkit.io.storage import refuse_to_overwrite
     from distillkit.text.projection import project
 
-    distiller = Distiller(start, objective, lr=settings.lr, seed=settings.seed, checkpoint_dir=folder / "checkpoint",
-                          checkpoint_every=settings.checkpoint_every)
+    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint_dir=folder / "checkpoint",
+                          checkpoint_every=work.checkpoint_every)
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
     with distiller.claim or nullcontext():
-        _keep(settings, folder)
-        for record in distiller.run(settings.outer_steps):
-            if record.step % max(1, settings.outer_steps // 10) == 0:
+        _keep(work, folder)
+        for record in distiller.run(work.outer_steps):
+            if record.step % max(1, work.outer_steps // 10) == 0:
                 say(f"step {record.step}: loss {record.loss:.3f}")
     learned = distiller.distilled
     learned.save(folder / "set")
@@ -353,42 +306,42 @@ def _learn(settings: Work, folder: Path, start, objective, student) -> None:
     say(f"{len(learned)} examples, {learned.nbytes:,} bytes: {folder / 'set'}; as words: {folder / 'text'}")
     for row in words.to_text().select(range(min(3, len(words)))).to_list():
         say("  " + " | ".join(one_line(row[key], 100) for key in ("label", "prompt", "text", "response") if key in row))
-    say(f"what it is worth: python -m distillkit evaluate --name {settings.name}")
+    say(f"what it is worth: python -m distillkit evaluate --name {work.name}")
 
 
-def evaluate(settings: Work, args: argparse.Namespace) -> None:
+def evaluate(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit evaluate``; under ``torchrun`` with the seeds spread over its processes."""
     from distillkit.applications.processes import team
 
-    found = read_set(settings.set or args.work / settings.name / "set")
+    found = read_set(work.set or args.work / work.name / "set")
     with team() as ranks:
-        task, student = _world(settings)
-        made = ranks.evaluate(found, task, student, seeds=settings.seeds, recipe=settings.recipe, split=settings.split)
+        task, student = _world(work)
+        made = ranks.evaluate(found, task, student, seeds=work.seeds, recipe=work.recipe, split=work.split)
         if ranks.leads:
-            _note(args.work / settings.name, found, task, student, settings, made)
+            _note(args.work / work.name, found, task, student, work, made)
 
 
-def transfer(settings: Work, args: argparse.Namespace) -> None:
+def transfer(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit transfer``."""
     from distillkit.applications.transfer import transfer as score
 
-    found = read_set(settings.set or args.work / settings.name / "text")
-    task, student = _world(settings, settings.target)
-    recipe = settings.recipe or "tuned"
-    made = score(found, task, student, seeds=settings.seeds, recipe=recipe, split=settings.split)
-    _note(args.work / settings.name, found, task, student, settings, made)
+    found = read_set(work.set or args.work / work.name / "text")
+    task, student = _world(work, work.target)
+    recipe = work.recipe or "tuned"
+    made = score(found, task, student, seeds=work.seeds, recipe=recipe, split=work.split)
+    _note(args.work / work.name, found, task, student, work, made)
 
 
-def _note(folder: Path, found, task, student, settings: Work, made) -> None:
+def _note(folder: Path, found, task, student, work: Work, made) -> None:
     """Print a score, and add it to those of this piece of work."""
     from distillkit.core.distiller import digest
     from distillkit.experiments.results import as_json
     from distillkit.io.storage import append_line
 
     row = {"set": digest(found), "student": student.name, "trainable": student.trainable, "corpus": task.name,
-           "corpus_sha256": task.fingerprint, "split": settings.split, "seeds": list(settings.seeds), **as_json(made)}
+           "corpus_sha256": task.fingerprint, "split": work.split, "seeds": list(work.seeds), **as_json(made)}
     append_line(folder / SCORES, row)
-    say(f"{made}: {student.name} trained on {len(found)} examples, {settings.split} split of {task.name}")
+    say(f"{made}: {student.name} trained on {len(found)} examples, {work.split} split of {task.name}")
 
 
 def read_set(source: str | Path):
@@ -411,21 +364,21 @@ def read_set(source: str | Path):
     return load_published(folder) if (standing(folder) / SUMS).is_file() else DistilledSet.load(folder)
 
 
-def card(settings: Work, args: argparse.Namespace) -> None:
+def card(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit card``."""
     from distillkit.applications import publish
 
-    found = read_set(settings.set or args.work / settings.name / "set")
-    about = {"evaluations": _scores(args.work / settings.name / SCORES, found), "license": settings.license,
-             "corpus_license": settings.corpus_license}
+    found = read_set(work.set or args.work / work.name / "set")
+    about = {"evaluations": _scores(args.work / work.name / SCORES, found), "license": work.license,
+             "corpus_license": work.corpus_license}
     if args.origin:
-        about |= dict(zip(("task", "student"), _world(settings)))
+        about |= dict(zip(("task", "student"), _world(work)))
     if args.push:
         say(publish.push_to_hub(found, args.push, private=not args.public, **about))
     elif args.out:
         say(publish.save_published(found, args.out, **about))
     else:
-        say(publish.card(found, settings.name, **about).removesuffix("\n"))
+        say(publish.card(found, work.name, **about).removesuffix("\n"))
 
 
 def _scores(path: Path, found) -> dict:
@@ -604,9 +557,9 @@ def _files(source: str) -> Iterator[str]:
     """What is read of a local model folder, and which of its files are pickles, code or weights that never are."""
     from distillkit.core.model_files import inventory
 
-    for word, names in zip(("read", "left out"), inventory(source)):
-        if names:
-            yield f"  files {word}: {', '.join(one_line(name, 100) for name in names)}"
+    for word, files in zip(("read", "left out"), inventory(source)):
+        if files:
+            yield f"  files {word}: {', '.join(one_line(name, 100) for name in files)}"
 
 
 def _model(source: str) -> Iterator[str]:

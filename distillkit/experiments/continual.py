@@ -17,9 +17,7 @@ experiment is another random start and another distillation of every set.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +34,28 @@ from distillkit.applications.merging import (
     with_recipe,
 )
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.distiller import Distiller
-from distillkit.core.inner import SGD, AdamW, Unroll
-from distillkit.core.objectives import BPTT
+from distillkit.core.inner import AdamW
 from distillkit.core.students import Student, load_student
-from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.classification import STRATEGIES
-from distillkit.experiments.results import SeededRun, Settings, as_json
-from distillkit.io.checks import check_choice, check_whole
-from distillkit.io.storage import is_vacant
+from distillkit.experiments.results import as_json, markdown, means, spread
+from distillkit.experiments.runner import Run, load_corpus, unroll_of
+from distillkit.experiments.settings import (
+    REQUIRED,
+    Data,
+    Experiment,
+    Inner,
+    Outer,
+    Scoring,
+    SetSeeds,
+    Size,
+    filled,
+    option,
+    positive,
+    settings,
+    whole,
+)
 
 REAL = ("random", "k_center")
 MEMORIES = ("none", "distilled", *REAL, "bytes")
@@ -57,212 +65,143 @@ ROWS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ContinualJob(Settings):
+@settings(kind="continual", rows=ROWS, trainable="full")
+class ContinualJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     """Settings of one experiment.
 
-    Args:
-        name: of the result file.
-        corpus, limit, max_length, student, trainable: as ``load_task`` and ``load_student`` take them.
-        groups: the tasks: lists of two or more classes each, three tasks or more for an update.
-        per_class, length: size of every set: examples of a class, tokens an example.
-        seeds: one set of everything each.
-        eval_seeds: fresh initialisations that each set is scored on.
-        unroll_steps, step_size, metagrad, outer_steps, outer_batch, lr: of every distillation, as for
-            :class:`~distillkit.experiments.classification.ClassificationJob`.
-        stream_steps, stream_batch, memory_batch: as :func:`~distillkit.applications.merging.continual` takes them.
-        stream_step_sizes, weights: its grid.
-        stream_clip: largest norm of a gradient there.  A student that is sure of the last task finds the next one very wrong,
-            and AdamW would take small steps for long after such gradients.
-        rows: which rows, as ``method/recipe``.
+    The stream clips gradients: a student that is sure of the last task finds the next one very wrong, and AdamW would take
+    small steps for long after such gradients.
     """
 
-    name: str
-    corpus: str
-    student: str
-    groups: tuple
-    trainable: str = "full"
-    limit: int | None = None
-    max_length: int = 32
-    per_class: int = 1
-    length: int = 32
-    seeds: tuple[int, ...] = (0, 1, 2)
-    eval_seeds: tuple[int, ...] = (0, 1, 2)
-    unroll_steps: int = 3
-    step_size: float = 0.2
-    metagrad: str = "replay"
-    outer_steps: int = 100
-    outer_batch: int = 48
-    lr: float = 0.08
-    stream_steps: int = 30
-    stream_batch: int = 16
-    memory_batch: int = 8
-    stream_step_sizes: tuple[float, ...] = (3e-4, 1e-3)
-    stream_clip: float = 1.0
-    weights: tuple[float, ...] = (0.3, 0.6)
-    rows: tuple[str, ...] = ROWS
-    kind: str = "continual"
+    groups: tuple = option(REQUIRED, "the tasks: lists of two or more classes each, three tasks or more for an update")
+    stream_steps: int = whole(30, "steps of each task of the stream")
+    stream_batch: int = whole(16, "examples of a task in a step of the stream")
+    memory_batch: int = whole(8, "remembered examples in a step of the stream")
+    stream_step_sizes: tuple[float, ...] = filled((3e-4, 1e-3), "step sizes of the stream; validation chooses")
+    stream_clip: float = positive(1.0, "largest norm of a gradient in the stream")
+    weights: tuple[float, ...] = filled((0.3, 0.6), "weights of replay; validation chooses one")
 
     def __post_init__(self):
-        self.check_name()
-        check_choice("kind", self.kind, ("continual",))
-        check_choice("metagrad", self.metagrad, STRATEGIES)
-        for row in self.rows:
-            check_choice("a row", row, ROWS)
-        for key in ("max_length", "per_class", "length", "unroll_steps", "outer_steps", "outer_batch", "stream_steps",
-                    "stream_batch", "memory_batch"):
-            check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr", "stream_clip")
+        super().__post_init__()
         if len(self.groups) < 2 or any(isinstance(g, str) or len(g) < 2 for g in self.groups):
             raise ValueError(f"groups must be two or more lists of two or more classes, not {self.groups!r}")
         if any(row.endswith("/update") for row in self.rows) and (
             len(self.groups) < 3 or len(self.groups[1]) != len(self.groups[-1])
         ):
             raise ValueError("the rows of an update need three groups, the second as large as the last")
-        for key in ("seeds", "eval_seeds", "stream_step_sizes", "weights"):
-            if not getattr(self, key):
-                raise ValueError(f"{key} must not be empty")
 
 
-class ContinualRun(SeededRun):
-    """Such an experiment under way; see :class:`~distillkit.experiments.results.SeededRun`."""
+class ContinualRun(Run):
+    """Such an experiment under way; see :class:`~distillkit.experiments.runner.Run`."""
+
+    job: ContinualJob
 
     def __init__(self, job: ContinualJob, folder: str | Path, work: str | Path):
-        corpus, self.job = load_task(job.corpus, max_length=job.max_length, limit=job.limit), job
+        corpus, self.job = load_corpus(job), job
         self.tasks = [with_classes(corpus, group) for group in job.groups]
-        whole = united(*self.tasks)
-        super().__init__(job, folder, work, whole, self._student(whole))
+        whole_task = united(*self.tasks)
+        super().__init__(job, folder, work, whole_task, self._student(whole_task))
         self._students = [self._student(task) for task in self.tasks]
 
     def _student(self, task: Task) -> Student:
         return load_student(self.job.student, task, trainable=self.job.trainable)
 
-    def _scored(self, method: str, recipe: str, seed: int) -> dict:
+    def score(self, method: str, recipe: str, seed: int) -> dict:
         if recipe == "stream":
             return self._streamed(method, seed)
         if recipe == "update":
             return self._updated(method, seed)
         if method == "alone":
             pairs = zip(self._apart("embeddings", seed), self.tasks, self._students, strict=True)
-            found = [self._evaluated(s, task, student, "own") for s, task, student in pairs]
-            return {"method": method, "mean": float(np.mean([f["mean"] for f in found])),
-                    "groups": {task.name: f["mean"] for task, f in zip(self.tasks, found, strict=True)}}
+            alone = {task.name: self._evaluated(s, task, student, "own")["mean"] for s, task, student in pairs}
+            return {"method": method, "mean": float(np.mean([*alone.values()])), "groups": alone}
         return {"method": method, **self._evaluated(self.set_of(method, seed), self.task, self.student, recipe)}
 
     def _evaluated(self, set_: DistilledSet, task: Task, student: Student, recipe: str) -> dict:
         tried = None
         if recipe == "own":
-            set_ = set_ if "recipe" in set_.meta else with_recipe(set_, self._unroll(), student)
+            set_ = set_ if "recipe" in set_.meta else with_recipe(set_, unroll_of(self.job, student), student)
             set_, tried = rescaled(set_, task, student)
-        found = as_json(evaluate(set_, task, student, seeds=self.job.eval_seeds, recipe=recipe))
-        return found if tried is None else {**found, "factors": {str(k): round(v, 6) for k, v in tried.items()}}
+        score = as_json(evaluate(set_, task, student, seeds=self.job.eval_seeds, recipe=recipe))
+        return score if tried is None else {**score, "factors": {str(k): round(v, 6) for k, v in tried.items()}}
 
     def _streamed(self, method: str, seed: int) -> dict:
         job = self.job
-        kept = {"none": lambda: None, "distilled": lambda: self._apart("embeddings", seed),
-                "bytes": lambda: [rows_of_bytes(task, s.nbytes, seed)
-                                  for task, s in zip(self.tasks, self._apart("embeddings", seed), strict=True)]}
-        memory = kept[method]() if method in kept else self._apart(method, seed)
-        found = continual(
+        memories = {"none": lambda: None, "distilled": lambda: self._apart("embeddings", seed),
+                    "bytes": lambda: [rows_of_bytes(task, s.nbytes, seed)
+                                      for task, s in zip(self.tasks, self._apart("embeddings", seed), strict=True)]}
+        memory = memories[method]() if method in memories else self._apart(method, seed)
+        stream = continual(
             self.tasks, self.student, memory, steps=job.stream_steps, batch_size=job.stream_batch,
             memory_batch=job.memory_batch, optimizer=AdamW(job.stream_step_sizes[0], clip_norm=job.stream_clip),
             step_sizes=job.stream_step_sizes, weights=job.weights, seeds=job.eval_seeds,
         )
         return {
             "method": method,
-            "mean": float(found.average.mean()),
-            "forgetting": float(found.forgetting.mean()),
-            "backward_transfer": float(found.backward_transfer.mean()),
-            "accuracy": found.accuracy.mean(0).round(4).tolist(),
+            "mean": float(stream.average.mean()),
+            "forgetting": float(stream.forgetting.mean()),
+            "backward_transfer": float(stream.backward_transfer.mean()),
+            "accuracy": stream.accuracy.mean(0).round(4).tolist(),
             "examples": 0 if memory is None else sum(len(m) for m in memory[:-1]),
             "nbytes": 0 if memory is None else sum(map(self._nbytes, self.tasks, memory[:-1])),
-            "settings": found.settings,
+            "settings": stream.settings,
         }
 
     @staticmethod
-    def _nbytes(task: Task, kept: DistilledSet | Sequence[int]) -> int:
-        if isinstance(kept, DistilledSet):
-            return kept.nbytes
-        return sum(len(text.encode()) for text in task.train[kept]["text"])
+    def _nbytes(task: Task, memory: DistilledSet | Sequence[int]) -> int:
+        if isinstance(memory, DistilledSet):
+            return memory.nbytes
+        return sum(len(text.encode()) for text in task.train[memory]["text"])
 
     def _updated(self, method: str, seed: int) -> dict:
         first, second, last = self.job.groups[0], self.job.groups[1], self.job.groups[-1]
         sets = self._apart("embeddings", seed)
         now = dict(zip(last, second, strict=True))
-        found = merge(sets[0], sets[1])
+        merged = merge(sets[0], sets[1])
         if method == "after":
-            found = replaced(found, sets[1].meta["task"], renamed(sets[-1], now))
+            merged = replaced(merged, sets[1].meta["task"], renamed(sets[-1], now))
         world = united(self.tasks[0], with_classes(self.tasks[-1], now))
-        row = self._evaluated(found, world, self._student(world), "own")
+        row = self._evaluated(merged, world, self._student(world), "own")
         share = {name: float(np.mean([row["groups"][c] for c in group])) for name, group in (("rest", first), ("new", second))}
         return {"method": method, **row, **share}
 
-    def _make(self, method: str, seed: int) -> DistilledSet:
+    def create(self, method: str, seed: int) -> DistilledSet:
         if method == "merged":
             return merge(*self._apart("embeddings", seed))
-        if method in REAL:
-            return select(self.task, self.student, method, **self._size(seed))
-        return self._distilled("joint", self.task, self.student, seed)
+        return self._learned(method, self.task, self.student, seed)
 
     def _apart(self, method: str, seed: int) -> list[DistilledSet]:
         """A set of each task alone: distilled, or selected."""
-        pairs = enumerate(zip(self.tasks, self._students, strict=True))
+        pairs = [*zip(self.tasks, self._students, strict=True)]
         if method in REAL:
-            return [select(task, student, method, **self._size(seed)) for _, (task, student) in pairs]
-        return [self._distilled(f"task{k}", task, student, seed) for k, (task, student) in pairs]
+            return [select(task, student, method, **self.job.size(seed)) for task, student in pairs]
+        return [self.saved(f"task{k}", seed, lambda k=k, pair=pair: self._learned(f"task{k}", *pair, seed))
+                for k, pair in enumerate(pairs)]
 
-    def _distilled(self, name: str, task: Task, student: Student, seed: int) -> DistilledSet:
-        job, folder = self.job, self.work / f"{name}-{seed}"
-        if is_vacant(folder):
-            distiller = Distiller(
-                DistilledSet.from_real(task, student, **self._size(seed)),
-                BPTT(task, student, self._unroll(), batch_size=job.outer_batch), lr=job.lr, seed=seed,
-                checkpoint_dir=self.work / f"checkpoint-{name}-{seed}",
-            )
-            for _ in distiller.run(job.outer_steps):
-                pass
-            distiller.distilled.save(folder)
-            self.result["distilling"][f"{name} {seed}"] = {
-                "steps": job.outer_steps, "seconds": round(sum(r.seconds for r in distiller.records), 1),
-                "losses": [round(r.loss, 4) for r in distiller.records],
-            }
-        return DistilledSet.load(folder)
-
-    def _unroll(self) -> Unroll:
-        return Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size), metagrad=STRATEGIES[self.job.metagrad])
-
-    def _size(self, seed: int) -> dict:
-        return {"per_class": self.job.per_class, "length": self.job.length, "seed": seed}
+    def _learned(self, name: str, task: Task, student: Student, seed: int) -> DistilledSet:
+        start = DistilledSet.from_real(task, student, **self.job.size(seed))
+        return self.distil(name, seed, start, self.objective(task, student))
 
 
-def continual_table(result: dict) -> str:
+def continual_table(result: Mapping) -> str:
     """The result as Markdown tables: merging, the stream, and the update."""
     rows, names = result["rows"], result["config"]["rows"]
-    merging = ["| trained on | own, rescaled | AdamW, tuned | sets |", "|---|---:|---:|---:|"]
+
+    def cell(name: str, key: str) -> str:
+        return spread(means(rows, name, key)) or ("not run" if name in names else "")
+
+    merging, stream, update = [], [], []
     for method in dict.fromkeys(n.split("/")[0] for n in names if n.endswith(("/own", "/tuned"))):
-        cells = [_spread(rows, names, f"{method}/{recipe}", "mean") for recipe in ("own", "tuned")]
-        merging.append(f"| {method} | {' | '.join(cells)} | {_count(rows, method, ('own', 'tuned'))} |")
-    stream = ["| memory | examples | bytes | average accuracy | forgetting | sets |", "|---|---:|---:|---:|---:|---:|"]
+        both = [f"{method}/own", f"{method}/tuned"]
+        merging.append([method, *(cell(name, "mean") for name in both), str(max(len(rows.get(name, {})) for name in both))])
     for name in (n for n in names if n.endswith("/stream")):
-        made = [*rows.get(name, {}).values()]
-        size = f"{made[0]['examples']:,} | {made[0]['nbytes']:,}" if made else " | "
-        cells = [_spread(rows, names, name, key) for key in ("mean", "forgetting")]
-        stream.append(f"| {name.split('/')[0]} | {size} | {' | '.join(cells)} | {len(made)} |")
-    update = ["| set | the new | the rest | sets |", "|---|---:|---:|---:|"]
+        size = [f"{means(rows, name, key)[0]:,}" if rows.get(name) else "" for key in ("examples", "nbytes")]
+        stream.append([name.split("/")[0], *size, cell(name, "mean"), cell(name, "forgetting"), str(len(rows.get(name, {})))])
     for name in (n for n in names if n.endswith("/update")):
-        cells = [_spread(rows, names, name, key) for key in ("new", "rest")]
-        update.append(f"| {name.split('/')[0]} the update | {' | '.join(cells)} | {len(rows.get(name, {}))} |")
-    tables = [table for table in (merging, stream, update) if len(table) > 2]
-    return "\n".join(itertools.chain.from_iterable([*table, ""] for table in tables)).rstrip("\n")
-
-
-def _spread(rows: dict, names: Sequence[str], name: str, key: str) -> str:
-    """Mean and spread of a number over seeds."""
-    values = [row[key] for row in rows.get(name, {}).values()]
-    if not values:
-        return "not run" if name in names else ""
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-
-
-def _count(rows: dict, method: str, recipes: Sequence[str]) -> int:
-    return max(len(rows.get(f"{method}/{recipe}", {})) for recipe in recipes)
+        update.append([f"{name.split('/')[0]} the update", cell(name, "new"), cell(name, "rest"), str(len(rows.get(name, {})))])
+    tables = [
+        (["trained on", "own, rescaled", "AdamW, tuned", "sets"], merging),
+        (["memory", "examples", "bytes", "average accuracy", "forgetting", "sets"], stream),
+        (["set", "the new", "the rest", "sets"], update),
+    ]
+    return "\n\n".join("\n".join(markdown(heads, lines)) for heads, lines in tables if lines)

@@ -1,10 +1,10 @@
 """Many experiments of one kind as one command: a grid of cells, each an experiment of its own.
 
-A cell is a :class:`~distillkit.experiments.classification.ClassificationJob` that differs from the common settings in a few:
-how many examples a class, how many tokens an example, how many inner steps (*scaling*), or which corpus and which student (the
-*slides'* table).  Each is distilled, and scored beside the baselines of its own size.  All cells stand in one result, written
-after every row; the same command goes on where it was stopped, also from that result alone, and may be given single cells or
-rows to work on.
+A cell of a :class:`GridJob` is a :class:`~distillkit.experiments.classification.ClassificationJob` that differs from the common
+settings in a few: how many examples per class, how many tokens an example, how many inner steps (*scaling*), or which corpus
+and which student (the *slides'* table).  Each is distilled, and scored beside the baselines of its own size.  All cells stand
+in one result, written after every row; the same command goes on where it was stopped, also from that result alone, and may be
+given single cells, rows or seeds to work on.
 
 A cell whose corpus or model is not to be had here is skipped, with the reason printed, and says *not run*.
 """
@@ -13,60 +13,55 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from distillkit.data.corpora import CorpusError
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.classification import ClassificationJob, Run
-from distillkit.experiments.results import Settings, _difference, comparable, read, write
-from distillkit.experiments.settings import tupled
+from distillkit.experiments.classification import ClassificationJob, ClassificationRun
+from distillkit.experiments.results import as_config, check_same_settings, markdown, read, write
+from distillkit.experiments.runner import SELECTING, Run
+from distillkit.experiments.settings import REQUIRED, Experiment, check_keys, names, option, settings, tupled
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
 from distillkit.io.storage import Claim
 
 KINDS = ("scaling", "slides")
-# All that the score of a selected set depends on.
-SELECTING = ("corpus", "limit", "student", "max_length", "per_class", "length", "seed", "eval_seeds")
 BASE = "base"  # the name of the cell that differs in nothing
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GridJob(Settings):
-    """Settings of a grid.
+@settings()
+class Grid(Experiment):
+    """Base of the settings of a grid."""
 
-    Args:
-        name: of the result file.
-        base: settings that cells share, as :class:`~distillkit.experiments.classification.ClassificationJob` takes them,
-          without name and rows.
-        product: {setting: values}; every combination is a cell, or one with its variations.
-        around: {setting: values} varied one at a time from what ``base`` says, which is a cell too.
-        rows: of each cell, as ``method/recipe``.
-        kind: ``"scaling"`` or ``"slides"``; they differ in the table they are shown as.
-    """
+    base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
 
-    name: str
-    base: Mapping
-    product: Mapping | None = None
-    around: Mapping | None = None
-    rows: tuple[str, ...] = ("random/tuned", "k_center/tuned", "embeddings/own")
-    kind: str = "scaling"
+    run: ClassVar[type[Run]]  # of a cell
+
+    def cells(self) -> dict[str, Any]:
+        """The settings of every cell by its name, in the order they are run."""
+        raise NotImplementedError
+
+
+@settings(kind="scaling")
+class GridJob(Grid):
+    """Settings of a grid of experiments on classification; kinds differ in the table they are shown as."""
+
+    product: Mapping | None = option(None, "{setting: values}; every combination is a cell, or one with its variations")
+    around: Mapping | None = option(None, "{setting: values} varied one at a time from what base says, which is a cell too")
+
+    run, kinds = ClassificationRun, KINDS
 
     def __post_init__(self):
-        self.check_name()
-        check_choice("kind", self.kind, KINDS)
-        known = {f.name for f in dataclasses.fields(ClassificationJob)} - {"name", "rows", "committed", "committed_rows"}
+        super().__post_init__()
+        known = {*names(ClassificationJob)} - {"rows", "kind", "committed", "committed_rows"}
         for key, values in (("base", self.base), ("product", self.product or {}), ("around", self.around or {})):
-            if not isinstance(values, Mapping):
-                raise ValueError(f"{key} must hold settings as 'key: value' lines, not {values!r}")
-            if unknown := sorted(map(str, values.keys() - known)):
-                raise ValueError(f"{key}: unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+            check_keys(key, values, known)
         for key in ("product", "around"):
             for setting, values in (getattr(self, key) or {}).items():
                 if not isinstance(values, list | tuple) or not values:
@@ -77,90 +72,89 @@ class GridJob(Settings):
 
     def cells(self) -> dict[str, ClassificationJob]:
         """The cells by name, such as ``corpus=imdb,student=roberta-base``, in the order they are run."""
-        found = {}
-        axes = self.product or {}
+        cells, axes = {}, self.product or {}
+        defaults = {f.name: None if f.default is REQUIRED else f.default for f in dataclasses.fields(ClassificationJob)}
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             variations = [{}, *({key: value} for key, every in (self.around or {}).items() for value in every)]
             for change in variations:
-                if all(self.base.get(key, _default(key)) == value for key, value in change.items()):
+                if all(self.base.get(key, defaults[key]) == value for key, value in change.items()):
                     change = {}  # the base itself
                 key = ",".join(f"{k}={v}" for k, v in {**chosen, **change}.items()) or BASE
-                found.setdefault(key, self._cell(key, {**self.base, **chosen, **change}))
-        return found
+                cells.setdefault(key, self._cell(key, {**self.base, **chosen, **change}))
+        return cells
 
-    def _cell(self, key: str, settings: dict) -> ClassificationJob:
+    def _cell(self, key: str, values: dict) -> ClassificationJob:
         name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
         try:
-            return ClassificationJob(name=name, rows=self.rows, **tupled(settings))
+            return ClassificationJob(name=name, rows=self.rows, **tupled(values))
         except (TypeError, ValueError) as error:
             raise ValueError(f"cell {key}: {error}") from error
-
-
-def _default(key: str):
-    field = next(f for f in dataclasses.fields(ClassificationJob) if f.name == key)
-    return None if field.default is dataclasses.MISSING else field.default
 
 
 class GridRun:
     """A grid under way; its result is ``folder/<name>.json``, what the cells leave behind ``work/<name>``.
 
     Raises:
-        ValueError: the result that is there has a cell of that name with other settings.
+        ValueError: the result in ``folder`` has a cell of that name with other settings.
     """
 
-    def __init__(self, job: GridJob, folder: str | Path, work: str | Path):
+    def __init__(self, job: Grid, folder: str | Path, work: str | Path):
         self.job, self.work = job, Path(work) / job.name
         self.path = Path(folder) / f"{job.name}.json"
         self.claim = Claim(self.work, wait=True, shared=True)
-        there = read(self.path) if self.path.is_file() else {"cells": {}}
-        self.result = {"config": json.loads(json.dumps(dataclasses.asdict(job))), "cells": there["cells"]}
+        cells = read(self.path)["cells"] if self.path.is_file() else {}
+        self.result = {"config": as_config(job), "cells": cells}
         for key, cell in job.cells().items():
-            self._check(key, cell)
+            if key in cells:
+                check_same_settings(f"{self.path}: the cell {key}", cells[key]["config"], cell)
 
-    def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
+    def headline(self) -> str:
+        """What is about to be run, in a line."""
+        return f"{self.job.name}: {len(self.job.cells())} cells"
+
+    def __call__(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict:
         """Make what is missing; returns the result.
 
         Args:
             only: names of cells, of rows, or both: these for now.
-            seeds: only cells of these seeds.
+            seeds: only these seeds.
         """
         cells = self.job.cells()
         for name in only:
             check_choice("a cell or a row", name, (*cells, *self.job.rows))
-        chosen = {k: cell for k, cell in cells.items() if (k in only or not {*only} & cells.keys())
-                  and (not seeds or cell.seed in seeds)}
         rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
+        chosen = {key: cell for key, cell in cells.items() if key in only or not {*only} & cells.keys()}
         with self.claim:
-            for key in progress(chosen, desc="cells", unit="cell"):
+            for key, cell in progress(chosen.items(), desc="cells", unit="cell"):
                 try:
-                    self._make(key, cells[key], rows)
+                    self._make(key, cell, rows, [seed for seed in cell.seeds if not seeds or seed in seeds])
                 except (CorpusError, FileNotFoundError, FloatingPointError) as error:
                     say(f"{key}: skipped: {one_line(error)}")
         return self.result
 
-    def _make(self, key: str, cell: ClassificationJob, rows: list[str]) -> None:
-        """Make those rows of a cell that are missing, written one by one."""
-        rows = [row for row in rows if row not in self.result["cells"].get(key, {}).get("rows", {})]
-        if not rows:
+    def _make(self, key: str, cell, rows: Sequence[str], seeds: Sequence[int]) -> None:
+        """Make those scores of a cell that are missing, written row by row."""
+        if not seeds or not self.job.run.missing(self.result["cells"].get(key, {}), cell, rows, seeds):
             return
-        run = Run(cell, self._taken_up(key, cell), self.work)
+        run = self.job.run(cell, self._taken_up(key, cell), self.work)
         for row in rows:
             if twin := self._twin(key, cell, row):
-                run.result["rows"][row] = twin
-            self._keep(key, run((row,)))
+                run.result["rows"].setdefault(row, twin)
+            if run.missing(run.result, cell, [row], seeds) or twin:
+                self._keep(key, run([row], seeds))
 
     def _keep(self, key: str, made: dict) -> None:
         """Write a cell into the result, beside the cells and rows that other processes may have written meanwhile."""
         # A curve of losses for each of dozens of cells would bury the scores.
         distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
-        found = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
+        cell = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
         with Claim(self.path, wait=True):  # beside the result, which other work folders may share
             others = read(self.path)["cells"] if self.path.is_file() else {}
             for part in ("rows", "distilling"):
-                found[part] = others.get(key, {}).get(part, {}) | found[part]
-            found["rows"] = {row: found["rows"][row] for row in self.job.rows if row in found["rows"]}
-            self.result["cells"] = {**self.result["cells"], **others, key: found}
+                cell[part] = others.get(key, {}).get(part, {}) | cell[part]
+            cell["rows"] = {row: cell["rows"][row] for row in self.job.rows if row in cell["rows"]}
+            self.result["cells"] = {**self.result["cells"], **others, key: cell}
             write(self.path, self.result)
 
     def _taken_up(self, key: str, cell) -> Path:
@@ -170,32 +164,22 @@ class GridRun:
             write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
         return path.parent
 
-    def _twin(self, key: str, cell: ClassificationJob, row: str) -> dict | None:
+    def _twin(self, key: str, cell, row: str) -> dict | None:
         """The row of another cell that selected and trained on the very same sentences: one that differs in distilling only."""
-        if row.split("/")[0] not in METHODS:
+        if row.split("/")[0] not in METHODS or self.job.run.by_seed:
             return None
-        for other, theirs in self.job.cells().items():
-            found = self.result["cells"].get(other, {}).get("rows", {}).get(row)
-            if other != key and found and all(getattr(cell, s) == getattr(theirs, s) for s in SELECTING):
-                return {"same_set_as": other, **found}
+        for other, settings_of_other in self.job.cells().items():
+            score = self.result["cells"].get(other, {}).get("rows", {}).get(row)
+            if other != key and score and all(getattr(cell, s) == getattr(settings_of_other, s) for s in SELECTING):
+                return {"same_set_as": other, **score}
         return None
-
-    def _check(self, key: str, cell: ClassificationJob) -> None:
-        """Refuse a cell of other settings; more rows may be asked of the same."""
-        there = self.result["cells"].get(key, {}).get("config")
-        here = json.loads(json.dumps(dataclasses.asdict(cell)))
-        if there is not None and (theirs := comparable(there, cell)) != here:
-            raise ValueError(f"{self.path} has the cell {key} with other settings ({_difference(theirs, here)}); give --fresh "
-                             "to replace the result, or the job another name")
 
 
 def committed(config: str | Path, folder: str | Path) -> dict:
     """The result in ``folder`` of the grid that a file of settings describes; one without cells where there is none yet."""
     job = GridJob.from_yaml(config)
     path = Path(folder) / f"{job.name}.json"
-    if path.is_file():
-        return read(path)
-    return {"config": json.loads(json.dumps(dataclasses.asdict(job))), "cells": {}}
+    return read(path) if path.is_file() else {"config": as_config(job), "cells": {}}
 
 
 def along(result: Mapping, axis: str, row: str) -> dict:
@@ -203,57 +187,46 @@ def along(result: Mapping, axis: str, row: str) -> dict:
 
     Several seeds are averaged; values whose cells have not been run are left out.
     """
-    base, found = result["config"]["base"], {}
+    base, means = result["config"]["base"], {}
     for key, cell in result["cells"].items():
         changed = {k.split("=")[0] for k in key.split(",")} - {axis, "seed", BASE}
         if not changed & {*(result["config"]["around"] or {})} and row in cell["rows"]:
-            found.setdefault(cell["config"].get(axis, base.get(axis)), []).append(cell["rows"][row]["mean"])
-    return {value: float(np.mean(means)) for value, means in sorted(found.items())}
+            means.setdefault(cell["config"].get(axis, base.get(axis)), []).append(cell["rows"][row]["mean"])
+    return {value: float(np.mean(scores)) for value, scores in sorted(means.items())}
 
 
 def scaling_table(result: Mapping) -> str:
     """A scaling grid as a Markdown table: a line a cell, seeds of one cell together."""
-    job = _job(result)
-    lines = [
-        f"| cell | examples a class | tokens | inner steps | bytes | {' | '.join(job.rows)} | sets |",
-        "|---|" + "---:|" * (len(job.rows) + 5),
-    ]
+    job = GridJob(**tupled(result["config"]))
     groups: dict[str, list[str]] = {}
     for key in job.cells():
         plain = ",".join(part for part in key.split(",") if not part.startswith("seed=")) or BASE
         groups.setdefault(plain, []).append(key)
+    lines = []
     for name, keys in groups.items():
         cell = job.cells()[keys[0]]
         made = [result["cells"][key]["rows"] for key in keys if key in result["cells"]]
         sizes = [rows["embeddings/own"]["nbytes"] for rows in made if "embeddings/own" in rows]
         scores = [_mean([rows[row]["mean"] for rows in made if row in rows]) for row in job.rows]
-        size = f"{sizes[0]:,}" if sizes else ""
-        lines.append(f"| {name} | {cell.per_class} | {cell.length} | {cell.unroll_steps} | {size} | {' | '.join(scores)} | "
-                     f"{len(made)} |")
-    return "\n".join(lines)
+        lines.append([name, str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
+                      f"{sizes[0]:,}" if sizes else "", *scores, str(len(made))])
+    return "\n".join(markdown(["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"], lines))
 
 
 def slides_table(result: Mapping) -> str:
     """The slides' table in Markdown: a line for each corpus and way of training, a column for each student."""
-    job = _job(result)
-    axes = job.product or {}
-    students = axes["student"]
-    lines = [f"| corpus | trained on | {' | '.join(students)} |", "|---|---|" + "---:|" * len(students)]
-    for corpus in axes["corpus"]:
-        for row in job.rows:
-            cells = []
-            for student in students:
-                keys = [k for k, cell in job.cells().items() if (cell.corpus, cell.student) == (corpus, student)]
-                made = [result["cells"][k]["rows"].get(row) for k in keys if k in result["cells"]]
-                cells.append(_with_spread([found for found in made if found]))
-            lines.append(f"| {corpus} | {row} | {' | '.join(cells)} |")
+    job = GridJob(**tupled(result["config"]))
+    axes, lines = job.product or {}, []
+    for corpus, row in itertools.product(axes["corpus"], job.rows):
+        cells = []
+        for student in axes["student"]:
+            keys = [k for k, cell in job.cells().items() if (cell.corpus, cell.student) == (corpus, student)]
+            rows = [result["cells"][k]["rows"].get(row) for k in keys if k in result["cells"]]
+            cells.append(_with_spread([score for score in rows if score]))
+        lines.append([corpus, row, *cells])
     machines = sorted({cell["machine"]["processor"] for cell in result["cells"].values()})
-    return "\n".join([*lines, "", f"Made on: {', '.join(machines) or 'nothing has been run yet'}."])
-
-
-def _job(result: Mapping) -> GridJob:
-    settings: dict[str, Any] = {k: tuple(v) if k == "rows" else v for k, v in result["config"].items()}
-    return GridJob(**settings)
+    return "\n".join([*markdown(["corpus", "trained on", *axes["student"]], lines, "ll"), "",
+                      f"Made on: {', '.join(machines) or 'nothing has been run yet'}."])
 
 
 def _mean(scores: list[float]) -> str:

@@ -21,99 +21,64 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from distillkit.applications.prompting import FewShot, few_shot, questions
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.distiller import Distiller
-from distillkit.core.inner import SGD, Unroll
-from distillkit.core.metagrad import recommend
-from distillkit.core.objectives import BPTT
 from distillkit.core.students import load_student
-from distillkit.data.load import load_task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import SeededRun, Settings, paired_difference, shown
-from distillkit.io.checks import check_choice, check_whole
+from distillkit.experiments.results import markdown, means, paired_difference, shown
+from distillkit.experiments.runner import Run, load_corpus
+from distillkit.experiments.settings import (
+    Data,
+    Experiment,
+    Inner,
+    Outer,
+    Search,
+    SetSeeds,
+    Size,
+    filled,
+    option,
+    settings,
+    whole,
+)
+from distillkit.experiments.ways_to_text import swapped
+from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
-from distillkit.io.storage import is_vacant
-from distillkit.text.judges import FrozenJudge
 from distillkit.text.projection import project
-from distillkit.text.search import SwapSearch, corpus_tokens, nearest_sentences
+from distillkit.text.search import nearest_sentences
 
 REAL = ("random", "k_center")
 LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")
 SOURCES = ("zero-shot", *REAL, *LEARNED, "wrong labels")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptingJob(Settings):
-    """Settings of one experiment.
+@settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
+class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
+    """Settings of one experiment; the student is a language model, and rows are ``source/k``, such as ``zero-shot/0``."""
 
-    Args:
-        name: of the result file.
-        corpus, limit, max_length, student: as ``load_task`` and ``load_student`` take them; the student is a language model.
-        per_class, length: size of every set: examples of a class, tokens an example.
-        seeds: one set of everything each.
-        orders: of the demonstrations, for each set and each k.
-        test_rows, validation_rows: questions that are scored, and that choose the template; balanced.
-        templates: questions to choose from, with ``{text}`` each.
-        judged_shots: demonstrations with which templates are judged, besides none.
-        separator: behind a demonstration.
-        unroll_steps, step_size, outer_steps, outer_batch, lr: of the distillation, as for
-            :class:`~distillkit.experiments.classification.ClassificationJob`.
-        judge_steps, swap_steps, candidates, least: of the search, as for :class:`~distillkit.experiments.ways_to_text.TextJob`.
-        rows: which rows, as ``source/k``; ``zero-shot/0``.
-    """
-
-    name: str
-    corpus: str
-    student: str
-    rows: tuple[str, ...]
-    limit: int | None = None
-    max_length: int = 32
-    per_class: int = 2
-    length: int = 20
-    seeds: tuple[int, ...] = (0, 1, 2)
-    orders: int = 4
-    test_rows: int = 400
-    validation_rows: int = 120
-    templates: tuple[str, ...] = ("{text}\nAnswer:",)
-    judged_shots: int = 4
-    separator: str = "\n\n"
-    unroll_steps: int = 3
-    step_size: float = 0.05
-    outer_steps: int = 60
-    outer_batch: int = 48
-    lr: float = 0.01
-    judge_steps: int = 400
-    swap_steps: int = 60
-    candidates: int = 64
-    least: int = 2
-    kind: str = "prompting"
+    orders: int = whole(4, "orders of the demonstrations, for each set and each k")
+    test_rows: int = whole(400, "questions that are scored, the same number for each class")
+    validation_rows: int = whole(120, "questions that choose the template, the same number for each class")
+    templates: tuple[str, ...] = filled(("{text}\nAnswer:",), "questions to choose from, with {text} in each")
+    judged_shots: int = whole(4, "demonstrations with which templates are judged, besides none")
+    separator: str = option("\n\n", "text behind a demonstration")
 
     def __post_init__(self):
-        self.check_name()
-        check_choice("kind", self.kind, ("prompting",))
+        super().__post_init__()
         for row in self.rows:
             source, _, k = row.partition("/")
             check_choice(f"the source of row {row!r}", source, SOURCES)
             if not k.isdecimal() or (source == "zero-shot") != (int(k) == 0):
                 raise ValueError(f"a row is a source and its demonstrations, as in random/4 or zero-shot/0, not {row!r}")
-        for key in ("max_length", "per_class", "length", "orders", "test_rows", "validation_rows", "judged_shots",
-                    "unroll_steps", "outer_steps", "outer_batch", "judge_steps", "swap_steps", "candidates", "least"):
-            check_whole(key, getattr(self, key))
-        self.check_positive("step_size", "lr")
-        if not self.seeds or not all(isinstance(s, int) for s in self.seeds):
-            raise ValueError(f"seeds must be a list of whole numbers, not {self.seeds!r}")
-        if not self.templates:
-            raise ValueError("templates must list one at least")
 
 
-class PromptingRun(SeededRun):
-    """An experiment on prompts under way; see :class:`~distillkit.experiments.results.SeededRun`.
+class PromptingRun(Run):
+    """An experiment on prompts under way; see :class:`~distillkit.experiments.runner.Run`.
 
     ``student`` is the classifier that distils and selects; ``reader`` the language model that is given demonstrations.
     """
@@ -121,12 +86,12 @@ class PromptingRun(SeededRun):
     job: PromptingJob
 
     def __init__(self, job: PromptingJob, folder: str | Path, work: str | Path):
-        task = load_task(job.corpus, max_length=job.max_length, limit=job.limit)
-        super().__init__(job, folder, work, task, load_student(job.student, task, trainable="full"))
-        self.reader = load_student(job.student, questions(task), trainable="full")
+        task = load_corpus(job)
+        super().__init__(job, folder, work, task)
+        self.reader = load_student(job.student, questions(task), trainable=job.trainable)
         self._asked = None
 
-    def _scored(self, source: str, k: str, seed: int) -> dict:
+    def score(self, source: str, k: str, seed: int) -> dict:
         if self._asked is None:
             self._asked = questions(self.task, template=self._template())
         rows = self.task.balanced_rows("test", min(self.job.test_rows, len(self.task.test)), generator("prompting-test", 0))
@@ -152,71 +117,39 @@ class PromptingRun(SeededRun):
         if "template" not in noted:
             size = min(self.job.validation_rows, len(self.task.validation))
             rows = self.task.balanced_rows("validation", size, generator("prompting-validation", 0)).tolist()
-            shots = select(self.task, self.student, "random", **self._size(derive_seed("prompting-template", 0)))
-            found = {}
+            shots = select(self.task, self.student, "random", **self.job.size(derive_seed("prompting-template", 0)))
+            accuracies = {}
             for template in self.job.templates:
                 asked = questions(self.task, template=template)
-                found[template] = [
+                accuracies[template] = [
                     round(few_shot(asked, self.reader, shots, k=k, rows=rows, split="validation", **self._reading()).mean, 6)
                     for k in (0, self.job.judged_shots)
                 ]
-            noted["template"] = {"chosen": max(found, key=lambda template: np.mean(found[template])), "validation": found}
+            best = max(accuracies, key=lambda template: np.mean(accuracies[template]))
+            noted["template"] = {"chosen": best, "validation": accuracies}
         return noted["template"]["chosen"]
 
-    def _make(self, source: str, seed: int) -> DistilledSet:
-        if source in REAL:
-            return select(self.task, self.student, source, **self._size(seed))
-        folder = self.work / f"{source.replace(' ', '_')}-{seed}"
-        if is_vacant(folder):
-            self._found(source, seed).save(folder)
-        return DistilledSet.load(folder)
-
-    def _found(self, source: str, seed: int) -> DistilledSet:
+    def create(self, source: str, seed: int) -> DistilledSet:
         if source == "projection":
             return project(self.set_of("embeddings", seed), self.student)
         if source == "nearest sentences":
             return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
-        return self._swapped(seed) if source == "swaps" else self._distilled(seed)
-
-    def _distilled(self, seed: int) -> DistilledSet:
-        job, start = self.job, DistilledSet.from_real(self.task, self.student, **self._size(seed))
-        unroll = Unroll(job.unroll_steps, optimizer=SGD(job.step_size), metagrad=recommend(self.student)[0])
-        objective = BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
-        distiller = Distiller(start, objective, lr=job.lr, seed=seed, checkpoint_dir=self.work / f"checkpoint-{seed}")
-        for _ in distiller.run(job.outer_steps):
-            pass
+        if source == "swaps":
+            return swapped(self, source, self.set_of("k_center", seed), seed)
+        start = DistilledSet.from_real(self.task, self.student, **self.job.size(seed))
+        objective = self.objective()
+        learned = self.distil(source, seed, start, objective)
         # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
-        trained = [evaluate(s, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
-                   for s, recipe in ((start, unroll), (distiller.distilled, "own"))]
-        self._noted("embeddings", seed, distiller.records, [r.loss for r in distiller.records],
-                    {"trained on the start": round(trained[0], 6), "trained on the set": round(trained[1], 6)})
-        return distiller.distilled
-
-    def _swapped(self, seed: int) -> DistilledSet:
-        judge = FrozenJudge(self.task, self.student, steps=self.job.judge_steps)
-        search = SwapSearch(
-            self.set_of("k_center", seed), self.student, judge, candidates=self.job.candidates, seed=seed,
-            allowed=corpus_tokens(self.task, self.student, least=self.job.least),
-            checkpoint_dir=self.work / f"checkpoint-swaps-{seed}",
-        )
-        for _ in search.run(self.job.swap_steps):
-            pass
-        self._noted("swaps", seed, search.records, [r.after for r in search.records], {})
-        return search.distilled
-
-    def _noted(self, source: str, seed: int, records, losses: list[float], further: dict) -> None:
-        seconds = round(sum(r.seconds for r in records), 1)
-        self.result["distilling"][f"{source} {seed}"] = {
-            "steps": len(records), "seconds": seconds, "losses": [round(loss, 4) for loss in losses], **further,
-        }
-
-    def _size(self, seed: int) -> dict:
-        return {"per_class": self.job.per_class, "length": self.job.length, "seed": seed}
+        before, after = (evaluate(s, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
+                         for s, recipe in ((start, objective.unroll), (learned, "own")))
+        self.result["distilling"][f"{source} {seed}"] |= {
+            "trained on the start": round(before, 6), "trained on the set": round(after, 6)}
+        return learned
 
 
-def as_row(found: FewShot) -> dict:
+def as_row(score: FewShot) -> dict:
     """A score in context as JSON values, floats at six digits, null for what is not a number."""
-    row = dataclasses.asdict(found)
+    row = dataclasses.asdict(score)
     for key in ("mean", "std"):
         row[key] = round(row[key], 6) if math.isfinite(row[key]) else None
     for key in ("scores", "normalized", "calibrated"):
@@ -224,26 +157,23 @@ def as_row(found: FewShot) -> dict:
     return row
 
 
-def prompting_table(result: dict) -> str:
+def prompting_table(result: Mapping) -> str:
     """The result as a Markdown table: accuracy for each source and k, plainly and calibrated, and what it gains on random."""
-    rows, names = result["rows"], result["config"]["rows"]
-    lines = ["| demonstrations | k | accuracy (sd over orders) | minus random | calibrated | minus random | tokens | sets |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for name in names:
+    rows, lines = result["rows"], []
+    for name in result["config"]["rows"]:
         source, k = name.split("/")
-        found = list(rows.get(name, {}).values())
-        if not found:
-            lines.append(f"| {source} | {k} | not run | | | | | |")
+        if not rows.get(name):
+            lines.append([source, k, "not run", *[None] * 5])
             continue
-        left_out = sum(map(sum, (row["dropped"] for row in found)))
+        left_out = sum(map(sum, means(rows, name, "dropped")))
         cells = []
         for key in ("scores", "calibrated"):
-            spread = _spread(found, key)
-            cells += [f"{np.mean([row[key] for row in found]):.3f}" + (f" ({spread:.3f})" if spread is not None else ""),
-                      _gain(rows, source, k, key)]
-        tokens = np.mean([row["context"] for row in found])
-        lines.append(f"| {source} | {k}{f' ({left_out} left out)' if left_out else ''} | {' | '.join(cells)} | "
-                     f"{tokens:.0f} | {len(found)} |")
+            scores = means(rows, name, key)
+            cells += [f"{np.mean(scores):.3f}{_deviation(scores)}", _gain(rows, source, k, key)]
+        lines.append([source, f"{k} ({left_out} left out)" if left_out else k, *cells,
+                      f"{np.mean(means(rows, name, 'context')):.0f}", str(len(rows[name]))])
+    heads = ["demonstrations", "k", "accuracy (sd over orders)", "minus random", "calibrated", "minus random", "tokens", "sets"]
+    lines = markdown(heads, lines)
     if chosen := result["distilling"].get("template"):
         judged = "; ".join(f"{template!r} {' / '.join(f'{s:.2f}' for s in scores)}"
                            for template, scores in chosen["validation"].items())
@@ -252,17 +182,17 @@ def prompting_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _spread(found: list[dict], key: str) -> float | None:
-    """The standard deviation over orders, n − 1, root mean square over the sets; None for one order."""
-    if len(found[0][key]) < 2:
-        return None
-    return float(np.sqrt(np.mean([np.var(row[key], ddof=1) for row in found])))
+def _deviation(scores: list[list[float]]) -> str:
+    """The standard deviation over orders, n − 1, root mean square over the sets, in brackets; nothing for one order."""
+    if len(scores[0]) < 2:
+        return ""
+    return f" ({np.sqrt(np.mean([np.var(orders, ddof=1) for orders in scores])):.3f})"
 
 
-def _gain(rows: dict, source: str, k: str, key: str) -> str:
+def _gain(rows: Mapping, source: str, k: str, key: str) -> str:
     """What a source gains on random demonstrations at the same k and seed, with half of its 95 % interval over sets."""
     if source in ("zero-shot", "random") or f"random/{k}" not in rows:
         return ""
-    means = {name: {seed: {"mean": float(np.mean(row[key]))} for seed, row in rows[f"{name}/{k}"].items()}
-             for name in (source, "random")}
-    return shown(*paired_difference(means, source, "random"))
+    averages = {name: {seed: {"mean": float(np.mean(row[key]))} for seed, row in rows[f"{name}/{k}"].items()}
+                for name in (source, "random")}
+    return shown(*paired_difference(averages, source, "random"))

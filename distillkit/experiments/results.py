@@ -1,4 +1,4 @@
-"""Results: settings from a YAML file, and a JSON file that grows row by row.
+"""Results: a JSON file that grows row by row, and what tables are made of.
 
 A result holds the settings it was made with, the corpus by name and hash, the machine, the versions, and a row for each
 score.  It is written after every row, so that a run that was interrupted goes on with the first row it has not got, and
@@ -15,23 +15,18 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from distillkit.core.distilled import DistilledSet
-from distillkit.core.students import Student
-from distillkit.data.instruction import InstructionTask
-from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
 from distillkit.experiments.settings import kind_of as kind_of
-from distillkit.io.checks import check_choice
-from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, StorageError, save_text, sealed, unsealed
+from distillkit.io.storage import StorageError, save_text, sealed, unsealed
 
+REPLACE = "give --fresh to replace it, or the run another name"
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 
@@ -39,11 +34,10 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     """The result at ``path`` to go on with, or a fresh one.
 
     Raises:
-        ValueError: the result that is there was made with other settings or another corpus; says in what they differ.
+        ValueError: the result at ``path`` was made with other settings or another corpus; says in what they differ.
     """
-    config = json.loads(json.dumps(dataclasses.asdict(settings)))
     fresh = {
-        "config": config,
+        "config": as_config(settings),
         "corpus": {
             "name": task.name,
             "sha256": task.fingerprint,
@@ -57,23 +51,36 @@ def take_up(path: Path, settings: Settings, task) -> dict:
     }
     if not path.is_file():
         return fresh
-    found = read(path)
-    theirs = comparable(found.get("config", {}), settings)
-    for key, there, here in (("config", theirs, config), ("corpus", found.get("corpus"), fresh["corpus"])):
-        if there != here:
-            raise ValueError(
-                f"{path} is the result of a run with another {key} ({_difference(there, here)}); give --fresh "
-                "to replace it, or the job another name"
-            )
-    return {**found, "config": config}
+    stored = read(path)
+    check_same_settings(path, stored.get("config", {}), settings)
+    if change := difference(stored.get("corpus"), fresh["corpus"]):
+        raise ValueError(f"{path} is the result of a run with another corpus ({change}); {REPLACE}")
+    return {**stored, "config": fresh["config"]}
 
 
-def comparable(config: dict, settings: Settings) -> dict:
-    """The stored ``config`` of a result as ``settings`` would be stored if they were the same: a setting that came later had
-    its default, and more rows may be asked of the same run."""
+def as_config(settings: Settings) -> dict:
+    """Settings as JSON stores them."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def check_same_settings(where, config: Mapping, settings: Settings) -> None:
+    """Raise ValueError unless the stored ``config`` equals ``settings``: a setting that came later had its default, and more
+    rows may be asked of the same run."""
     defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
-    rows = getattr(settings, "rows", ())
-    return {**json.loads(json.dumps(defaults)), **config, "rows": list(rows)}
+    stored = {**json.loads(json.dumps(defaults)), **config, "rows": list(getattr(settings, "rows", ()))}
+    if change := difference(stored, as_config(settings)):
+        raise ValueError(f"{where} is of a run with other settings ({change}); {REPLACE}")
+
+
+def difference(stored, current: Mapping) -> str | None:
+    """The first setting in which two differ, in words; None where they are equal."""
+    if stored == current:
+        return None
+    if not isinstance(stored, Mapping):
+        return "it has none"
+    key = next(k for k in {**current, **stored} if (k in stored, stored.get(k)) != (k in current, current.get(k)))
+    then, now = (repr(values[key]) if key in values else "absent" for values in (stored, current))
+    return f"{key}: {then} there, {now} here"
 
 
 def write(path: Path, result: dict) -> None:
@@ -92,72 +99,6 @@ def read(path: Path) -> dict:
         return unsealed(path.read_bytes())
     except ValueError as error:
         raise StorageError(f"{path} is damaged: {error}; {remedy}") from error
-
-
-class SeededRun:
-    """A job under way whose every score belongs to a seed; scores are written to ``folder/<name>.json`` as they are made.
-
-    Args:
-        job: the settings, with ``seeds`` and ``rows`` as ``method/recipe``.
-        folder: where its result goes; one that is there already is gone on with.
-        work: where experts, checkpoints and sets go, ``work/<name>``.
-        task, student: what it is about.
-
-    Raises:
-        ValueError: the result that is there was made with other settings or another corpus; or there are rows without choices,
-            which these tables, being of accuracy, have no score for.
-    """
-
-    def __init__(self, job: Settings, folder: str | Path, work: str | Path, task: Task, student: Student):
-        if isinstance(task, InstructionTask):
-            for split in ("validation", "test"):
-                task.check_choices(split)
-        self.job, self.work, self.task, self.student = job, Path(work) / job.name, task, student
-        self.path = Path(folder) / f"{job.name}.json"
-        self.claim = Claim(self.work, wait=True, shared=True)
-        self.result = take_up(self.path, job, task)
-        self._sets: dict[tuple[str, int], DistilledSet] = {}
-
-    def __call__(self, only: tuple[str, ...] = (), seeds: tuple[int, ...] = ()) -> dict:
-        """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
-
-        Processes with the same folder of results may work on different seeds of one result at the same time.
-        """
-        for row in only:
-            check_choice("a row", row, self.job.rows)
-        if unknown := [seed for seed in seeds if seed not in self.job.seeds]:
-            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, self.job.seeds))}")
-        rows = [row for row in self.job.rows if not only or row in only]
-        wanted = [(seed, row) for seed in seeds or self.job.seeds for row in rows]
-        missing = [(seed, row) for seed, row in wanted if str(seed) not in self.result["rows"].get(row, {})]
-        with self.claim:
-            for seed, row in progress(missing, desc="scores", unit="score"):
-                method, recipe = row.split("/")
-                self._add(row, seed, self._scored(method, recipe, seed))
-        return self.result
-
-    def set_of(self, method: str, seed: int) -> DistilledSet:
-        """The set of a method and a seed; distilled or selected at its first use."""
-        key = (method, seed)
-        if key not in self._sets:
-            self._sets[key] = self._make(method, seed)
-        return self._sets[key]
-
-    def _add(self, row: str, seed: int, score: dict) -> None:
-        """Write a score, and take over what other processes have written meanwhile."""
-        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
-            result = take_up(self.path, self.job, self.task)
-            result["rows"].setdefault(row, {})[str(seed)] = score
-            result["distilling"] |= self.result["distilling"]
-            result["rows"] = {name: result["rows"][name] for name in self.job.rows if name in result["rows"]}
-            write(self.path, result)
-            self.result = result
-
-    def _scored(self, method: str, recipe: str, seed: int) -> dict:
-        raise NotImplementedError
-
-    def _make(self, method: str, seed: int) -> DistilledSet:
-        raise NotImplementedError
 
 
 def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
@@ -180,18 +121,35 @@ def shown(mean: float, half: float) -> str:
     return f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
 
 
-def _difference(theirs, ours: dict) -> str:
-    """The first setting in which two differ, in words."""
-    if not isinstance(theirs, dict):
-        return "it has none"
-    key = next(k for k in {**ours, **theirs} if (k in theirs, theirs.get(k)) != (k in ours, ours.get(k)))
-    there, here = (repr(values[key]) if key in values else "absent" for values in (theirs, ours))
-    return f"{key}: {there} there, {here} here"
+def means(rows: Mapping, name: str, key: str = "mean") -> list[float]:
+    """A number of each set of a row; none where the row has not run."""
+    return [score[key] for score in rows.get(name, {}).values()]
 
 
-def as_json(found: Evaluation) -> dict:
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard deviation over sets, for a table; of one set the value alone, of none nothing."""
+    if not values:
+        return ""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> list[str]:
+    """The lines of a Markdown table.
+
+    Args:
+        heads: titles of the columns.
+        lines: cells of each line; None is a cell of nothing but a space.
+        align: ``l`` or ``r`` for each of the first columns; the others are aligned to the right.
+    """
+    rule = "|".join("---" if place == "l" else "---:" for place in align.ljust(len(heads), "r"))
+    body = ("|".join(" " if cell is None else f" {cell} " for cell in cells) for cells in (heads, *lines))
+    first, *others = [f"|{line}|" for line in body]
+    return [first, f"|{rule}|", *others]
+
+
+def as_json(evaluation: Evaluation) -> dict:
     """An evaluation as JSON values, floats at six digits, null for what is not a number."""
-    row = dataclasses.asdict(found)
+    row = dataclasses.asdict(evaluation)
     for key in ("mean", "std", "seconds"):
         row[key] = _rounded(row[key])
     for key in ("normalized", "losses"):

@@ -14,8 +14,8 @@ A student of random weights can be a target, not a source: what it selects or se
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,25 @@ import numpy as np
 from distillkit.applications.transfer import retokenize, transfer
 from distillkit.core.inner import AdamW, Unroll
 from distillkit.core.students import load_student
-from distillkit.data.load import load_task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionJob, InstructionRun
-from distillkit.experiments.results import SeededRun, Settings, as_json, paired_difference, shown
-from distillkit.experiments.settings import tupled
+from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
+from distillkit.experiments.runner import Run, load_corpus
+from distillkit.experiments.settings import (
+    REQUIRED,
+    Experiment,
+    Scoring,
+    SetSeeds,
+    check_keys,
+    choice,
+    names,
+    option,
+    settings,
+    tupled,
+)
 from distillkit.experiments.ways_to_text import TEXTS, TextJob, TextRun, hardened
-from distillkit.io.checks import check_choice, check_whole
+from distillkit.io.checks import check_choice, check_number, check_whole
 
 # For each kind of experiment that makes sets: its settings, its run, and those of its methods that end in text.
 MAKERS = {
@@ -44,45 +55,24 @@ UNTRAINED = ("offline:small-bert",)
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransferJob(Settings):
+@settings(kind="transfer")
+class TransferJob(Experiment, SetSeeds, Scoring):
     """Settings of one experiment.
 
-    Args:
-        name: of the result file.
-        sets: how sets are made on each source: ``kind`` (``"text"`` or ``"instruction"``), ``corpus``, and further settings
-            of that kind of experiment.
-        students: every source and target, as ``load_student`` takes them; rows name them by :func:`short_name`.
-        rows: ``"<source> to <target>/<method>"``, and ``"<target>/full"``: that target on the whole training split.
-        seeds: one set of everything each.
-        eval_seeds: fresh initialisations of the target that each set is scored on.
-        recipe: ``"tuned"``, ``"standard"`` or ``"fixed"``.
-        fixed: of the last: {target, by its short name: {steps, step_size, batch}} of AdamW, the same for every text.
+    Rows are ``<source> to <target>/<method>``, with students by their :func:`short_name`, and ``<target>/full``: that target on
+    the whole training split.
     """
 
-    name: str
-    sets: dict
-    students: tuple[str, ...]
-    rows: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    eval_seeds: tuple[int, ...] = (0, 1, 2)
-    recipe: str = "tuned"
-    fixed: dict | None = None
-    kind: str = "transfer"
+    sets: dict = option(REQUIRED, "how sets are made on each source: kind (text or instruction) and its settings")
+    students: tuple[str, ...] = option(REQUIRED, "every source and target, as load_student takes them")
+    recipe: str = choice("tuned", "how a target is trained: tuned, standard or fixed", RECIPES)
+    fixed: dict | None = option(None, "of the last: {target: {steps, step_size, batch}} of AdamW, the same for every text")
 
     def __post_init__(self):
-        self.check_name()
-        check_choice("kind", self.kind, ("transfer",))
-        check_choice("recipe", self.recipe, RECIPES)
-        if not isinstance(self.sets, dict):
-            raise ValueError(f"sets must hold settings as 'key: value' lines, not {self.sets!r}")
+        super().__post_init__()
         check_choice("kind of sets", self.sets.get("kind"), MAKERS)
         if len(self.by_name) != len(self.students):
             raise ValueError(f"two of the students have one short name: {', '.join(self.students)}")
-        for key in ("seeds", "eval_seeds"):
-            value = getattr(self, key)
-            if not value or not all(isinstance(s, int) for s in value):
-                raise ValueError(f"{key} must be a list of whole numbers, not {value!r}")
         for row in self.rows:
             self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):
@@ -106,14 +96,13 @@ class TransferJob(Settings):
         """What a target is trained by on every text: a recipe's name, or the fixed training."""
         if self.recipe != "fixed":
             return self.recipe
-        settings = self.fixed.get(target) if isinstance(self.fixed, dict) else None
-        if not isinstance(settings, dict) or settings.keys() != {*FIXED}:
-            raise ValueError(f"fixed must give {', '.join(FIXED)} for the target {target!r}, not {settings!r}")
-        check_whole("fixed steps", settings["steps"])
-        check_whole("fixed batch", settings["batch"])
-        if not isinstance(settings["step_size"], int | float) or not settings["step_size"] > 0:
-            raise ValueError(f"fixed step_size must be above 0, not {settings['step_size']!r}")
-        return Unroll(settings["steps"], optimizer=AdamW(settings["step_size"]), batch_size=settings["batch"])
+        training = (self.fixed or {}).get(target)
+        if not isinstance(training, dict) or training.keys() != {*FIXED}:
+            raise ValueError(f"fixed must give {', '.join(FIXED)} for the target {target!r}, not {training!r}")
+        check_whole("fixed steps", training["steps"])
+        check_whole("fixed batch", training["batch"])
+        check_number("fixed step_size", training["step_size"], without="least")
+        return Unroll(training["steps"], optimizer=AdamW(training["step_size"]), batch_size=training["batch"])
 
     @property
     def by_name(self) -> dict[str, str]:
@@ -122,14 +111,11 @@ class TransferJob(Settings):
 
     def making(self, source: str) -> TextJob | InstructionJob:
         """Settings of the experiment that makes the sets of a source, by its short name."""
-        settings = tupled(self.sets)
         job_class = MAKERS[self.sets["kind"]][0]
-        known = {f.name for f in dataclasses.fields(job_class)} - {*NOT_HERE}
-        if unknown := [key for key in settings if key not in known]:
-            raise ValueError(f"unknown setting {unknown[0]!r} under sets; there are {', '.join(sorted(known))}")
-        if "corpus" not in settings:
-            raise ValueError("the setting 'corpus' is missing under sets")
-        return job_class(**settings, name=source, student=self.by_name[source], seeds=self.seeds)
+        check_keys("sets", self.sets, {*names(job_class)} - {*NOT_HERE})
+        if "corpus" not in self.sets:
+            raise ValueError("sets: the setting 'corpus' is missing")
+        return job_class(**tupled(self.sets), name=source, student=self.by_name[source], seeds=self.seeds)
 
 
 def short_name(student: str) -> str:
@@ -145,61 +131,55 @@ def parsed(row: str) -> tuple[str, str, str]:
     return source, target, method
 
 
-class TransferRun(SeededRun):
-    """An experiment on transfer under way; see :class:`~distillkit.experiments.results.SeededRun`."""
+class TransferRun(Run):
+    """An experiment on transfer under way; see :class:`~distillkit.experiments.runner.Run`."""
 
     job: TransferJob
 
     def __init__(self, job: TransferJob, folder: str | Path, work: str | Path):
-        sets = job.making(next(source for source, *_ in map(parsed, job.rows) if source))
-        task = load_task(sets.corpus, max_length=sets.max_length, limit=sets.limit)
-        self._student = functools.cache(lambda name: load_student(job.by_name[name], task))
-        self._source = functools.cache(self._maker)
-        super().__init__(job, folder, work, task, self._student(parsed(job.rows[0])[1]))
+        task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
+        self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
+        self.maker = functools.cache(self._maker)
+        super().__init__(job, folder, work, task, self.reader(parsed(job.rows[0])[1]))
 
-    def _maker(self, source: str) -> SeededRun:
+    def _maker(self, source: str) -> Run:
         """The experiment whose sets are taken; it writes no result of its own."""
         return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work, self.work)
 
-    def _scored(self, pair: str, method: str, seed: int) -> dict:
+    def score(self, pair: str, method: str, seed: int) -> dict:
         source, target, _ = parsed(pair)
-        student = self._student(target)
+        student = self.reader(target)
         if method == "full":
             return as_json(evaluate(None, self.task, student, seeds=(seed,)))
-        found = self._source(source).set_of(method, seed)
-        self.result["distilling"] |= {f"{source} {k}": v for k, v in self._source(source).result["distilling"].items()}
-        found = hardened(found) if self.task.kind == "classification" else found
-        row = as_json(transfer(found, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target)))
-        return row | {"retokenized": retokenize(found, self.task, student).meta["retokenized"]}
+        text = self.maker(source).set_of(method, seed)
+        self.result["distilling"] |= {f"{source} {k}": v for k, v in self.maker(source).result["distilling"].items()}
+        text = hardened(text) if self.task.kind == "classification" else text
+        score = as_json(transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target)))
+        return score | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
 
 
-def transfer_table(result: dict) -> str:
+def transfer_table(result: Mapping) -> str:
     """The result as a Markdown table: a row a pair and method, beside random real text and the target's full data."""
-    rows, names = result["rows"], result["config"]["rows"]
+    rows, names, lines = result["rows"], result["config"]["rows"], []
     against = [other for other in AGAINST if any(parsed(name)[2] == other for name in names)]
-    heads = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
-    lines = [f"| from | to | text | accuracy (mean ± sd) | {' | '.join([*heads, 'of full data', 'sets'])} |",
-             "|---|---|---|---:|" + "---:|" * (len(heads) + 2)]
     for name in names:
         source, target, method = parsed(name)
-        scores = [row["mean"] for row in rows.get(name, {}).values()]
         cells = [source or "—", target, method if source else "full data"]
-        if not scores:
-            lines.append(f"| {' | '.join(cells)} | not run |{' |' * (len(heads) + 2)}")
-            continue
-        spread = f" ± {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else ""
-        share = of_full(rows, name)
-        share = "" if share is None else f"{share:.0%}"
-        gains = [_gain(rows, name, other) for other in against]
-        cells += [f"{np.mean(scores):.3f}{spread}", *gains, share, str(len(scores))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_verdict(rows, names)])
+        if scores := means(rows, name):
+            share = of_full(rows, name)
+            cells += [spread(scores), *(_gain(rows, name, other) for other in against), "" if share is None else f"{share:.0%}",
+                      str(len(scores))]
+        else:
+            cells += ["not run", *[None] * (len(against) + 2)]
+        lines.append(cells)
+    gains = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
+    heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data", "sets"]
+    return "\n".join([*markdown(heads, lines, "lll"), *_verdict(rows, names)])
 
 
-def of_full(rows: dict, name: str) -> float | None:
+def of_full(rows: Mapping, name: str) -> float | None:
     """A row's mean score as a share of its target's score on the full data; None where either has not run."""
-    full = [row["mean"] for row in rows.get(f"{parsed(name)[1]}/full", {}).values()]
-    scores = [row["mean"] for row in rows.get(name, {}).values()]
+    full, scores = means(rows, f"{parsed(name)[1]}/full"), means(rows, name)
     return float(np.mean(scores) / np.mean(full)) if full and scores else None
 
 
@@ -208,7 +188,7 @@ def _beside(name: str, other: str) -> str:
     return f"{name.split('/')[0]}/{other}"
 
 
-def _gain(rows: dict, name: str, other: str) -> str:
+def _gain(rows: Mapping, name: str, other: str) -> str:
     """What a row gains, seed by seed, on selected text that made the same way; of selected text itself, on random text only."""
     source, _, method = parsed(name)
     if not source or method == "random" or (method in AGAINST and other != "random") or not rows.get(_beside(name, other)):
@@ -217,7 +197,7 @@ def _gain(rows: dict, name: str, other: str) -> str:
     return shown(mean, half) if np.isfinite(mean) else ""
 
 
-def _verdict(rows: dict, names: list[str]) -> list[str]:
+def _verdict(rows: Mapping, names: list[str]) -> list[str]:
     """For each method that is no selection: in how many pairs it beats real text; none where nothing is to be said."""
     lines = []
     for method in dict.fromkeys(parsed(name)[2] for name in names):
@@ -227,8 +207,8 @@ def _verdict(rows: dict, names: list[str]) -> list[str]:
             pairs = [n for n in names if parsed(n)[2] == method and rows.get(n) and rows.get(_beside(n, other))]
             if not pairs:
                 continue
-            found = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
-            above, surely = sum(mean > 0 for mean, _ in found), sum(mean > half for mean, half in found)
+            gains = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
+            above, surely = sum(mean > 0 for mean, _ in gains), sum(mean > half for mean, half in gains)
             lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
                          f"{surely}.")
     return ["", " ".join(lines)] if lines else []
