@@ -43,7 +43,8 @@ LEFT_OVER = re.compile(rf"\..+\.[0-9a-f]{{16}}\.({'|'.join(SUFFIXES)})")
 ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOTDIR: "a part of its path is a file: choose another folder",
-            errno.EEXIST: "a part of its path is a file: choose another folder"}
+            errno.EEXIST: "a part of its path is a file: choose another folder",
+            errno.EISDIR: "a folder stands there: choose another name"}
 T = TypeVar("T")
 
 
