@@ -73,8 +73,6 @@ class DistilledSet:
         check_inputs(self.embeds, self.mask, self.free, self.tokens)
         check_meta(self.meta, len(self.embeds))
         check_targets(self.targets, len(self.meta.get("classes", ())))
-        if self.meta.get("responses") is not None and not self._has_responses:
-            raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
         if self.step_sizes is not None:
             check_step_sizes(self.step_sizes)
 
@@ -339,7 +337,10 @@ class DistilledSet:
         stored = load_folder(folder, kind=KIND)
         try:
             check_depth(stored.data)
-            return cls(**stored.tensors, meta=dict(stored.data))
+            found = cls(**stored.tensors, meta=dict(stored.data))
+            if "responses" in found.meta and not found._has_responses:
+                raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
+            return found
         except (TypeError, ValueError) as error:
             raise StorageError(f"{folder} holds no set that this distillkit can read ({error}); make it again") from error
 
