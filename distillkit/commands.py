@@ -230,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
     settings, (path, given) = settings_of(args), _sources(args)
     try:
         steps[args.command](settings, args)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         names = Work.origins(path, given)
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
             names[argument] = names.get(setting, setting)
