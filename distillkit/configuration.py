@@ -54,7 +54,7 @@ class Settings:
             told = reprlib.repr(value)
             if str in kinds and not isinstance(value, str):
                 raise ValueError(f"{key} must be text, not {told}")
-            if origins & {Mapping, dict} and not isinstance(value, Mapping):
+            if origins & {Mapping, dict} and int not in kinds and not isinstance(value, Mapping):
                 raise ValueError(f"{key} must hold settings as 'key: value' lines, not {told}")
             for kind in kinds:
                 if typing.get_origin(kind) is tuple:
