@@ -45,6 +45,8 @@ def _option(default, told: str):
 class Work(Settings):
     """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
 
+    flags = True
+
     name: str = _option("work", "of the folder under --work that everything goes to")
     corpus: str = _option("docstrings", "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
     student: str = _option("offline:minilm", "offline:minilm, ..., a folder, or a hub id")
@@ -231,11 +233,11 @@ def run(args: argparse.Namespace) -> int:
     settings, (path, given) = settings_of(args), _sources(args)
     try:
         steps[args.command](settings, args)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         names = Work.origins(path, given)
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
             names[argument] = names.get(setting, setting)
-        raise type(error)(renamed(error, names)) from error
+        raise ValueError(renamed(error, names)) from error
     return 0
 
 

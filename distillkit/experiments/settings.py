@@ -27,6 +27,8 @@ LISTED = {int: ("whole numbers", (int,)), float: ("numbers", (int, float)), str:
 class Settings:
     """Base of a frozen dataclass of settings that comes from a YAML file; has a ``name``."""
 
+    flags: ClassVar[bool] = False  # whether each setting is a flag of the command line too
+
     if TYPE_CHECKING:  # what subclasses have, those that a SeededRun takes all of it
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
         name: str
@@ -52,7 +54,7 @@ class Settings:
             told = reprlib.repr(value)
             if str in kinds and not isinstance(value, str):
                 raise ValueError(f"{key} must be text, not {told}")
-            if origins & {Mapping, dict} and not isinstance(value, Mapping):
+            if origins & {Mapping, dict} and int not in kinds and not isinstance(value, Mapping):
                 raise ValueError(f"{key} must hold settings as 'key: value' lines, not {told}")
             for kind in kinds:
                 if typing.get_origin(kind) is tuple:
@@ -98,9 +100,10 @@ class Settings:
 
     @classmethod
     def origins(cls, path: str | Path | None, given: Mapping) -> dict[str, str]:
-        """What the user calls each setting: by its flag, or by its key in the file at ``path``."""
-        own = {} if path is None else dict.fromkeys(read(path).keys() - given.keys())
-        return {name: f"{path}: {name}" if name in own else f"--{name.replace('_', '-')}" for name in cls.__dataclass_fields__}
+        """What the user calls each setting: by its key in the file at ``path``, or by its flag if it has one."""
+        own = set() if path is None else read(path).keys() - given.keys()
+        flag = {name: f"--{name.replace('_', '-')}" if cls.flags else name for name in cls.__dataclass_fields__}
+        return {name: f"{path}: {name}" if name in own else flag[name] for name in flag}
 
 
 def tupled(settings: Mapping) -> dict[str, Any]:
