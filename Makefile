@@ -10,10 +10,10 @@ JOBS   ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks lab lint clean
+.PHONY: help setup demo test test-avx2 notebooks lab lint clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: $(STAMP)  ## build .venv: pinned dependencies and this package, editable
 
@@ -38,6 +38,15 @@ test: lint  ## every test and every notebook
 	@tier=$$($(BIN)/python notebooks/refresh.py --tier) && \
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TQDM_DISABLE=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $$tier --nbval-current-env tests notebooks
+
+# What lies near a tolerance can differ with the instructions of a processor. make test takes those of the machine.
+NUMERIC := tests/test_inner.py tests/test_metagrad.py tests/test_matching.py tests/test_influence.py tests/test_students.py \
+           tests/test_language_models.py tests/test_evaluation.py tests/test_merging.py tests/test_training.py
+
+test-avx2: $(STAMP)  ## the numeric tests and every notebook, with AVX2 instructions only
+	@tier=$$($(BIN)/python notebooks/refresh.py --tier) && \
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TQDM_DISABLE=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $$tier --nbval-current-env $(NUMERIC) notebooks
 
 notebooks: $(STAMP)  ## execute the notebooks and write their outputs
 	@$(BIN)/python notebooks/refresh.py

@@ -149,13 +149,9 @@ def render(notebook: nbformat.NotebookNode) -> str:
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     """Put `notebook` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(render(notebook), encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    from distillkit.storage import save_text
+
+    save_text(path, render(notebook))
 
 
 def visible(notebook: nbformat.NotebookNode) -> list:

@@ -1,10 +1,13 @@
 """What several test files share."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Under nohup, which some build servers use, SIGHUP is ignored, and children inherit that: tests that send it would wait for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

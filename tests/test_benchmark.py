@@ -202,7 +202,7 @@ def test_a_contender_that_cannot_run_is_reported(world, monkeypatch):
 def test_the_table_shows_medians_and_the_worst_inner_step():
     def row(contender, steps, cost, **more):
         return {"contender": contender, "steps": steps, "peer": False, "cost": cost, "seconds": cost,
-                "activations": 2.5e6 * steps, "sets": 3.0, **more}
+                "activations": 2.5e6 * steps, "bytes": 7e6 * steps, "sets": 3.0, **more}
 
     rows = [
         row("StoreAll", 2, 3.0, cosine=[1.0, 0.5], error=[0.0, 0.25]),
@@ -212,7 +212,7 @@ def test_the_table_shows_medians_and_the_worst_inner_step():
     ]
     entry = {"rows": rows, "outer_batch_cost": 1.5}
     lines = benchmark.cost_table(entry, {"machine": {"cuda": True}, "settings": {"outer_batch": 32}}).splitlines()
-    assert lines[2] == "| StoreAll | 3.00 | 5.0 | 3.0 | 0.5000 | 2.5e-01 | 3 |"
+    assert lines[2] == "| StoreAll | 3.00 | 5.0 | 14 | 3.0 | 0.5000 | 2.5e-01 | 3 |"
     assert lines[3].startswith("| ForwardDifference | 2.00 |") and "not finite" in lines[3]
     assert "| 1.0e-06 |" in lines[4]
     assert lines[5].startswith("| TorchOpt | not installed | ")

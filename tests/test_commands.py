@@ -209,7 +209,7 @@ def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(distiller, "meta_gradient", ended)
         assert call(*base) == 143
-    assert "give the same command again to go on" in capsys.readouterr().err
+    assert "give the same command again, without --fresh, to go on" in capsys.readouterr().err
     assert not (copy / "tiny" / "set").exists(), "the new run has begun to write"
     with monkeypatch.context() as patch:
         patch.setattr(distiller, "meta_gradient", ended)

@@ -98,6 +98,11 @@ ABSURD = {
     "labels that do not exist": ("meta", meta(labels=[0, 0, 1, 2])),
     "labels below 0": ("meta", meta(labels=[0, 0, 1, -1])),
     "labels that are too few": ("meta", meta(labels=[0, 1])),
+    "labels that are none": ("meta", meta(labels=[])),
+    "labels that are nothing": ("meta", meta(labels=None)),
+    "a recipe that is nothing": ("meta", meta(recipe=None)),
+    "text that is nothing": ("meta", meta(text=None)),
+    "what was learned that is a number": ("meta", meta(recipe={"distiller": {"learn": 3}})),
     "text that is too short": ("meta", meta(text=["one"])),
     "text that is none": ("meta", meta(text=[1, 2, 3, 4])),
     "text for all": ("meta", meta(text="four")),
@@ -152,6 +157,18 @@ def test_the_way_it_is_written_here_is_no_reason(good, prompts, tmp_path):
 def test_responses_are_checked_too(prompts, tmp_path, change):
     with pytest.raises(dk.StorageError, match=str(tmp_path / "set")):
         dk.DistilledSet.load(spoilt(prompts, "targets", change).save(tmp_path / "set"))
+
+
+def test_labels_that_nobody_names_are_an_error_where_they_are_needed(good, world):
+    task, student = world
+    bare = dataclasses.replace(good, meta={"text": good.meta["text"]})
+    for use in (bare.to_text, bare.soften, lambda: dk.nearest_sentences(bare, task, student),
+                lambda: dk.describe_text(bare, task),
+                lambda: dk.search_sentences(bare, task, student, dk.FrozenJudge(task, student), steps=1)):
+        with pytest.raises(ValueError):
+            use()
+    scores = [dk.evaluate(s, task, student, seeds=(0,), recipe=dk.Unroll(2)).scores for s in (bare, good)]
+    assert scores[0] == scores[1], "its targets are enough to train"
 
 
 def test_no_examples_are_no_set(good):

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"]) - {"benchmark", "lm-eval"}  # other people's code, to compare with
-MAKE_TARGETS = {"help", "setup", "demo", "test", "notebooks", "lab", "lint", "clean"}
+MAKE_TARGETS = {"help", "setup", "demo", "test", "test-avx2", "notebooks", "lab", "lint", "clean"}
 
 # Paths that exist on one person's machine only, and options that send an installation to one index.
 PRIVATE_PATH = re.compile(r"(?<![\w.~])/(?:home|Users|root|work|tmp|opt|mnt|srv)/[\w.-]+|[A-Z]:\\Users\\")
@@ -108,7 +108,7 @@ def test_make_installs_with_the_same_pins_and_every_extra():
 
 def test_make_has_its_targets_and_explains_them():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    explained = set(re.findall(r"^([a-z]+):.*## ", text, re.MULTILINE))
+    explained = set(re.findall(r"^([a-z0-9-]+):.*## ", text, re.MULTILINE))
     assert explained == MAKE_TARGETS
     assert set(re.search(r"^\.PHONY: (.*)", text, re.MULTILINE)[1].split()) == MAKE_TARGETS
 

@@ -265,6 +265,12 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
         assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
         assert pretrain.main(["tiny-llama", "--steps", "2", *where]) == 2
         assert "--fresh" in capsys.readouterr().err
+        notes = tmp_path / "runs" / "pretrain-tiny-llama" / "notes.txt"
+        notes.write_text("mine")
+        assert pretrain.main(["tiny-llama", "--steps", "2", "--fresh", *where]) == 2 and notes.read_text() == "mine"
+        notes.unlink()
+        assert pretrain.main(["tiny-llama", "--steps", "2", "--fresh", *where]) == 0
+        assert json.loads((tmp_path / "out/tiny-llama/training.json").read_text())["steps"] == 2
     finally:
         torch.set_num_threads(threads)
 

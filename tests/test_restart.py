@@ -108,6 +108,12 @@ def run(made, *, fresh=True, value=1, fails=None):
     with started(Claim(work), result, work, fresh=fresh):
         if fails == "before":
             raise RuntimeError
+        if fails == "begun":
+            with Claim(work / "checkpoint"):
+                (work / "checkpoint.log.jsonl").write_text('{"settings": {}}\n')
+                (work / f".checkpoint.{'0a' * 8}.new").mkdir()
+                (work / f".checkpoint.{'0a' * 8}.new" / "data.json").touch()
+            raise RuntimeError
         write(result, {"config": {}, "number": value})
         if fails == "between":
             raise RuntimeError
@@ -124,7 +130,7 @@ def test_starting_over_replaces_what_was_there(made):
     assert [path.name for path in (made / "work" / "small").iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize(("fails", "left"), [("before", (0, 0)), ("between", (1, None))])
+@pytest.mark.parametrize(("fails", "left"), [("before", (0, 0)), ("begun", (0, 0)), ("between", (1, None))])
 def test_a_run_that_fails_brings_back_what_it_has_not_replaced(made, fails, left):
     with pytest.raises(RuntimeError):
         run(made, fails=fails)

@@ -251,7 +251,7 @@ def _bodies(task, student: Student, shots) -> Iterator[tuple[str | Tensor, str]]
     if "responses" in shots.meta:
         answers = shots.meta["responses"]
     else:
-        answers = [shots.meta["classes"][label] for label in shots.meta["labels"]]
+        answers = shots.label_names()
     if shots.tokens is not None:
         yield from zip(shots.meta["text"], answers, strict=True)
         return

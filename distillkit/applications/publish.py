@@ -64,7 +64,7 @@ def rows(distilled: DistilledSet) -> datasets.Dataset:
     columns = {"example": list(range(len(distilled))), "tokens": (distilled.mask != 0).sum(1).tolist()}
     if "responses" in distilled.meta:
         return datasets.Dataset.from_dict(columns | {"response": distilled.meta["responses"]})
-    columns["label"] = [distilled.meta["classes"][label] for label in distilled.meta["labels"]]
+    columns["label"] = distilled.label_names()
     return datasets.Dataset.from_dict(columns | {"probabilities": distilled.probabilities().tolist()})
 
 

@@ -9,8 +9,6 @@ by ``figures``.  The steps are in :mod:`distillkit.cli.steps`.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -54,24 +52,20 @@ def main(argv: list[str] | None = None) -> int:
     130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
     args = parser().parse_args(argv)
     own = {"demo": _demo, "run": _run, "table": _table, "figures": _figures, "readme": _readme}
+    again = "give the same command again" + (", without --fresh," if getattr(args, "fresh", False) else "") + " to go on"
     with visible_warnings(), ending_signals():
         try:
             return own.get(args.command, steps.run)(args)
-        except BrokenPipeError:  # whoever read the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
         except (ValueError, OSError, FloatingPointError) as error:
-            said = one_line(error)
+            code, said = 2, f"error: {one_line(error)}"
         except RecursionError:
-            said = "what was to be read is nested too deeply"
+            code, said = 2, "error: what was to be read is nested too deeply"
         except KeyboardInterrupt:
-            say("\ninterrupted; give the same command again to go on", error=True)
-            return 130
+            code, said = 130, f"\ninterrupted; {again}"
         except Ended as ended:
-            say(f"\nended by {ended.signal.name}; give the same command again to go on", error=True)
-            return ended.code
-    say(f"error: {said}", error=True)
-    return 2
+            code, said = 128 + ended.signal, f"\nended by {ended.signal.name}; {again}"
+    say(said, error=True)
+    return code
 
 
 def _config_path(name: Path) -> Path:
@@ -132,7 +126,7 @@ def _result(path: Path, args, folder: Path) -> dict:
             result = run(rows, seeds)
     except (ValueError, FloatingPointError) as error:
         names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
-        raise type(error)(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
+        raise ValueError(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result

@@ -52,6 +52,8 @@ SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
 class Work(Data, Size, Expert, Inner, Outer, Target, SetSeed):
     """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
 
+    flags = True
+
     objective: str = choice("bptt", "bptt, or trajectory (which wants experts first)", ("bptt", "trajectory"))
     optimizer: str = choice("sgd", "optimiser of the inner loop: sgd, momentum or adamw", ("sgd", "momentum", "adamw"))
     inits: int = whole(1, "initialisations, or expert segments, averaged in an outer step")
@@ -191,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
         names = Work.origins(path, given)
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
             names[argument] = names.get(setting, setting)
-        raise type(error)(renamed(error, names)) from error
+        raise ValueError(renamed(error, names)) from error
     return 0
 
 

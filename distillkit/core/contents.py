@@ -93,26 +93,22 @@ def check_step_sizes(step_sizes: Tensor) -> None:
 
 def check_meta(meta: Mapping[str, Any], examples: int) -> None:
     """Raise ValueError unless what ``meta`` says has the types and lengths that readers of a set rely on."""
-    classes = meta.get("classes", [])
-    _demand("classes", classes, "a list of different names", lambda v: _strings(v) and len(set(v)) == len(v))
-    for key in ("task", "task_fingerprint", "student"):
-        _demand(key, meta.get(key, ""), "text", lambda v: isinstance(v, str))
-    _demand("table_sha256", meta.get("table_sha256", ""), "64 hexadecimal digits",
-            lambda v: isinstance(v, str) and (v == "" or re.fullmatch("[0-9a-f]{64}", v) is not None))
-    for key in ("text", "responses"):
-        _demand(key, meta.get(key), f"a text for each of {examples} examples",
-                lambda v: v is None or _strings(v) and len(v) == examples)
-    if meta.get("labels"):  # an instruction set has an empty list
-        most = len(classes) or LARGEST_VOCABULARY
-        _demand("labels", meta["labels"], f"a number of a class for each of {examples} examples",
-                lambda v: _wholes(v, most) and len(v) == examples)
-    _demand("rows", meta.get("rows"), f"a row of the corpus for each of {examples} examples",
-            lambda v: v is None or _wholes(v, 2**62) and len(v) == examples)
-    for key in ("recipe", "selection", "search", "projection", "retokenized"):
-        _demand(key, meta.get(key) or {}, "a dictionary", lambda v: isinstance(v, dict))
-    for key in ("optimizer", "distiller"):
-        _demand(f"recipe[{key!r}]", (meta.get("recipe") or {}).get(key) or {}, "a dictionary", lambda v: isinstance(v, dict))
-    _demand("parts", meta.get("parts"), f"parts of {examples} examples in all", lambda v: v is None or _parts(v, examples))
+    _demand(meta, ("task", "task_fingerprint", "student"), "text", lambda v: isinstance(v, str))
+    _demand(meta, ("table_sha256",), "64 hexadecimal digits",
+            lambda v: isinstance(v, str) and re.fullmatch("([0-9a-f]{64})?", v) is not None)
+    _demand(meta, ("classes",), "a list of different names", lambda v: _strings(v) and len(set(v)) == len(v))
+    classes = len(meta.get("classes", ()))
+    _demand(meta, ("labels",), f"a number of a class for each of {examples} examples",  # an instruction set has an empty list
+            lambda v: _wholes(v, classes or LARGEST_VOCABULARY) and (len(v) == examples or not v and not classes))
+    _demand(meta, ("text", "responses"), f"a text for each of {examples} examples",
+            lambda v: _strings(v) and len(v) == examples)
+    _demand(meta, ("rows",), f"a row of the corpus for each of {examples} examples",
+            lambda v: _wholes(v, 2**62) and len(v) == examples)
+    _demand(meta, ("recipe", "selection", "search", "projection", "retokenized"), "a dictionary", lambda v: isinstance(v, dict))
+    recipe = meta.get("recipe", {})
+    _demand(recipe, ("optimizer", "distiller"), "a dictionary", lambda v: isinstance(v, dict))
+    _demand(recipe.get("distiller", {}), ("learn",), "a list of names", _strings)
+    _demand(meta, ("parts",), f"parts of {examples} examples in all", lambda v: _parts(v, examples))
 
 
 def check_depth(value: Any) -> None:
@@ -125,9 +121,11 @@ def check_depth(value: Any) -> None:
         raise ValueError(f"meta is nested more than {DEEPEST} levels deep")
 
 
-def _demand(key: str, value: Any, what: str, fits: Callable[[Any], bool]) -> None:
-    if not fits(value):
-        raise ValueError(f"meta[{key!r}] must be {what}, not {reprlib.repr(value)}")
+def _demand(values: Mapping[str, Any], keys: tuple[str, ...], what: str, fits: Callable[[Any], bool]) -> None:
+    """Raise ValueError unless each of ``keys`` that there is among ``values`` has a value that ``fits``."""
+    for key in keys:
+        if key in values and not fits(values[key]):
+            raise ValueError(f"meta: {key} must be {what}, not {reprlib.repr(values[key])}")
 
 
 def _strings(value: Any) -> bool:

@@ -77,8 +77,6 @@ class DistilledSet:
         check_inputs(self.embeds, self.mask, self.free, self.tokens)
         check_meta(self.meta, len(self.embeds))
         check_targets(self.targets, len(self.meta.get("classes", ())))
-        if self.meta.get("responses") is not None and not self._has_responses:
-            raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
         if self.step_sizes is not None:
             check_step_sizes(self.step_sizes)
 
@@ -282,7 +280,7 @@ class DistilledSet:
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""
         c = len(self.meta.get("classes", ()))
-        if not c or "labels" not in self.meta:
+        if not c or not self.meta.get("labels"):
             raise ValueError("responses cannot be softened: only classes can")
         if not 1 / c < confidence < 1:
             raise ValueError(f"confidence must lie between 1/{c} and 1, not {confidence!r}")
@@ -303,14 +301,19 @@ class DistilledSet:
             raise ValueError("this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
         if "responses" in self.meta:
             return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
-        classes = self.meta["classes"]
-        return datasets.Dataset.from_dict(
-            {
-                "text": self.meta["text"],
-                "label": [classes[i] for i in self.meta["labels"]],
-                "probabilities": self.probabilities().tolist(),
-            }
-        )
+        labels, probabilities = self.label_names(), self.probabilities().tolist()
+        return datasets.Dataset.from_dict({"text": self.meta["text"], "label": labels, "probabilities": probabilities})
+
+    def label_names(self) -> list[str]:
+        """The name of each example's own class.
+
+        Raises:
+            ValueError: the set does not tell, as an instruction set, or one that was put together by hand.
+        """
+        classes, labels = self.meta.get("classes"), self.meta.get("labels")
+        if not classes or not labels:
+            raise ValueError("this set does not name its classes and labels, in meta['classes'] and meta['labels']")
+        return [classes[label] for label in labels]
 
     def probabilities(self) -> Tensor:
         """What each label says of each class, ``[m, c]``: the softmax of soft labels, 0 and 1 for hard ones.
@@ -340,7 +343,10 @@ class DistilledSet:
         stored = load_folder(folder, kind=KIND)
         try:
             check_depth(stored.data)
-            return cls(**stored.tensors, meta=dict(stored.data))
+            found = cls(**stored.tensors, meta=dict(stored.data))
+            if "responses" in found.meta and not found._has_responses:
+                raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
+            return found
         except (TypeError, ValueError) as error:
             raise StorageError(f"{folder} holds no set that this distillkit can read ({error}); make it again") from error
 
@@ -486,7 +492,10 @@ def _from_pairs(prompts: list[str], responses: list[str], task, student: Student
 
 def _check_texts(role: str, texts: list) -> None:
     for row, text in enumerate(texts):
-        check_text(text, role, f"row {row} (counted from 0)")
+        try:
+            check_text(text, role)
+        except ValueError as error:
+            raise ValueError(f"row {row} (counted from 0): {error}") from None
 
 
 def _listed(name: str, values) -> list:

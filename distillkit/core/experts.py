@@ -182,12 +182,7 @@ def record_experts(
     for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
         check_whole(name, settings[name], most=most)
     with Claim(folder, wait=True, shared=True), ending_signals():
-        with Claim(folder.with_name(f"{folder.name}.settings"), wait=True):
-            experts = Experts(folder, _settled(folder, settings))
-            places = ((e, i) for e in range(len(experts)) for i in range(experts.snapshots))
-            missing = [place for place in places if is_vacant(experts._place(*place))]
-            _need_room(folder, student, optimizer, len(missing))
-            save_folder(folder / "settings", kind=KIND, data=experts.settings)
+        experts, missing = _begun(folder, settings, student, optimizer)
         try:
             _record_missing(experts, missing, task, student, optimizer, micro_batch)
         except (KeyboardInterrupt, Ended):
@@ -195,6 +190,17 @@ def record_experts(
                 error=True)
             raise
         return Experts.load(folder)
+
+
+def _begun(folder: Path, settings: dict, student: Student, optimizer: Optimizer) -> tuple[Experts, list]:
+    """The experts to record, their settings written, and the snapshots that are missing: by expert and index."""
+    with Claim(folder.with_name(f"{folder.name}.settings"), wait=True):
+        experts = Experts(folder, _settled(folder, settings))
+        places = ((e, i) for e in range(len(experts)) for i in range(experts.snapshots))
+        missing = [place for place in places if is_vacant(experts._place(*place))]
+        _need_room(folder, student, optimizer, len(missing))
+        save_folder(folder / "settings", kind=KIND, data=experts.settings)
+    return experts, missing
 
 
 def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:

@@ -103,6 +103,8 @@ class Settings:
 
     name: str = option(REQUIRED, "run name; outputs go to WORK/NAME")
 
+    flags: typing.ClassVar[bool] = False  # whether each setting is a flag of the command line too
+
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
@@ -145,9 +147,10 @@ class Settings:
 
     @classmethod
     def origins(cls, path: str | Path | None, given: Mapping) -> dict[str, str]:
-        """What the user calls each setting: by its flag, or by its key in the file at ``path``."""
-        own = {} if path is None else dict.fromkeys(read(path).keys() - given.keys())
-        return {name: f"{path}: {name}" if name in own else f"--{name.replace('_', '-')}" for name in cls.__dataclass_fields__}
+        """What the user calls each setting: by its key in the file at ``path``, or by its flag if it has one."""
+        own = set() if path is None else read(path).keys() - given.keys()
+        flag = {name: f"--{name.replace('_', '-')}" if cls.flags else name for name in cls.__dataclass_fields__}
+        return {name: f"{path}: {name}" if name in own else flag[name] for name in flag}
 
 
 def _check_type(name: str, value, kinds: tuple) -> None:

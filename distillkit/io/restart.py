@@ -44,22 +44,19 @@ def started(claim: Claim, *paths: str | Path, fresh: bool = False) -> Iterator[N
         StorageError: another run works there; something that distillkit did not write lies there, named.
     """
     places = [Path(path).expanduser().absolute() for path in paths]
-    with claim:
+    with claim, ExitStack() as ending:
         if fresh:
             with claim.alone():
                 _decide(places)
                 for place in places:
                     _check_own(place)
                 with _unused(places, claim):
+                    ending.callback(_decide, places)
                     _set_aside(places)
         else:
             with suppress(StorageError), claim.alone():  # or there are others, for whom it was decided
                 _decide(places)
-        try:
-            yield
-        finally:
-            if fresh:
-                _decide(places)
+        yield
 
 
 def _set_aside(places: list[Path]) -> None:
@@ -80,16 +77,30 @@ def _decide(places: list[Path]) -> None:
         remove_orphans(place, wait=False)
     asides = {place: others(place, "aside") for place in places}
     complete = all(asides.values())  # otherwise a process was killed while it set them aside, before it wrote anything
-    begun = complete and any(os.path.lexists(place) for place in places)
+    begun = complete and any(map(_is_written, places))
     stale = []
+
+    def discard(path: Path, place: Path) -> None:  # in two steps: what is killed while it is deleted must not come back
+        stale.append(beside(place, "new"))
+        os.rename(path, stale[-1])
+
     for place, paths in asides.items():
-        if paths and not begun and not os.path.lexists(place) and not is_vacant(paths[-1]):
+        if paths and not begun and not _is_written(place) and not is_vacant(paths[-1]):
+            if os.path.lexists(place):  # locks and logs
+                discard(place, place)
             os.rename(paths.pop(), place)
-        for path in paths:  # what was killed while it is deleted must not come back
-            stale.append(beside(place, "new"))
-            os.rename(path, stale[-1])
+        for path in paths:
+            discard(path, place)
     for path in stale:
         delete(path)
+
+
+def _is_written(place: Path) -> bool:
+    """Whether a run has written there more than its locks and its log."""
+    if not place.is_dir():
+        return os.path.lexists(place)
+    paths = (path for path in place.rglob("*") if path.is_file() and not path.name.endswith((".lock", LOG)))
+    return any(not any(map(LEFT_OVER.fullmatch, path.relative_to(place).parts)) for path in paths)
 
 
 @contextmanager

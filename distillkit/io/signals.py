@@ -19,7 +19,7 @@ _ending = False
 
 
 class Ended(SystemExit):
-    """A signal has asked the process to end; unless caught it does, with 128 + its number, which is 143 or 129."""
+    """A signal has asked the process to end; unless caught it does, with 128 + its number: 143 (SIGTERM) or 129 (SIGHUP)."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)

@@ -44,7 +44,8 @@ ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RIGHTS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 LARGEST_HEADER = 2**21  # bytes that describe the tensors of a file; parsing a hundred million takes minutes
 REMEDIES = {errno.ENAMETOOLONG: "choose a shorter name", errno.ENOTDIR: "a part of its path is a file: choose another folder",
-            errno.EEXIST: "a part of its path is a file: choose another folder"}
+            errno.EEXIST: "a part of its path is a file: choose another folder",
+            errno.EISDIR: "a folder stands there: choose another name"}
 T = TypeVar("T")
 
 

@@ -446,6 +446,7 @@ def search_sentences(
         check_whole(name, value)
     _check_search(distilled, student, {"judge": judge})
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
+    start.label_names()  # a set that does not tell them is an error
     labels = judge.labels(start)
     pool = _pool(task, student, sentences, start.embeds.shape[1], seed)
     x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
@@ -573,6 +574,7 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     with torch.no_grad():
         x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
     x = torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy()
+    distilled.label_names()  # a set that does not tell them is an error
     rows, labels = [], np.array(distilled.meta["labels"])
     for label, pool in enumerate(task.rows_by_class("train")):
         chosen: list[int] = []

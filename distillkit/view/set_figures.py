@@ -260,4 +260,4 @@ LATEX = {
 
 def _latex(text: str) -> str:
     """``text`` as LaTeX sets it letter by letter; ``[`` and ``*`` stand in braces, as behind ``\\\\`` they are options."""
-    return "".join(LATEX.get(c, c) for c in " ".join(text.split()))
+    return "".join(LATEX.get(c, c) for c in visible(" ".join(text.split())))
