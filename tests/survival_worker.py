@@ -45,7 +45,7 @@ class World:
             student = dk.load_student("bert-base-uncased", task)
         unroll = dk.Unroll(2, optimizer=dk.AdamW(0.01, eps_root=1e-6), dropout=True)
         self.start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-        self.goal = dk.BPTT(task, student, unroll, batch_size=8)
+        self.goal = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=8)
         self.folder = work / "run"
         out = work / "reference"
         status, _ = self.child(lambda tell: self.write_states(out))

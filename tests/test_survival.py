@@ -39,7 +39,7 @@ def start(world):
 
 @pytest.fixture(scope="module")
 def goal(world):
-    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 
 
 def finished(distiller, n):
@@ -403,7 +403,7 @@ def test_what_does_not_fit_is_taken_in_parts_with_the_same_gradient(task, standi
     with standin_hub.patched(standin_home):
         student = dk.load_student("bert-base-uncased", task, dtype="float64")
     start = dk.DistilledSet.from_real(task, student, per_class=2, length=8)
-    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5), metagrad=metagrad), batch_size=8)
+    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=metagrad, batch_size=8)
     whole = dk.meta_gradient(start, goal, seed=1)
     tried = room(3)
     with pytest.warns(UserWarning, match=r"out of memory with \d examples at a time: .* rounding only; set micro_batch=\d"):

@@ -290,21 +290,22 @@ def experts(settings: Work, args: argparse.Namespace) -> None:
 def _objective(settings: Work, task, student, folder: Path):
     from distillkit.core.experts import Experts
     from distillkit.core.inner import SGD, AdamW, Momentum, Unroll
-    from distillkit.core.metagrad import ForwardDifference, Replay, recommend
+    from distillkit.core.metagrad import ForwardDifference, Replay
     from distillkit.core.objectives import BPTT, TrajectoryMatching
     from distillkit.io.storage import is_vacant
 
-    metagrad = {"replay": Replay, "forward_difference": ForwardDifference, "recommended": lambda: recommend(student)[0]}
+    metagrad = {"replay": Replay(), "forward_difference": ForwardDifference(), "recommended": None}[settings.metagrad]
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
     unroll = Unroll(settings.unroll_steps, optimizer=optimizer[settings.optimizer](settings.step_size),
-                    metagrad=metagrad[settings.metagrad](), batch_size=settings.inner_batch)
+                    batch_size=settings.inner_batch)
     if settings.objective == "bptt":
-        return BPTT(task, student, unroll, batch_size=settings.outer_batch, inits=settings.inits)
+        return BPTT(task, student, unroll, metagrad=metagrad, batch_size=settings.outer_batch, inits=settings.inits)
     if is_vacant(folder / "experts"):
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
                                 f"{settings.name}")
     recorded = Experts.load(folder / "experts")
-    return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=settings.match_epochs, segments=settings.inits)
+    return TrajectoryMatching(task, student, unroll, recorded, metagrad=metagrad, expert_epochs=settings.match_epochs,
+                              segments=settings.inits)
 
 
 def distil(settings: Work, args: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ There is one inner step in the kit.  Distilling, recording experts, matching the
     θ_{t+1}, s_{t+1} = U(θ_t, s_t, g_t, η_t)     optimizer.update
 
 An optimiser is a pair of pure functions, ``init(params)`` and ``update(params, grads, state, step_size)``, so that U can
-be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them,
-which examples each step sees, and how the gradient finds its way back (:mod:`distillkit.core.metagrad`).
+be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them and
+which examples each step sees.
 """
 
 from __future__ import annotations
@@ -293,29 +293,27 @@ def optimizer_from(settings: dict) -> Optimizer:
     return kind(**given)
 
 
-def from_recipe(recipe: dict, metagrad=None) -> Unroll:
+def from_recipe(recipe: dict) -> Unroll:
     """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set).
 
     Raises:
         ValueError: it describes none, or one of more than ``MOST_STEPS`` steps.
     """
-    extra = {} if metagrad is None else {"metagrad": metagrad}
     try:
         check_whole("steps", recipe["steps"], most=MOST_STEPS)
         return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
-                      dropout=recipe.get("dropout", False), **extra)
+                      dropout=recipe.get("dropout", False))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the recipe does not say how to train ({error}); choose another recipe than the set's own") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    """T steps of the inner loop.
+    """T steps of the inner loop: how a student trains.
 
     Args:
         steps: T ≥ 1.
         optimizer: :class:`SGD`, :class:`Momentum` or :class:`AdamW`.
-        metagrad: how the meta-gradient is formed; see :mod:`distillkit.core.metagrad`.
         batch_size: examples a step; None: the whole distilled set at each step.  Otherwise each pass goes through the
             set in a seeded order that is the same whenever the set is trained on.
         micro_batch: examples whose activations are alive at a time; the gradient is the same.
@@ -325,7 +323,6 @@ class Unroll:
     steps: int
     _: dataclasses.KW_ONLY
     optimizer: Optimizer = SGD()
-    metagrad: Any = None
     batch_size: int | None = None
     micro_batch: int | None = None
     dropout: bool = False
@@ -339,12 +336,6 @@ class Unroll:
         check_flag("dropout", self.dropout)
         if not isinstance(self.optimizer, Optimizer):
             raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {self.optimizer!r}")
-        if self.metagrad is None:
-            from distillkit.core.metagrad import Replay
-
-            object.__setattr__(self, "metagrad", Replay())
-        if not callable(self.metagrad):
-            raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {self.metagrad!r}")
 
     def rows(self, examples: int, order: int = 0) -> list[Tensor]:
         """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, moved, real_parts
 from distillkit.core.inner import OPTIMIZERS, Unroll, inner_step, optimizer_from
-from distillkit.core.metagrad import MetaGradient, Problem
+from distillkit.core.metagrad import MetaGradient, Problem, recommend
 from distillkit.core.students import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_number, check_whole
@@ -38,8 +38,9 @@ from distillkit.io.seeds import derive_seed, generator
 class Objective(Protocol):
     """What :class:`BPTT`, :class:`TrajectoryMatching` and whatever takes their place have in common.
 
-    ``student`` trains on the set, in the way of ``unroll``; ``problems`` are the inner training runs whose meta-gradients
-    are averaged in one outer step; ``recipe`` is how to train on what is distilled, as JSON values.
+    ``student`` trains on the set, in the way of ``unroll``; ``problems`` are the inner training runs of one outer step;
+    ``metagrad`` forms the meta-gradient of each, and their mean is the step's; ``recipe`` is how to train on what is
+    distilled, as JSON values.
     """
 
     @property
@@ -47,6 +48,9 @@ class Objective(Protocol):
 
     @property
     def unroll(self) -> Unroll: ...
+
+    @property
+    def metagrad(self) -> Callable[[Problem], MetaGradient]: ...
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]: ...
 
@@ -61,6 +65,8 @@ class BPTT:
         task: where the real batches come from (its training split, classes balanced).
         student: what trains on the set.
         unroll: how it trains.
+        metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
+            :func:`~distillkit.core.metagrad.recommend` names for the student.
         batch_size: real examples an outer step.
         micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
@@ -70,6 +76,7 @@ class BPTT:
     student: Student
     unroll: Unroll
     _: dataclasses.KW_ONLY
+    metagrad: Callable[[Problem], MetaGradient] | None = None
     batch_size: int = 64
     micro_batch: int = 16
     inits: int = 1
@@ -120,6 +127,10 @@ def _check_parts(objective) -> None:
     check_is("unroll", objective.unroll, Unroll)
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
+    if objective.metagrad is None:
+        object.__setattr__(objective, "metagrad", recommend(objective.student)[0])
+    if not callable(objective.metagrad):
+        raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {objective.metagrad!r}")
 
 
 STUDENT_STATES = ("fresh", "expert")
@@ -141,6 +152,7 @@ class TrajectoryMatching:
         task, student: what the experts were recorded with.
         unroll: how the student trains.  An optimiser of the experts' kind follows them more easily.
         experts: as :func:`~distillkit.core.experts.record_experts` or ``Experts.load`` give them.
+        metagrad: the strategy that forms the meta-gradient, as for :class:`BPTT`.
         expert_epochs: length of the segment to match, in the expert's epochs; may be a fraction, down to one snapshot.
         max_start_epoch: latest epoch a segment may start at; default: the latest that leaves room for it.
         student_state: ``"fresh"``: the student's optimiser starts empty; ``"expert"``: with the expert's state at that
@@ -156,6 +168,7 @@ class TrajectoryMatching:
     unroll: Unroll
     experts: Experts
     _: dataclasses.KW_ONLY
+    metagrad: Callable[[Problem], MetaGradient] | None = None
     expert_epochs: float = 1
     max_start_epoch: float | None = None
     student_state: str = "fresh"
@@ -290,7 +303,7 @@ def _recipe(objective, **own) -> dict:
         "trainable": student.trainable,
         "weights": student.weights,
         **own,
-        "metagrad": repr(unroll.metagrad),
+        "metagrad": repr(objective.metagrad),
         **unroll.recipe(),
     }
 
@@ -419,8 +432,7 @@ def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaG
     while True:
         trial = FITTING.get(objective, objective)
         try:
-            metagrad = trial.unroll.metagrad
-            found = MetaGradient.mean([metagrad(problem) for problem in trial.problems(own, seed)])
+            found = MetaGradient.mean([trial.metagrad(problem) for problem in trial.problems(own, seed)])
             if own is distilled or found.targets is None:
                 return found
             back = [own.meta["classes"].index(name) for name in distilled.meta["classes"]]

@@ -212,9 +212,9 @@ class Run:
 
     def objective(self) -> BPTT:
         """The objective both distillations share."""
+        unroll = Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size))
         metagrad = STRATEGIES[self.job.metagrad]
-        unroll = Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size), metagrad=metagrad)
-        return BPTT(self.task, self.student, unroll, batch_size=self.job.outer_batch)
+        return BPTT(self.task, self.student, unroll, metagrad=metagrad, batch_size=self.job.outer_batch)
 
     def _distil(self, name: str, start: DistilledSet, learn: tuple[str, ...], steps: int) -> DistilledSet:
         distiller = Distiller(

@@ -216,7 +216,8 @@ class ContinualRun(SeededRun):
         if is_vacant(folder):
             distiller = Distiller(
                 DistilledSet.from_real(task, student, **self._size(seed)),
-                BPTT(task, student, self._unroll(), batch_size=job.outer_batch), lr=job.lr, seed=seed,
+                BPTT(task, student, self._unroll(), metagrad=STRATEGIES[job.metagrad], batch_size=job.outer_batch), lr=job.lr,
+                seed=seed,
                 checkpoint_dir=self.work / f"checkpoint-{name}-{seed}",
             )
             for _ in distiller.run(job.outer_steps):
@@ -229,7 +230,7 @@ class ContinualRun(SeededRun):
         return DistilledSet.load(folder)
 
     def _unroll(self) -> Unroll:
-        return Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size), metagrad=STRATEGIES[self.job.metagrad])
+        return Unroll(self.job.unroll_steps, optimizer=SGD(self.job.step_size))
 
     def _size(self, seed: int) -> dict:
         return {"per_class": self.job.per_class, "length": self.job.length, "seed": seed}

@@ -28,7 +28,6 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
 from distillkit.core.experts import record_experts
 from distillkit.core.inner import AdamW, Unroll
-from distillkit.core.metagrad import recommend
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.students import Student, load_student
 from distillkit.data.load import load_task
@@ -181,10 +180,12 @@ class InstructionRun(SeededRun):
 
     def unroll(self) -> Unroll:
         """The inner loop of both objectives."""
-        strategy = STRATEGIES[self.job.metagrad] if self.job.metagrad else recommend(self.student)[0]
         optimizer = AdamW(self.job.step_size, eps_root=self.job.eps_root)
         sizes: dict[str, Any] = {"batch_size": self.job.batch_size, "micro_batch": self.job.micro_batch}
-        return Unroll(self.job.unroll_steps, optimizer=optimizer, metagrad=strategy, **sizes)
+        return Unroll(self.job.unroll_steps, optimizer=optimizer, **sizes)
+
+    def _metagrad(self):
+        return STRATEGIES[self.job.metagrad] if self.job.metagrad else None
 
     def matching(self, seed: int) -> TrajectoryMatching:
         """Trajectory matching against experts of this seed, which are recorded at its first use."""
@@ -195,13 +196,13 @@ class InstructionRun(SeededRun):
             snapshots_per_epoch=job.snapshots_per_epoch, seed=seed,
         )
         return TrajectoryMatching(
-            self.task, self.student, self.unroll(), experts, expert_epochs=job.segment, distance=job.distance,
-            max_start_epoch=job.max_start_epoch,
+            self.task, self.student, self.unroll(), experts, metagrad=self._metagrad(), expert_epochs=job.segment,
+            distance=job.distance, max_start_epoch=job.max_start_epoch,
         )
 
     def bptt(self) -> BPTT:
         """The loss on real data after the inner loop."""
-        return BPTT(self.task, self.student, self.unroll(), batch_size=self.job.outer_batch)
+        return BPTT(self.task, self.student, self.unroll(), metagrad=self._metagrad(), batch_size=self.job.outer_batch)
 
 
 def instruction_table(result: dict) -> str:

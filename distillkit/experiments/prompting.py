@@ -29,7 +29,6 @@ from distillkit.applications.prompting import FewShot, few_shot, questions
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
 from distillkit.core.inner import SGD, Unroll
-from distillkit.core.metagrad import recommend
 from distillkit.core.objectives import BPTT
 from distillkit.core.students import load_student
 from distillkit.data.load import load_task
@@ -180,7 +179,7 @@ class PromptingRun(SeededRun):
 
     def _distilled(self, seed: int) -> DistilledSet:
         job, start = self.job, DistilledSet.from_real(self.task, self.student, **self._size(seed))
-        unroll = Unroll(job.unroll_steps, optimizer=SGD(job.step_size), metagrad=recommend(self.student)[0])
+        unroll = Unroll(job.unroll_steps, optimizer=SGD(job.step_size))
         objective = BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
         distiller = Distiller(start, objective, lr=job.lr, seed=seed, checkpoint_dir=self.work / f"checkpoint-{seed}")
         for _ in distiller.run(job.outer_steps):

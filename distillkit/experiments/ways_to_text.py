@@ -296,8 +296,8 @@ class TextRun(SeededRun):
     def objective(self, steps: int | None = None, optimizer: Optimizer | None = None) -> BPTT:
         """The objective of every distillation, and with other inner ``steps`` and ``optimizer`` of relabelling."""
         job = self.job
-        unroll = Unroll(steps or job.unroll_steps, optimizer=optimizer or SGD(job.step_size), metagrad=STRATEGIES[job.metagrad])
-        return BPTT(self.task, self.student, unroll, batch_size=job.outer_batch)
+        unroll = Unroll(steps or job.unroll_steps, optimizer=optimizer or SGD(job.step_size))
+        return BPTT(self.task, self.student, unroll, metagrad=STRATEGIES[job.metagrad], batch_size=job.outer_batch)
 
 
 def hardened(distilled: DistilledSet) -> DistilledSet:

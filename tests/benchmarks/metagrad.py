@@ -231,7 +231,7 @@ def real_problem(task: dk.Task, student: Student, steps: int, settings: dict) ->
     unroll = dk.Unroll(steps, optimizer=dk.SGD(settings["step_size"]))
     per_class = math.ceil(settings["examples"] / len(task.classes))
     found = dk.DistilledSet.from_real(task, student, per_class=per_class, length=settings["length"])
-    problem = dk.BPTT(task, student, unroll, batch_size=settings["outer_batch"]).problem(found, 0)
+    problem = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=settings["outer_batch"]).problem(found, 0)
     # Evenly over the classes, in whose order they lie.
     chosen = (torch.arange(settings["examples"]) * len(found) // settings["examples"]).to(student.device)
     return dataclasses.replace(
