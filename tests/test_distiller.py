@@ -12,7 +12,7 @@ import torch
 import distillkit as dk
 from distillkit.core import distiller as distiller_module
 from distillkit.core.distiller import LEARNABLE, constant, cosine
-from distillkit.core.metagrad import MetaGradient
+from distillkit.core.problem import MetaGradient
 from distillkit.evaluation.evaluate import TUNING_SEEDS, _tuned
 
 VALUES = ("embeds", "targets", "step_sizes")
@@ -40,22 +40,24 @@ def same(one, other, names=VALUES):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def scripted():
     """Makes objectives whose losses and gradients are given: `script(distilled, step)`."""
 
     class Scripted:
         def __init__(self, script):
             self.script, self.step = script, 0
-            self.unroll, self.metagrad = dk.Unroll(2, optimizer=dk.SGD(0.5)), dk.Replay()
+            self.unroll = dk.Unroll(2, optimizer=dk.SGD(0.5))
+
+        def problems(self, distilled, seed):
+            return iter([distilled])
+
+        def metagrad(self, distilled):
+            self.step += 1
+            return self.script(distilled, self.step)
 
         def recipe(self):
             return {"objective": "Scripted"}
 
-    def given(distilled, objective, *, seed):
-        objective.step += 1
-        return objective.script(distilled, objective.step)
-
-    monkeypatch.setattr("distillkit.core.distiller.meta_gradient", given)
     return Scripted
 
 

@@ -201,8 +201,6 @@ def test_the_search_for_a_step_size(exact, experts, start, monkeypatch):
     monkeypatch.setattr(objectives, "trained_loss", lambda problem: float("nan"))
     with pytest.raises(ValueError, match=r"training diverges at every step size tried, 1e\+30; try smaller ones"):
         search_step_size(start, goal, candidates=(1e30,), tries=1)
-    with pytest.raises(TypeError, match="BPTT or TrajectoryMatching, not a ThroughProjection; give the one inside"):
-        search_step_size(start, dk.ThroughProjection(goal), candidates=(1e-2,))
 
 
 # --- the neighbour term ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.metagrad import _Difference, _norm, compare
+from distillkit.core.inner import Phi
+from distillkit.core.metagrad import Contribution, _norm, compare
 from distillkit.core.objectives import inner_problem
 
 OPTIMIZERS = {
@@ -314,10 +315,9 @@ def test_differences_hold_where_training_has_come_to_rest(standin_hub):
     assert _norm(grads.values()) < 1e-5
     report = dk.ForwardDifference().report_error(problem)
     assert min(r["cosine"] for r in report) > 0.99
-    walk = _Difference(problem, None, 0.003)
-    walk.slope = 1.0
-    assert walk._choose(200.0, 1e-5) == (pytest.approx(0.03 * 200 * 2**-11.5), pytest.approx(0.03 * 200 * 2**-11.5), True)
-    assert walk._choose(200.0, 1.0) == (pytest.approx(800 * 2**-23), pytest.approx(0.003), False)
+    rule, least = dk.ForwardDifference().epsilon, pytest.approx(0.03 * 200 * 2**-11.5)
+    assert rule(200.0, 1e-5, slope=1.0, unit=2**-23) == (least, least, True)
+    assert rule(200.0, 1.0, slope=1.0, unit=2**-23) == (pytest.approx(800 * 2**-23), pytest.approx(0.003), False)
 
 
 def test_forward_difference_runs_with_fused_attention(standin_hub):
@@ -396,7 +396,7 @@ def test_the_cosine_of_contributions_does_not_depend_on_their_size():
             self.steps = steps
 
         def contributions(self, problem, start, stop):
-            return 0.0, iter([(t, [d], None) for t, d in enumerate(self.steps)])
+            return 0.0, iter([Contribution(t, Phi(d), torch.zeros(())) for t, d in enumerate(self.steps)])
 
     problem, direction = SimpleNamespace(rows=[None, None]), torch.tensor([[3.0, 4.0]])
     found = compare(Given(direction, 1e-12 * direction), Given(direction, 2e-12 * direction), problem)

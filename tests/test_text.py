@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.metagrad import MetaGradient
+from distillkit.core.problem import MetaGradient
 from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
 from distillkit.text.projection import allowed_tokens
 from distillkit.text.search import (
