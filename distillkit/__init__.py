@@ -30,7 +30,8 @@ _HOMES = {
     # the inner loop: how a student trains
     "core.inner": ("SGD", "AdamW", "Momentum", "Unroll"),
     # how a gradient flows back through it
-    "core.metagrad": ("ForwardDifference", "MetaGradient", "Replay", "StoreAll", "Truncated", "recommend"),
+    "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated", "recommend"),
+    "core.problem": ("MetaGradient",),
     # what a set is learned by, and the outer loop
     "core.objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
     "core.experts": ("Experts", "record_experts"),

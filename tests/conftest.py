@@ -6,7 +6,7 @@ import signal
 import pytest
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-# Under nohup, which some build servers use, SIGHUP is ignored, and children inherit that: tests that send it would wait for ever.
+# Under nohup SIGHUP is ignored, and children inherit that: tests that send it would wait for ever.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 

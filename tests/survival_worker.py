@@ -45,7 +45,7 @@ class World:
             student = dk.load_student("bert-base-uncased", task)
         unroll = dk.Unroll(2, optimizer=dk.AdamW(0.01, eps_root=1e-6), dropout=True)
         self.start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-        self.goal = dk.BPTT(task, student, unroll, batch_size=8)
+        self.goal = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=8)
         self.folder = work / "run"
         out = work / "reference"
         status, _ = self.child(lambda tell: self.write_states(out))
@@ -139,7 +139,9 @@ def said(work: Path) -> str:
 def state(distiller: dk.Distiller) -> str:
     """A hash of all that a step changes: embeddings, labels, step sizes, Adam's moments, records (but for their seconds)."""
     found, made = hashlib.sha256(), distiller._made
-    for name, values in {"values": made.values, **made.moments}.items():
+    moments = {name: {"count": torch.tensor(adam["count"]), "m": adam["m"][name], "v": adam["v"][name]}
+               for name, adam in made.moments.items()}
+    for name, values in {"values": made.values, **moments}.items():
         for key, tensor in sorted(values.items()):
             found.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     for r in made.records:

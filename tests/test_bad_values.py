@@ -61,7 +61,7 @@ CALLS = {
     "AdamW": (dk.AdamW, {}, {"step_size": POSITIVE, "clip_norm": POSITIVE, "eps": RATE, "eps_root": RATE, "weight_decay": RATE,
                              "betas": st.sampled_from([None, 0.9, (0.9,), (0.9, 1.0), ("a", "b"), (NAN, 0.9)])}),
     "Unroll": (dk.Unroll, {"steps": 2}, {"steps": WHOLE, "batch_size": WHOLE, "micro_batch": WHOLE, "dropout": FLAG,
-                                         "optimizer": THING, "metagrad": THING}),
+                                         "optimizer": THING}),
     "Replay": (dk.Replay, {}, {"every": WHOLE, "host": FLAG}),
     "StoreAll": (dk.StoreAll, {}, {}),
     "ForwardDifference": (dk.ForwardDifference, {}, {"every": WHOLE, "host": FLAG, "change": st.one_of(POSITIVE, st.just(1)),
@@ -71,11 +71,11 @@ CALLS = {
                                            "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE,
                                            "by_class": FLAG}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
-        "task": THING, "student": THING, "unroll": THING, "batch_size": st.one_of(WHOLE, st.just(81)), "micro_batch": WHOLE,
-        "inits": WHOLE}),
+        "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
+        "batch_size": st.one_of(WHOLE, st.just(81))}),
     "TrajectoryMatching": (dk.TrajectoryMatching, dict.fromkeys(("task", "student", "unroll", "experts")), {
-        "task": THING, "student": THING, "unroll": THING, "experts": THING, "segments": WHOLE, "student_state": CHOICE,
-        "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE, "distance": CHOICE,
+        "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "experts": THING, "segments": WHOLE,
+        "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE, "distance": CHOICE,
         "match": st.one_of(THING, st.just(lambda name: False))}),
     "record_experts": (record_experts, {"task": None, "student": None, "folder": None}, {
         "task": THING, "student": THING, "count": WHOLE, "epochs": WHOLE, "optimizer": THING, "batch_size": WHOLE,

@@ -101,7 +101,7 @@ def test_every_set_says_which_table_it_belongs_to(world, text, learned, tmp_path
     task, student = world
     swapped = dk.SwapSearch(text, student, dk.FrozenJudge(task, student), candidates=2)
     next(swapped.run(1))
-    distiller = dk.Distiller(text.soften(), dk.BPTT(task, student, UNROLL, batch_size=8))
+    distiller = dk.Distiller(text.soften(), dk.BPTT(task, student, UNROLL, metagrad=dk.Replay(), batch_size=8))
     next(distiller.run(1))
     sets = {
         "real": dk.DistilledSet.from_real(task, student, per_class=1, length=8),
@@ -128,7 +128,7 @@ def asked(task):
 
 
 def objective(task, student):
-    return dk.BPTT(task, student, UNROLL, batch_size=8)
+    return dk.BPTT(task, student, UNROLL, metagrad=dk.Replay(), batch_size=8)
 
 
 # Entrance → what is done with a set, a task and a student there. All of them take embeddings as they are.

@@ -46,7 +46,7 @@ learned = dataclasses.replace(real, embeds=real.embeds + noise, tokens=None)
     "texts = [*task.train['text'][:20], '<b class=smuggled>&amp;</b>']\n"
     "points = [[i % 5, i // 5] for i in range(21)]\n"
     "flat = widgets.map_explorer(points, texts, ['neg', 'pos', 'neg'] * 7)\nflat.add_class('the-map')",
-    "goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)\n"
+    "goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)\n"
     "distiller = dk.Distiller(real, goal, checkpoint_dir='run', checkpoint_every=10**6)\n"
     "running = widgets.monitor(distiller, 10**5, every=10**5)\nrunning.add_class('the-monitor')",
 ]

@@ -59,7 +59,7 @@ def test_distil_makes_what_the_library_makes(work, world):
     made = dk.DistilledSet.load(work / "tiny" / "set")
     task, student = world
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-    unroll = dk.Unroll(2, optimizer=dk.SGD(0.2), metagrad=dk.recommend(student)[0])
+    unroll = dk.Unroll(2, optimizer=dk.SGD(0.2))
     distiller = dk.Distiller(start, dk.BPTT(task, student, unroll, batch_size=8), lr=0.08)
     assert len(list(distiller.run(2))) == 2
     assert torch.equal(made.embeds, distiller.distilled.embeds) and torch.equal(made.step_sizes, distiller.distilled.step_sizes)

@@ -31,12 +31,12 @@ def test_distilling_is_counted_on_the_step_itself(world):
     """A step that is t inner steps forth and back costs more than t trainings' steps, and twice the steps cost twice."""
     task, student = world
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-    goal = dk.BPTT(task, student, dk.Unroll(2, metagrad=dk.Replay()), batch_size=8)
+    goal = dk.BPTT(task, student, dk.Unroll(2), metagrad=dk.Replay(), batch_size=8)
     one = costs.distilling_flops(start, goal, 1)
     assert costs.distilling_flops(start, goal, 10) == 10 * one
     trained = dk.evaluate(start, task, student, seeds=(0,), recipe=dk.Unroll(2)).flops
     assert one > 2 * trained
-    longer = dataclasses.replace(goal, unroll=dk.Unroll(4, metagrad=dk.Replay()))
+    longer = dataclasses.replace(goal, unroll=dk.Unroll(4))
     assert one < costs.distilling_flops(start, longer, 1) < 2 * one, "the batch of real rows is read once in both"
     two = dk.Distiller(start, goal, seed=3)
     list(two.run(1))

@@ -12,7 +12,7 @@ import torch
 import distillkit as dk
 from distillkit.core import distiller as distiller_module
 from distillkit.core.distiller import LEARNABLE, constant, cosine
-from distillkit.core.metagrad import MetaGradient
+from distillkit.core.problem import MetaGradient
 from distillkit.evaluation.evaluate import TUNING_SEEDS, _tuned
 
 VALUES = ("embeds", "targets", "step_sizes")
@@ -26,7 +26,7 @@ def start(world):
 
 @pytest.fixture
 def goal(world):
-    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 
 
 def finished(distiller, n):
@@ -40,7 +40,7 @@ def same(one, other, names=VALUES):
 
 
 @pytest.fixture
-def scripted(monkeypatch):
+def scripted():
     """Makes objectives whose losses and gradients are given: `script(distilled, step)`."""
 
     class Scripted:
@@ -48,14 +48,16 @@ def scripted(monkeypatch):
             self.script, self.step = script, 0
             self.unroll = dk.Unroll(2, optimizer=dk.SGD(0.5))
 
+        def problems(self, distilled, seed):
+            return iter([distilled])
+
+        def metagrad(self, distilled):
+            self.step += 1
+            return self.script(distilled, self.step)
+
         def recipe(self):
             return {"objective": "Scripted"}
 
-    def given(distilled, objective, *, seed):
-        objective.step += 1
-        return objective.script(distilled, objective.step)
-
-    monkeypatch.setattr("distillkit.core.distiller.meta_gradient", given)
     return Scripted
 
 
@@ -73,7 +75,7 @@ def test_the_loss_falls(world):
     student = dk.load_student("offline:minilm", task, trainable="head")
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
     unroll = dk.Unroll(3, optimizer=dk.SGD(3.0))
-    distiller = dk.Distiller(start, dk.BPTT(task, student, unroll, batch_size=32), lr=0.03)
+    distiller = dk.Distiller(start, dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=32), lr=0.03)
     losses = [record.loss for record in distiller.run(12)]
     assert losses[0] > 0.65 and max(losses[-3:]) < 0.58, "chance is ln 2 = 0.69"
     pairs = ((start, unroll), (distiller.distilled, "own"))
@@ -151,7 +153,8 @@ import sys, hashlib, distillkit as dk
 task = dk.load_task("rotten_tomatoes", max_length=12)
 student = dk.load_student("bert-base-uncased", task)
 start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-distiller = dk.Distiller(start, dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8), seed=3)
+goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
+distiller = dk.Distiller(start, goal, seed=3)
 print("losses", *[f"{record.loss:.4f}" for record in distiller.run(3)])
 folder = distiller.distilled.save(sys.argv[1])
 print(hashlib.sha256((folder / "tensors.safetensors").read_bytes()).hexdigest())
@@ -243,7 +246,7 @@ def test_more_steps_than_first_asked_for(start, goal, tmp_path):
 def test_resuming_with_other_settings_names_them(world, start, goal, tmp_path, name, change):
     finished(dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run"), 1)
     if set(change) & {"unroll", "batch_size"}:
-        goal = dk.BPTT(*world, change.pop("unroll", goal.unroll), batch_size=change.pop("batch_size", 8))
+        goal = dk.BPTT(*world, change.pop("unroll", goal.unroll), metagrad=dk.Replay(), batch_size=change.pop("batch_size", 8))
     if change.pop("another", False):
         start = dk.DistilledSet.from_real(*world, per_class=1, length=8, seed=1)
     if "per_class" in change:
@@ -345,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, scripted, tmp_path, give
 
 
 def test_a_real_run_that_explodes(world, start):
-    goal = dk.BPTT(*world, dk.Unroll(4, optimizer=dk.SGD(1e20)), batch_size=4)
+    goal = dk.BPTT(*world, dk.Unroll(4, optimizer=dk.SGD(1e20)), metagrad=dk.Replay(), batch_size=4)
     with pytest.raises(FloatingPointError, match="outer step 1"):
         finished(dk.Distiller(start, goal), 2)
 

@@ -40,7 +40,7 @@ def a_set(task, student, per_class=4, steps=5, batch_size=3, optimizer=None):
     found = dk.DistilledSet.from_real(task, student, per_class=per_class, length=8)
     noise = torch.randn(found.targets.shape, generator=torch.Generator().manual_seed(0))
     unroll = dk.Unroll(steps, optimizer=optimizer or dk.SGD(0.5), batch_size=batch_size)
-    meta = found.meta | {"recipe": dk.BPTT(task, student, unroll, batch_size=8).recipe()}
+    meta = found.meta | {"recipe": dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=8).recipe()}
     sizes = torch.linspace(0.2, 0.6, steps)
     return dataclasses.replace(found, targets=found.targets + noise, step_sizes=sizes, meta=meta), unroll
 
@@ -84,7 +84,7 @@ def test_distilling_and_evaluating_see_the_same_batches(task, tiny, monkeypatch)
 
     monkeypatch.setattr(dk.Student, "loss", record)
     monkeypatch.setattr(evaluation, "_flops", lambda plan, student: 0)
-    dk.meta_gradient(found, dk.BPTT(task, tiny, unroll, batch_size=4))
+    dk.meta_gradient(found, dk.BPTT(task, tiny, unroll, metagrad=dk.Replay(), batch_size=4))
     distilling = seen[:5]
     seen.clear()
     dk.evaluate(found, task, tiny, seeds=(0,), recipe="own")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.metagrad import Problem
+from distillkit.core.problem import Problem
 from distillkit.data.tasks import NO_TARGET
 from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
 from standin_hub import rounding

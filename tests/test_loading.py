@@ -117,7 +117,7 @@ def test_a_language_model_without_a_padding_token(bare, standin_hub):
         places = torch.arange(len(response)) + len(prompt) - 1
         assert torch.allclose(ours[row, : len(response)], logits[places, response], atol=1e-5)
     start = dk.DistilledSet.from_real(task, student, fraction=0.05)
-    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.01)), batch_size=4)
+    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.01)), metagrad=dk.Replay(), batch_size=4)
     (record,) = dk.Distiller(start, goal, lr=0.01).run(1)
     assert torch.isfinite(torch.tensor(record.loss))
 

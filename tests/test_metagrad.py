@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.metagrad import _Difference, _norm, compare
+from distillkit.core.inner import Phi
+from distillkit.core.metagrad import Contribution, _norm, compare
 from distillkit.core.objectives import inner_problem
 
 OPTIMIZERS = {
@@ -55,9 +56,9 @@ def a_set(task, student, steps, soft=True):
 
 
 def objective(task, student, steps, metagrad, optimizer="sgd", **unroll):
-    unroll = dk.Unroll(steps, optimizer=OPTIMIZERS[optimizer], metagrad=metagrad, **unroll)
+    unroll = dk.Unroll(steps, optimizer=OPTIMIZERS[optimizer], **unroll)
     # A small outer batch with several parts: the parts have to add up too.
-    return dk.BPTT(task, student, unroll, batch_size=12, micro_batch=5)
+    return dk.BPTT(task, student, unroll, metagrad=metagrad, batch_size=12, micro_batch=5)
 
 
 def assert_equal(oracle, ours, tolerance):
@@ -138,7 +139,7 @@ def test_parts_of_the_outer_batch_add_up(world):
     student = students["bert-base-uncased", "full"]
     found = a_set(task, student, 2)
     whole, parts = (
-        dk.meta_gradient(found, dk.BPTT(task, student, dk.Unroll(2), batch_size=12, micro_batch=m), seed=3)
+        dk.meta_gradient(found, dataclasses.replace(objective(task, student, 2, dk.Replay()), micro_batch=m), seed=3)
         for m in (12, 5)
     )
     assert whole.loss == pytest.approx(parts.loss, abs=1e-12)
@@ -232,7 +233,7 @@ def test_several_initialisations_are_averaged(world):
     task, students = world
     student = students["bert-base-uncased", "full"]
     found, goal = a_set(task, student, 2), objective(task, student, 2, dk.Replay())
-    singles = [goal.unroll.metagrad(goal.problem(found, 4, member)) for member in range(3)]
+    singles = [goal.metagrad(goal.problem(found, 4, member)) for member in range(3)]
     mean = dk.meta_gradient(found, dataclasses.replace(goal, inits=3), seed=4)
     assert not torch.equal(singles[0].embeds, singles[1].embeds)
     for field in FIELDS:
@@ -257,7 +258,7 @@ def test_random_windows_end_everywhere_alike(standin_hub, questions, name, train
     task = questions if name == "gpt2" else dk.load_task("rotten_tomatoes", max_length=12)
     student = dk.load_student(name, task, trainable=trainable)
     found = dk.DistilledSet.from_real(task, student, fraction=0.1)
-    goal = dk.BPTT(task, student, dk.Unroll(5, metagrad=dk.Truncated(2, place="random")), batch_size=2)
+    goal = dk.BPTT(task, student, dk.Unroll(5), metagrad=dk.Truncated(2, place="random"), batch_size=2)
     windows = [dk.meta_gradient(found, goal, seed=seed).step_sizes.nonzero().flatten().tolist() for seed in range(60)]
     assert windows[7] == dk.meta_gradient(found, goal, seed=7).step_sizes.nonzero().flatten().tolist()
     counts = Counter(map(tuple, windows))
@@ -314,10 +315,9 @@ def test_differences_hold_where_training_has_come_to_rest(standin_hub):
     assert _norm(grads.values()) < 1e-5
     report = dk.ForwardDifference().report_error(problem)
     assert min(r["cosine"] for r in report) > 0.99
-    walk = _Difference(problem, None, 0.003)
-    walk.slope = 1.0
-    assert walk._choose(200.0, 1e-5) == (pytest.approx(0.03 * 200 * 2**-11.5), pytest.approx(0.03 * 200 * 2**-11.5), True)
-    assert walk._choose(200.0, 1.0) == (pytest.approx(800 * 2**-23), pytest.approx(0.003), False)
+    rule, least = dk.ForwardDifference().epsilon, pytest.approx(0.03 * 200 * 2**-11.5)
+    assert rule(200.0, 1e-5, slope=1.0, unit=2**-23) == (least, least, True)
+    assert rule(200.0, 1.0, slope=1.0, unit=2**-23) == (pytest.approx(800 * 2**-23), pytest.approx(0.003), False)
 
 
 def test_forward_difference_runs_with_fused_attention(standin_hub):
@@ -396,7 +396,7 @@ def test_the_cosine_of_contributions_does_not_depend_on_their_size():
             self.steps = steps
 
         def contributions(self, problem, start, stop):
-            return 0.0, iter([(t, [d], None) for t, d in enumerate(self.steps)])
+            return 0.0, iter([Contribution(t, Phi(d), torch.zeros(())) for t, d in enumerate(self.steps)])
 
     problem, direction = SimpleNamespace(rows=[None, None]), torch.tensor([[3.0, 4.0]])
     found = compare(Given(direction, 1e-12 * direction), Given(direction, 2e-12 * direction), problem)

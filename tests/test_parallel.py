@@ -66,8 +66,9 @@ def world_of(dtype=torch.float64):
 def objective_of(task, student, kind, folder):
     unroll = dk.Unroll(2)
     if kind == "bptt":
-        return dk.BPTT(task, student, unroll, batch_size=8, inits=3)
-    return dk.TrajectoryMatching(task, student, unroll, dk.Experts.load(f"{folder}/experts"), expert_epochs=0.5, segments=3)
+        return dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=8, inits=3)
+    return dk.TrajectoryMatching(task, student, unroll, dk.Experts.load(f"{folder}/experts"), metagrad=dk.Replay(),
+                                 expert_epochs=0.5, segments=3)
 
 
 def set_of(task, student):

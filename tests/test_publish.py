@@ -39,7 +39,7 @@ def real(world):
 @pytest.fixture(scope="module")
 def distilled(real, world):
     """Two outer steps: free embeddings with a recipe."""
-    distiller = dk.Distiller(real, dk.BPTT(*world, dk.Unroll(2), batch_size=8), lr=0.05)
+    distiller = dk.Distiller(real, dk.BPTT(*world, dk.Unroll(2), metagrad=dk.Replay(), batch_size=8), lr=0.05)
     assert len(list(distiller.run(2))) == 2
     return distiller.distilled
 

@@ -297,7 +297,7 @@ def test_work_folders_that_share_a_folder_of_results_lose_no_score(world, tmp_pa
 
 @pytest.fixture
 def goal(world):
-    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 
 
 def signalled(monkeypatch, module, name, signum, at):

@@ -39,7 +39,7 @@ def start(world):
 
 @pytest.fixture(scope="module")
 def goal(world):
-    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 
 
 def finished(distiller, n):
@@ -309,8 +309,8 @@ def broken(monkeypatch, goal):
 
         count = iter(range(1, 10**6))
 
-        def given(distilled, objective, *, seed):
-            found, bad = meta_gradient(distilled, objective, seed=seed), steps.get(next(count), {})
+        def given(distilled, objective, **options):
+            found, bad = meta_gradient(distilled, objective, **options), steps.get(next(count), {})
             values = {n: v if n == "loss" else torch.full_like(getattr(found, n), v) for n, v in bad.items()}
             return dataclasses.replace(found, **values)
 
@@ -403,7 +403,7 @@ def test_what_does_not_fit_is_taken_in_parts_with_the_same_gradient(task, standi
     with standin_hub.patched(standin_home):
         student = dk.load_student("bert-base-uncased", task, dtype="float64")
     start = dk.DistilledSet.from_real(task, student, per_class=2, length=8)
-    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5), metagrad=metagrad), batch_size=8)
+    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=metagrad, batch_size=8)
     whole = dk.meta_gradient(start, goal, seed=1)
     tried = room(3)
     with pytest.warns(UserWarning, match=r"out of memory with \d examples at a time: .* rounding only; set micro_batch=\d"):
@@ -414,9 +414,18 @@ def test_what_does_not_fit_is_taken_in_parts_with_the_same_gradient(task, standi
         one, other = getattr(whole, name), getattr(parts, name)
         assert float((one - other).norm() / one.norm()) < tolerance, name
     assert max(tried) > 3
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_distiller_goes_on_with_the_size_that_fits_and_shows_it(start, goal, room):
+    tried, distiller = room(4), dk.Distiller(start, goal)
+    records = distiller.run(2)
+    next(records)
+    fits = distiller.objective
+    assert max(tried) > 4 >= max(fits.micro_batch, fits.unroll.micro_batch) and goal.micro_batch == 16
     tried.clear()
-    dk.meta_gradient(start, goal, seed=2)
-    assert max(tried) <= 4, "the size that fits is remembered"
+    next(records)
+    assert max(tried) <= 4 and distiller.objective is fits
 
 
 def test_training_that_does_not_fit_is_taken_in_parts(world, start, room):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.metagrad import MetaGradient
+from distillkit.core.problem import MetaGradient
 from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
 from distillkit.text.projection import allowed_tokens
 from distillkit.text.search import (
@@ -29,7 +29,7 @@ def start(world):
 
 @pytest.fixture
 def goal(world):
-    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    return dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 
 
 def judges(world, goal):
@@ -55,7 +55,7 @@ def swapped(start, student, *swaps):
 def test_a_judges_gradient_is_that_of_its_loss(task, standin_hub, which):
     """Central differences in float64 along a few directions."""
     student = dk.load_student("bert-base-uncased", task, dtype="float64")
-    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
     judge, start = judges((task, student), goal)[which], dk.select(task, student, "random", per_class=2, length=8)
     _, gradient = judge.gradient(start, 3)
     assert gradient.shape == start.embeds.shape
@@ -384,7 +384,7 @@ class PlantedGradient:
 @pytest.mark.parametrize("way", ["projection", "neighbor loss", "through projection"])
 def test_embeddings_that_are_learned_end_at_a_planted_word(world, way):
     start = dk.select(*world, "random", per_class=1, length=6)
-    goal = dk.BPTT(*world, dk.Unroll(2, metagrad=PlantedGradient(world[1])), batch_size=8)
+    goal = dk.BPTT(*world, dk.Unroll(2), metagrad=PlantedGradient(world[1]), batch_size=8)
     terms = [dk.NeighborLoss(world[1], weight=lambda at: 0.1 * at)] if way == "neighbor loss" else []
     if way == "through projection":
         goal = ThroughProjection(goal)

@@ -44,7 +44,7 @@ def test_sentences_arrive_in_the_targets_tokens(world, target):
 
 
 def test_soft_labels_travel_and_step_sizes_do_not(world, target):
-    goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
     distiller = dk.Distiller(dk.DistilledSet.from_real(*world, per_class=1, length=10), goal)
     list(distiller.run(2))
     with pytest.raises(ValueError, match="project it first"):

@@ -295,7 +295,7 @@ def test_words_of_an_attention_map_are_no_markup():
 def distillation(world, tmp_path):
     """Return a function that makes the same distillation, with its checkpoints in a folder of that name."""
     start = dk.DistilledSet.from_real(*world, per_class=1, length=8)
-    goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), batch_size=8)
+    goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
     term = dk.NeighborLoss(world[1], weight=0.1)
     return lambda name: dk.Distiller(start, goal, regularizers=[term], checkpoint_dir=tmp_path / name, checkpoint_every=100)
 

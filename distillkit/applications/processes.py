@@ -35,8 +35,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.metagrad import MetaGradient
+from distillkit.core.inner import Unroll
 from distillkit.core.objectives import Objective, bound_step_sizes, fitted, meta_gradient
+from distillkit.core.problem import MetaGradient
 from distillkit.core.students import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
@@ -161,11 +162,14 @@ class Shared:
 
     def __init__(self, objective, team: Team):
         self.objective, self.team = objective, team
-        self.unroll = dataclasses.replace(objective.unroll, metagrad=self._together)
 
     @property
     def student(self) -> Student:
         return self.objective.student
+
+    @property
+    def unroll(self) -> Unroll:
+        return self.objective.unroll
 
     def __enter__(self) -> Shared:
         return self
@@ -199,7 +203,8 @@ class Shared:
                 return
             self._round(self._told(distilled), seed)
 
-    def _together(self, step: tuple[DistilledSet, int]) -> MetaGradient:
+    def metagrad(self, step: tuple[DistilledSet, int]) -> MetaGradient:
+        """The meta-gradient of the step that :meth:`problems` gives, formed by the whole team."""
         distilled, seed = step
         self.team.told(torch.tensor([STEP, seed]))
         return self._round(self._told(distilled), seed)
@@ -241,8 +246,12 @@ class _Share:
         return self.objective.student
 
     @property
-    def unroll(self):
+    def unroll(self) -> Unroll:
         return self.objective.unroll
+
+    @property
+    def metagrad(self):
+        return self.objective.metagrad
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator:
         return itertools.islice(self.objective.problems(distilled, seed), self.team.rank, None, self.team.size)

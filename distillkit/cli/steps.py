@@ -248,18 +248,20 @@ def _objective(work: Work, task, student, folder: Path):
     from distillkit.core.experts import Experts
     from distillkit.core.inner import SGD, AdamW, Momentum
     from distillkit.core.objectives import BPTT, TrajectoryMatching
-    from distillkit.experiments.runner import unroll_of
+    from distillkit.experiments.runner import strategy, unroll_of
     from distillkit.io.storage import is_vacant
 
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
-    unroll = unroll_of(work, student, optimizer=optimizer[work.optimizer](work.step_size))
+    unroll = unroll_of(work, optimizer=optimizer[work.optimizer](work.step_size))
+    metagrad = strategy(work.metagrad)
     if work.objective == "bptt":
-        return BPTT(task, student, unroll, batch_size=work.outer_batch, inits=work.inits)
+        return BPTT(task, student, unroll, metagrad=metagrad, batch_size=work.outer_batch, inits=work.inits)
     if is_vacant(folder / "experts"):
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
                                 f"{work.name}")
     recorded = Experts.load(folder / "experts")
-    return TrajectoryMatching(task, student, unroll, recorded, expert_epochs=work.match_epochs, segments=work.inits)
+    return TrajectoryMatching(task, student, unroll, recorded, metagrad=metagrad, expert_epochs=work.match_epochs,
+                              segments=work.inits)
 
 
 def distil(work: Work, args: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""The method.  Read in this order: students, distilled, inner, metagrad, objectives, experts, distiller."""
+"""The method.  Read in this order: students, distilled, inner, problem, metagrad, objectives, experts, distiller."""

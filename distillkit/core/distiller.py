@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
+from distillkit.core.inner import AdamW
 from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
 from distillkit.io.escaping import say
@@ -45,7 +46,7 @@ from distillkit.io.storage import Claim, StorageError, is_vacant, load_folder, r
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
-BETAS = (0.9, 0.99)
+ADAM = AdamW(betas=(0.9, 0.99))
 NONFINITE = ("stop", "skip")
 PATIENCE = 10  # steps skipped in a row that say the trouble is not the batch's
 VERSIONED = ("torch", "transformers", "numpy")
@@ -72,7 +73,7 @@ class _Made:
     that are learned, and the records."""
 
     values: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
+    moments: dict[str, dict[str, Any]]
     records: list[StepRecord]
 
 
@@ -245,8 +246,9 @@ class Distiller:
             return
         made = self._made
         tensors = {f"value.{name}": value for name, value in made.values.items()}
-        for name, moments in made.moments.items():
-            tensors |= {f"adam.{name}.{key}": value for key, value in moments.items()}
+        for name, state in made.moments.items():
+            tensors |= {f"adam.{name}.count": torch.tensor(state["count"])}
+            tensors |= {f"adam.{name}.{key}": state[key][name] for key in ("m", "v")}
         data = {"settings": self._settings, "versions": _versions(), "records": [_as_json(r) for r in made.records]}
         save_folder(self.checkpoint_dir, kind=KIND, tensors=tensors, data=data)
         self._saved = len(made.records)
@@ -265,10 +267,12 @@ class Distiller:
         """Make a step: all of it, or nothing where an exception ends it."""
         begun, made, step = time.perf_counter(), self._made, self.step + 1
         current = self._current()
-        found = meta_gradient(current, self.objective, seed=derive_seed("distil", self.seed, self.step))
-        grads = {"embeds": found.embeds, "targets": found.targets, "step_sizes": found.step_sizes}
-        norm = float(found.embeds.norm())
-        loss, terms = found.loss, {"outer": found.loss}
+        outer = meta_gradient(
+            current, self.objective, seed=derive_seed("distil", self.seed, self.step), on_retry=self._use
+        )
+        grads = {"embeds": outer.embeds, "targets": outer.targets, "step_sizes": outer.step_sizes}
+        norm = float(outer.embeds.norm())
+        loss, terms = outer.loss, {"outer": outer.loss}
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -301,24 +305,25 @@ class Distiller:
         self._made = _Made(values, moments, [*made.records, record])
         return record
 
+    def _use(self, objective) -> None:
+        """Go on with ``objective``: the same one in parts that memory has room for."""
+        self.objective = objective
+
     def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
         """The values after Adam's step along ``grads``, and its moments then; those there are stay as they are."""
-        values = {name: value.clone() for name, value in self._made.values.items()}
-        groups = [{"params": [values[name]], "lr": self.rates[name] * factor} for name in self.learn]
-        adam = torch.optim.Adam(groups, betas=BETAS)
+        values, moments = dict(self._made.values), {}
         for name in self.learn:
-            value = values[name]
-            gradient = grads[name]
+            value, gradient = values[name], grads[name]
             assert gradient is not None  # only hard targets have none, and they are not learned
-            value.grad = gradient.to(value.device, value.dtype)
+            gradient = gradient.to(value.device, value.dtype)
             if name == "embeds":
-                value.grad = value.grad * self._start.free.unsqueeze(-1)
+                gradient = gradient * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus
-                value.grad = value.grad * value.sigmoid()
-            if name in self._made.moments:
-                adam.state[value] = {key: moment.clone() for key, moment in self._made.moments[name].items()}
-        adam.step()
-        return {name: value.detach() for name, value in values.items()}, {name: adam.state[values[name]] for name in self.learn}
+                gradient = gradient * value.sigmoid()
+            state = self._made.moments.get(name) or ADAM.init({name: value})
+            moved, moments[name] = ADAM.update({name: value}, {name: gradient}, state, self.rates[name] * factor)
+            values |= moved
+        return values, moments
 
     def _stop_or_skip(self, message: str) -> None:
         skipped = 1
@@ -389,6 +394,9 @@ class Distiller:
             theirs, versions = stored.data["settings"], stored.data.get("versions", _versions())
             records = [_from_json(r) for r in stored.data["records"]]
             values = {name: stored.tensors[f"value.{name}"] for name in self._made.values}
+            learned = {name.split(".")[1] for name in stored.tensors if name.startswith("adam.")}
+            moments = {name: {"count": int(stored.tensors[f"adam.{name}.count"]),
+                              **{key: {name: stored.tensors[f"adam.{name}.{key}"]} for key in ("m", "v")}} for name in learned}
         except (KeyError, TypeError) as error:
             raise StorageError(f"{self.checkpoint_dir} is no checkpoint of this distillkit: it has no {error}; choose another "
                                "checkpoint_dir") from error
@@ -404,12 +412,7 @@ class Distiller:
         if versions != _versions():
             warnings.warn(f"{self.checkpoint_dir} was made with {versions}, and goes on with {_versions()}: what comes may "
                           "differ by rounding from an uninterrupted run", stacklevel=3)
-        moments = {name: {} for name in self.learn}
-        for name, value in stored.tensors.items():
-            if name.startswith("adam."):
-                _, of, key = name.split(".")
-                moments[of][key] = value
-        self._made = _Made(values, {name: found for name, found in moments.items() if found}, records)
+        self._made = _Made(values, moments, records)
         self._saved = len(records)
 
     @property

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import AdamW, Optimizer, Part, State, described, inner_step
+from distillkit.core.inner import AdamW, Optimizer, Part, State, check_optimizer, described, inner_step
 from distillkit.core.students import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_is, check_whole
@@ -161,8 +161,7 @@ def record_experts(
     check_is("task", task, Task)
     check_is("student", student, Student)
     student = student.for_task(task)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {optimizer!r}")
+    check_optimizer(optimizer)
     check_whole("batch_size", batch_size, most=len(task.split("train")))
     if micro_batch is not None:
         check_whole("micro_batch", micro_batch)

@@ -6,8 +6,8 @@ There is one inner step in the kit.  Distilling, recording experts, matching the
     θ_{t+1}, s_{t+1} = U(θ_t, s_t, g_t, η_t)     optimizer.update
 
 An optimiser is a pair of pure functions, ``init(params)`` and ``update(params, grads, state, step_size)``, so that U can
-be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them,
-which examples each step sees, and how the gradient finds its way back (:mod:`distillkit.core.metagrad`).
+be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them and
+which examples each step sees.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,32 @@ def _clipped(grads: Params, clip_norm: float | None) -> Params:
 def _check_clip(clip_norm: float | None) -> None:
     if clip_norm is not None:
         _positive("clip_norm", clip_norm)
+
+
+class Optimizer(Protocol):
+    """An inner optimiser: a pair of pure functions, and the step size to start from.
+
+    ``init(params)`` makes the state: a dict of numbers, tensors, or dicts of tensors by parameter name.  ``update`` returns
+    new parameters and a new state, changes nothing in place, and can be differentiated with respect to all four arguments.
+    A dataclass also shows its settings in a set's recipe.  :class:`SGD`, :class:`Momentum` and :class:`AdamW` are such.
+    """
+
+    @property
+    def step_size(self) -> float: ...
+
+    def init(self, params: Params) -> State: ...
+
+    def update(self, params: Params, grads: Params, state: State, step_size: Any) -> tuple[Params, State]: ...
+
+
+def check_optimizer(optimizer) -> None:
+    """Raise TypeError unless ``optimizer`` is an :class:`Optimizer`."""
+    missing = [name for name in ("init", "update") if not callable(getattr(optimizer, name, None))]
+    if not isinstance(getattr(optimizer, "step_size", None), int | float):
+        missing.append("step_size")
+    if missing or isinstance(optimizer, type):
+        raise TypeError(f"optimizer must be an object such as SGD(0.1), with init, update and step_size; {optimizer!r} "
+                        f"{'is a class' if isinstance(optimizer, type) else 'lacks ' + ', '.join(missing)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +200,27 @@ class AdamW:
         return params, {"count": t, "m": state["m"], "v": state["v"]}
 
 
-Optimizer = SGD | Momentum | AdamW
 OPTIMIZERS = {kind.__name__: kind for kind in (SGD, Momentum, AdamW)}
+
+
+class Phi(NamedTuple):
+    """What is learned at each inner step, or its gradient: ``embeds [m, l, d]``, ``targets [m, c]`` (None: hard labels)."""
+
+    embeds: Tensor
+    targets: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The embeddings, and the labels where they are soft."""
+        return (self.embeds,) if self.targets is None else (self.embeds, self.targets)
+
+
+class Stepped(NamedTuple):
+    """Where an inner step leads, and the gradients it took of θ and, where they were asked for, of φ."""
+
+    params: Params
+    state: State
+    grads: Params
+    d_phi: Phi | None
 
 
 # A micro-batch of a step: its share of the loss, inputs, targets, and the seed of its dropout masks (None: no dropout).
@@ -225,16 +270,17 @@ def _halves(part: Part) -> list[Part]:
 
 
 def loss_and_grads(
-    student: Student, params: Params, parts: Iterable[Part], phi: Sequence[Tensor] = ()
-) -> tuple[Tensor, Params, list[Tensor]]:
-    """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, without a graph, one micro-batch at a time.
+    student: Student, params: Params, parts: Iterable[Part], phi: Phi | None = None, *, differentiable: bool = False
+) -> tuple[Tensor, Params, Phi | None]:
+    """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, one micro-batch at a time.
 
     ``parts`` must be built from ``phi`` (and lazily, so that only one micro-batch's activations are alive).  A micro-batch
     that memory has no room for is taken again in halves, with a warning; but for dropout, whose masks belong to a
-    micro-batch, the sum is the same up to rounding.
+    micro-batch, the sum is the same up to rounding.  ``differentiable`` keeps the graph of g, which then depends on
+    ``params`` themselves.
     """
-    leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-    inputs, loss, total = (*leaves.values(), *phi), 0.0, None
+    leaves = params if differentiable else {n: p.detach().requires_grad_() for n, p in params.items()}
+    inputs, loss, total = (*leaves.values(), *(phi.tensors() if phi else ())), 0.0, None
     for whole in parts:
         waiting, halved = [whole], False
         while waiting:
@@ -243,15 +289,17 @@ def loss_and_grads(
             try:
                 part = share * student.loss(leaves, batch, targets, dropout_seed=seed)
                 # Halves are slices of one tensor, whose way back to ``phi`` all of them take.
-                found = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True, retain_graph=halved)
+                grads = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True,
+                                            retain_graph=halved or differentiable, create_graph=differentiable)
             except torch.OutOfMemoryError:
                 waiting += reversed(_halves((share, batch, targets, seed)))
                 halved = True
                 continue
             loss = loss + part.detach()
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+            total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
     assert isinstance(loss, Tensor) and total is not None  # there is a part at least
-    return loss, dict(zip(leaves, total[: len(leaves)], strict=True)), list(total[len(leaves) :])
+    n = len(leaves)
+    return loss, dict(zip(leaves, total[:n], strict=True)), Phi(*total[n:]) if phi else None
 
 
 def inner_step(
@@ -261,24 +309,28 @@ def inner_step(
     state: State,
     parts: Iterable[Part],
     step_size: float | Tensor,
-    phi: Sequence[Tensor] = (),
+    phi: Phi | None = None,
     *,
     in_place: bool = False,
-) -> tuple[Params, State, Params, list[Tensor]]:
-    """The inner step: new parameters, new optimiser state, and the gradients it took with respect to θ and ``phi``.
+    differentiable: bool = False,
+) -> Stepped:
+    """The inner step: new parameters and optimiser state, and the gradients it took with respect to θ and ``phi``.
 
-    ``in_place`` lets AdamW overwrite ``params`` and ``state``, which makes a step on few examples cheaper.
+    Args:
+        in_place: an optimiser that has an ``update_`` may overwrite ``params`` and ``state``, which makes a step on few
+            examples cheaper.
+        differentiable: keep the graph, so that what comes out can be differentiated with respect to what went in.
     """
-    _, grads, d_phi = loss_and_grads(student, params, parts, phi)
-    update = optimizer.update_ if in_place and isinstance(optimizer, AdamW) else optimizer.update
-    with torch.no_grad():
+    _, grads, d_phi = loss_and_grads(student, params, parts, phi, differentiable=differentiable)
+    update = getattr(optimizer, "update_", optimizer.update) if in_place else optimizer.update
+    with torch.set_grad_enabled(differentiable):
         params, state = update(params, grads, state, step_size)
-    return params, state, grads, d_phi
+    return Stepped(params, state, grads, d_phi)
 
 
 def described(optimizer: Optimizer) -> dict:
     """The optimiser as JSON values (a tuple would come back as a list)."""
-    settings = dataclasses.asdict(optimizer)
+    settings = dataclasses.asdict(optimizer) if dataclasses.is_dataclass(optimizer) else {"step_size": optimizer.step_size}
     return {"name": type(optimizer).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
@@ -288,34 +340,33 @@ def optimizer_from(settings: dict) -> Optimizer:
     name = settings.pop("name", None)
     kind = OPTIMIZERS.get(name)
     if kind is None:
-        raise ValueError(f"unknown inner optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"the inner optimiser {name!r} is none of this kit's ({', '.join(OPTIMIZERS)}); give the object "
+                         "itself, in an Unroll")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return kind(**given)
 
 
-def from_recipe(recipe: dict, metagrad=None) -> Unroll:
+def from_recipe(recipe: dict) -> Unroll:
     """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set).
 
     Raises:
         ValueError: it describes none, or one of more than ``MOST_STEPS`` steps.
     """
-    extra = {} if metagrad is None else {"metagrad": metagrad}
     try:
         check_whole("steps", recipe["steps"], most=MOST_STEPS)
         return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
-                      dropout=recipe.get("dropout", False), **extra)
+                      dropout=recipe.get("dropout", False))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the recipe does not say how to train ({error}); choose another recipe than the set's own") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Unroll:
-    """T steps of the inner loop.
+    """T steps of the inner loop: how a student trains.
 
     Args:
         steps: T ≥ 1.
-        optimizer: :class:`SGD`, :class:`Momentum` or :class:`AdamW`.
-        metagrad: how the meta-gradient is formed; see :mod:`distillkit.core.metagrad`.
+        optimizer: :class:`SGD`, :class:`Momentum`, :class:`AdamW`, or another :class:`Optimizer`.
         batch_size: examples a step; None: the whole distilled set at each step.  Otherwise each pass goes through the
             set in a seeded order that is the same whenever the set is trained on.
         micro_batch: examples whose activations are alive at a time; the gradient is the same.
@@ -325,7 +376,6 @@ class Unroll:
     steps: int
     _: dataclasses.KW_ONLY
     optimizer: Optimizer = SGD()
-    metagrad: Any = None
     batch_size: int | None = None
     micro_batch: int | None = None
     dropout: bool = False
@@ -337,14 +387,7 @@ class Unroll:
                 continue
             check_whole(name, value)
         check_flag("dropout", self.dropout)
-        if not isinstance(self.optimizer, Optimizer):
-            raise TypeError(f"optimizer must be an SGD, Momentum or AdamW, not {self.optimizer!r}")
-        if self.metagrad is None:
-            from distillkit.core.metagrad import Replay
-
-            object.__setattr__(self, "metagrad", Replay())
-        if not callable(self.metagrad):
-            raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {self.metagrad!r}")
+        check_optimizer(self.optimizer)
 
     def rows(self, examples: int, order: int = 0) -> list[Tensor]:
         """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""

@@ -3,189 +3,87 @@
 Walk back the cotangents (λ, σ) of (θ, s), starting from (∇J(θ_T), 0).  At step t
 
 1. the vector-Jacobian product of the *update* U gives the cotangents of θ_t, s_t, η_t and of the gradient g_t, called γ;
-2. one *second-order product* of the loss along γ gives ∇²_θθ ℓ·γ, added to λ, and ∇²_φθ ℓ·γ, the meta-gradient of the
-   examples and of their labels at that step.
+2. one *second-order product* of the loss along γ gives ∇²_θθ ℓ·γ, which is added to λ, and ∇²_φθ ℓ·γ, the meta-gradient
+   of the examples and of their labels at that step.
 
-Because U enters only through its own product, any optimiser will do.  Strategies are objects and differ in how they form
-step 2 and in what they keep meanwhile:
+U enters only through its own product, so any optimiser will do.  :class:`_StepByStep` is that walk.  A strategy says what it
+stores of each step, and forms the product of step 2:
 
 * :class:`StoreAll` lets autograd walk through the whole run: the definition, and the oracle in tests; memory grows with T.
-* :class:`Replay` keeps parameters and no graphs, and repeats each step when its turn comes: exact, and the memory of
+* :class:`Replay` stores parameters and no graphs, and repeats each step when its turn comes: exact, and the memory of
   activations does not grow with T (Maclaurin et al., 2015, without the reversal; Engstrom et al., 2025).
 * :class:`ForwardDifference` takes the product as a difference of two gradients: approximate, the cheapest on full
   parameters, and free of second derivatives, so that fused attention will do.
 * :class:`Truncated` walks back through a window of steps only: biased, and cheaper by what it leaves out (Feng et al.,
   2024, "Embarrassingly simple dataset distillation", place the window at random).
+
+A strategy of your own is any function of a :class:`~distillkit.core.problem.Problem` that returns a
+:class:`~distillkit.core.problem.MetaGradient`; give it to an objective as ``metagrad=``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from distillkit.core.inner import SGD, Optimizer, Part, State, inner_step, loss_and_grads, set_parts
+from distillkit.core.inner import SGD, Phi, State, inner_step, loss_and_grads
+from distillkit.core.problem import MetaGradient, Problem, grad, leaf, leaves, outer_loss_and_grads
 from distillkit.core.students import Params, Student
 from distillkit.io.checks import check_choice, check_flag, check_is, check_number, check_whole
 from distillkit.io.seeds import derive_seed
 
-ATTEMPTS = 4  # at finding an ε for one product
-Kept = tuple[Params, list[Tensor]] | None
+ATTEMPTS = 4  # at an ε for one product
 
 
-@dataclasses.dataclass(frozen=True)
-class MetaGradient:
-    """Gradient of the outer loss with respect to a distilled set.
+class Step(NamedTuple):
+    """Inner step t as the way back finds it: where it began, and the gradients it took, where the strategy keeps them."""
 
-    Attributes:
-        loss: J(θ_T), a float.
-        embeds: ``[m, l, d]``.
-        targets: ``[m, c]`` for soft labels, None for hard ones.
-        step_sizes: ``[t]``, with respect to the positive step sizes themselves.
-    """
-
-    loss: float
-    embeds: Tensor
-    targets: Tensor | None
-    step_sizes: Tensor
-
-    @classmethod
-    def mean(cls, found: Sequence[MetaGradient]) -> MetaGradient:
-        """The average of meta-gradients taken at several initialisations or experts."""
-
-        def average(name: str) -> Any:
-            values = [getattr(f, name) for f in found]
-            return None if values[0] is None else sum(values) / len(values)
-
-        return cls(*(average(f.name) for f in dataclasses.fields(cls)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Problem:
-    """One inner training run and the loss at its end: what a strategy differentiates.
-
-    ``embeds [m, l, d]``, ``mask [m, l]``, ``targets`` and ``step_sizes [T]`` live on the student's device; ``rows`` holds
-    T index tensors.  ``outer`` holds functions of θ_T whose values add up to the scalar J: one for each part of the real
-    batch, so that no more than one part's activations need be alive.  ``micro_batch`` bounds the examples of an inner
-    step that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it; ``state`` is the
-    optimiser's state at the start, fresh where it is None.  ``seed`` is the address of this run, another one in each outer
-    step: strategies that draw something draw it from there.
-    """
-
-    student: Student
-    optimizer: Optimizer
+    t: int
     params: Params
-    embeds: Tensor
-    mask: Tensor
-    targets: Tensor
-    step_sizes: Tensor
-    rows: list[Tensor]
-    outer: Sequence[Callable[[Params], Tensor]]
-    micro_batch: int | None = None
-    dropout_seed: int | None = None
-    state: State | None = None
-    seed: int | None = None
-
-    def start(self) -> tuple[Params, State]:
-        """Where the training run begins."""
-        return self.params, self.optimizer.init(self.params) if self.state is None else self.state
-
-    @property
-    def learns_labels(self) -> bool:
-        return self.targets.is_floating_point()
-
-    def phi(self) -> tuple[Tensor, ...]:
-        """Fresh leaves of what is learned at each step: embeddings, and labels where they are soft."""
-        return (_leaf(self.embeds), _leaf(self.targets)) if self.learns_labels else (_leaf(self.embeds),)
-
-    def parts(self, t: int, phi: tuple[Tensor, ...] | None = None) -> Iterator[Part]:
-        """The micro-batches of step t, made of the leaves ``phi`` if given."""
-        embeds = phi[0] if phi else self.embeds
-        targets = phi[1] if phi and self.learns_labels else self.targets
-        dropout = None if self.dropout_seed is None else (self.dropout_seed, t)
-        return set_parts(self.rows[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout)
-
-    def loss(self, params: Params, t: int, phi: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        """ℓ(θ, φ_t) in parts that add up, with a graph."""
-        for share, batch, labels, seed in self.parts(t, phi):
-            yield share * self.student.loss(params, batch, labels, dropout_seed=seed)
-
-    def step(self, t: int, params: Params, state: State, phi: tuple[Tensor, ...] = ()):
-        """Inner step t without a graph; see :func:`~distillkit.core.inner.inner_step`."""
-        parts = self.parts(t, phi)
-        return inner_step(self.student, self.optimizer, params, state, parts, self.step_sizes[t], phi)
+    state: State
+    grads: Params | None = None
+    d_phi: Phi | None = None
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
+class Contribution(NamedTuple):
+    """What the meta-gradient owes to step t alone: the gradient of φ through this step, and of the step's size."""
+
+    t: int
+    phi: Phi
+    step_size: Tensor
 
 
-def _leaves(params: Params) -> Params:
-    return {n: p.detach().requires_grad_() for n, p in params.items()}
-
-
-def _grad(outputs, inputs, **kwargs) -> list[Tensor]:
-    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **kwargs))
-
-
-def _need_double_backward(student: Student, strategy: str) -> None:
-    # Fused attention raises deep inside autograd, in words that do not help; say it here.
-    if student.attention != "eager":
-        raise ValueError(
-            f"{strategy} differentiates twice, and attention={student.attention!r} of student {student.name!r} has no "
-            "second derivative; load the student with attention='eager', or use ForwardDifference"
-        )
-
-
-def _need_precision(student: Student, strategy: str) -> None:
-    # bfloat16 keeps 8 bits: a training run of small steps mostly rounds to no step, and a difference of two gradients
-    # to nothing.
-    if student.dtype == torch.bfloat16:
-        raise ValueError(
-            f"{strategy} in bfloat16 would give a meta-gradient of rounding errors: load student {student.name!r} with "
-            "dtype='float32'"
-        )
-
-
-def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Params]:
-    """J(θ_T) and ∇J(θ_T), part by part."""
-    leaves = _leaves(params)
-    total, grads = 0.0, None
-    for part in problem.outer:
-        loss = part(leaves)
-        found = _grad(loss, tuple(leaves.values()))
-        total += float(loss.detach())
-        grads = found if grads is None else [a + b for a, b in zip(grads, found, strict=True)]
-    assert grads is not None  # there is a part at least
-    return total, dict(zip(leaves, grads, strict=True))
+# The second-order product of one step: (γ, whether the step is the first) → ∇²_θθ ℓ·γ (None at the first step) and ∇²_φθ ℓ·γ.
+Product = Callable[[Params, bool], tuple[list[Tensor] | None, Phi]]
 
 
 class _Strategy:
-    """What all strategies share: contributions of the steps are gathered into a meta-gradient."""
+    """What all strategies share: the contributions of the steps add up to the meta-gradient."""
 
-    def __call__(self, problem: Problem, start: int = 0, stop: int | None = None) -> MetaGradient:
-        """The meta-gradient of ``problem``, its run ended after ``stop`` steps (default: all of them), and walked back
-        no further than step ``start``.
+    def __call__(self, problem: Problem) -> MetaGradient:
+        """The meta-gradient of ``problem``.
 
         Raises:
             ValueError: the student's attention or precision does not allow this strategy.
         """
-        stop = len(problem.rows) if stop is None else stop
-        loss, steps = self.contributions(problem, start, stop)
-        d_phi = [torch.zeros_like(p) for p in problem.phi()]
+        loss, steps = self.contributions(problem, 0, len(problem.rows))
+        total = [torch.zeros_like(p) for p in problem.phi().tensors()]
         d_steps = torch.zeros_like(problem.step_sizes)
-        for t, found, d_step in steps:
+        for t, d_phi, d_step in steps:
             d_steps[t] = d_step
-            for total, part in zip(d_phi, found, strict=True):
-                total += part
-        return MetaGradient(loss, d_phi[0], d_phi[1] if problem.learns_labels else None, d_steps)
+            for tensor, part in zip(total, d_phi.tensors(), strict=True):
+                tensor += part
+        d_phi = Phi(*total)
+        return MetaGradient(loss, d_phi.embeds, d_phi.targets, d_steps)
 
-    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
-        """J, and for each step from the last to ``start``: (t, [∇ of φ through step t alone], ∇ of its step size)."""
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator[Contribution]]:
+        """J after the run ended with step ``stop`` − 1, and what each step contributes, from the last back to ``start``."""
         raise NotImplementedError
 
 
@@ -193,29 +91,34 @@ class _Strategy:
 class StoreAll(_Strategy):
     """Autograd through the whole unroll, every graph kept: exact, memory O(T)."""
 
-    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator[Contribution]]:
         """See :meth:`_Strategy.contributions`."""
         _need_double_backward(problem.student, "StoreAll")
         _need_precision(problem.student, "StoreAll")
         params, state = problem.start()
         for t in range(start):
             params, state, *_ = problem.step(t, params, state)
-        params, sizes = _leaves(params), _leaf(problem.step_sizes)
+        params, sizes = leaves(params), leaf(problem.step_sizes)
         phis = [problem.phi() for _ in range(start, stop)]  # a copy for each step tells their contributions apart
         for t, phi in zip(range(start, stop), phis, strict=True):
-            loss = sum(problem.loss(params, t, phi))
-            grads = dict(zip(params, _grad(loss, tuple(params.values()), create_graph=True), strict=True))
-            params, state = problem.optimizer.update(params, grads, state, sizes[t])
+            params, state, *_ = inner_step(problem.student, problem.optimizer, params, state, problem.parts(t, phi), sizes[t],
+                                           differentiable=True)
         loss = cast("Tensor", sum(part(params) for part in problem.outer))
-        found = _grad(loss, (*(p for phi in phis for p in phi), sizes))
-        width = len(phis[0])
-        by_step = [found[i : i + width] for i in range(0, len(found) - 1, width)]
-        return float(loss.detach()), ((t, by_step[t - start], found[-1][t]) for t in reversed(range(start, stop)))
+        *d_phis, d_sizes = grad(loss, (*(tensor for phi in phis for tensor in phi.tensors()), sizes))
+        width = len(problem.phi().tensors())
+        by_step = [Phi(*d_phis[i : i + width]) for i in range(0, len(d_phis), width)]
+        return float(loss.detach()), (Contribution(t, by_step[t - start], d_sizes[t]) for t in reversed(range(start, stop)))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Walk(_Strategy):
-    """Keep parameters, walk back step by step.  Subclasses say how one second-order product is formed."""
+class _StepByStep(_Strategy):
+    """Store parameters on the way there, walk back step by step.  Strategies fill in what they keep and the product.
+
+    Args:
+        every: store every k-th parameter set only and repeat the steps in between: about one more gradient a step, and
+            T/k + k sets instead of T.
+        host: store them in host memory.
+    """
 
     every: int = 1
     host: bool = False
@@ -224,157 +127,121 @@ class _Walk(_Strategy):
         check_whole("every", self.every)
         check_flag("host", self.host)
 
-    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
-        """See :meth:`_Strategy.contributions`."""
-        self.check(problem.student)
-        walk = self._new_walk(problem)
-        params, state = problem.start()
-        kept_sets: dict[int, tuple[Params, State, Kept]] = {}
-        for t in range(stop):
-            keep = t >= start and (t - start) % self.every == 0
-            new = walk.forward(t, params, state) if t >= start else problem.step(t, params, state)
-            if keep:
-                kept_sets[t] = self._store((params, state, new[2] if self.every == 1 else None))
-            params, state = new[0], new[1]
-        loss, cotangents = outer_loss_and_grads(problem, params)
-        return loss, self._back(problem, walk, kept_sets, start, stop, cotangents)
-
-    def _back(self, problem, walk, kept_sets, start, stop, cotangents):
-        device, sigma = problem.student.device, None
-        for first in sorted(kept_sets, reverse=True):
-            segment = [_moved(kept_sets.pop(first), device)]
-            if self.every > 1:  # the steps in between are made again
-                segment = list(walk.again(first, min(first + self.every, stop), *segment[0][:2]))
-            for t in reversed(range(first, first + len(segment))):
-                params, state, kept = segment.pop()
-                cotangents, sigma, d_phi, d_step = walk.back(t, params, state, kept, cotangents, sigma, t == start)
-                yield t, d_phi, d_step
-
-    def _store(self, kept) -> tuple[Params, State, Kept]:
-        return _moved(kept, torch.device("cpu")) if self.host else kept
-
     def check(self, student: Student) -> None:
         """Raise ValueError if this strategy cannot differentiate ``student``."""
         raise NotImplementedError
 
-    def _new_walk(self, problem: Problem) -> _Walker:
+    def keeps(self, problem: Problem) -> tuple[str, ...]:
+        """Which gradients of an inner step the way back needs: some of ``"grads"``, ``"d_phi"``."""
         raise NotImplementedError
 
+    def linearise(self, problem: Problem, step: Step, notes: dict[str, float]) -> tuple[Params, Product]:
+        """g_t, and the second-order product of ℓ at step t; ``notes`` go from each step to the one walked after it."""
+        raise NotImplementedError
 
-def _split(found: list[Tensor], phi: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What belongs to θ (nothing, if not asked for) and what to the ``phi`` tensors of φ, which come last."""
-    return found[:-phi], found[-phi:]
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator[Contribution]]:
+        """See :meth:`_Strategy.contributions`."""
+        self.check(problem.student)
+        params, state = problem.start()
+        stored = []
+        for t in range(stop):
+            step, params, state = self._forward(problem, t, params, state, keep=t >= start and self.every == 1)
+            if t >= start and (t - start) % self.every == 0:
+                stored.append(_to(torch.device("cpu"), step) if self.host else step)
+        loss, cotangents = outer_loss_and_grads(problem, params)
+        return loss, self._backward(problem, stored, start, stop, cotangents)
 
+    def _backward(self, problem: Problem, stored: list[Step], start: int, stop: int, cotangents: Params):
+        sigma, notes = None, {}
+        while stored:
+            steps = [_to(problem.student.device, stored.pop())]
+            if self.every > 1:
+                steps = self._repeated(problem, *steps, stop)
+            while steps:
+                cotangents, sigma, contribution = self._back(problem, steps.pop(), cotangents, sigma, notes, start)
+                yield contribution
 
-class _Walker:
-    """One walk there and back over a problem; holds what passes from one step to the next."""
-
-    keeps_gradients = False
-    keeps_phi = False
-
-    def __init__(self, problem: Problem):
-        self.problem = problem
-
-    def forward(self, t: int, params: Params, state: State) -> tuple[Params, State, Kept]:
-        """An inner step, and what the way back wants of it."""
-        phi = self.problem.phi() if self.keeps_phi else ()
-        params, state, grads, d_phi = self.problem.step(t, params, state, phi)
-        return params, state, (grads, d_phi) if self.keeps_gradients else None
-
-    def again(self, first: int, stop: int, params: Params, state: State) -> Iterator[tuple[Params, State, Kept]]:
-        """The steps from ``first`` on, repeated from the parameters kept there."""
-        for t in range(first, stop):
-            if t == stop - 1 and not self.keeps_gradients:  # where that step leads is not wanted
-                yield params, state, None
-                return
-            new, new_state, kept = self.forward(t, params, state)
-            yield params, state, kept
-            params, state = new, new_state
-
-    def back(self, t, params, state, kept, cotangents, sigma, first: bool):
-        """Step t backwards: cotangents of θ_t and s_t, and the contributions to φ and η_t.
-
-        Nothing comes before the ``first`` step, so what its product along θ would be is not formed.
-        """
-        grads, product = self.linearise(t, params, kept)
+    def _back(self, problem: Problem, step: Step, cotangents: Params, sigma, notes: dict[str, float], start: int):
+        """Step t backwards: from the cotangents of (θ_{t+1}, s_{t+1}) to those of (θ_t, s_t) and the step's contribution."""
+        grads, product = self.linearise(problem, step, notes)
         direct, gamma, sigma, d_step = update_vjp(
-            self.problem.optimizer, params, state, grads, self.problem.step_sizes[t], cotangents, sigma
+            problem.optimizer, step.params, step.state, grads, problem.step_sizes[step.t], cotangents, sigma
         )
-        along_theta, d_phi = product(gamma, first)
-        cotangents = {n: d + p for (n, d), p in zip(direct.items(), along_theta, strict=True)} if along_theta else {}
-        return cotangents, sigma, d_phi, d_step
+        along_theta, d_phi = product(gamma, step.t == start)  # at the first step the cotangent of θ is not needed
+        if along_theta is not None:
+            cotangents = {n: d + p for (n, d), p in zip(direct.items(), along_theta, strict=True)}
+        return cotangents, sigma, Contribution(step.t, d_phi, d_step)
 
-    def linearise(self, t: int, params: Params, kept: Kept):
-        """g_t, and the function (γ, first) → (∇²_θθ ℓ·γ, ∇²_φθ ℓ·γ), the former empty at the first step."""
-        raise NotImplementedError
+    def _forward(self, problem: Problem, t: int, params: Params, state: State, *, keep: bool) -> tuple[Step, Params, State]:
+        """Inner step t, with the gradients that are kept, and where it leads."""
+        names = self.keeps(problem) if keep else ()
+        stepped = problem.step(t, params, state, problem.phi() if "d_phi" in names else None)
+        step = Step(t, params, state, **{name: getattr(stepped, name) for name in names})
+        return step, stepped.params, stepped.state
 
-
-class _ReverseOverReverse(_Walker):
-    def linearise(self, t, params, kept):
-        problem, theta, phi = self.problem, _leaves(params), self.problem.phi()
-        (loss,) = problem.loss(theta, t, phi)
-        total = _grad(loss, tuple(theta.values()), create_graph=True)
-
-        def product(gamma: list[Tensor], first: bool):
-            wanted = phi if first else (*theta.values(), *phi)
-            return _split(_grad(total, wanted, grad_outputs=gamma), len(phi))
-
-        return dict(zip(theta, total, strict=True)), product
-
-
-class _MicroBatched(_Walker):
-    """Reverse over reverse, one micro-batch's graphs at a time; γ comes from the gradient kept on the way there."""
-
-    keeps_gradients = True
-
-    def linearise(self, t, params, kept):
-        problem = self.problem
-        assert kept is not None  # since keeps_gradients
-
-        def product(gamma: list[Tensor], first: bool):
-            theta, phi, total = _leaves(params), problem.phi(), None
-            wanted = phi if first else (*theta.values(), *phi)
-            for part in problem.loss(theta, t, phi):
-                grads = _grad(part, tuple(theta.values()), create_graph=True)
-                found = _grad(grads, wanted, grad_outputs=gamma)
-                total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-            assert total is not None  # there is a part at least
-            return _split(total, len(phi))
-
-        return kept[0], product
+    def _repeated(self, problem: Problem, first: Step, stop: int) -> list[Step]:
+        """The steps from ``first`` to the next stored one, made again from the parameters stored there."""
+        steps, params, state = [], first.params, first.state
+        end = min(first.t + self.every, stop)
+        for t in range(first.t, end):
+            if t == end - 1 and not self.keeps(problem):  # where this step leads is not needed
+                return [*steps, Step(t, params, state)]
+            step, params, state = self._forward(problem, t, params, state, keep=True)
+            steps.append(step)
+        return steps
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(_Walk):
-    """Exact, with the activations of one step at a time: keep θ_t, repeat each step on the way back.
+class Replay(_StepByStep):
+    """Exact, with the activations of one step at a time: store θ_t, repeat each step on the way back.
 
     Args:
-        every: keep every k-th parameter set only and repeat the steps in between: about one more gradient a step, and
+        every: store every k-th parameter set only and repeat the steps in between: about one more gradient a step, and
             T/k + k sets instead of T.
-        host: keep them in host memory.
+        host: store them in host memory.
     """
 
     def check(self, student: Student) -> None:
-        """See :meth:`_Walk.check`."""
+        """See :meth:`_StepByStep.check`."""
         _need_double_backward(student, "Replay")
         _need_precision(student, "Replay")
 
-    def _new_walk(self, problem: Problem) -> _Walker:
-        return _MicroBatched(problem) if problem.micro_batch else _ReverseOverReverse(problem)
+    def keeps(self, problem: Problem) -> tuple[str, ...]:
+        """g_t, where several micro-batches' graphs are not alive at once; the graph of a single one gives it again."""
+        return ("grads",) if problem.micro_batch else ()
+
+    def linearise(self, problem: Problem, step: Step, notes: dict[str, float]) -> tuple[Params, Product]:
+        """Reverse over reverse, one micro-batch's graphs at a time."""
+        theta, phi = leaves(step.params), problem.phi()
+        graphs = (grad(loss, tuple(theta.values()), create_graph=True) for loss in problem.loss(theta, step.t, phi))
+        grads = step.grads
+        if grads is None:
+            graphs = list(graphs)
+            grads = dict(zip(theta, *graphs, strict=True))
+
+        def product(gamma: Params, first: bool):
+            inputs = phi.tensors() if first else (*theta.values(), *phi.tensors())
+            total = None
+            for micro_batch in graphs:
+                parts = grad(micro_batch, inputs, grad_outputs=list(gamma.values()))
+                total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+            assert total is not None  # there is a micro-batch at least
+            return (None, Phi(*total)) if first else (total[: len(theta)], Phi(*total[len(theta) :]))
+
+        return grads, product
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardDifference(_Walk):
+class ForwardDifference(_StepByStep):
     """∇²ℓ·γ ≈ (∇ℓ(θ_t + εγ/‖γ‖) − ∇ℓ(θ_t))·‖γ‖/ε, for θ, φ and labels together: first-order gradients only.
 
     The gradient at θ_t is the one of the forward pass, so a step costs two gradients; a central one, with θ_t ± ε, three.
     The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  The rule for ε balances
-    them: it is chosen so that the gradient changes by ``change`` of its own norm.  How fast it changes along γ is guessed
-    from the step made before on the way back; where it then changes by more than three times as much, the product is
-    taken again with the ε that this tells; the first step made takes ε = 0.03 √u ‖θ‖, u being the unit of the
-    floating-point type (1e-5 ‖θ‖ in float32).  Where training has come to rest, the gradient is no measure for its own
-    change: no ε is below 4 u ‖θ‖, which moves the parameters by a few bits, and a step that would want less takes a
-    central difference, for which 0.03 √u ‖θ‖ is the least.
+    them: the gradient shall change by ``change`` of its own norm.  How fast it changes along γ is guessed from the step
+    walked before; where it then changes by more than three times as much, the product is taken again with the ε that this
+    tells; the first step walked takes ε = 0.03 √u ‖θ‖, u being the unit of the floating-point type (1e-5 ‖θ‖ in float32).
+    Where training has come to rest, the gradient is no measure for its own change: no ε is below 4 u ‖θ‖, which moves the
+    parameters by a few bits, and a step that asks for less takes a central difference, for which 0.03 √u ‖θ‖ is the least.
 
     It needs a smooth model: where θ_t and θ_t + ε lie on two sides of a ReLU's kink, the gradient jumps, and the jump is
     divided by ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).
@@ -396,11 +263,53 @@ class ForwardDifference(_Walk):
             check_flag("central", self.central)
 
     def check(self, student: Student) -> None:
-        """See :meth:`_Walk.check`."""
+        """See :meth:`_StepByStep.check`."""
         _need_precision(student, "ForwardDifference")
 
-    def _new_walk(self, problem: Problem) -> _Walker:
-        return _Difference(problem, self.central, self.change)
+    def keeps(self, problem: Problem) -> tuple[str, ...]:
+        """The gradient at θ_t, one side of the difference."""
+        return ("grads", "d_phi")
+
+    def linearise(self, problem: Problem, step: Step, notes: dict[str, float]) -> tuple[Params, Product]:
+        """One difference, and more where ε was wrong; the slope ‖∇²ℓ·γ‖ / ‖γ‖ is noted for the next step."""
+        assert step.grads is not None and step.d_phi is not None  # since they are kept
+        grads, d_phi = step.grads, step.d_phi
+
+        def product(gamma: Params, first: bool):
+            norm, size, scale = _norm(gamma.values()), _norm(grads.values()), _norm(step.params.values())
+            if norm == 0.0:
+                return [torch.zeros_like(g) for g in gamma.values()], Phi(*(torch.zeros_like(p) for p in d_phi.tensors()))
+            unit = torch.finfo(problem.params[next(iter(gamma))].dtype).eps
+            least, epsilon, central = self.epsilon(scale, size, notes.get("slope"), unit)
+            if first:
+                return None, Phi(*_difference(problem, step, gamma, epsilon / norm, central, phi_only=True))
+            for _ in range(ATTEMPTS):
+                both = _difference(problem, step, gamma, epsilon / norm, central)
+                notes["slope"] = _norm(both[: len(gamma)]) / norm
+                if not notes["slope"] * epsilon > 3 * self.change * size or epsilon <= least:
+                    break
+                least, epsilon, central = self.epsilon(scale, size, notes["slope"], unit)  # steeper than at the step before
+            return both[: len(gamma)], Phi(*both[len(gamma) :])
+
+        return grads, product
+
+    def epsilon(self, scale: float, size: float, slope: float | None, unit: float) -> tuple[float, float, bool]:
+        """The least ε, the one to take, and whether the difference is to be central.
+
+        Args:
+            scale, size: ‖θ‖ and ‖g‖.
+            slope: ‖∇²ℓ·γ‖ / ‖γ‖ at the step walked before; None at the first.
+            unit: of the floating-point type.
+        """
+        first, least = 0.03 * math.sqrt(unit) * scale, 4 * unit * scale
+        if not slope:
+            return least, first, bool(self.central)
+        aim = self.change * size / slope
+        at_rest = aim < least  # a gradient of next to nothing is no measure for its own change
+        central = at_rest if self.central is None else self.central
+        least = first if central else least
+        # Not far, either: along a flat direction ε would grow without end.
+        return least, min(max(aim, least), 1e-4 * scale), central
 
     def report_error(self, problem: Problem) -> list[dict[str, float]]:
         """This strategy beside :class:`Replay` on one problem, step by step (first step first).
@@ -412,66 +321,21 @@ class ForwardDifference(_Walk):
         return compare(self, Replay(), problem)
 
 
-class _Difference(_Walker):
-    keeps_gradients = True
-    keeps_phi = True
+def _difference(problem: Problem, step: Step, gamma: Params, h: float, central: bool, *, phi_only=False) -> list[Tensor]:
+    """(∇(θ + hγ) − ∇(θ)) / h, or the central form, where ∇ is the gradient of θ and φ, or of φ only."""
+    assert step.grads is not None and step.d_phi is not None  # since they are kept
 
-    def __init__(self, problem: Problem, central: bool | None, change: float):
-        super().__init__(problem)
-        self.central, self.change = central, change
-        self.dtype = next(iter(problem.params.values())).dtype
-        self.slope: float | None = None  # ‖∇²ℓ·γ‖ / ‖γ‖ at the last step made
-
-    def linearise(self, t, params, kept):
-        assert kept is not None  # since keeps_gradients
-        grads, d_phi = kept
-
-        def product(gamma: list[Tensor], first: bool):
-            norm, size = _norm(gamma), _norm(grads.values())
-            if norm == 0.0:
-                return [torch.zeros_like(g) for g in gamma], [torch.zeros_like(p) for p in d_phi]
-            scale, here = _norm(params.values()), [*grads.values(), *d_phi]
-            least, epsilon, central = self._choose(scale, size)
-            if first:
-                return [], self._difference(t, params, d_phi, gamma, epsilon / norm, central, phi_only=True)
-            for _ in range(ATTEMPTS):
-                found = self._difference(t, params, here, gamma, epsilon / norm, central)
-                self.slope = _norm(found[: len(gamma)]) / norm
-                change = self.slope * epsilon
-                if not change > 3 * self.change * size or epsilon <= least:
-                    break
-                least, epsilon, central = self._choose(scale, size)  # the direction is steeper than the last one was
-            return _split(found, len(d_phi))
-
-        return grads, product
-
-    def _difference(self, t, params, here, gamma, step, central, phi_only: bool = False) -> list[Tensor]:
-        """(∇(θ + step·γ) − ∇(θ)) / step, or the central form; ``here`` is the gradient at θ, of θ and φ (or φ only)."""
-        there = self._at(t, params, gamma, step, phi_only)
-        back = self._at(t, params, gamma, -step, phi_only) if central else here
-        return [(a - b) / (2 * step if central else step) for a, b in zip(there, back, strict=True)]
-
-    def _choose(self, scale: float, size: float) -> tuple[float, float, bool]:
-        """The least ε, the one to take, and whether the difference is to be central, for ‖θ‖ = scale and ‖g‖ = size."""
-        unit = torch.finfo(self.dtype).eps
-        first, least = 0.03 * math.sqrt(unit) * scale, 4 * unit * scale
-        if not self.slope:
-            return least, first, bool(self.central)
-        wanted = self.change * size / self.slope
-        at_rest = wanted < least  # a gradient of next to nothing is no measure for its own change
-        central = at_rest if self.central is None else self.central
-        least = first if central else least
-        # Not far, either: along a flat direction ε would grow without end.
-        return least, min(max(wanted, least), 1e-4 * scale), central
-
-    def _at(self, t: int, params: Params, gamma: list[Tensor], step: float, phi_only: bool) -> list[Tensor]:
-        moved = {n: torch.add(p, g, alpha=step) for (n, p), g in zip(params.items(), gamma, strict=True)}
-        phi, problem = self.problem.phi(), self.problem
+    def gradient(h: float) -> list[Tensor]:
+        theta, phi = {n: torch.add(p, gamma[n], alpha=h) for n, p in step.params.items()}, problem.phi()
         if phi_only:
-            found = [_grad(part, phi) for part in problem.loss(moved, t, phi)]
-            return [cast("Tensor", sum(g)) for g in zip(*found, strict=True)]
-        _, grads, d_phi = loss_and_grads(problem.student, moved, problem.parts(t, phi), phi)
-        return [*grads.values(), *d_phi]
+            parts = [grad(part, phi.tensors()) for part in problem.loss(theta, step.t, phi)]
+            return [cast("Tensor", sum(tensors)) for tensors in zip(*parts, strict=True)]
+        _, grads, d_phi = loss_and_grads(problem.student, theta, problem.parts(step.t, phi), phi)
+        return [*grads.values(), *cast("Phi", d_phi).tensors()]
+
+    here = [*(() if phi_only else step.grads.values()), *step.d_phi.tensors()]
+    ahead, behind = gradient(h), gradient(-h) if central else here
+    return [(a - b) / (2 * h if central else h) for a, b in zip(ahead, behind, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,7 +344,7 @@ class Truncated(_Strategy):
 
     Args:
         window: how many steps.
-        inner: the strategy that walks through them.
+        inner: the strategy that walks through them: one of this module, or an object with its ``contributions``.
         place: ``"last"``: the end of the run.  ``"random"``: the run ends after a random number of steps, from ``window``
             to all of them with equal chances, and the window is its end (RaT-BPTT).  It is drawn from the problem's seed,
             so it changes from one outer step to the next, whatever the student draws.
@@ -493,10 +357,10 @@ class Truncated(_Strategy):
     def __post_init__(self):
         check_whole("window", self.window)
         check_choice("place", self.place, ("last", "random"))
-        if not isinstance(self.inner, _Strategy):
-            raise TypeError(f"inner must be a strategy such as Replay(), not {self.inner!r}")
+        if not callable(getattr(self.inner, "contributions", None)):
+            raise TypeError(f"inner must be a strategy with contributions, such as Replay(), not {self.inner!r}")
 
-    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator]:
+    def contributions(self, problem: Problem, start: int, stop: int) -> tuple[float, Iterator[Contribution]]:
         """See :meth:`_Strategy.contributions`."""
         if self.place == "random" and stop - start > self.window:
             if problem.seed is None:
@@ -526,59 +390,71 @@ def recommend(student: Student) -> tuple[_Strategy, str]:
     return ForwardDifference(), f"it costs two gradients a step where an exact product costs {exact}"
 
 
-def compare(strategy: _Strategy, oracle: _Strategy, problem: Problem) -> list[dict[str, float]]:
+def compare(strategy, oracle, problem: Problem) -> list[dict[str, float]]:
     """Two strategies on one problem, inner step by inner step; see :meth:`ForwardDifference.report_error`."""
-    found = [{t: d[0] for t, d, _ in s.contributions(problem, 0, len(problem.rows))[1]} for s in (strategy, oracle)]
-    largest = max(float(d.norm()) for d in found[1].values())
+    ours, exact = ({c.t: c.phi.embeds for c in s.contributions(problem, 0, len(problem.rows))[1]} for s in (strategy, oracle))
+    largest = max(float(d.norm()) for d in exact.values())
+    tiny = torch.finfo(torch.float64).tiny
     report = []
-    for t in sorted(found[1]):
-        ours, theirs = found[0][t].flatten().double(), found[1][t].flatten().double()
+    for t in sorted(exact):
+        a, b = ours[t].flatten().double(), exact[t].flatten().double()
         # Not torch's cosine_similarity, whose ε of 1e-8 counts for more than small contributions do.
-        cosine = float(ours @ theirs / (ours.norm() * theirs.norm()).clamp_min(torch.finfo(torch.float64).tiny))
-        error = float((ours - theirs).norm() / theirs.norm().clamp_min(torch.finfo(torch.float64).tiny))
-        report.append({"step": t, "cosine": cosine, "error": error, "share": float(theirs.norm()) / (largest or 1.0)})
+        cosine = float(a @ b / (a.norm() * b.norm()).clamp_min(tiny))
+        error = float((a - b).norm() / b.norm().clamp_min(tiny))
+        report.append({"step": t, "cosine": cosine, "error": error, "share": float(b.norm()) / (largest or 1.0)})
     return report
 
 
-def _norm(tensors) -> float:
+def update_vjp(optimizer, params: Params, state: State, grads: Params, step_size: Tensor, cotangents: Params, sigma):
+    """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): the cotangents of θ, g (both by name), s (a list) and η.
+
+    ``sigma`` holds the cotangents of the floating-point tensors of s', in the order of their tree; None at the last step,
+    since nothing depends on the state any more.
+    """
+    if type(optimizer) is SGD and optimizer.clip_norm is None:  # θ' = θ − ηg, known without autograd's passes
+        d_step = -sum(torch.dot(cotangents[n].flatten(), g.detach().flatten()) for n, g in grads.items())
+        return cotangents, {n: -step_size * cotangents[n] for n in grads}, [], d_step
+    values, tree = tree_flatten(state)
+    learned = [i for i, value in enumerate(values) if _is_float(value)]
+    theta, gradients, eta = leaves(params), leaves(grads), leaf(step_size)
+    for i in learned:
+        values[i] = values[i].detach().requires_grad_()
+    new, new_state = optimizer.update(theta, gradients, tree_unflatten(values, tree), eta)
+    outputs = [(new[n], cotangents[n]) for n in new]
+    if sigma is not None:
+        outputs += zip(filter(_is_float, tree_flatten(new_state)[0]), sigma, strict=True)
+    outputs = [(value, cotangent) for value, cotangent in outputs if value.requires_grad]
+    inputs = (*theta.values(), *gradients.values(), *(values[i] for i in learned), eta)
+    products = grad([value for value, _ in outputs], inputs, grad_outputs=[cotangent for _, cotangent in outputs])
+    n = len(theta)
+    return dict(zip(theta, products[:n])), dict(zip(gradients, products[n : 2 * n])), products[2 * n : -1], products[-1]
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _to(device: torch.device, step: Step) -> Step:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), step)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors))
 
 
-def _moved(kept, device) -> Any:
-    """Parameters, state and kept gradients on ``device``, whatever their nesting."""
-    if isinstance(kept, Tensor):
-        return kept.to(device)
-    if isinstance(kept, dict):
-        return {k: _moved(v, device) for k, v in kept.items()}
-    if isinstance(kept, tuple | list):
-        return type(kept)(_moved(v, device) for v in kept)
-    return kept
+def _need_double_backward(student: Student, strategy: str) -> None:
+    # Fused attention raises deep inside autograd, in words that do not help; say it here.
+    if student.attention != "eager":
+        raise ValueError(
+            f"{strategy} differentiates twice, and attention={student.attention!r} of student {student.name!r} has no "
+            "second derivative; load the student with attention='eager', or use ForwardDifference"
+        )
 
 
-def _state_tensors(state: State) -> list[Tensor]:
-    """The tensors of an optimiser's state, in a fixed order."""
-    return [t for value in state.values() if isinstance(value, dict) for t in value.values()]
-
-
-def _with_tensors(state: State, tensors: list[Tensor]) -> State:
-    """``state`` with its tensors replaced by ``tensors``, in the order of :func:`_state_tensors`."""
-    supply = iter(tensors)
-    return {k: {n: next(supply) for n in v} if isinstance(v, dict) else v for k, v in state.items()}
-
-
-def update_vjp(optimizer, params, state, grads, step_size, cotangents, sigma):
-    """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): cotangents of θ (a dict), g, s (lists) and η."""
-    if optimizer == SGD(optimizer.step_size):  # θ' = θ − ηg, known without autograd's passes over every parameter
-        d_step = -sum(torch.dot(cotangents[n].flatten(), g.detach().flatten()) for n, g in grads.items())
-        return cotangents, [-step_size * cotangents[n] for n in grads], [], d_step
-    theta = _leaves(params)
-    gs = {n: g.detach().requires_grad_() for n, g in grads.items()}
-    state_in = [s.detach().requires_grad_() for s in _state_tensors(state)]
-    eta = step_size.detach().clone().requires_grad_()
-    new, new_state = optimizer.update(theta, gs, _with_tensors(state, state_in), eta)
-    outputs, seeds = list(new.values()), [cotangents[n] for n in new]
-    if sigma is not None:  # at the last step nothing depends on the state any more
-        outputs, seeds = outputs + _state_tensors(new_state), seeds + sigma
-    found = _grad(outputs, (*theta.values(), *gs.values(), *state_in, eta), grad_outputs=seeds)
-    n = len(theta)
-    return dict(zip(theta, found[:n], strict=True)), found[n : 2 * n], found[2 * n : -1], found[-1]
+def _need_precision(student: Student, strategy: str) -> None:
+    # bfloat16 has 8 bits: a training run of small steps mostly rounds to no step, and a difference of two gradients to 0.
+    if student.dtype == torch.bfloat16:
+        raise ValueError(
+            f"{strategy} in bfloat16 would give a meta-gradient of rounding errors: load student {student.name!r} with "
+            "dtype='float32'"
+        )

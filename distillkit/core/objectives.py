@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, cast
 
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, moved, real_parts
-from distillkit.core.inner import OPTIMIZERS, Unroll, inner_step, optimizer_from
-from distillkit.core.metagrad import MetaGradient, Problem
+from distillkit.core.inner import Unroll, inner_step, optimizer_from
+from distillkit.core.metagrad import recommend
+from distillkit.core.problem import MetaGradient, Problem
 from distillkit.core.students import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_number, check_whole
@@ -38,8 +38,9 @@ from distillkit.io.seeds import derive_seed, generator
 class Objective(Protocol):
     """What :class:`BPTT`, :class:`TrajectoryMatching` and whatever takes their place have in common.
 
-    ``student`` trains on the set, in the way of ``unroll``; ``problems`` are the inner training runs whose meta-gradients
-    are averaged in one outer step; ``recipe`` is how to train on what is distilled, as JSON values.
+    ``student`` trains on the set, in the way of ``unroll``; ``problems`` are the inner training runs of one outer step;
+    ``metagrad`` forms the meta-gradient of each, and their mean is the step's; ``recipe`` is how to train on what is
+    distilled, as JSON values.
     """
 
     @property
@@ -47,6 +48,9 @@ class Objective(Protocol):
 
     @property
     def unroll(self) -> Unroll: ...
+
+    @property
+    def metagrad(self) -> Callable[[Problem], MetaGradient]: ...
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[Problem]: ...
 
@@ -61,6 +65,8 @@ class BPTT:
         task: where the real batches come from (its training split, classes balanced).
         student: what trains on the set.
         unroll: how it trains.
+        metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
+            :func:`~distillkit.core.metagrad.recommend` names for the student.
         batch_size: real examples an outer step.
         micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
@@ -70,6 +76,7 @@ class BPTT:
     student: Student
     unroll: Unroll
     _: dataclasses.KW_ONLY
+    metagrad: Callable[[Problem], MetaGradient] | None = None
     batch_size: int = 64
     micro_batch: int = 16
     inits: int = 1
@@ -120,6 +127,10 @@ def _check_parts(objective) -> None:
     check_is("unroll", objective.unroll, Unroll)
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
+    if objective.metagrad is None:
+        object.__setattr__(objective, "metagrad", recommend(objective.student)[0])
+    if not callable(objective.metagrad):
+        raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {objective.metagrad!r}")
 
 
 STUDENT_STATES = ("fresh", "expert")
@@ -141,6 +152,7 @@ class TrajectoryMatching:
         task, student: what the experts were recorded with.
         unroll: how the student trains.  An optimiser of the experts' kind follows them more easily.
         experts: as :func:`~distillkit.core.experts.record_experts` or ``Experts.load`` give them.
+        metagrad: the strategy that forms the meta-gradient, as for :class:`BPTT`.
         expert_epochs: length of the segment to match, in the expert's epochs; may be a fraction, down to one snapshot.
         max_start_epoch: latest epoch a segment may start at; default: the latest that leaves room for it.
         student_state: ``"fresh"``: the student's optimiser starts empty; ``"expert"``: with the expert's state at that
@@ -156,6 +168,7 @@ class TrajectoryMatching:
     unroll: Unroll
     experts: Experts
     _: dataclasses.KW_ONLY
+    metagrad: Callable[[Problem], MetaGradient] | None = None
     expert_epochs: float = 1
     max_start_epoch: float | None = None
     student_state: str = "fresh"
@@ -189,7 +202,7 @@ class TrajectoryMatching:
             raise ValueError(f"max_start_epoch must lie between 0 and {latest:g} for segments of {self.expert_epochs:g} of "
                              f"{there} epochs, not {self.max_start_epoch!r}")
         theirs = self.experts.settings["optimizer"]["name"]
-        if self.student_state == "expert" and OPTIMIZERS[theirs] is not type(self.unroll.optimizer):
+        if self.student_state == "expert" and theirs != type(self.unroll.optimizer).__name__:
             raise ValueError(f"student_state='expert' hands over the state of {theirs}, which "
                              f"{type(self.unroll.optimizer).__name__} cannot use; give the unroll an {theirs}")
         if not self._matched():
@@ -290,7 +303,7 @@ def _recipe(objective, **own) -> dict:
         "trainable": student.trainable,
         "weights": student.weights,
         **own,
-        "metagrad": repr(unroll.metagrad),
+        "metagrad": repr(objective.metagrad),
         **unroll.recipe(),
     }
 
@@ -302,7 +315,7 @@ def search_step_size(
 
     Args:
         distilled: the set, before it is distilled; its own step sizes are not looked at.
-        objective: :class:`BPTT` or :class:`TrajectoryMatching`.
+        objective: such as :class:`BPTT` or :class:`TrajectoryMatching`; see :class:`Objective`.
         candidates: step sizes to try, such as ``(0.01, 0.03, 0.1, 0.3, 1.0)``.
         seed, tries: the addresses of the initialisations, batches or segments that the losses are means of.
 
@@ -310,9 +323,7 @@ def search_step_size(
         the best candidate, and the mean loss of each (infinite where training diverged).
     """
     check_is("distilled", distilled, DistilledSet)
-    if not isinstance(objective, BPTT | TrajectoryMatching):  # a wrapper's inner loop is that of what it wraps
-        kind = type(objective).__name__
-        raise TypeError(f"objective must be a BPTT or TrajectoryMatching, not a {kind}; give the one inside a wrapper")
+    check_objective(objective)
     check_whole("tries", tries)
     if not isinstance(candidates, Sequence) or not candidates:
         raise ValueError(f"candidates must be step sizes to try, such as (0.01, 0.1, 1.0), not {candidates!r}")
@@ -320,13 +331,12 @@ def search_step_size(
         check_number("candidates, each of them,", size, without="least")
     losses: dict[float, float] = {}
     for size in candidates:
-        optimizer = dataclasses.replace(objective.unroll.optimizer, step_size=size)
-        trial = dataclasses.replace(objective, unroll=dataclasses.replace(objective.unroll, optimizer=optimizer))
-        unbound, found = dataclasses.replace(distilled, step_sizes=None), []
+        sizes = equal_step_sizes(distilled, objective.unroll.steps, size, getattr(objective, "student", None))
+        trial, outer_losses = dataclasses.replace(distilled, step_sizes=sizes), []
         for member in range(tries):
-            for problem in trial.problems(unbound, derive_seed("search-step-size", seed, member)):
-                found.append(trained_loss(problem))
-        mean = sum(found) / len(found)
+            for problem in objective.problems(trial, derive_seed("search-step-size", seed, member)):
+                outer_losses.append(trained_loss(problem))
+        mean = sum(outer_losses) / len(outer_losses)
         losses[size] = mean if math.isfinite(mean) else math.inf
     best = min(losses, key=losses.__getitem__)
     if math.isinf(losses[best]):
@@ -370,15 +380,16 @@ def inner_problem(
     )
 
 
-def bound_step_sizes(distilled: DistilledSet, unroll: Unroll, student: Student | None = None) -> torch.Tensor:
-    """The set's own step sizes, ``[t]``, or the optimiser's at every step if it has none yet.
+def equal_step_sizes(distilled: DistilledSet, steps: int, size: float, student: Student | None = None) -> torch.Tensor:
+    """``size`` at each of the ``steps``: float64 where the set or the ``student`` that trains on it is, float32 otherwise."""
+    exact = torch.float64 in (distilled.embeds.dtype, None if student is None else student.dtype)
+    return torch.full((steps,), float(size), dtype=torch.float64 if exact else torch.float32)
 
-    The latter are float64 where the set or the ``student`` that trains on it is, and float32 otherwise.
-    """
+
+def bound_step_sizes(distilled: DistilledSet, unroll: Unroll, student: Student | None = None) -> torch.Tensor:
+    """The set's own step sizes, ``[t]``, or the optimiser's at every step if it has none yet."""
     if distilled.step_sizes is None:
-        exact = torch.float64 in (distilled.embeds.dtype, None if student is None else student.dtype)
-        dtype = torch.float64 if exact else torch.float32
-        return torch.full((unroll.steps,), float(unroll.optimizer.step_size), dtype=dtype)
+        return equal_step_sizes(distilled, unroll.steps, unroll.optimizer.step_size, student)
     if len(distilled.step_sizes) != unroll.steps:
         raise ValueError(
             f"the set carries {len(distilled.step_sizes)} step sizes but the unroll has {unroll.steps} steps; use the "
@@ -394,21 +405,26 @@ def fitted(distilled: DistilledSet, objective) -> DistilledSet:
 
 
 def check_objective(objective) -> None:
-    """Raise TypeError unless ``objective`` trains a student by an :class:`~distillkit.core.inner.Unroll`."""
-    if not isinstance(getattr(objective, "unroll", None), Unroll):
-        raise TypeError(f"objective must be one such as BPTT or TrajectoryMatching, not {objective!r}")
+    """Raise TypeError unless ``objective`` is an :class:`Objective`; only its own methods need a ``student``."""
+    missing = [n for n in ("metagrad", "problems", "recipe") if not callable(getattr(objective, n, None))]
+    if missing or not isinstance(getattr(objective, "unroll", None), Unroll):
+        raise TypeError(f"objective must be one such as BPTT or TrajectoryMatching, not {objective!r}; it lacks "
+                        f"{', '.join(missing or ['unroll'])}")
 
 
-def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaGradient:
+def meta_gradient(
+    distilled: DistilledSet, objective, *, seed: int = 0, on_retry: Callable[[Objective], None] | None = None
+) -> MetaGradient:
     """Gradient of the objective with respect to the set, at one seeded initialisation and real batch.
 
-    Where memory runs out, the same batch is taken again in parts of half the size, with a warning, and so it is from then
-    on.  The gradient is the same up to rounding (but for dropout, whose masks belong to the parts).
+    Where memory runs out, the same batch is taken again in parts of half the size, with a warning.  The gradient is the
+    same up to rounding (but for dropout, whose masks belong to the parts).
 
     Args:
         distilled: the set φ.
-        objective: :class:`BPTT` or :class:`TrajectoryMatching`.
+        objective: such as :class:`BPTT` or :class:`TrajectoryMatching`; see :class:`Objective`.
         seed: stands for the student's initialisation and the real batch, or for expert and segment.
+        on_retry: called with the objective in smaller parts, which saves the failed attempt where it is used from then on.
 
     Raises:
         torch.OutOfMemoryError: single examples do not fit either.
@@ -417,22 +433,19 @@ def meta_gradient(distilled: DistilledSet, objective, *, seed: int = 0) -> MetaG
     check_objective(objective)
     own = fitted(distilled, objective)
     while True:
-        trial = FITTING.get(objective, objective)
         try:
-            metagrad = trial.unroll.metagrad
-            found = MetaGradient.mean([metagrad(problem) for problem in trial.problems(own, seed)])
-            if own is distilled or found.targets is None:
-                return found
+            gradient = MetaGradient.mean([objective.metagrad(problem) for problem in objective.problems(own, seed)])
+            if own is distilled or gradient.targets is None:
+                return gradient
             back = [own.meta["classes"].index(name) for name in distilled.meta["classes"]]
-            return dataclasses.replace(found, targets=found.targets[:, back])
+            return dataclasses.replace(gradient, targets=gradient.targets[:, back])
         except torch.OutOfMemoryError as error:
-            FITTING[objective] = _halved(trial, len(distilled), error)
+            objective = _halved(objective, len(distilled), error)
+        if on_retry is not None:
+            on_retry(objective)
         # Here the exception is gone, and with it the tensors that its frames held.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-FITTING: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # objective → as it fits into memory
 
 
 def _halved(objective, examples: int, error: Exception):
@@ -444,7 +457,7 @@ def _halved(objective, examples: int, error: Exception):
         return dataclasses.replace(objective, objective=_halved(inner, examples, error))
     unroll = objective.unroll
     sizes = {"unroll.micro_batch": unroll.micro_batch or min(unroll.batch_size or examples, examples)}
-    if isinstance(objective, BPTT):
+    if hasattr(objective, "micro_batch"):
         sizes["micro_batch"] = min(objective.micro_batch, objective.batch_size)
     largest = max(sizes.values())
     if largest == 1:

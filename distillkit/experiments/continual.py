@@ -120,7 +120,7 @@ class ContinualRun(Run):
     def _evaluated(self, set_: DistilledSet, task: Task, student: Student, recipe: str) -> dict:
         tried = None
         if recipe == "own":
-            set_ = set_ if "recipe" in set_.meta else with_recipe(set_, unroll_of(self.job, student), student)
+            set_ = set_ if "recipe" in set_.meta else with_recipe(set_, unroll_of(self.job), student)
             set_, tried = rescaled(set_, task, student)
         score = as_json(evaluate(set_, task, student, seeds=self.job.eval_seeds, recipe=recipe))
         return score if tried is None else {**score, "factors": {str(k): round(v, 6) for k, v in tried.items()}}

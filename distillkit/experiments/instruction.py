@@ -30,7 +30,7 @@ from distillkit.core.students import Student, load_student
 from distillkit.evaluation.evaluate import choice_accuracy, evaluate
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
-from distillkit.experiments.runner import Run, neighbor_terms, unroll_of
+from distillkit.experiments.runner import Run, neighbor_terms, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
     Experiment,
@@ -113,8 +113,8 @@ class InstructionRun(Run):
             snapshots_per_epoch=job.snapshots_per_epoch, seed=seed,
         )
         return TrajectoryMatching(
-            self.task, self.student, unroll_of(job, self.student, **self._training()), experts, expert_epochs=job.match_epochs,
-            distance=job.distance, max_start_epoch=job.max_start_epoch,
+            self.task, self.student, unroll_of(job, **self._training()), experts, metagrad=strategy(job.metagrad),
+            expert_epochs=job.match_epochs, distance=job.distance, max_start_epoch=job.max_start_epoch,
         )
 
     def bptt(self) -> BPTT:

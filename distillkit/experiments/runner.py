@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest
 from distillkit.core.inner import SGD, Optimizer, Unroll
-from distillkit.core.metagrad import ForwardDifference, Replay, recommend
+from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
 from distillkit.core.students import Student, load_student
 from distillkit.data.instruction import InstructionTask
@@ -40,16 +40,15 @@ def load_corpus(settings: Data, *, seed: int = 0) -> Task:
                      text_column=settings.text_column, label_column=settings.label_column)
 
 
-def strategy(metagrad: str | None, student: Student):
-    """The strategy of meta-gradients that settings name; by default the one that suits the student."""
-    named = {"replay": Replay(), "forward_difference": ForwardDifference()}
-    return named[metagrad] if metagrad in named else recommend(student)[0]
+def strategy(metagrad: str | None):
+    """The strategy of meta-gradients that settings name; None, by which an objective takes what suits its student."""
+    return {"replay": Replay(), "forward_difference": ForwardDifference()}.get(metagrad or "")
 
 
-def unroll_of(settings, student: Student, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
+def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
     """The inner loop that settings describe, by default of SGD; ``more`` is as :class:`~distillkit.core.inner.Unroll` takes."""
     return Unroll(steps or settings.unroll_steps, optimizer=optimizer or SGD(settings.step_size),
-                  batch_size=settings.inner_batch, metagrad=strategy(settings.metagrad, student), **more)
+                  batch_size=settings.inner_batch, **more)
 
 
 def neighbor_terms(student: Student, weight: float) -> tuple[NeighborLoss, ...]:
@@ -190,8 +189,8 @@ class Run:
 
     def objective(self, task: Task | None = None, student: Student | None = None, **unroll) -> BPTT:
         """The loss on real data after the inner loop; ``unroll`` is as :func:`unroll_of` takes it."""
-        student = student or self.student
-        return BPTT(task or self.task, student, unroll_of(self.job, student, **unroll), batch_size=self.job.outer_batch)
+        return BPTT(task or self.task, student or self.student, unroll_of(self.job, **unroll),
+                    metagrad=strategy(self.job.metagrad), batch_size=self.job.outer_batch)
 
     def note(self, name: str, seed: int, losses: Sequence[float], seconds: float, **more) -> None:
         """Keep beside the scores how a set was made."""

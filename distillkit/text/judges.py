@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, embed
-from distillkit.core.metagrad import MetaGradient
 from distillkit.core.objectives import Objective, check_objective, meta_gradient, trained_loss
+from distillkit.core.problem import MetaGradient
 from distillkit.core.students import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import over_training_rows

@@ -543,6 +543,10 @@ class ThroughProjection:
     def unroll(self):
         return self.objective.unroll
 
+    @property
+    def metagrad(self):
+        return self.objective.metagrad
+
     def problems(self, distilled: DistilledSet, seed: int):
         """The wrapped objective's problems of the projected set."""
         return self.objective.problems(project(distilled, self.student, metric=self.metric), seed)

@@ -49,7 +49,9 @@ import transformers
 from torch import Tensor
 
 import distillkit as dk
-from distillkit.core.metagrad import MetaGradient, Problem, compare, outer_loss_and_grads, update_vjp
+from distillkit.core.inner import Phi
+from distillkit.core.metagrad import Contribution, compare, update_vjp
+from distillkit.core.problem import MetaGradient, Problem, outer_loss_and_grads
 from distillkit.core.students import Params, Student
 from distillkit.experiments.results import read, with_tables, write
 from distillkit.io.memory import LiveBytes
@@ -76,8 +78,8 @@ FELT = 1e-6  # share of the largest contribution; float32 resolves 1.2e-7 in a s
 # Peers ---------------------------------------------------------------------------------------------------------------
 
 
-def _found(problem: Problem, loss: Tensor, d_phi, d_steps: Tensor) -> MetaGradient:
-    return MetaGradient(float(loss.detach()), d_phi[0], d_phi[1] if problem.learns_labels else None, d_steps)
+def _meta_gradient(loss: Tensor | float, d_phi: Phi, d_steps: Tensor) -> MetaGradient:
+    return MetaGradient(float(loss), d_phi.embeds, d_phi.targets, d_steps)
 
 
 def _outer(problem: Problem, params: Params) -> Tensor:
@@ -93,8 +95,8 @@ def autograd_unroll(problem: Problem) -> MetaGradient:
         grads = torch.autograd.grad(loss, tuple(params.values()), create_graph=True, materialize_grads=True)
         params = {n: p - sizes[t] * g for (n, p), g in zip(params.items(), grads, strict=True)}
     loss = _outer(problem, params)
-    *d_phi, d_steps = torch.autograd.grad(loss, (*phi, sizes), materialize_grads=True)
-    return _found(problem, loss, d_phi, d_steps)
+    *d_phi, d_steps = torch.autograd.grad(loss, (*phi.tensors(), sizes), materialize_grads=True)
+    return _meta_gradient(loss.detach(), Phi(*d_phi), d_steps)
 
 
 def functional_unroll(problem: Problem) -> MetaGradient:
@@ -103,13 +105,13 @@ def functional_unroll(problem: Problem) -> MetaGradient:
     def outer(phi: tuple[Tensor, ...], sizes: Tensor) -> Tensor:
         params = problem.params
         for t in range(len(problem.rows)):
-            grads = torch.func.grad(lambda p, t=t: sum(problem.loss(p, t, phi)))(params)
+            grads = torch.func.grad(lambda p, t=t: sum(problem.loss(p, t, Phi(*phi))))(params)
             params = {n: p - sizes[t] * grads[n] for n, p in params.items()}
         return _outer(problem, params)
 
-    phi = tuple(p.detach() for p in problem.phi())
+    phi = tuple(p.detach() for p in problem.phi().tensors())
     (d_phi, d_steps), loss = torch.func.grad_and_value(outer, argnums=(0, 1))(phi, problem.step_sizes)
-    return _found(problem, loss, d_phi, d_steps)
+    return _meta_gradient(loss.detach(), Phi(*d_phi), d_steps)
 
 
 class _Held(torch.nn.Module):
@@ -134,8 +136,8 @@ def torchopt_unroll(problem: Problem) -> MetaGradient:
     for t in range(len(problem.rows)):
         optimizer.step(sum(problem.loss(held(), t, phi)))
     loss = _outer(problem, held())
-    *d_phi, d_steps = torch.autograd.grad(loss, (*phi, sizes), materialize_grads=True)
-    return _found(problem, loss, d_phi, d_steps)
+    *d_phi, d_steps = torch.autograd.grad(loss, (*phi.tensors(), sizes), materialize_grads=True)
+    return _meta_gradient(loss.detach(), Phi(*d_phi), d_steps)
 
 
 def mixflow(problem: Problem) -> MetaGradient:
@@ -146,23 +148,23 @@ def mixflow(problem: Problem) -> MetaGradient:
         kept.append((params, state, grads))
         params, state = new, new_state
     loss, cotangents = outer_loss_and_grads(problem, params)
-    phi, sigma = tuple(p.detach() for p in problem.phi()), None
-    d_phi, d_steps = [torch.zeros_like(p) for p in phi], torch.zeros_like(problem.step_sizes)
+    phi, sigma = tuple(p.detach() for p in problem.phi().tensors()), None
+    total, d_steps = [torch.zeros_like(p) for p in phi], torch.zeros_like(problem.step_sizes)
     for t in reversed(range(len(problem.rows))):
         params, state, grads = kept.pop()
         direct, gamma, sigma, d_steps[t] = update_vjp(
             problem.optimizer, params, state, grads, problem.step_sizes[t], cotangents, sigma
         )
-        along, found = _forward_over_reverse(problem, t, params, phi, dict(zip(params, gamma, strict=True)))
+        along, d_phi = _forward_over_reverse(problem, t, params, phi, gamma)
         cotangents = {n: d + along[n] for n, d in direct.items()}
-        for total, part in zip(d_phi, found, strict=True):
-            total += part
-    return MetaGradient(loss, d_phi[0], d_phi[1] if problem.learns_labels else None, d_steps)
+        for tensor, part in zip(total, d_phi, strict=True):
+            tensor += part
+    return _meta_gradient(loss, Phi(*total), d_steps)
 
 
 def _forward_over_reverse(problem: Problem, t: int, params: Params, phi: tuple[Tensor, ...], gamma: Params):
     def gradients(theta: Params):
-        return torch.func.grad(lambda th, ph: sum(problem.loss(th, t, ph)), argnums=(0, 1))(theta, phi)
+        return torch.func.grad(lambda th, ph: sum(problem.loss(th, t, Phi(*ph))), argnums=(0, 1))(theta, phi)
 
     _, products = torch.func.jvp(gradients, (params,), (gamma,))
     return products
@@ -220,7 +222,7 @@ class Known:
     def of(cls, strategy, problem: Problem) -> Known:
         """Those of ``strategy``, in memory of their own (a view would keep its graph alive)."""
         loss, steps = strategy.contributions(problem, 0, len(problem.rows))
-        return cls(loss, [(t, [d.clone() for d in d_phi], d_step.clone()) for t, d_phi, d_step in steps])
+        return cls(loss, [Contribution(t, Phi(*(d.clone() for d in phi.tensors())), size.clone()) for t, phi, size in steps])
 
 
 # The problem ---------------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ def real_problem(task: dk.Task, student: Student, steps: int, settings: dict) ->
     unroll = dk.Unroll(steps, optimizer=dk.SGD(settings["step_size"]))
     per_class = math.ceil(settings["examples"] / len(task.classes))
     found = dk.DistilledSet.from_real(task, student, per_class=per_class, length=settings["length"])
-    problem = dk.BPTT(task, student, unroll, batch_size=settings["outer_batch"]).problem(found, 0)
+    problem = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=settings["outer_batch"]).problem(found, 0)
     # Evenly over the classes, in whose order they lie.
     chosen = (torch.arange(settings["examples"]) * len(found) // settings["examples"]).to(student.device)
     return dataclasses.replace(
@@ -280,7 +282,7 @@ def live_bytes(contender: Contender, problem: Problem) -> dict[str, float]:
     shapes = [p.shape for p in problem.params.values()]
     with LiveBytes(problem.student.device, apart=shapes) as live:
         contender.run(problem)
-    kept = len(problem.rows) * _size(problem.phi()) if contender.keeps_phi else 0
+    kept = len(problem.rows) * _size(problem.phi().tensors()) if contender.keeps_phi else 0
     sets = live.apart.peak / _size(problem.params.values())
     return {"bytes": live.peak, "activations": live.rest.peak - kept, "kept_examples": kept, "sets": round(sets, 2)}
 
@@ -326,7 +328,7 @@ def examined(contender: Contender, problem: Problem, oracle: Known) -> dict:
     """One contender's bytes and accuracy; this is its warm-up, too."""
     row = live_bytes(contender, with_linear_outer(problem))
     if contender.peer:
-        total = sum(d_phi[0] for _, d_phi, _ in oracle.steps)
+        total = sum(c.phi.embeds for c in oracle.steps)
         return row | {"total_error": _rounded(difference(contender.run(problem).embeds, total))}
     return row | accuracy_of(contender, problem, oracle)
 
