@@ -486,7 +486,10 @@ def _from_pairs(prompts: list[str], responses: list[str], task, student: Student
 
 def _check_texts(role: str, texts: list) -> None:
     for row, text in enumerate(texts):
-        check_text(text, role, f"row {row} (counted from 0)")
+        try:
+            check_text(text, role)
+        except ValueError as error:
+            raise ValueError(f"row {row} (counted from 0): {error}") from None
 
 
 def _listed(name: str, values) -> list:
