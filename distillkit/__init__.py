@@ -37,6 +37,7 @@ _HOMES = {
     "core.distiller": ("Distiller", "StepRecord"),
     # honest scores, and real examples to compare with
     "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "evaluation.recipes": ("Fixed", "Own", "Standard", "Tuned"),
     "evaluation.selection": ("select",),
     "evaluation.influence": ("LessSettings",),
     # from embeddings to words

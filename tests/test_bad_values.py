@@ -103,6 +103,12 @@ CALLS = {
         "seed": SEED, "checkpoint_every": WHOLE, "nonfinite": CHOICE}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
+    "Own": (dk.Own, {}, {}),
+    "Standard": (dk.Standard, {}, {"optimizer": or_none(THING), "epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
+    "Tuned": (dk.Tuned, {}, {"seeds": WHOLE, "rows": WHOLE, "grid": st.sampled_from([
+        3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
+        {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
+    "Fixed": (dk.Fixed, {"unroll": None}, {"unroll": THING}),
     "transfer": (dk.transfer, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {

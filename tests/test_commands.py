@@ -20,7 +20,7 @@ from distillkit.applications.publish import save_published
 from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
 from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
@@ -41,7 +41,7 @@ def work(standin_home, tmp_path_factory):
 
 @pytest.fixture
 def quick(standin_hub, monkeypatch):
-    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
 
 
 def call(*argv):

@@ -32,7 +32,8 @@ from distillkit.core.metagrad import recommend
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.students import Student, load_student
 from distillkit.data.load import load_task
-from distillkit.evaluation.evaluate import choice_accuracy, evaluate
+from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.evaluation.selection import ALL_METHODS, select
 from distillkit.experiments.classification import STRATEGIES
 from distillkit.experiments.results import SeededRun, Settings, as_json, paired_difference, shown
