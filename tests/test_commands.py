@@ -269,7 +269,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
     (["verify", "nowhere"], "no folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
     (["card", "--set", "hub:nobody"], "repo_id must be 'owner/name'"),
-    (["doctor", "--student", "offline:gpt"], "unknown offline student 'offline:gpt'"),
+    (["doctor", "--student", "offline:gpt"], "'offline:gpt' is no offline student"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
