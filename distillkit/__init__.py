@@ -38,14 +38,16 @@ _HOMES = {
     "core.distiller": ("Distiller", "StepRecord"),
     # honest scores, and real examples to compare with
     "evaluation.evaluate": ("Evaluation", "evaluate"),
+    "evaluation.recipes": ("Fixed", "Own", "Standard", "Tuned"),
     "evaluation.selection": ("select",),
     "evaluation.influence": ("LessSettings",),
     # from embeddings to words
-    "text.projection": ("NeighborLoss", "nearest_tokens", "project"),
+    "text.projection": ("NeighborLoss", "corpus_tokens", "nearest_tokens", "project"),
     "text.judges": ("FrozenJudge", "StudentJudge"),
-    "text.search": (
-        "SwapSearch", "ThroughProjection", "corpus_tokens", "nearest_sentences", "relabel", "relax_tokens", "search_sentences",
-    ),
+    "text.swaps": ("SwapSearch",),
+    "text.relaxed": ("relax_tokens",),
+    "text.sentences": ("nearest_sentences", "search_sentences"),
+    "text.through": ("ThroughProjection", "relabel"),
     # what a finished set is used for
     "applications.transfer": ("retokenize", "transfer"),
     "applications.prompting": ("FewShot", "few_shot", "questions"),

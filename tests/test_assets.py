@@ -10,7 +10,7 @@ import distillkit as dk
 from distillkit.assets import pretrain
 from distillkit.assets.pretrain import KINDS
 from distillkit.data import corpora, instruction
-from distillkit.evaluation.evaluate import choice_accuracy
+from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.io.packaged import asset
 
 

@@ -20,7 +20,7 @@ from distillkit.applications.publish import save_published
 from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
 from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
@@ -41,7 +41,7 @@ def work(standin_home, tmp_path_factory):
 
 @pytest.fixture
 def quick(standin_hub, monkeypatch):
-    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
 
 
 def call(*argv):
@@ -269,7 +269,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
     (["verify", "nowhere"], "no folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
     (["card", "--set", "hub:nobody"], "repo_id must be 'owner/name'"),
-    (["doctor", "--student", "offline:gpt"], "unknown offline student 'offline:gpt'"),
+    (["doctor", "--student", "offline:gpt"], "'offline:gpt' is no offline student"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)

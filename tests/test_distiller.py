@@ -13,7 +13,6 @@ import distillkit as dk
 from distillkit.core import distiller as distiller_module
 from distillkit.core.distiller import LEARNABLE, constant, cosine
 from distillkit.core.problem import MetaGradient
-from distillkit.evaluation.evaluate import TUNING_SEEDS, _tuned
 
 VALUES = ("embeds", "targets", "step_sizes")
 OTHERS = ("mask", "free", "tokens")
@@ -317,14 +316,13 @@ def test_seed_streams_are_disjoint(world, start, goal, monkeypatch):
         result = what(*args, **kwargs)
         return result, set(drawn)
 
-    monkeypatch.setattr("distillkit.evaluation.evaluate.GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-    monkeypatch.setattr("distillkit.evaluation.evaluate._flops", lambda plan, student: 0)  # counts, and scores nothing
+    tuned = dk.Tuned({"step_size": (1e-3,), "steps": (1, 2)}, seeds=3)
     runs = [seeds(finished, dk.Distiller(start, goal, seed=s), 4) for s in (0, 1, 2)]
     distilling = set().union(*(found for _, found in runs))
-    _, tuning = seeds(_tuned, start, task, student)
+    _, tuning = seeds(tuned.plan, start, task, student)
     _, evaluating = seeds(dk.evaluate, runs[0][0].distilled, task, student, seeds=range(5))
-    assert [len(s) for s in (distilling, tuning, evaluating)] == [12, TUNING_SEEDS, 5]
-    assert len(distilling | tuning | evaluating) == 12 + TUNING_SEEDS + 5
+    assert [len(s) for s in (distilling, tuning, evaluating)] == [12, 3, 5]
+    assert len(distilling | tuning | evaluating) == 12 + 3 + 5
 
 
 # --- bad input and bad luck ------------------------------------------------------------------------------------------

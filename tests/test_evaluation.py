@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.evaluation import evaluate as evaluation
-from distillkit.evaluation.evaluate import STANDARD, _correct, _full_data, _standard, _warm_up_and_decay
+from distillkit.evaluation import recipes
+from distillkit.evaluation.recipes import Plan, as_recipe, warm_up_and_decay
+from distillkit.evaluation.scoring import classified
 from distillkit.io.seeds import derive_seed
+
+STANDARD, TUNED = dk.Standard(least_steps=4), dk.Tuned({"step_size": (1e-3, 1e-2), "steps": (1, 3)})  # a few steps
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +29,6 @@ def tiny(task, standin_home):
 def minilm(task):
     """A student that learns something from a sentence of each class, so that its scores differ."""
     return dk.load_student("offline:minilm", task, trainable="head")
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Recipes of a few steps."""
-    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3, 1e-2), "steps": (1, 3)})
-    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 4)
 
 
 def a_set(task, student, per_class=4, steps=5, batch_size=3, optimizer=None):
@@ -62,7 +58,7 @@ def test_a_score_is_that_of_training_by_hand(task, tiny, recipe, batch_size):
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         size = float(found.step_sizes[t]) if recipe == "own" else 0.5
         params = {n: p.detach() - size * g for (n, p), g in zip(leaves.items(), grads)}
-    plan = evaluation._planner(found, task, tiny, recipe if recipe == "own" else unroll)(7)
+    plan = as_recipe(recipe if recipe == "own" else unroll).plan(found, task, tiny)(7)
     *_, ours = plan.train(tiny, tiny.init(derive_seed("evaluate-init", 7)))
     everything = task.batch(tiny.tokenizer, "test", range(len(task.test)))
     assert max(float((ours[n] - p).abs().max()) for n, p in params.items()) <= 1e-12
@@ -83,16 +79,17 @@ def test_distilling_and_evaluating_see_the_same_batches(task, tiny, monkeypatch)
         return loss(self, params, batch, targets, **kwargs)
 
     monkeypatch.setattr(dk.Student, "loss", record)
-    monkeypatch.setattr(evaluation, "_flops", lambda plan, student: 0)
     dk.meta_gradient(found, dk.BPTT(task, tiny, unroll, metagrad=dk.Replay(), batch_size=4))
     distilling = seen[:5]
     seen.clear()
     dk.evaluate(found, task, tiny, seeds=(0,), recipe="own")
-    assert [len(t) for t in seen] == [3, 3, 2, 3, 3]
-    assert all(torch.equal(a, b) for a, b in zip(distilling, seen, strict=True))
+    training = seen[:5]  # then come the steps whose operations are counted
+    assert [len(t) for t in training] == [3, 3, 2, 3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(distilling, training, strict=True))
 
 
-def test_the_recipe_is_the_one_reported(task, tiny, quick):
+def test_the_recipe_is_the_one_reported(task, tiny, monkeypatch):
+    monkeypatch.setitem(recipes.NAMED, "tuned", TUNED)
     found, unroll = a_set(task, tiny)
     bare = dataclasses.replace(found, step_sizes=None, meta={k: v for k, v in found.meta.items() if k != "recipe"})
     own = dk.evaluate(found, task, tiny, seeds=(0,)).recipe
@@ -100,9 +97,9 @@ def test_the_recipe_is_the_one_reported(task, tiny, quick):
     assert own["step_sizes"] == pytest.approx(found.step_sizes.tolist())
     assert dk.evaluate(bare, task, tiny, seeds=(0,)).recipe["name"] == "tuned"
     assert dk.evaluate(found, task, tiny, seeds=(0,), recipe=unroll).recipe == {"name": "unroll", **unroll.recipe()}
-    standard = dk.evaluate(found, task, tiny, seeds=(0,), recipe="standard").recipe
+    standard = dk.evaluate(found, task, tiny, seeds=(0,), recipe=STANDARD).recipe
     assert (standard["name"], standard["steps"], standard["optimizer"]["step_size"]) == ("standard", 4, 5e-5)
-    assert dk.evaluate(None, task, tiny, seeds=(0,)).recipe["steps"] == 3 * 3
+    assert dk.evaluate(None, task, tiny, seeds=(0,), recipe=STANDARD).recipe["steps"] == 3 * 3
 
 
 def test_an_unroll_ignores_learned_step_sizes(task, minilm):
@@ -130,8 +127,8 @@ def test_mean_and_spread(task, minilm):
     assert one.scores == got.scores[2:3] and math.isnan(one.std) and one.mean == one.scores[0]
 
 
-@pytest.mark.parametrize("recipe", ["own", "standard", "tuned"])
-def test_the_same_seeds_give_the_same_scores(task, minilm, quick, recipe):
+@pytest.mark.parametrize("recipe", ["own", STANDARD, TUNED])
+def test_the_same_seeds_give_the_same_scores(task, minilm, recipe):
     found, _ = a_set(task, minilm, per_class=1, optimizer=dk.SGD(3.0))
     twice = [dk.evaluate(found, task, minilm, recipe=recipe) for _ in range(2)]
     fixed = [{k: v for k, v in dataclasses.asdict(e).items() if k != "seconds"} for e in twice]
@@ -145,8 +142,8 @@ def test_the_split_that_is_asked_for(task, minilm):
     for split, rows in sizes.items():
         (score,) = dk.evaluate(found, task, minilm, seeds=(3,), recipe=unroll, split=split).scores
         params = minilm.init(derive_seed("evaluate-init", 3))
-        *_, params = evaluation._planner(found, task, minilm, unroll)(3).train(minilm, params)
-        assert score == _correct(minilm, params, task, split, np.arange(rows)).mean()
+        *_, params = dk.Fixed(unroll).plan(found, task, minilm)(3).train(minilm, params)
+        assert score == classified(minilm, params, task, split, np.arange(rows)).mean()
 
 
 def test_work_is_counted(task, tiny):
@@ -166,32 +163,32 @@ def test_operations_are_counted_where_a_module_is_given_a_parameter(task, standi
     assert flops[2] == 2 * flops[1] > 0
 
 
-def test_size_of_the_full_data(task, tiny, quick):
-    got = dk.evaluate(None, task, tiny, seeds=(0,))
+def test_size_of_the_full_data(task, tiny):
+    got = dk.evaluate(None, task, tiny, seeds=(0,), recipe=STANDARD)
     assert got.examples == 80 and got.nbytes == sum(len(t.encode()) for t in task.train["text"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_scoring_does_not_depend_on_the_batch_size(task, minilm, batch_size):
     params = minilm.init(0)
-    expected = _correct(minilm, params, task, "test")
+    expected = classified(minilm, params, task, "test")
     assert 0 < expected.mean() < 1
-    assert np.array_equal(_correct(minilm, params, task, "test", batch_size=batch_size), expected)
+    assert np.array_equal(classified(minilm, params, task, "test", batch_size=batch_size), expected)
     rows = np.array([31, 2, 17, 2])
-    assert np.array_equal(_correct(minilm, params, task, "test", rows, batch_size=batch_size), expected[rows])
+    assert np.array_equal(classified(minilm, params, task, "test", rows, batch_size=batch_size), expected[rows])
 
 
 def test_a_student_that_fell_apart_is_never_right(task, tiny):
     broken = {n: torch.full_like(p, float("nan")) for n, p in tiny.init(0).items()}
-    assert not _correct(tiny, broken, task, "test").any(), "argmax of NaN would be class 0"
+    assert not classified(tiny, broken, task, "test").any(), "argmax of NaN would be class 0"
 
 
 # --- standard and full -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("steps", "warm"), [(200, 20), (21, 2), (5, 1), (1, 1)])
-def test_warm_up_and_decay(steps, warm):
-    sizes = _warm_up_and_decay(steps, 3.0).tolist()
+def testwarm_up_and_decay(steps, warm):
+    sizes = warm_up_and_decay(steps, 3.0).tolist()
     assert len(sizes) == steps and min(sizes) > 0 and max(sizes) == sizes[warm - 1] == pytest.approx(3.0)
     slopes = np.diff(sizes)
     assert slopes[: warm - 1] == pytest.approx(3.0 / warm, rel=1e-4)
@@ -200,8 +197,8 @@ def test_warm_up_and_decay(steps, warm):
 
 def test_the_standard_recipe(task, tiny):
     distilled = dk.DistilledSet.from_real(task, tiny, per_class=20, length=6)
-    plan, other = (_standard(distilled, tiny, seed) for seed in (0, 1))
-    assert plan.optimizer == STANDARD == dk.AdamW(5e-5, weight_decay=0.01)
+    plan, other = map(as_recipe("standard").plan(distilled, task, tiny), (0, 1))
+    assert plan.optimizer == dk.AdamW(5e-5, weight_decay=0.01)
     assert len(plan.step_sizes) == 200
     assert [[len(part[2]) for part in plan.feed(t)] for t in range(4)] == [[16, 16], [8], [16, 16], [8]]
     first = [torch.cat([part[1]["inputs_embeds"] for part in of.feed(0)]) for of in (plan, other)]
@@ -209,11 +206,10 @@ def test_the_standard_recipe(task, tiny):
 
 
 def test_full_data_goes_through_every_row_once_an_epoch(task, tiny, monkeypatch):
-    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 1)
     seen, batch = [], dk.Task.batch
     monkeypatch.setattr(dk.Task, "batch", lambda self, *a: seen.append((a[1], a[2].tolist())) or batch(self, *a))
     for seed in (0, 1):
-        plan = _full_data(task, tiny, seed)
+        plan = dk.Standard(least_steps=1).plan(None, task, tiny)(seed)
         for t in range(len(plan.step_sizes)):
             plan.feed(t)
     assert {split for split, _ in seen} == {"train"} and len(seen) == 2 * 9
@@ -231,18 +227,18 @@ def test_full_data_goes_through_every_row_once_an_epoch(task, tiny, monkeypatch)
     ({(1, 1e-3): 0.1, (3, 1e-3): 0.5, (1, 1e-2): 0.5, (3, 1e-2): 0.5}, (1, 1e-2)),  # a tie: fewer steps
     ({(1, 1e-3): 0.5, (3, 1e-3): 0.5, (1, 1e-2): 0.5, (3, 1e-2): 0.5}, (1, 1e-3)),  # then the smaller step
 ])
-def test_tuned_takes_the_best_point_of_the_grid(task, tiny, quick, monkeypatch, accuracy, best):
+def test_tuned_takes_the_best_point_of_the_grid(task, tiny, monkeypatch, accuracy, best):
     """The scores are given: for each step size and each of two seeds, after one step and after three."""
     spread = {s: iter([p for _ in range(2) for p in ((1, s), (3, s))]) for s in (1e-3, 1e-2)}
     order = iter([next(spread[s]) for s in (1e-3, 1e-2) for _ in range(4)])
     wobble = iter([0.05] * 2 + [-0.05] * 2 + [0.05] * 2 + [-0.05] * 2)
 
-    def judged(student, params, task, split, rows=None, batch_size=256):
+    def judged(student, params, task, split, rows=None):
         assert split == "validation"
-        return np.array([accuracy[next(order)] + next(wobble)])
+        return accuracy[next(order)] + next(wobble)
 
-    monkeypatch.setattr(evaluation, "_correct", judged)
-    plan = evaluation._tuned(a_set(task, tiny)[0], task, tiny)(0)
+    monkeypatch.setattr(recipes, "worth", judged)
+    plan = TUNED.plan(a_set(task, tiny)[0], task, tiny)(0)
     assert next(order, None) is None, "every point is tried"
     recipe = plan.recipe
     assert best == (recipe["steps"], recipe["optimizer"]["step_size"])
@@ -252,14 +248,20 @@ def test_tuned_takes_the_best_point_of_the_grid(task, tiny, quick, monkeypatch, 
     assert plan.step_sizes.tolist() == pytest.approx([best[1]] * best[0])
 
 
-def test_tuned_finds_what_works(task, minilm, monkeypatch):
-    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-7, 0.03), "steps": (1, 10)})
+def test_tuned_finds_what_works(task, minilm):
     found, _ = a_set(task, minilm, per_class=4)
-    got = dk.evaluate(found, task, minilm, recipe="tuned")
+    got = dk.evaluate(found, task, minilm, recipe=dk.Tuned({"step_size": (1e-7, 0.03), "steps": (1, 10)}))
     assert got.recipe["optimizer"]["step_size"] == 0.03 and got.recipe["validation"] > 0.85 and got.mean > 0.85
 
 
-def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, quick, monkeypatch):
+def test_tuned_judges_on_the_rows_and_seeds_it_was_given(task, tiny, monkeypatch):
+    seen, worth = [], recipes.worth
+    monkeypatch.setattr(recipes, "worth", lambda *given: seen.append(len(given[-1])) or worth(*given))
+    dk.Tuned({"step_size": (1e-3,), "steps": (1, 2)}, seeds=3, rows=10).plan(a_set(task, tiny)[0], task, tiny)
+    assert seen == [10] * 6, "two numbers of steps, three seeds"
+
+
+def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, monkeypatch):
     events = []
     token_ids, batch, init = dk.Task.token_ids, dk.Task.batch, dk.Student.init
     monkeypatch.setattr(dk.Task, "token_ids", lambda self, tok, split: events.append(split) or
@@ -269,10 +271,49 @@ def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, quick, monkeypa
     monkeypatch.setattr(dk.Student, "init", lambda self, seed: events.append(seed) or init(self, seed))
     found, _ = a_set(task, tiny)
     events.clear()
-    dk.evaluate(found, task, tiny, seeds=(0,), recipe="tuned")
+    dk.evaluate(found, task, tiny, seeds=(0,), recipe=TUNED)
     chosen = events.index(derive_seed("evaluate-init", 0))
     assert {e for e in events[:chosen] if isinstance(e, str)} == {"validation"}
     assert "test" in events[chosen:] and "validation" not in events[chosen:]
+
+
+# --- recipes of one's own --------------------------------------------------------------------------------------------
+
+
+class Backwards:
+    """A recipe that nobody told the kit of: two steps of SGD on the examples from last to first, one at a time."""
+
+    def plan(self, distilled, task, student):
+        rows = torch.tensor([[len(distilled) - 1], [len(distilled) - 2]])
+        made = dk.Fixed(dk.Unroll(2)).plan(distilled, task, student)(0)
+
+        def feed(t):
+            batch = {"inputs_embeds": distilled.embeds[rows[t]].to(student.dtype), "attention_mask": distilled.mask[rows[t]]}
+            return [(1.0, batch, distilled.targets[rows[t]].to(student.dtype), None)]
+
+        return lambda seed: Plan(dk.SGD(2.0), made.step_sizes * 20, feed, {"name": "backwards", "seed": seed})
+
+
+def test_a_recipe_from_outside_trains_as_it_says(task, minilm):
+    found, _ = a_set(task, minilm, per_class=1)
+    got = dk.evaluate(found, task, minilm, seeds=(3,), recipe=Backwards())
+    assert got.recipe == {"name": "backwards", "seed": 3} and str(got).endswith("backwards)") and got.flops > 0
+    params = minilm.init(derive_seed("evaluate-init", 3))
+    for row in (1, 0):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        batch = {"inputs_embeds": found.embeds[[row]], "attention_mask": found.mask[[row]]}
+        loss = -(found.targets[row].softmax(-1) * minilm.logits(leaves, batch).log_softmax(-1)).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        params = {n: p.detach() - 2.0 * g for (n, p), g in zip(leaves.items(), grads)}
+    assert got.scores == (classified(minilm, params, task, "test").mean(),)
+    assert dk.transfer(dk.select(task, minilm, "random", per_class=1, length=8), task, minilm, seeds=(0,),
+                       recipe=Backwards()).recipe["name"] == "backwards"
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("own", dk.Own()), ("standard", dk.Standard()), ("tuned", dk.Tuned())])
+def test_a_name_is_short_for_its_recipe(name, recipe):
+    assert as_recipe(name) == recipe
+    assert as_recipe(dk.Unroll(3)).unroll.steps == 3 and as_recipe(recipe) is recipe
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -280,7 +321,8 @@ def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, quick, monkeypa
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"recipe": "own"}, "recipe='own' asked for, but this set carries none .* use 'tuned' or 'standard'"),
-    ({"recipe": "best"}, "recipe must be 'own', 'standard', 'tuned' or an Unroll, not 'best'"),
+    ({"recipe": "best"}, "recipe must be .*'own'.*'standard'.*'tuned'.*Unroll.*not 'best'"),
+    ({"recipe": dk.Tuned}, "recipe must be .*not <class"),  # an object of it is meant
     ({"seeds": ()}, r"seeds must name at least one seed, such as \(0, 1, 2\), not \(\)"),
     ({"split": "dev"}, "no split 'dev'; a task has train, validation, test"),
 ])

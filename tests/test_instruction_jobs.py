@@ -8,7 +8,7 @@ import yaml
 from scipy import stats
 
 from distillkit.cli.main import draw, main
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import instruction as instruction_jobs
 from distillkit.experiments.instruction import ROWS, InstructionJob, InstructionRun, instruction_table
 from distillkit.experiments.results import kind_of, paired_difference, read, write
@@ -29,8 +29,8 @@ def finished(standin_home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "instruction"}))
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "LANGUAGE_GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "instruction", 2)
+        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
+        patch.setitem(NAMED, "standard", Standard(least_steps=2))
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, read(folder / "small.json")
 

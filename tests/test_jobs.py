@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import classification as jobs
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ROW_NAMES, ClassificationJob, ClassificationRun, table
@@ -23,8 +23,8 @@ SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-unc
 @pytest.fixture
 def quick(standin_hub, monkeypatch):
     """Recipes of a few steps, on the stand-in hub."""
-    monkeypatch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
+    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def finished(standin_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
+        patch.setitem(NAMED, "standard", Standard(least_steps=2))
         return folder, ClassificationRun(job(), folder / "results", folder / "work")()
 
 

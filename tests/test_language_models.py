@@ -10,7 +10,7 @@ import torch
 import distillkit as dk
 from distillkit.core.problem import Problem
 from distillkit.data.tasks import NO_TARGET
-from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import choice_accuracy, choice_scores
 from standin_hub import rounding
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import choice_accuracy, choice_scores
 from distillkit.io.packaged import asset
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is the extra of that name")

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments import continual as merging_jobs
 from distillkit.experiments.continual import ROWS, ContinualJob, continual_table
 from distillkit.experiments.results import kind_of, read
@@ -35,7 +35,7 @@ def finished(standin_home, tmp_path_factory):
     (folder / "small.yaml").write_text(yaml.safe_dump(settings()))
     command = ["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
+        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
         patch.setattr(merging_jobs, "rescaled", lambda s, t, u: (s, {1.0: 0.0}))
         assert command_line.main([*command, "--rows", "merged/own", "after/update"]) == 0
         part = read(folder / "small.json")

@@ -12,7 +12,7 @@ import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.cli.main import draw, main
-from distillkit.evaluation.evaluate import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import choice_accuracy, choice_scores
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
 from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table

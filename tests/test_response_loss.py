@@ -14,14 +14,15 @@ from distillkit.applications.merging import rescaled, with_recipe
 from distillkit.applications.processes import Team
 from distillkit.applications.prompting import few_shot
 from distillkit.cli.main import main
-from distillkit.evaluation import evaluate as evaluation
-from distillkit.evaluation.evaluate import choice_accuracy, response_loss
+from distillkit.evaluation.recipes import as_recipe
+from distillkit.evaluation.scoring import choice_accuracy, response_loss
 from distillkit.experiments.instruction import InstructionJob, InstructionRun
 from distillkit.experiments.results import as_json
 from distillkit.io.seeds import derive_seed
 
 PAIRS = [("it was warm", "tender and fresh"), ("a dull story", "flat"), ("we saw a river and a coast", "the country"),
          ("what a stale day", "tired , almost boring"), ("so clever", "fun"), ("the market made all think", "of profit")]
+STANDARD, TUNED = dk.Standard(least_steps=2), dk.Tuned({"step_size": (1e-3, 1e-2), "steps": (1, 3)})
 ROWS = [{"instruction": prompt, "output": response} for prompt, response in PAIRS]
 
 
@@ -45,12 +46,6 @@ def student(asked, standin_home):
         return dk.load_student("gpt2", asked, trainable="full", dtype="float64")  # its softmax is float64 too
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(evaluation, "LANGUAGE_GRID", {"step_size": (1e-3, 1e-2), "steps": (1, 3)})
-    monkeypatch.setitem(evaluation.STANDARD_LEAST_STEPS, "instruction", 2)
-
-
 def by_hand(student, params, task, split, rows):
     """The mean over all response tokens, one unpadded sequence at a time, from the model itself."""
     found = []
@@ -71,13 +66,13 @@ def test_the_loss_of_responses_by_hand(asked, student, rows, batch_size):
     assert response_loss(student, params, asked, "test", rows, batch_size) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("recipe", [dk.Unroll(3, optimizer=dk.SGD(0.5)), "standard", "tuned"])
-def test_evaluate_tells_the_loss_where_there_are_no_choices(asked, student, quick, recipe):
+@pytest.mark.parametrize("recipe", [dk.Unroll(3, optimizer=dk.SGD(0.5)), STANDARD, TUNED])
+def test_evaluate_tells_the_loss_where_there_are_no_choices(asked, student, recipe):
     distilled = dk.select(asked, student, "random", fraction=0.5)
     found = dk.evaluate(distilled, asked, student, seeds=(0, 1), recipe=recipe)
     for seed, loss in zip((0, 1), found.losses, strict=True):
         params = student.init(derive_seed("evaluate-init", seed))
-        *_, params = evaluation._planner(distilled, asked, student, recipe)(seed).train(student, params)
+        *_, params = as_recipe(recipe).plan(distilled, asked, student)(seed).train(student, params)
         assert loss == pytest.approx(by_hand(student, params, asked, "test", range(6)), rel=1e-9)
     assert found.loss == pytest.approx(np.mean(found.losses)) and found.perplexity == pytest.approx(math.exp(found.loss))
     assert math.isnan(found.mean) and all(map(math.isnan, found.scores)) and len(found.scores) == 2
@@ -88,14 +83,14 @@ def test_evaluate_tells_the_loss_where_there_are_no_choices(asked, student, quic
     assert row["losses"] == [round(loss, 6) for loss in found.losses] and row["mean"] is None
 
 
-def test_tuned_takes_the_lowest_validation_loss(asked, student, quick):
+def test_tuned_takes_the_lowest_validation_loss(asked, student):
     distilled = dk.select(asked, student, "random", fraction=0.5)
-    recipe = dk.evaluate(distilled, asked, student, seeds=(0,)).recipe
+    recipe = dk.evaluate(distilled, asked, student, seeds=(0,), recipe=TUNED).recipe
     losses = {}
     for step_size in (1e-3, 1e-2):
         for steps in (1, 3):
-            unroll = dk.Unroll(steps, optimizer=dk.AdamW(step_size), **evaluation._BATCHES)
-            plan = evaluation._constant(distilled, student, unroll, "tuned")
+            unroll = dk.Unroll(steps, optimizer=dk.AdamW(step_size), batch_size=32)
+            plan = dk.Fixed(unroll).plan(distilled, asked, student)(0)
             *_, params = plan.train(student, student.init(derive_seed("tune-init", 0)))
             losses[steps, step_size] = by_hand(student, params, asked, "validation", range(6))
     best = min(losses, key=losses.__getitem__)
@@ -113,17 +108,17 @@ def test_step_sizes_are_scaled_to_the_lowest_validation_loss(asked, student):
     assert torch.equal(best.step_sizes, sets[min(losses, key=losses.__getitem__)].step_sizes)
 
 
-def test_the_full_data_and_a_team_of_processes(asked, student, quick):
-    found, team = (of(None, asked, student, seeds=(0, 1)) for of in (dk.evaluate, Team(0, 1).evaluate))
+def test_the_full_data_and_a_team_of_processes(asked, student):
+    found, team = (of(None, asked, student, seeds=(0, 1), recipe=STANDARD) for of in (dk.evaluate, Team(0, 1).evaluate))
     assert found.losses == team.losses and found.examples == 6 and math.isnan(team.mean)
 
 
-def test_rows_without_choices_among_others(tmp_path, student, quick):
+def test_rows_without_choices_among_others(tmp_path, student):
     rows = [{"prompt": prompt, "response": response} for prompt, response in PAIRS]
     rows[2] |= {"choices": ["the country", "the coast"]}
     mixed = dk.load_task(written(tmp_path / "mixed", rows), max_length=32)
     assert mixed.without_choices("test").tolist() == [0, 1, 3, 4, 5] and mixed.without_choices("test", [2]).tolist() == []
-    found = dk.evaluate(dk.select(mixed, student, "random", fraction=0.5), mixed, student, seeds=(0,), recipe="standard")
+    found = dk.evaluate(dk.select(mixed, student, "random", fraction=0.5), mixed, student, seeds=(0,), recipe=STANDARD)
     assert len(found.losses) == 1 and found.losses[0] > 0
     assert few_shot(mixed, student, rows=[2]).rows == 1
 
@@ -173,10 +168,10 @@ def twins(request, tmp_path, monkeypatch):
     return dk.load_task("mmlu", max_length=64)
 
 
-def test_whichever_of_equal_choices_a_model_takes_is_right(twins, student, quick):
+def test_whichever_of_equal_choices_a_model_takes_is_right(twins, student):
     assert len({*twins.test["answer"]}) > 1
     assert choice_accuracy(student, student.init(0), twins, "test") == (1.0, 1.0)
     assert few_shot(twins, student).scores == few_shot(twins, student).normalized == (1.0,)
-    found = dk.evaluate(dk.select(twins, student, "random", fraction=0.5), twins, student, seeds=(0,), recipe="tuned")
+    found = dk.evaluate(dk.select(twins, student, "random", fraction=0.5), twins, student, seeds=(0,), recipe=TUNED)
     assert found.scores == found.normalized == (1.0,) and {*found.groups.values()} == {1.0} and found.losses is None
     assert found.recipe["validation"] == 1.0

@@ -330,7 +330,7 @@ def test_a_signal_saves_the_last_step(start, goal, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("signum", ENDING)
 def test_a_signal_leaves_a_recording_and_a_search_that_can_go_on(world, start, goal, tmp_path, monkeypatch, signum):
     from distillkit.core import experts
-    from distillkit.text import search as text
+    from distillkit.text import swaps
 
     settings = {"batch_size": 27, "snapshots_per_epoch": 3, "optimizer": dk.SGD(0.1)}
     with monkeypatch.context() as patch:
@@ -345,7 +345,7 @@ def test_a_signal_leaves_a_recording_and_a_search_that_can_go_on(world, start, g
         return dk.SwapSearch(start, world[1], dk.StudentJudge(goal, tries=1), candidates=1, checkpoint_dir=tmp_path / "search")
 
     with monkeypatch.context() as patch:
-        signalled(patch, text, "combined", signum, at=2)
+        signalled(patch, swaps, "combined", signum, at=2)
         with pytest.raises(Ended):
             list(search().run(2))
     assert len(search().records) == 1 and len(list(search().run(2))) == 1

@@ -8,7 +8,7 @@ import yaml
 
 import distillkit as dk
 from distillkit.cli.main import draw, main
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments import ways_to_text as text_jobs
 from distillkit.experiments.results import paired_difference, read
@@ -34,8 +34,8 @@ def finished(standin_home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "text"}))
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setitem(evaluation.STANDARD_LEAST_STEPS, "classification", 2)
+        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
+        patch.setitem(NAMED, "standard", Standard(least_steps=2))
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, read(folder / "small.json")
 

@@ -7,7 +7,7 @@ import yaml
 
 import distillkit as dk
 from distillkit.cli.main import draw, main
-from distillkit.evaluation import evaluate as evaluation
+from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import transfer as transfer_jobs
 from distillkit.experiments.results import kind_of, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
@@ -41,8 +41,8 @@ def finished(standin_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "GRID", {"step_size": (1e-3,), "steps": (1, 2)})
-        patch.setattr(evaluation, "STANDARD_LEAST_STEPS", {"classification": 2, "instruction": 2})
+        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
+        patch.setitem(NAMED, "standard", Standard(least_steps=2))
         for settings in (SMALL, ASKED):
             path = folder / f"{settings['name']}.yaml"
             path.write_text(yaml.safe_dump(settings | {"kind": "transfer"}))
@@ -91,7 +91,7 @@ def test_prompts_move_too(finished):
 
 
 def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "STANDARD_LEAST_STEPS", {"classification": 2, "instruction": 2})
+    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
     asked = job(recipe="fixed", fixed={"roberta-base": FIXED}, rows=(f"{PAIR}/random", f"{PAIR}/k_center", "roberta-base/full"))
     result = TransferRun(asked, tmp_path, tmp_path / "work")(seeds=(0,))
     for method in ("random", "k_center"):

@@ -39,7 +39,8 @@ from distillkit.core.inner import AdamW, Optimizer, Part, Unroll, from_recipe, i
 from distillkit.core.objectives import bound_step_sizes
 from distillkit.core.students import Student
 from distillkit.data.tasks import SPLITS, Task, _dataset, _fingerprint
-from distillkit.evaluation.evaluate import _correct, evaluate
+from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.scoring import classified
 from distillkit.io.checks import check_choice, check_whole
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
@@ -466,6 +467,6 @@ class _Way:
         return sum(len(task.split(split)) for task in self.tasks[:k])
 
     def _scores(self, params, split: str) -> list[float]:
-        right = _correct(self.student, params, self.whole, split)
+        right = classified(self.student, params, self.whole, split)
         ends = np.cumsum([len(task.split(split)) for task in self.tasks])
         return [float(part.mean()) for part in np.split(right, ends[:-1])]

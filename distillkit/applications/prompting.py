@@ -8,7 +8,7 @@ and the *calibrated* one, log p(answer | question) − log p(answer | a question
 
 :func:`questions` turns classes into words to choose from, so that the multiple choice of :mod:`distillkit.data.instruction` is
 all the scoring there is: without demonstrations, :func:`few_shot` scores as
-:func:`~distillkit.evaluation.evaluate.choice_scores`.
+:func:`~distillkit.evaluation.scoring.choice_scores`.
 
 Demonstrations, a separator behind each, and the question are tokenised piece by piece.  The context is then the same for all
 questions, so that the model reads it once and keeps its keys and values; and a piece may be *embeddings* that are no

@@ -15,6 +15,7 @@ from distillkit.core.inner import Unroll
 from distillkit.core.students import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
+from distillkit.evaluation.recipes import Own, Recipe, as_recipe
 from distillkit.io.checks import check_is
 
 
@@ -68,7 +69,7 @@ def transfer(
     student: Student,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    recipe: str | Unroll = "tuned",
+    recipe: str | Unroll | Recipe = "tuned",
     split: str = "test",
 ) -> Evaluation:
     """Score a set's text on another model.
@@ -78,14 +79,14 @@ def transfer(
         task: the task, which ``student`` was loaded for.
         student: the model to train.
         seeds: fresh initialisations (and orders) of it.
-        recipe: ``"tuned"``, ``"standard"``, or a training of one's own; the set's own recipe belongs to the model it was
-            learned with.
+        recipe: as in :func:`~distillkit.evaluation.evaluate.evaluate`, but for ``"own"``: a set's own recipe belongs to the
+            model it was learned with.
         split: ``"test"`` or ``"validation"``.
 
     Raises:
-        ValueError: the set holds free embeddings, or ``recipe`` is another.
+        ValueError: the set holds free embeddings, or ``recipe`` is its own or none.
     """
-    if not isinstance(recipe, Unroll) and recipe not in ("tuned", "standard"):
-        raise ValueError("a set that moves to another model leaves its recipe behind: 'tuned', 'standard' or an Unroll, "
-                         f"not {recipe!r}")
+    recipe = as_recipe(recipe)
+    if isinstance(recipe, Own):
+        raise ValueError("recipe='own': a set that moves to another model leaves its recipe behind; use 'tuned' or 'standard'")
     return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)

@@ -483,6 +483,8 @@ def _prompts(task, student: Student, rows: list[int], length: int | None) -> Dis
 
 def _from_pairs(prompts: list[str], responses: list[str], task, student: Student, length: int | None) -> DistilledSet:
     """Prompts and responses as the training split of a task, which knows how ``student`` reads those."""
+    import datasets
+
     n = len(prompts)
     rows = {"prompt": prompts, "response": responses, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
     train = datasets.Dataset.from_dict(rows, features=task.test.features)  # a task may have no training split

@@ -797,7 +797,7 @@ def _load(source: str, wanted: _Wanted) -> tuple[Any, transformers.PreTrainedTok
     if source in OFFLINE:
         return _from_pretrained(str(asset(source.removeprefix("offline:"))), wanted, source)
     if source.startswith("offline:"):
-        raise ValueError(f"unknown offline student {source!r}; there are {', '.join(OFFLINE)}")
+        raise ValueError(f"source {source!r} is no offline student; there are {', '.join(OFFLINE)}")
     return _from_pretrained(source, wanted, source)
 
 

@@ -23,7 +23,7 @@ def load_corpus(source, *, text_column: str | None = None, label_column: str | N
     """
     source, columns = os.fspath(source) if isinstance(source, os.PathLike) else source, Columns(text_column, label_column)
     if not isinstance(source, str) or not source:
-        raise CorpusError(f"a task is named by a string or a path, not by {source!r}")
+        raise CorpusError(f"source must name a task by a string or a path, not by {source!r}")
     if source not in BUILT_IN:
         return find_corpus(source, columns, built_in=BUILT_IN)
     if columns != Columns():

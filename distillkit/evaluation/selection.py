@@ -24,6 +24,7 @@ from distillkit.core.distilled import DistilledSet, examples_per_class, from_row
 from distillkit.core.students import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.influence import LESS, LessSettings, less_rows
+from distillkit.evaluation.scoring import by_size
 from distillkit.io.checks import check_choice, check_flag, check_is
 from distillkit.io.progress import progress
 
@@ -111,8 +112,8 @@ def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np
 def over_training_rows(task: Task, student: Student, read: Callable, batch_size: int = 128) -> Tensor:
     """What ``read`` gives for batches of the training split: ``[rows, …]`` float32 on the CPU, in the split's order."""
     lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
-    order = torch.from_numpy(np.argsort(lengths, kind="stable"))  # rows of like length together: little padding
-    batches = progress(order.split(batch_size), desc="reading the corpus", leave=False)
+    batches = list(by_size(range(len(lengths)), lengths.__getitem__, batch_size))
     with torch.no_grad():
-        found = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu() for rows in batches])
-    return torch.empty_like(found).index_copy_(0, order, found)
+        values = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu()
+                            for rows in progress(batches, desc="reading the corpus", leave=False)])
+    return torch.empty_like(values).index_copy_(0, torch.tensor(sum(batches, [])), values)

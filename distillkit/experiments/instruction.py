@@ -27,7 +27,8 @@ from distillkit.core.experts import record_experts
 from distillkit.core.inner import AdamW
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.students import Student, load_student
-from distillkit.evaluation.evaluate import choice_accuracy, evaluate
+from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
 from distillkit.experiments.runner import Run, neighbor_terms, strategy, unroll_of

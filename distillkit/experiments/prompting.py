@@ -9,7 +9,7 @@ Sources:
 * ``random``, ``k_center``: real sentences, filled up to the same length (:mod:`distillkit.evaluation.selection`).
 * ``embeddings``: distilled by BPTT with the same language model, under a classifier's head; read as embeddings.
 * ``projection``: their nearest tokens.  ``nearest sentences``: the real sentences nearest to them.
-* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.search.SwapSearch`), the same model as judge.
+* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.swaps.SwapSearch`), the same model as judge.
 * ``wrong labels``: those of ``random``, each told as the class after its own.  What it loses on ``random`` is what the
   model takes from the answers in a context rather than from its looks (Min et al., 2022).
 
@@ -50,7 +50,7 @@ from distillkit.experiments.ways_to_text import swapped
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.projection import project
-from distillkit.text.search import nearest_sentences
+from distillkit.text.sentences import nearest_sentences
 
 REAL = ("random", "k_center")
 LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")

@@ -255,7 +255,7 @@ class Expert(Settings):
 
 @settings()
 class Search(Settings):
-    """The search for words by swaps; see :class:`~distillkit.text.search.SwapSearch`."""
+    """The search for words by swaps; see :class:`~distillkit.text.swaps.SwapSearch`."""
 
     judge_steps: int = whole(400, "steps of the head that judges swaps")
     swap_steps: int = whole(100, "steps of the search, from every start alike")

@@ -8,12 +8,13 @@ Methods:
 * ``random``, ``k_center``, ``herding``: real sentences (:mod:`distillkit.evaluation.selection`).
 * ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
-* ``through projection``: distilled through the projection (:class:`~distillkit.text.search.ThroughProjection`), then projected.
+* ``through projection``: distilled through the projection
+  (:class:`~distillkit.text.through.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
-* ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.search.search_sentences`).
+* ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.sentences.search_sentences`).
 * ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
-  (:func:`~distillkit.text.search.relax_tokens`).
-* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.search.SwapSearch`); ``swaps from random``,
+  (:func:`~distillkit.text.relaxed.relax_tokens`).
+* ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.swaps.SwapSearch`); ``swaps from random``,
   ``swaps from herding``, ``swaps from sentences``, ``swaps from relaxed tokens``.
 * ``full``: the whole training split.
 
@@ -60,16 +61,11 @@ from distillkit.experiments.settings import (
     whole,
 )
 from distillkit.text.judges import FrozenJudge
-from distillkit.text.projection import project
-from distillkit.text.search import (
-    SwapSearch,
-    ThroughProjection,
-    corpus_tokens,
-    nearest_sentences,
-    relabel,
-    relax_tokens,
-    search_sentences,
-)
+from distillkit.text.projection import corpus_tokens, project
+from distillkit.text.relaxed import relax_tokens
+from distillkit.text.sentences import nearest_sentences, search_sentences
+from distillkit.text.swaps import SwapSearch
+from distillkit.text.through import ThroughProjection, relabel
 
 STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")

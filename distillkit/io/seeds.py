@@ -20,7 +20,9 @@ import torch
 
 def derive_seed(purpose: str, *parts: int | str) -> int:
     """A 63-bit seed for the stream ``purpose`` at the address ``parts`` (any integers or strings)."""
-    for part in (purpose, *parts):
+    if not isinstance(purpose, str):
+        raise TypeError(f"purpose must be a string, not {purpose!r}")
+    for part in parts:
         if isinstance(part, bool) or not isinstance(part, int | str):
             raise TypeError(f"a seed must be a whole number (or a string), not {part!r}")
     address = "|".join([purpose, *(f"{type(p).__name__}:{p}" for p in parts)])

@@ -1,15 +1,17 @@
-"""Judges: what the outer loss of a text would be, asked often enough to search by.
+"""Judges: what the outer loss of a text would be, cheap enough to ask thousands of times.
 
-:class:`FrozenJudge` trains only a linear head on frozen sentence representations: one candidate costs one forward pass of
-one sentence, and its head is tried on thousands of real rows at once.  :class:`StudentJudge` trains the real student and
-costs accordingly.  Both say what the loss of a set is after each of several groups of swaps, and its gradient in the
-embeddings.
+A judge makes a search affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations: one
+candidate costs one forward pass of one sentence, and its head is tried on thousands of real rows at once.
+:class:`StudentJudge` trains the real student and costs accordingly.  Both give the loss of a set after each of several groups
+of swaps, and its gradient in the embeddings.  A judge of your own is any object with the methods of :class:`Judge`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +44,51 @@ def swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
     for swap in swaps:
         tokens[swap.example, swap.position] = swap.new
     return tokens
+
+
+class Judge(Protocol):
+    """What a search asks of a judge; any object with these methods is one.
+
+    :func:`~distillkit.text.relaxed.relax_tokens` takes the gradient only, a second judge that confirms gives losses only, and
+    :class:`~distillkit.text.swaps.SwapSearch` needs both.
+    """
+
+    def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
+        """The outer loss of a set and its gradient in the embeddings, ``[m, l, d]``, on the real rows of an address ``seed``.
+
+        A judge that can save work takes a third argument ``examples``, an index tensor: the gradient of the other examples
+        may then be zero.  A search passes it only if it looks at a few examples per step.
+        """
+        ...
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The outer loss of a set after each of several groups of swaps; an empty group is the set as it is."""
+        ...
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        ...
+
+
+def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str, tuple[Any, Sequence[str]]]) -> None:
+    """Check what a search for words begins with.
+
+    Args:
+        judges: of each argument that takes a judge, its value and the methods that the search calls.
+
+    Raises:
+        TypeError: no set, no student, or a judge without one of the methods.
+        ValueError: a set without tokens, or of another embedding table.
+    """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("student", student, Student)
+    for name, (judge, methods) in judges.items():
+        if missing := [m for m in (*methods, "describe") if not callable(getattr(judge, m, None))]:
+            raise TypeError(f"{name} must be a judge with {', '.join(missing)}, such as FrozenJudge, not {reprlib.repr(judge)}")
+    if distilled.tokens is None:
+        raise ValueError("a search for words needs tokens to begin with, and this set holds free embeddings; project it "
+                         "first: dk.project(set, student)")
+    distilled.check_table(student)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

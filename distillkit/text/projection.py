@@ -3,12 +3,13 @@
 The search runs over chunks of positions and of the vocabulary, so that memory stays bounded whatever their numbers.
 Special tokens and unused rows of the table (``[unused12]``, padding rows) are no words and are left out.
 
-Projection is where text distillation loses most: an embedding carries information in directions no token has.  What is
-lost is for :func:`~distillkit.evaluation.evaluate.evaluate` to say.
+Projection is where text distillation loses most: an embedding carries information in directions no token has.  Measure the
+loss with :func:`~distillkit.evaluation.evaluate.evaluate`.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, decode, embed
 from distillkit.core.students import Student
+from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_whole
 
 METRICS = ("l2", "cosine")
@@ -34,6 +36,42 @@ def allowed_tokens(tokenizer, vocabulary: int) -> Tensor:
             allowed[i] = True
     allowed[[i for i in tokenizer.all_special_ids if i < vocabulary]] = False
     return allowed
+
+
+def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
+    """Which tokens may stand in a text: words seen ``least`` times in the training split, ``[v]`` bool."""
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    check_whole("least", least)
+    allowed = allowed_tokens(student.tokenizer, len(student.embedding))
+    counts = collections.Counter(i for ids in task.token_ids(student.tokenizer, "train") for i in ids)
+    seen = torch.zeros_like(allowed)
+    seen[[i for i, n in counts.items() if n >= least]] = True
+    return allowed & seen
+
+
+def choosable(student: Student, allowed: Tensor | None) -> Tensor:
+    """Which tokens a search may choose: the words of the vocabulary, and of them those that are ``allowed``, ``[v]`` bool.
+
+    Raises:
+        ValueError: there is none.
+        TypeError: ``allowed`` is no tensor.
+    """
+    words = allowed_tokens(student.tokenizer, len(student.embedding))
+    if allowed is not None:
+        check_is("allowed", allowed, Tensor)
+        words = words & allowed.cpu()
+    if not words.any():
+        raise ValueError("allowed leaves no token to choose from")
+    return words
+
+
+def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> DistilledSet:
+    """The set with other ``tokens [m, l]``: their embeddings and their text."""
+    distilled.check_table(student)
+    text = decode(student.tokenizer, tokens, distilled.free)
+    meta = {**distilled.meta, "text": text, "table_sha256": student.table_sha256}
+    return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)
 
 
 def nearest_tokens(

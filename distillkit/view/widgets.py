@@ -40,8 +40,7 @@ from distillkit.core.distilled import DistilledSet, embed
 from distillkit.core.distiller import Distiller, StepRecord
 from distillkit.core.students import Params, Student
 from distillkit.io.checks import check_choice, check_whole
-from distillkit.text.projection import allowed_tokens, nearest_tokens, project
-from distillkit.text.search import with_tokens
+from distillkit.text.projection import allowed_tokens, nearest_tokens, project, with_tokens
 from distillkit.view.figures import curves, html_table, text_table
 from distillkit.view.measures import attention
 

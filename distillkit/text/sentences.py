@@ -1,0 +1,166 @@
+"""Real sentences as distilled text: chosen by a judge, or nearest to what was learned.
+
+:func:`search_sentences` changes one whole sentence at a time for another *real* one, judged as swaps of tokens are.  The result
+was written by people, so it cannot exploit what is odd about the judge's representations, as single tokens do.
+:func:`nearest_sentences` replaces each example by the nearest real sentence of its class, as a reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillkit.core.distilled import DistilledSet, from_rows
+from distillkit.core.students import Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.selection import sentence_features
+from distillkit.io.checks import check_is, check_whole
+from distillkit.io.progress import progress
+from distillkit.io.seeds import derive_seed, generator
+from distillkit.text.judges import FrozenJudge, check_search
+from distillkit.text.swaps import combined
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Sentence:
+    """Sentence ``new``, a number in the pool, for the one that is ``example``."""
+
+    example: int
+    new: int
+
+
+def search_sentences(
+    distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
+    examples: int = 16, sentences: int = 2048, seed: int = 0,
+) -> DistilledSet:
+    """Real sentences that a judge likes best: whole sentences are changed for others of their class.
+
+    A step looks at some examples.  The judge's gradient in their representations says which sentences of the pool look
+    better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in, as in
+    :class:`~distillkit.text.swaps.SwapSearch`.  The pool is read once, so that a step costs no forward pass.
+
+    Args:
+        distilled: where to start, such as a set that herding selected.
+        judge: whose representations and outer loss to go by: a :class:`~distillkit.text.judges.FrozenJudge`, or any judge with
+            its ``features``, ``labels`` and ``head_losses``.
+        steps, candidates, examples: of the search, and in each step.
+        sentences: size of the pool, drawn from the training split in equal shares and filled up to the set's length.
+        seed: draws the pool, examples, candidates and real rows.
+
+    Returns:
+        a set with the labels that ``distilled`` has and no recipe; the losses of the search, before and after each step,
+        are in ``meta["search"]``.
+
+    Raises:
+        TypeError: a judge without representations.
+    """
+    check_is("task", task, Task)
+    check_search(distilled, student, {"judge": (judge, ("features", "labels", "head_losses"))})
+    for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
+        check_whole(name, value)
+    start = distilled.in_classes(task.classes, f"task {task.name!r}")
+    labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
+    x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
+    of_class = [(pool.targets == label).nonzero().squeeze(1) for label in range(len(task.classes))]
+    offered = [of_class[label] for label in start.meta["labels"]]  # of each example, the sentences of its class
+    now = torch.arange(len(pool), len(x))  # where each example stands in x
+    losses = []
+    for step in progress(range(steps), desc="choosing sentences", unit="step"):
+        address, draw = derive_seed("sentences", seed, step), generator("sentences-drawn", seed, step)
+        features = x[now].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(judge.head_losses(features[None], labels, address)[0], features)
+        changes = _changes(x, now, slope, offered, candidates, examples, draw)
+
+        def judged(groups: list[list[Sentence]], now=now, address=address) -> list[float]:
+            with torch.no_grad():
+                return judge.head_losses(x[torch.stack([_changed(now, group) for group in groups])], labels, address).tolist()
+
+        before, *each = judged([[], *([change] for change in changes)])
+        chosen, after = combined(changes, each, before, judged)
+        now = _changed(now, chosen)
+        losses.append([round(before, 4), round(after, 4)])
+    return _picked(pool, start, now, {"judge": judge.describe(), "steps": steps, "sentences": len(pool), "losses": losses})
+
+
+def _changes(
+    x: Tensor, now: Tensor, slope: Tensor, offered: list[Tensor], candidates: int, examples: int, draw: torch.Generator
+) -> list[Sentence]:
+    """Changes to judge: for some examples, sentences drawn from those that look best by the gradient ``slope [m, n·d]``."""
+    changes: list[Sentence] = []
+    share = max(1, candidates // min(examples, len(now)))
+    for i in torch.randperm(len(now), generator=draw)[:examples].tolist():
+        taken = torch.tensor([*now.tolist(), *(change.new for change in changes)])
+        gains = slope[i] @ x[now[i]] - x[offered[i]] @ slope[i]
+        gains[torch.isin(offered[i], taken)] = -math.inf  # no sentence stands twice
+        best = gains.topk(min(6 * share, len(gains)))
+        likely = offered[i][best.indices[best.values > -math.inf]]  # a sentence is a long way: the sign tells little
+        changes += [Sentence(i, int(n)) for n in likely[torch.randperm(len(likely), generator=draw)[:share]]]
+    return changes
+
+
+def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) -> DistilledSet:
+    rows = task.balanced_rows("train", min(sentences, len(task.train)), generator("sentence-pool", seed)).numpy()
+    labels = task.labels("train")[rows]
+    return from_rows(task, student, [rows[labels == c] for c in range(len(task.classes))], length=length, seed=seed)
+
+
+def _changed(now: Tensor, changes: Sequence[Sentence]) -> Tensor:
+    now = now.clone()
+    for change in changes:
+        now[change.example] = change.new
+    return now
+
+
+def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, search: dict) -> DistilledSet:
+    """The examples at ``now`` of the pool and the start, one behind the other."""
+    width = max(pool.embeds.shape[1], start.embeds.shape[1])
+
+    def joined(name: str) -> Tensor:
+        parts = (getattr(pool, name), getattr(start, name))
+        tail = (0, 0) if name == "embeds" else ()
+        return torch.cat([torch.nn.functional.pad(t, (*tail, 0, width - t.shape[1])) for t in parts])[now]
+
+    meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection", "rows")}
+    for key in {"text", "rows"} & start.meta.keys():
+        values = [*pool.meta[key], *start.meta[key]]
+        meta[key] = [values[i] for i in now]
+    meta["search"] = search
+    assert pool.tokens is not None and start.tokens is not None
+    parts = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
+    return dataclasses.replace(start, **parts, step_sizes=None, meta=meta)
+
+
+def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, length: int | None = None) -> DistilledSet:
+    """For each example the real training sentence of its class whose representation is nearest; none is taken twice.
+
+    Args:
+        distilled: a set of a classification task, embeddings or text.
+        length: tokens per example; default: the set's own.
+
+    Returns:
+        a set of real sentences with hard labels and no recipe.
+    """
+    check_is("distilled", distilled, DistilledSet)
+    check_is("task", task, Task)
+    check_is("student", student, Student)
+    distilled.check_table(student)
+    distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
+    real = sentence_features(task, student)
+    with torch.no_grad():
+        x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
+    x = torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy()
+    rows, labels = [], np.array(distilled.meta["labels"])
+    for label, pool in enumerate(task.rows_by_class("train")):
+        chosen: list[int] = []
+        for example in np.flatnonzero(labels == label):
+            near = pool[np.argsort(-(real[pool] @ x[example]), kind="stable")]
+            chosen.append(int(next(row for row in near if row not in chosen)))
+        rows.append(np.array(chosen))
+    sentences = from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
+    sentences.meta["selection"] = {"method": "nearest sentences"}
+    return sentences
