@@ -165,8 +165,8 @@ def find_corpus(source: str, columns: Columns, *, built_in: tuple[str, ...]) -> 
     names = [*built_in, *known]
     close = difflib.get_close_matches(source, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise CorpusError(f"source: unknown task {source!r}{hint}: it is none of {', '.join(names)}, not an existing folder, and not "
-                      f"a hub id of the form 'owner/name'")
+    raise CorpusError(f"source: unknown task {source!r}{hint}: it is none of {', '.join(names)}, not an existing folder, and "
+                      "not a hub id of the form 'owner/name'")
 
 
 # --- docstrings ------------------------------------------------------------------------------------------------------
