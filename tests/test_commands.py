@@ -21,6 +21,7 @@ from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
 from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
 from distillkit.evaluation.recipes import NAMED, Tuned
+from distillkit.experiments.instruction import InstructionJob
 from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
@@ -234,6 +235,18 @@ def test_flags_win_over_the_file_over_the_folder(tmp_path):
     found = settled("--config", tmp_path / "a.yaml", "--inits", 2)
     assert (found.lr, found.outer_steps, found.seeds, found.inits) == (0.08, 8, (4, 5), 2)
     assert settled("--config", tmp_path / "a.yaml", "--outer-steps", 9).outer_steps == 9
+    assert settled("--label-lr", 0.5, "--step-size-lr", 0.25).rates() == {"lr": 0.3, "label_lr": 0.5, "step_size_lr": 0.25}
+    with pytest.raises(ValueError, match="--label-lr must be a number above 0"):
+        settled("--label-lr", 0)
+
+
+def test_an_experiment_and_the_command_line_share_their_settings():
+    """A setting that both have is one declaration: the same help, check and type."""
+    work, job = ({f.name: f for f in dataclasses.fields(kind)} for kind in (Work, InstructionJob))
+    shared = {*work} & {*job} - {"seeds"}  # sets there, fresh models here
+    assert {"corpus", "fraction", "inner_batch", "outer_steps", "label_lr", "match_epochs"} <= shared
+    for name in shared:
+        assert (work[name].metadata, work[name].type) == (job[name].metadata, job[name].type), name
 
 
 @pytest.mark.parametrize(("text", "message"), [
