@@ -34,6 +34,7 @@ from distillkit.core.distilled import DistilledSet, special_frame
 from distillkit.core.students import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.tasks import Task
+from distillkit.evaluation.scoring import by_size, per_character, picks, without_nan
 from distillkit.io.checks import check_whole
 from distillkit.io.seeds import generator
 
@@ -171,38 +172,33 @@ def few_shot(
     longest = max(len(question) + max(map(len, of)) for question, of in zip(asked + blank[0], choices + blank[1], strict=True))
     room = student.max_positions - len(opening) - longest
 
-    texts = task.split(split)["choices"][:]
-    length_of = [[len(text) for text in texts[row]] for row in rows]
-    right, dropped, context = [], [], []
+    accuracies, dropped, lengths = [], [], []
     for order in range(orders if k else 1):
         chosen = _order([answer for answer, _ in shown], k, generator("few-shot-order", seed, order))
-        kept = _fitting([shown[i][1] for i in chosen], room)
-        if k and not kept:
+        fitting = _fitting([shown[i][1] for i in chosen], room)
+        if k and not fitting:
             raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
                              f"{student.max_positions} positions of {student.name!r}; give a smaller length")
-        read = torch.cat([_embedded(student, opening), *kept])
-        memory = remember(student, read)
+        context = torch.cat([_embedded(student, opening), *fitting])
+        memory = remember(student, context)
         plain = log_likelihoods(student, memory, asked, choices, batch_size)
-        scored = [plain, [s / of for s, of in zip(plain, length_of, strict=True)]]
+        scores = [plain, per_character(plain, task, split, rows)]
         if blank[0]:
-            said = np.stack(log_likelihoods(student, memory, *blank, batch_size))
-            prior = np.log(np.mean(_softmax(said), axis=0))
-            scored.append([s - prior for s in plain])
-        right.append([float(task.are_right(split, rows, _picks(scores)).mean()) for scores in scored])
-        dropped.append(len(chosen) - len(kept))
-        context.append(len(read))
-    plain, by_length, *calibrated = (tuple(column) for column in zip(*right, strict=True))
-    return FewShot(
-        mean=float(np.mean(plain)),
-        std=float(np.std(plain, ddof=1)) if len(plain) > 1 else float("nan"),
-        scores=plain,
-        normalized=by_length,
-        calibrated=calibrated[0] if calibrated else None,
-        k=k,
-        dropped=tuple(dropped),
-        context=tuple(context),
-        rows=len(rows),
-    )
+            answers = torch.tensor(np.stack(log_likelihoods(student, memory, *blank, batch_size)))
+            prior = answers.softmax(1).mean(0).log().numpy()
+            scores.append([s - prior for s in plain])
+        accuracies.append([float(task.are_right(split, rows, picks(s)).mean()) for s in scores])
+        dropped.append(len(chosen) - len(fitting))
+        lengths.append(len(context))
+    return _summary(accuracies, k, dropped, lengths, len(rows))
+
+
+def _summary(accuracies: list[list[float]], k: int, dropped: list[int], lengths: list[int], rows: int) -> FewShot:
+    """The result from the accuracies of each order: plain, by length and, where there is one, calibrated."""
+    plain, by_length, *calibrated = (tuple(column) for column in zip(*accuracies, strict=True))
+    std = float(np.std(plain, ddof=1)) if len(plain) > 1 else float("nan")
+    return FewShot(float(np.mean(plain)), std, plain, by_length, calibrated[0] if calibrated else None, k=k,
+                   dropped=tuple(dropped), context=tuple(lengths), rows=rows)
 
 
 def _check(task, student: Student, split: str) -> None:
@@ -324,8 +320,8 @@ def log_likelihoods(
     Returns:
         for each question an array with an entry a choice; a NaN counts as −∞.
     """
-    found = [np.zeros(len(of)) for of in choices]
-    items = []  # tokens to read, and (place, token, question, choice) of each log-probability that is wanted
+    likelihoods = [np.zeros(len(of)) for of in choices]
+    items = []  # tokens to read, and (place, token, question, choice) of each log-probability to read there
     for row, (question, of) in enumerate(zip(asked, choices, strict=True)):
         end = len(question) - 1
         if all(len(choice) == 1 for choice in of):  # then the question is read once and tells of all of them
@@ -333,31 +329,19 @@ def log_likelihoods(
         else:
             items += [(question + choice[:-1], [(end + j, token, row, i) for j, token in enumerate(choice)])
                       for i, choice in enumerate(of)]
-    items.sort(key=lambda item: len(item[0]))
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
+    for part in by_size(items, lambda item: len(item[0]), batch_size):
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in part], batch_first=True)
-        first = min(place for _, wanted in part for place, *_ in wanted)
+        first = min(place for _, places in part for place, *_ in places)
         past = copy.deepcopy(memory)  # as reading adds to it
         if past is not None:
             past.batch_repeat_interleave(len(part))
         with torch.no_grad():  # padding stands behind, where no token of interest looks
             embeds = student.scaled(F.embedding(ids.to(student.device), student.embedding))
-            said = student.module(
+            log_p = student.module(
                 inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=ids.shape[1] - first
             ).logits.log_softmax(-1)
-        wanted = [(n, place - first, *rest) for n, (_, places) in enumerate(part) for place, *rest in places]
-        n, place, token, row, choice = zip(*wanted, strict=True)
-        for r, c, value in zip(row, choice, said[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
-            found[r][c] += value
-    return [np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf) for scores in found]
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    x = np.exp(x - x.max(1, keepdims=True))
-    return x / x.sum(1, keepdims=True)
-
-
-def _picks(scores: list[np.ndarray]) -> np.ndarray:
-    """The likeliest choice of each question; -1 where none has a finite score."""
-    return np.array([np.argmax(s) if np.isfinite(s).any() else -1 for s in scores])
+        where = [(n, place - first, *rest) for n, (_, places) in enumerate(part) for place, *rest in places]
+        n, place, token, row, choice = zip(*where, strict=True)
+        for r, c, value in zip(row, choice, log_p[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
+            likelihoods[r][c] += value
+    return without_nan(likelihoods)

@@ -164,8 +164,8 @@ def find_corpus(source: str, columns: Columns, *, built_in: tuple[str, ...]) -> 
         return _hub_corpus(source, Known(source, ()), columns, looked_in=["this folder: no such folder here"])
     names = [*built_in, *known]
     close = difflib.get_close_matches(source, names, n=1)
-    raise CorpusError(f"source names the unknown task {source!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is none of "
-                      f"{', '.join(names)}, not an existing folder, and not a hub id of the form 'owner/name'")
+    raise CorpusError(f"source names the unknown task {source!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is "
+                      f"none of {', '.join(names)}, not an existing folder, and not a hub id of the form 'owner/name'")
 
 
 # --- docstrings ------------------------------------------------------------------------------------------------------
