@@ -79,10 +79,10 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
     words = task.classes if words is None else tuple(words)
     if len(words) != len(task.classes) or len({*words}) != len(words):
         raise ValueError(f"words must be a different one for each of {', '.join(task.classes)}, not {words!r}")
-    made = {}
+    splits = {}
     for split in ("train", "validation", "test"):
         labels = task.labels(split).tolist()
-        made[split] = datasets.Dataset.from_dict({
+        splits[split] = datasets.Dataset.from_dict({
             "prompt": [template.replace("{text}", text) for text in task.split(split)["text"][:]],
             "response": [words[label] for label in labels],
             "choices": [[*words]] * len(labels),
@@ -90,7 +90,7 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
             "group": [task.classes[label] for label in labels],
         })
     digest = hashlib.sha256(json.dumps([task.fingerprint, template, words]).encode()).hexdigest()
-    return Questions(task.name, "instruction", (), **made, max_length=task.max_length + ROOM, origin=task.origin,
+    return Questions(task.name, "instruction", (), **splits, max_length=task.max_length + ROOM, origin=task.origin,
                      fingerprint=digest, template=template, names=task.classes, words=words)
 
 
@@ -155,12 +155,8 @@ def few_shot(
         ValueError: a classifier, another model's embeddings, more shots than there are, demonstrations for a task that did
             not make them, a context in which not one has room, questions without choices, or a chat model.
     """
-    _check(task, student, split)
+    rows = _checked_rows(task, student, split, rows)
     check_whole("orders", orders)
-    rows = range(len(task.split(split))) if rows is None else [int(row) for row in rows]
-    if not len(rows):
-        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
-    task.check_choices(split, rows)
     shown = _demonstrations(task, student, shots, length, separator)
     k = len(shown) if k is None else k
     check_whole("k", k, least=0, most=len(shown), meaning="no more than there are demonstrations")
@@ -170,16 +166,11 @@ def few_shot(
     choices = [task.choice_ids(student.tokenizer, split, row) for row in rows]
     blank = _content_free(task, student) if isinstance(task, Questions) else ([], [])
     longest = max(len(question) + max(map(len, of)) for question, of in zip(asked + blank[0], choices + blank[1], strict=True))
-    room = student.max_positions - len(opening) - longest
-
     accuracies, dropped, lengths = [], [], []
     for order in range(orders if k else 1):
         chosen = _order([answer for answer, _ in shown], k, generator("few-shot-order", seed, order))
-        fitting = _fitting([shown[i][1] for i in chosen], room)
-        if k and not fitting:
-            raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
-                             f"{student.max_positions} positions of {student.name!r}; give a smaller length")
-        context = torch.cat([_embedded(student, opening), *fitting])
+        parts = _fitting([shown[i][1] for i in chosen], student, len(opening), longest)
+        context = torch.cat([_embedded(student, opening), *parts])
         memory = remember(student, context)
         plain = log_likelihoods(student, memory, asked, choices, batch_size)
         scores = [plain, per_character(plain, task, split, rows)]
@@ -188,7 +179,7 @@ def few_shot(
             prior = answers.softmax(1).mean(0).log().numpy()
             scores.append([s - prior for s in plain])
         accuracies.append([float(task.are_right(split, rows, picks(s)).mean()) for s in scores])
-        dropped.append(len(chosen) - len(fitting))
+        dropped.append(len(chosen) - len(parts))
         lengths.append(len(context))
     return _summary(accuracies, k, dropped, lengths, len(rows))
 
@@ -201,14 +192,19 @@ def _summary(accuracies: list[list[float]], k: int, dropped: list[int], lengths:
                    dropped=tuple(dropped), context=tuple(lengths), rows=rows)
 
 
-def _check(task, student: Student, split: str) -> None:
+def _checked_rows(task, student: Student, split: str, rows: Sequence[int] | None) -> Sequence[int]:
+    """The rows to answer (default: all of the split); raises ValueError unless ``student`` can answer them."""
     if task.kind != "instruction" or student.kind != "instruction":
         raise ValueError(f"few_shot asks a language model questions, and task {task.name!r} is {task.kind}, student "
                          f"{student.name!r} is for {student.kind}; make asked = questions(task), load_student(…, asked)")
     if student.tokenizer.chat_template is not None:
         raise ValueError(f"{student.name!r} is a chat model, whose turns few_shot does not write; set "
                          "student.tokenizer.chat_template = None to have it read plain text")
-    task.split(split)  # a name that is none is an error
+    rows = range(len(task.split(split))) if rows is None else [int(row) for row in rows]
+    if not len(rows):
+        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
+    task.check_choices(split, rows)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- demonstrations
@@ -222,19 +218,19 @@ def _demonstrations(task, student: Student, shots, length: int | None, separator
     if isinstance(task, Questions):
         template, words = task.template, dict(zip(task.names, task.words, strict=True))
     front, behind = template.split("{text}")
-    tokenizer, found = student.tokenizer, []
+    tokenizer, demonstrations = student.tokenizer, []
     for body, answer in _bodies(task, student, shots):
         if words and answer not in words:
             raise ValueError(f"a demonstration is of class {answer!r}, which is none of {', '.join(words)}")
         answer = words.get(answer, answer)
         if isinstance(body, str):
             text = _cut(tokenizer, body, length)
-            found.append((answer, _embedded(student, _ids(tokenizer, f"{front}{text}{behind} {answer}{separator}"))))
+            demonstrations.append((answer, _embedded(student, _ids(tokenizer, f"{front}{text}{behind} {answer}{separator}"))))
         else:
             parts = [_ids(tokenizer, front) if front else [], _ids(tokenizer, f"{behind} {answer}{separator}")]
             first, last = (_embedded(student, ids) for ids in parts)
-            found.append((answer, torch.cat([first, body[:length].to(first), last])))
-    return found
+            demonstrations.append((answer, torch.cat([first, body[:length].to(first), last])))
+    return demonstrations
 
 
 def _bodies(task, student: Student, shots) -> Iterator[tuple[str | Tensor, str]]:
@@ -265,11 +261,19 @@ def _order(answers: list[str], k: int, draw: torch.Generator) -> list[int]:
     return [chosen[i] for i in torch.randperm(len(chosen), generator=draw).tolist()]
 
 
-def _fitting(parts: list[Tensor], room: int) -> list[Tensor]:
-    """The last of ``parts`` that have ``room`` together: what stands farthest from the question goes first."""
-    while parts and sum(map(len, parts)) > room:
-        parts = parts[1:]
-    return parts
+def _fitting(parts: list[Tensor], student: Student, opening: int, longest: int) -> list[Tensor]:
+    """The last of ``parts`` that fit between the opening and the longest question: what stands farthest from it goes first.
+
+    Raises:
+        ValueError: there are parts, and none fits.
+    """
+    first, room = 0, student.max_positions - opening - longest
+    while parts[first:] and sum(map(len, parts[first:])) > room:
+        first += 1
+    if parts and first == len(parts):
+        raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
+                         f"{student.max_positions} positions of {student.name!r}; give a smaller length")
+    return parts[first:]
 
 
 def _cut(tokenizer, text: str, length: int | None) -> str:
