@@ -38,7 +38,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import AdamW, Optimizer, Part, Unroll, from_recipe, inner_step, set_parts
 from distillkit.core.objectives import bound_step_sizes
 from distillkit.core.students import Student
-from distillkit.data.tasks import SPLITS, Task, _dataset, _fingerprint
+from distillkit.data.tasks import SPLITS, Task, task_of_rows
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.scoring import classified
 from distillkit.io.checks import check_choice, check_whole
@@ -97,9 +97,7 @@ def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: s
     if len(classes) < 2:
         raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
     columns = {s: ([t for t, _ in pairs], [y for _, y in pairs]) for s, pairs in rows.items()}
-    made: dict[str, Any] = {s: _dataset(*found, classes) for s, found in columns.items()}
-    return Task(name, "classification", classes, **made, max_length=like.max_length,
-                fingerprint=_fingerprint(classes, columns), origin=origin)
+    return task_of_rows(name, classes, columns, max_length=like.max_length, origin=origin)
 
 
 def _all_classes(groups) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from distillkit.core.distilled import DistilledSet, special_frame
 from distillkit.core.students import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.tasks import Task
+from distillkit.evaluation.scoring import by_size, per_character, picks, without_nan
 from distillkit.io.checks import check_whole
 from distillkit.io.seeds import generator
 
@@ -78,10 +79,10 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
     words = task.classes if words is None else tuple(words)
     if len(words) != len(task.classes) or len({*words}) != len(words):
         raise ValueError(f"words must be a different one for each of {', '.join(task.classes)}, not {words!r}")
-    made = {}
+    splits = {}
     for split in ("train", "validation", "test"):
         labels = task.labels(split).tolist()
-        made[split] = datasets.Dataset.from_dict({
+        splits[split] = datasets.Dataset.from_dict({
             "prompt": [template.replace("{text}", text) for text in task.split(split)["text"][:]],
             "response": [words[label] for label in labels],
             "choices": [[*words]] * len(labels),
@@ -89,7 +90,7 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
             "group": [task.classes[label] for label in labels],
         })
     digest = hashlib.sha256(json.dumps([task.fingerprint, template, words]).encode()).hexdigest()
-    return Questions(task.name, "instruction", (), **made, max_length=task.max_length + ROOM, origin=task.origin,
+    return Questions(task.name, "instruction", (), **splits, max_length=task.max_length + ROOM, origin=task.origin,
                      fingerprint=digest, template=template, names=task.classes, words=words)
 
 
@@ -154,12 +155,8 @@ def few_shot(
         ValueError: a classifier, another model's embeddings, more shots than there are, demonstrations for a task that did
             not make them, a context in which not one has room, questions without choices, or a chat model.
     """
-    _check(task, student, split)
+    rows = _checked_rows(task, student, split, rows)
     check_whole("orders", orders)
-    rows = range(len(task.split(split))) if rows is None else [int(row) for row in rows]
-    if not len(rows):
-        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
-    task.check_choices(split, rows)
     shown = _demonstrations(task, student, shots, length, separator)
     k = len(shown) if k is None else k
     check_whole("k", k, least=0, most=len(shown), meaning="no more than there are demonstrations")
@@ -169,50 +166,45 @@ def few_shot(
     choices = [task.choice_ids(student.tokenizer, split, row) for row in rows]
     blank = _content_free(task, student) if isinstance(task, Questions) else ([], [])
     longest = max(len(question) + max(map(len, of)) for question, of in zip(asked + blank[0], choices + blank[1], strict=True))
-    room = student.max_positions - len(opening) - longest
-
-    texts = task.split(split)["choices"][:]
-    length_of = [[len(text) for text in texts[row]] for row in rows]
-    right, dropped, context = [], [], []
+    accuracies, dropped, lengths = [], [], []
     for order in range(orders if k else 1):
         chosen = _order([answer for answer, _ in shown], k, generator("few-shot-order", seed, order))
-        kept = _fitting([shown[i][1] for i in chosen], room)
-        if k and not kept:
-            raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
-                             f"{student.max_positions} positions of {student.name!r}; give a smaller length")
-        read = torch.cat([_embedded(student, opening), *kept])
-        memory = remember(student, read)
+        parts = _fitting([shown[i][1] for i in chosen], student, len(opening), longest)
+        context = torch.cat([_embedded(student, opening), *parts])
+        memory = remember(student, context)
         plain = log_likelihoods(student, memory, asked, choices, batch_size)
-        scored = [plain, [s / of for s, of in zip(plain, length_of, strict=True)]]
+        scores = [plain, per_character(plain, task, split, rows)]
         if blank[0]:
-            said = np.stack(log_likelihoods(student, memory, *blank, batch_size))
-            prior = np.log(np.mean(_softmax(said), axis=0))
-            scored.append([s - prior for s in plain])
-        right.append([float(task.are_right(split, rows, _picks(scores)).mean()) for scores in scored])
-        dropped.append(len(chosen) - len(kept))
-        context.append(len(read))
-    plain, by_length, *calibrated = (tuple(column) for column in zip(*right, strict=True))
-    return FewShot(
-        mean=float(np.mean(plain)),
-        std=float(np.std(plain, ddof=1)) if len(plain) > 1 else float("nan"),
-        scores=plain,
-        normalized=by_length,
-        calibrated=calibrated[0] if calibrated else None,
-        k=k,
-        dropped=tuple(dropped),
-        context=tuple(context),
-        rows=len(rows),
-    )
+            answers = torch.tensor(np.stack(log_likelihoods(student, memory, *blank, batch_size)))
+            prior = answers.softmax(1).mean(0).log().numpy()
+            scores.append([s - prior for s in plain])
+        accuracies.append([float(task.are_right(split, rows, picks(s)).mean()) for s in scores])
+        dropped.append(len(chosen) - len(parts))
+        lengths.append(len(context))
+    return _summary(accuracies, k, dropped, lengths, len(rows))
 
 
-def _check(task, student: Student, split: str) -> None:
+def _summary(accuracies: list[list[float]], k: int, dropped: list[int], lengths: list[int], rows: int) -> FewShot:
+    """The result from the accuracies of each order: plain, by length and, where there is one, calibrated."""
+    plain, by_length, *calibrated = (tuple(column) for column in zip(*accuracies, strict=True))
+    std = float(np.std(plain, ddof=1)) if len(plain) > 1 else float("nan")
+    return FewShot(float(np.mean(plain)), std, plain, by_length, calibrated[0] if calibrated else None, k=k,
+                   dropped=tuple(dropped), context=tuple(lengths), rows=rows)
+
+
+def _checked_rows(task, student: Student, split: str, rows: Sequence[int] | None) -> Sequence[int]:
+    """The rows to answer (default: all of the split); raises ValueError unless ``student`` can answer them."""
     if task.kind != "instruction" or student.kind != "instruction":
         raise ValueError(f"few_shot asks a language model questions, and task {task.name!r} is {task.kind}, student "
                          f"{student.name!r} is for {student.kind}; make asked = questions(task), load_student(…, asked)")
     if student.tokenizer.chat_template is not None:
         raise ValueError(f"{student.name!r} is a chat model, whose turns few_shot does not write; set "
                          "student.tokenizer.chat_template = None to have it read plain text")
-    task.split(split)  # a name that is none is an error
+    rows = range(len(task.split(split))) if rows is None else [int(row) for row in rows]
+    if not len(rows):
+        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
+    task.check_choices(split, rows)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- demonstrations
@@ -226,19 +218,19 @@ def _demonstrations(task, student: Student, shots, length: int | None, separator
     if isinstance(task, Questions):
         template, words = task.template, dict(zip(task.names, task.words, strict=True))
     front, behind = template.split("{text}")
-    tokenizer, found = student.tokenizer, []
+    tokenizer, demonstrations = student.tokenizer, []
     for body, answer in _bodies(task, student, shots):
         if words and answer not in words:
             raise ValueError(f"a demonstration is of class {answer!r}, which is none of {', '.join(words)}")
         answer = words.get(answer, answer)
         if isinstance(body, str):
             text = _cut(tokenizer, body, length)
-            found.append((answer, _embedded(student, _ids(tokenizer, f"{front}{text}{behind} {answer}{separator}"))))
+            demonstrations.append((answer, _embedded(student, _ids(tokenizer, f"{front}{text}{behind} {answer}{separator}"))))
         else:
             parts = [_ids(tokenizer, front) if front else [], _ids(tokenizer, f"{behind} {answer}{separator}")]
             first, last = (_embedded(student, ids) for ids in parts)
-            found.append((answer, torch.cat([first, body[:length].to(first), last])))
-    return found
+            demonstrations.append((answer, torch.cat([first, body[:length].to(first), last])))
+    return demonstrations
 
 
 def _bodies(task, student: Student, shots) -> Iterator[tuple[str | Tensor, str]]:
@@ -269,11 +261,19 @@ def _order(answers: list[str], k: int, draw: torch.Generator) -> list[int]:
     return [chosen[i] for i in torch.randperm(len(chosen), generator=draw).tolist()]
 
 
-def _fitting(parts: list[Tensor], room: int) -> list[Tensor]:
-    """The last of ``parts`` that have ``room`` together: what stands farthest from the question goes first."""
-    while parts and sum(map(len, parts)) > room:
-        parts = parts[1:]
-    return parts
+def _fitting(parts: list[Tensor], student: Student, opening: int, longest: int) -> list[Tensor]:
+    """The last of ``parts`` that fit between the opening and the longest question: what stands farthest from it goes first.
+
+    Raises:
+        ValueError: there are parts, and none fits.
+    """
+    first, room = 0, student.max_positions - opening - longest
+    while parts[first:] and sum(map(len, parts[first:])) > room:
+        first += 1
+    if parts and first == len(parts):
+        raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
+                         f"{student.max_positions} positions of {student.name!r}; give a smaller length")
+    return parts[first:]
 
 
 def _cut(tokenizer, text: str, length: int | None) -> str:
@@ -324,8 +324,8 @@ def log_likelihoods(
     Returns:
         for each question an array with an entry a choice; a NaN counts as −∞.
     """
-    found = [np.zeros(len(of)) for of in choices]
-    items = []  # tokens to read, and (place, token, question, choice) of each log-probability that is wanted
+    likelihoods = [np.zeros(len(of)) for of in choices]
+    items = []  # tokens to read, and (place, token, question, choice) of each log-probability to read there
     for row, (question, of) in enumerate(zip(asked, choices, strict=True)):
         end = len(question) - 1
         if all(len(choice) == 1 for choice in of):  # then the question is read once and tells of all of them
@@ -333,31 +333,19 @@ def log_likelihoods(
         else:
             items += [(question + choice[:-1], [(end + j, token, row, i) for j, token in enumerate(choice)])
                       for i, choice in enumerate(of)]
-    items.sort(key=lambda item: len(item[0]))
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
+    for part in by_size(items, lambda item: len(item[0]), batch_size):
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens, _ in part], batch_first=True)
-        first = min(place for _, wanted in part for place, *_ in wanted)
+        first = min(place for _, places in part for place, *_ in places)
         past = copy.deepcopy(memory)  # as reading adds to it
         if past is not None:
             past.batch_repeat_interleave(len(part))
         with torch.no_grad():  # padding stands behind, where no token of interest looks
             embeds = student.scaled(F.embedding(ids.to(student.device), student.embedding))
-            said = student.module(
+            log_p = student.module(
                 inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=ids.shape[1] - first
             ).logits.log_softmax(-1)
-        wanted = [(n, place - first, *rest) for n, (_, places) in enumerate(part) for place, *rest in places]
-        n, place, token, row, choice = zip(*wanted, strict=True)
-        for r, c, value in zip(row, choice, said[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
-            found[r][c] += value
-    return [np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf) for scores in found]
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    x = np.exp(x - x.max(1, keepdims=True))
-    return x / x.sum(1, keepdims=True)
-
-
-def _picks(scores: list[np.ndarray]) -> np.ndarray:
-    """The likeliest choice of each question; -1 where none has a finite score."""
-    return np.array([np.argmax(s) if np.isfinite(s).any() else -1 for s in scores])
+        where = [(n, place - first, *rest) for n, (_, places) in enumerate(part) for place, *rest in places]
+        n, place, token, row, choice = zip(*where, strict=True)
+        for r, c, value in zip(row, choice, log_p[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
+            likelihoods[r][c] += value
+    return without_nan(likelihoods)

@@ -43,24 +43,24 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
     texts = distilled.to_text()
     column, labels = ("prompt", "response") if task.kind == "instruction" else ("text", "label")
     length = task.max_length if task.kind == "instruction" else min(task.max_length, student.max_positions)
-    found = DistilledSet.from_text(texts[column], texts[labels], task, student, length=length, soft_labels=False)
+    moved = DistilledSet.from_text(texts[column], texts[labels], task, student, length=length, soft_labels=False)
     if task.kind == "classification":
-        found = dataclasses.replace(found, targets=distilled.targets.clone())
+        moved = dataclasses.replace(moved, targets=distilled.targets.clone())
     uncut = student.tokenizer(texts[column][:], add_special_tokens=False)["input_ids"]
     rows = distilled.meta.get("rows") if distilled.meta.get("task_fingerprint") == task.fingerprint else None
-    words = [" ".join(text.split()) for text in found.meta["text"]]
+    words = [" ".join(text.split()) for text in moved.meta["text"]]
     meta = {
-        **found.meta,
+        **moved.meta,
         **({} if rows is None else {"rows": rows}),
         "retokenized": {
             "from": distilled.meta.get("student"),
             "tokens_before": int(distilled.free.sum()),
             "tokens_after": sum(map(len, uncut)),
-            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, found.free.sum(1), strict=True)),
+            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, moved.free.sum(1), strict=True)),
             "same_text": sum(a == " ".join(b.split()) for a, b in zip(words, distilled.meta["text"], strict=True)),
         },
     }
-    return dataclasses.replace(found, meta=meta)
+    return dataclasses.replace(moved, meta=meta)
 
 
 def transfer(

@@ -148,8 +148,17 @@ def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str,
             raise ValueError(f"limit={most} leaves some of the {len(classes)} classes of {corpus.name} without a row; "
                              f"use {len(classes)} or more")
         rows[name] = limited(rows[name], most, len(classes), name, seed)
-    made: dict[str, Any] = {name: _dataset(*rows[name], classes) for name in SPLITS}
-    return Task(corpus.name, "classification", classes, **made, max_length=max_length,
+    return task_of_rows(corpus.name, classes, rows, max_length=max_length, origin=origin)
+
+
+def task_of_rows(name: str, classes: tuple[str, ...], rows: Mapping[str, tuple[list[str], list[int]]], *,
+                 max_length: int, origin: str) -> Task:
+    """A classification task of labelled text.
+
+    `rows`: {split: (texts, labels)}, labels as numbers of `classes`; the fingerprint is of these and the classes alone.
+    """
+    splits: dict[str, Any] = {split: _dataset(*rows[split], classes) for split in SPLITS}
+    return Task(name, "classification", classes, **splits, max_length=max_length,
                 fingerprint=_fingerprint(classes, rows), origin=origin)
 
 
@@ -249,7 +258,7 @@ def _dataset(texts: list[str], labels: list[int], classes: tuple[str, ...]) -> d
     return datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
 
 
-def _fingerprint(classes: tuple[str, ...], rows: dict) -> str:
+def _fingerprint(classes: tuple[str, ...], rows: Mapping) -> str:
     content = hashlib.sha256(json.dumps(classes).encode())
     for name in SPLITS:
         content.update(json.dumps([name, *rows[name]]).encode())
