@@ -94,7 +94,7 @@ CALLS = {
         "task": THING, "student": THING, "fraction": or_none(SHARE), "length": or_none(WHOLE), "soft_labels": FLAG,
         "fill": FLAG, "seed": SEED}),
     "meta_gradient": (dk.meta_gradient, dict.fromkeys(("distilled", "objective")), {
-        "distilled": THING, "objective": THING, "seed": SEED}),
+        "distilled": THING, "objective": THING, "seed": SEED, "on_retry": THING}),
     "search_step_size": (dk.search_step_size, {"distilled": None, "objective": None, "candidates": (0.1,)}, {
         "distilled": THING, "objective": THING, "tries": WHOLE, "seed": SEED,
         "candidates": st.sampled_from([(), None, 0.1, (0.0,), (NAN,), ("a",)])}),

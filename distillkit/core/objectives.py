@@ -431,6 +431,8 @@ def meta_gradient(
     """
     check_is("distilled", distilled, DistilledSet)
     check_objective(objective)
+    if on_retry is not None and not callable(on_retry):
+        raise TypeError(f"on_retry must be a function of an objective, not {on_retry!r}")
     own = fitted(distilled, objective)
     while True:
         try:

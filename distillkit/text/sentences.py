@@ -64,6 +64,7 @@ def search_sentences(
     for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
         check_whole(name, value)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
+    start.label_names()  # a set that does not tell them is an error
     labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
     x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
     of_class = [(pool.targets == label).nonzero().squeeze(1) for label in range(len(task.classes))]
@@ -154,6 +155,7 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     with torch.no_grad():
         x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
     x = torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy()
+    distilled.label_names()  # a set that does not tell them is an error
     rows, labels = [], np.array(distilled.meta["labels"])
     for label, pool in enumerate(task.rows_by_class("train")):
         chosen: list[int] = []
