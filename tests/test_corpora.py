@@ -148,6 +148,7 @@ def test_build_does_not_depend_on_hash_randomisation(little):
         import json, sys
         sys.path.insert(0, {str(little)!r})
         from distillkit.data import corpora
+        from distillkit.data.load import load_corpus
         corpora.LIBRARIES = ("alphalib", "betalib")
         print(json.dumps(corpora.build_docstrings()))
     """)
@@ -182,6 +183,7 @@ def test_two_processes_at_once_build_once(little):
         import sys
         sys.path.insert(0, {str(little)!r})
         from distillkit.data import corpora
+        from distillkit.data.load import load_corpus
         corpora.LIBRARIES, corpora._installed = ("alphalib", "betalib"), lambda library: "1.0"
         build = corpora.build_docstrings
         corpora.build_docstrings = lambda: print("built") or build()

@@ -256,6 +256,9 @@ class _Share:
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator:
         return itertools.islice(self.objective.problems(distilled, seed), self.team.rank, None, self.team.size)
 
+    def recipe(self) -> dict:
+        return self.objective.recipe()
+
 
 def _members(objective) -> int:
     """Initialisations or segments of an outer step."""
