@@ -396,7 +396,8 @@ class Distiller:
             values = {name: stored.tensors[f"value.{name}"] for name in self._made.values}
             learned = {name.split(".")[1] for name in stored.tensors if name.startswith("adam.")}
             moments = {name: {"count": int(stored.tensors[f"adam.{name}.count"]),
-                              **{key: {name: stored.tensors[f"adam.{name}.{key}"]} for key in ("m", "v")}} for name in learned}
+                              **{key: {name: stored.tensors[f"adam.{name}.{key}"]} for key in ("m", "v")}}
+                       for name in LEARNABLE if name in learned}
         except (KeyError, TypeError) as error:
             raise StorageError(f"{self.checkpoint_dir} is no checkpoint of this distillkit: it has no {error}; choose another "
                                "checkpoint_dir") from error
