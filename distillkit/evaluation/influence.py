@@ -69,9 +69,9 @@ def per_example_gradients(student: Student, params: Params, batch: Batch, target
     if by == "auto":
         if WAY not in student.cache:
             try:
-                found = _by_vmap(student, params, batch, targets)
+                gradients = _by_vmap(student, params, batch, targets)
                 student.cache[WAY] = "vmap"
-                return found
+                return gradients
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # what torch raises for code that it cannot vectorise
@@ -289,8 +289,8 @@ def _influence(task: Task, student: Student, seed: int, settings: LessSettings) 
             for rows in chunks:
                 batch = task.batch(student.tokenizer, "train", rows)
                 grads = per_example_gradients(student, point.params, batch, batch["labels"])
-                found = feature(adam_direction(settings.optimizer, point.state, grads)) @ aims.T
-                scores[rows] += point.step_size * found.cpu().double()
+                influences = feature(adam_direction(settings.optimizer, point.state, grads)) @ aims.T
+                scores[rows] += point.step_size * influences.cpu().double()
                 bar.update(len(rows))
     best = scores.amax(1)
     if not best.isfinite().all():
@@ -333,6 +333,6 @@ def _subtasks(task: Task, seed: int, settings: LessSettings) -> list[Tensor]:
         names = task.labels("validation") if settings.by_class else np.zeros(len(split))
     _, number = np.unique(names, return_inverse=True)
     draw = generator("less-validation", seed)
-    found = [torch.from_numpy(np.flatnonzero(number == j)) for j in range(number.max() + 1)]
-    most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(found))
-    return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in found]
+    subtasks = [torch.from_numpy(np.flatnonzero(number == j)) for j in range(number.max() + 1)]
+    most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(subtasks))
+    return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in subtasks]

@@ -63,7 +63,7 @@ def select(
     check_flag("fill", fill)
     size = {"per_class": per_class, "fraction": fraction, "length": length, "fill": fill, "seed": seed}
     if method == "random":
-        found = DistilledSet.from_real(task, student, soft_labels=False, **size)
+        selected = DistilledSet.from_real(task, student, soft_labels=False, **size)
     else:
         k = examples_per_class(task, per_class, fraction)
         if method == "less":
@@ -71,10 +71,10 @@ def select(
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
             rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
-        found = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
-    noted = {"trainable": student.trainable, **less.described()} if method == "less" else {}
-    found.meta["selection"] = {"method": method, "seed": seed, **noted}
-    return found
+        selected = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
+    settings = {"trainable": student.trainable, **less.described()} if method == "less" else {}
+    selected.meta["selection"] = {"method": method, "seed": seed, **settings}
+    return selected
 
 
 def k_center(x: np.ndarray, k: int) -> np.ndarray:
@@ -104,8 +104,8 @@ def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np
     """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
     key = f"features:{task.fingerprint}:{task.max_length}"
     if key not in student.cache:
-        found = over_training_rows(task, student, student.features, batch_size)
-        student.cache[key] = torch.nn.functional.normalize(found, dim=1).numpy()
+        features = over_training_rows(task, student, student.features, batch_size)
+        student.cache[key] = torch.nn.functional.normalize(features, dim=1).numpy()
     return student.cache[key]
 
 

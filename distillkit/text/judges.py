@@ -154,17 +154,17 @@ class FrozenJudge:
         needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
         order = sorted(needed)
         with torch.no_grad():
-            found = self._of(distilled, order)
+            features = self._of(distilled, order)
             place = {key: n for n, key in enumerate(order)}
             rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
-            return self.head_losses(found[torch.tensor(rows)], self.labels(distilled), seed).tolist()
+            return self.head_losses(features[torch.tensor(rows)], self.labels(distilled), seed).tolist()
 
-    def _of(self, distilled: DistilledSet, wanted: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Representations ``[len(wanted), n·d]`` of sentences, each an example's number and tokens; those that are
+    def _of(self, distilled: DistilledSet, sentences: list[tuple[int, tuple[int, ...]]]) -> Tensor:
+        """Representations ``[len(sentences), n·d]`` of sentences, each an example's number and tokens; those that are
         remembered are not read again."""
         if len(self._read) > REMEMBERED:
             self._read.clear()
-        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in wanted]
+        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in sentences]
         fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
         with torch.no_grad():
             for start in range(0, len(fresh), 64):
@@ -208,17 +208,17 @@ class FrozenJudge:
         student, task = self.student, self.task
         key = ("layers", task.fingerprint, task.max_length)
         if key not in student.cache:
-            found = over_training_rows(task, student, student.layer_features)
-            mean = found.mean(0)
-            found -= mean
-            scale = (found.square().sum(2).mean(0) * found.shape[1]).rsqrt().unsqueeze(1)
-            student.cache[key] = (found * scale).flatten(1), mean, scale
+            features = over_training_rows(task, student, student.layer_features)
+            mean = features.mean(0)
+            features -= mean
+            scale = (features.square().sum(2).mean(0) * features.shape[1]).rsqrt().unsqueeze(1)
+            student.cache[key] = (features * scale).flatten(1), mean, scale
         return student.cache[key]
 
     def head_losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
         """Outer losses ``[n]`` of heads trained on n sets of representations ``x [n, m, n·d]`` with ``labels [m, c]``, as
         probabilities, on the real rows of an address ``seed``."""
-        real, y = (found.to(x.device) for found in self._real(seed))
+        real, y = (tensor.to(x.device) for tensor in self._real(seed))
         real, labels = real.to(x.dtype), labels.to(x.dtype)
         # The head is a sum of the representations, weight = αᵀx, so that its training needs their inner products only.
         inner = x @ x.transpose(1, 2)
@@ -258,20 +258,20 @@ class StudentJudge:
 
     def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings; all of them, ``examples`` or not."""
-        found = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
-        return float(found.loss), found.embeds.cpu()
+        gradient = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
+        return float(gradient.loss), gradient.embeds.cpu()
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
-        found = []
+        set_losses = []
         for group in swaps:
             assert distilled.tokens is not None  # without tokens there is nothing to swap
             tokens, student = swapped(distilled.tokens, group), self.objective.student
             distilled.check_table(student)
             trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
             losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
-            found.append(sum(losses) / len(losses))
-        return found
+            set_losses.append(sum(losses) / len(losses))
+        return set_losses
 
     def describe(self) -> dict:
         """The settings as JSON values."""

@@ -156,11 +156,11 @@ class NeighborLoss:
 
     def weight_at(self, progress: float) -> float:
         """The factor at a progress in 0..1."""
-        found = self.weight(progress) if callable(self.weight) else self.weight
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
-            raise ValueError(f"the weight of NeighborLoss must be a finite number of 0 or more, not {found!r} at progress "
+        weight = self.weight(progress) if callable(self.weight) else self.weight
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"the weight of NeighborLoss must be a finite number of 0 or more, not {weight!r} at progress "
                              f"{progress:g}")
-        return float(found)
+        return float(weight)
 
     def __call__(self, distilled: DistilledSet) -> tuple[float, Tensor]:
         """The mean over free positions of ‖e − nearest‖², unweighted, and its gradient ``[m, l, d]``."""

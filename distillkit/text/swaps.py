@@ -82,12 +82,10 @@ class SwapSearch:
         second = {} if confirm is None else {"confirm": (confirm, ("losses",))}
         check_search(distilled, student, {"judge": (judge, ("gradient", "losses")), **second})
         derive_seed("swap", seed)  # an error now if it is none
-        given = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
-        if examples is not None:
-            given["examples"] = examples
-        for name, value in given.items():
+        numbers = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
+        for name, value in (numbers if examples is None else numbers | {"examples": examples}).items():
             check_whole(name, value)
-        # As many as there are is all of them.
+        # As many examples as the set has is the same as all of them.
         self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
         self.candidates, self.per_position, self.pool = candidates, per_position, pool

@@ -65,7 +65,7 @@ def relabel(
 ) -> DistilledSet:
     """Learn soft labels and step sizes for a set whose examples stay as they are.
 
-    What learned labels gain is theirs and not the text's, so that texts are compared fairly only if all get them.
+    Learned labels gain accuracy that the words do not, so a comparison of texts is fair only if all of them get labels.
 
     Args:
         distilled: hard labels are softened first; its own step sizes are forgotten.
