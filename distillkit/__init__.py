@@ -24,11 +24,13 @@ _HOMES = {
     "data.load": ("load_task",),
     "data.tasks": ("Task",),
     "data.instruction": ("InstructionTask",),
-    "core.students": ("Student", "load_student"),
+    "core.loading": ("load_student",),
+    "core.student": ("Student",),
     # the synthetic examples
     "core.distilled": ("DistilledSet",),
     # the inner loop: how a student trains
-    "core.inner": ("SGD", "AdamW", "Momentum", "Unroll"),
+    "core.optimizers": ("SGD", "AdamW", "Momentum"),
+    "core.inner": ("Unroll",),
     # how a gradient flows back through it
     "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated", "recommend"),
     "core.problem": ("MetaGradient",),

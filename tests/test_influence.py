@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.inner import AdamW, loss_and_grads
+from distillkit.core.inner import loss_and_grads
+from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import distillkit as dk
-from distillkit.core import students
-from distillkit.core.students import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
+from distillkit.core import loading
+from distillkit.core.loading import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
 
 HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
              "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]
@@ -109,7 +109,7 @@ def test_without_the_package_the_cache_is_taken_if_its_hash_is_right(task, monke
     with pytest.raises(ValueError, match=f"models--sentence-transformers.*not the published {MINILM_SHA256}"):
         dk.load_student("offline:minilm", task)  # the stand-in's weights are random
     (weights,) = standin_hub.glob("hub/models--sentence-transformers--*/snapshots/*/model.safetensors")
-    monkeypatch.setattr(students, "MINILM_SHA256", students.hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr(loading, "MINILM_SHA256", loading.hashlib.sha256(weights.read_bytes()).hexdigest())
     assert dk.load_student("offline:minilm", task).width == 32
 
 

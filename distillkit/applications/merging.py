@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import AdamW, Optimizer, Part, Unroll, from_recipe, inner_step, set_parts
+from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
 from distillkit.core.objectives import bound_step_sizes
-from distillkit.core.students import Student
+from distillkit.core.optimizers import AdamW, Optimizer
+from distillkit.core.student import Student
 from distillkit.data.tasks import SPLITS, Task, task_of_rows
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.scoring import classified

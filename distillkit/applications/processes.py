@@ -38,7 +38,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
 from distillkit.core.objectives import Objective, bound_step_sizes, fitted, meta_gradient
 from distillkit.core.problem import MetaGradient
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
 from distillkit.io.signals import ending_signals

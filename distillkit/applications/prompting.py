@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, special_frame
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import by_size, per_character, picks, without_nan

@@ -25,7 +25,8 @@ import datasets
 import yaml
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.students import MINILM_HUB_ID, MINILM_SHA256, Student
+from distillkit.core.loading import MINILM_HUB_ID, MINILM_SHA256
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.io.escaping import markdown as escaped

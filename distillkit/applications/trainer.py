@@ -33,9 +33,10 @@ import transformers
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import SGD, AdamW, Momentum, Optimizer, from_recipe
+from distillkit.core.inner import from_recipe
 from distillkit.core.objectives import bound_step_sizes
-from distillkit.core.students import Params, Student
+from distillkit.core.optimizers import SGD, AdamW, Momentum, Optimizer
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import NO_TARGET
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
 from distillkit.evaluation.recipes import Own, Recipe, as_recipe

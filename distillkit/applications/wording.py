@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from distillkit.core.distilled import DistilledSet, special_frame
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_whole
 

@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _world(work: Work, student: str | None = None):
-    from distillkit.core.students import load_student
+    from distillkit.core.loading import load_student
     from distillkit.experiments.runner import load_corpus
 
     task = load_corpus(work, seed=work.seed)
@@ -223,7 +223,7 @@ def experts(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit experts``; several processes share the experts, under ``torchrun`` or started by hand."""
     from distillkit.applications.processes import team
     from distillkit.core.experts import record_experts
-    from distillkit.core.inner import AdamW
+    from distillkit.core.optimizers import AdamW
     from distillkit.io.restart import started
     from distillkit.io.storage import Claim
 
@@ -246,8 +246,8 @@ def experts(work: Work, args: argparse.Namespace) -> None:
 
 def _objective(work: Work, task, student, folder: Path):
     from distillkit.core.experts import Experts
-    from distillkit.core.inner import SGD, AdamW, Momentum
     from distillkit.core.objectives import BPTT, TrajectoryMatching
+    from distillkit.core.optimizers import SGD, AdamW, Momentum
     from distillkit.experiments.runner import strategy, unroll_of
     from distillkit.io.storage import is_vacant
 
@@ -593,8 +593,8 @@ def _model(source: str) -> Iterator[str]:
 
 def _student(source: str, role: str, task) -> Iterator[str]:
     """What a student is, which derivatives each kind of attention has, tried on a sentence, and its adapters."""
+    from distillkit.core.loading import load_student
     from distillkit.core.metagrad import recommend
-    from distillkit.core.students import load_student
 
     for attention in ("eager", "sdpa"):
         try:

@@ -1,1 +1,4 @@
-"""The method.  Read in this order: students, distilled, inner, problem, metagrad, objectives, experts, distiller."""
+"""The method.
+
+Read in this order: student, loading, distilled, optimizers, inner, problem, metagrad, objectives, experts, distiller.
+"""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.contents import check_depth, check_inputs, check_meta, check_shapes, check_step_sizes, check_targets
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.labels import whole
 from distillkit.data.tasks import NO_TARGET, Task, check_text
 from distillkit.io.checks import check_flag, check_is, check_whole

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import AdamW
 from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
+from distillkit.core.optimizers import AdamW
 from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
 from distillkit.io.escaping import say
 from distillkit.io.progress import progress

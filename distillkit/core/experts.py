@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import AdamW, Optimizer, Part, State, check_optimizer, described, inner_step
-from distillkit.core.students import Params, Student
+from distillkit.core.inner import Part, inner_step
+from distillkit.core.optimizers import AdamW, Optimizer, State, check_optimizer, described
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_is, check_whole
 from distillkit.io.escaping import say

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from distillkit.core.inner import SGD, Phi, State, inner_step, loss_and_grads
+from distillkit.core.inner import Phi, inner_step, loss_and_grads
+from distillkit.core.optimizers import SGD, State
 from distillkit.core.problem import MetaGradient, Problem, grad, leaf, leaves, outer_loss_and_grads
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.io.checks import check_choice, check_flag, check_is, check_number, check_whole
 from distillkit.io.seeds import derive_seed
 

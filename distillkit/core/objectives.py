@@ -26,10 +26,11 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, moved, real_parts
-from distillkit.core.inner import Unroll, inner_step, optimizer_from
+from distillkit.core.inner import Unroll, inner_step
 from distillkit.core.metagrad import recommend
+from distillkit.core.optimizers import optimizer_from
 from distillkit.core.problem import MetaGradient, Problem
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_number, check_whole
 from distillkit.io.seeds import derive_seed, generator

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Optimizer, Part, Phi, State, Stepped, inner_step, set_parts
-from distillkit.core.students import Params, Student
+from distillkit.core.inner import Part, Phi, Stepped, inner_step, set_parts
+from distillkit.core.optimizers import Optimizer, State
+from distillkit.core.student import Params, Student
 
 
 @dataclasses.dataclass(frozen=True)

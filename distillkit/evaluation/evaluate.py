@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll, inner_step
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.recipes import Plan, Recipe, as_recipe
 from distillkit.evaluation.scoring import answered, has_accuracy, response_loss

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from distillkit.core.experts import real_parts
-from distillkit.core.inner import AdamW, State, described, inner_step, loss_and_grads
-from distillkit.core.students import Batch, Params, Student
+from distillkit.core.inner import inner_step, loss_and_grads
+from distillkit.core.optimizers import AdamW, State, described
+from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_flag, check_number, check_whole
 from distillkit.io.progress import progress
@@ -241,8 +242,7 @@ def adam_direction(optimizer: AdamW, state: State, grads: Tensor) -> Tensor:
     """Γ ``[b, p]``: where the next step on each single example would go, θ_{t+1} − θ_t = −η Γ.
 
     Args:
-        state: after t steps: ``count``, and ``m`` and ``v`` as :class:`~distillkit.core.inner.AdamW` keeps them, p numbers in
-          all.
+        state: after t steps: ``count``, and ``m`` and ``v`` as ``AdamW`` keeps them, p numbers in all.
         grads: each example's gradient at θ_t, ``[b, p]``.
     """
     moments = {"count": state["count"], "m": {"θ": _flat(state["m"])}, "v": {"θ": _flat(state["v"])}}

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import AdamW, Optimizer, Part, Unroll, described, from_recipe, inner_step, set_parts
+from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
 from distillkit.core.objectives import bound_step_sizes
-from distillkit.core.students import Params, Student
+from distillkit.core.optimizers import AdamW, Optimizer, described
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
 from distillkit.io.checks import check_is, check_number, check_whole

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import NO_TARGET, Task
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, examples_per_class, from_rows
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.influence import LESS, LessSettings, less_rows
 from distillkit.evaluation.scoring import by_size

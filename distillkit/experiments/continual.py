@@ -34,8 +34,9 @@ from distillkit.applications.merging import (
     with_recipe,
 )
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import AdamW
-from distillkit.core.students import Student, load_student
+from distillkit.core.loading import load_student
+from distillkit.core.optimizers import AdamW
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select

@@ -24,9 +24,10 @@ import numpy as np
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import record_experts
-from distillkit.core.inner import AdamW
+from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
-from distillkit.core.students import Student, load_student
+from distillkit.core.optimizers import AdamW
+from distillkit.core.student import Student
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.evaluation.selection import ALL_METHODS

@@ -28,7 +28,7 @@ import numpy as np
 
 from distillkit.applications.prompting import FewShot, few_shot, questions
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.students import load_student
+from distillkit.core.loading import load_student
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
 from distillkit.experiments.results import markdown, means, paired_difference, shown

@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest
-from distillkit.core.inner import SGD, Optimizer, Unroll
+from distillkit.core.inner import Unroll
+from distillkit.core.loading import load_student
 from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
-from distillkit.core.students import Student, load_student
+from distillkit.core.optimizers import SGD, Optimizer
+from distillkit.core.student import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from distillkit.applications.transfer import retokenize, transfer
-from distillkit.core.inner import AdamW, Unroll
-from distillkit.core.students import load_student
+from distillkit.core.inner import Unroll
+from distillkit.core.loading import load_student
+from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionJob, InstructionRun

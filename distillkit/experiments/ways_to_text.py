@@ -38,8 +38,10 @@ import torch
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import SGD, AdamW, Unroll
-from distillkit.core.students import Student, load_student
+from distillkit.core.inner import Unroll
+from distillkit.core.loading import load_student
+from distillkit.core.optimizers import SGD, AdamW
+from distillkit.core.student import Student
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread

@@ -20,7 +20,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet, embed
 from distillkit.core.objectives import Objective, check_objective, meta_gradient, trained_loss
 from distillkit.core.problem import MetaGradient
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import over_training_rows
 from distillkit.io.checks import check_is, check_whole
@@ -96,7 +96,7 @@ class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
     A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained: the
-    parts that :meth:`~distillkit.core.students.Student.layer_features` gives, each less its mean over the training split and
+    parts that :meth:`~distillkit.core.student.Student.layer_features` gives, each less its mean over the training split and
     scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts at
     zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
     allows anywhere; its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of which

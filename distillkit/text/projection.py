@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, decode, embed
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_whole
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.io.checks import check_number, check_rate, check_whole
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, from_rows
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import sentence_features
 from distillkit.io.checks import check_is, check_whole

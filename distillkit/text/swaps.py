@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import digest
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.io.checks import check_whole
 from distillkit.io.escaping import say
 from distillkit.io.progress import progress

@@ -13,7 +13,7 @@ import dataclasses
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
 from distillkit.core.objectives import Objective, check_objective
-from distillkit.core.students import Student
+from distillkit.core.student import Student
 from distillkit.io.checks import check_choice, check_is, check_whole
 from distillkit.text.projection import METRICS, project
 

@@ -28,7 +28,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.students import Batch, Params, Student
+from distillkit.core.student import Batch, Params, Student
 from distillkit.io.checks import check_choice, check_whole
 from distillkit.io.seeds import generator
 from distillkit.text.projection import METRICS, allowed_tokens, nearest_tokens

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet, embed
 from distillkit.core.distiller import Distiller, StepRecord
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.io.checks import check_choice, check_whole
 from distillkit.text.projection import allowed_tokens, nearest_tokens, project, with_tokens
 from distillkit.view.figures import curves, html_table, text_table

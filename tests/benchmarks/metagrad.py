@@ -52,7 +52,7 @@ import distillkit as dk
 from distillkit.core.inner import Phi
 from distillkit.core.metagrad import Contribution, compare, update_vjp
 from distillkit.core.problem import MetaGradient, Problem, outer_loss_and_grads
-from distillkit.core.students import Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.experiments.results import read, with_tables, write
 from distillkit.io.memory import LiveBytes
 from distillkit.io.progress import progress
