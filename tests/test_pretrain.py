@@ -13,6 +13,7 @@ import transformers
 import distillkit as dk
 from distillkit.assets import pretrain
 from distillkit.assets.pretrain import LENGTHS, Pretraining, Text, documents
+from distillkit.io import packaged as packaged_models
 from distillkit.io.packaged import FILES, AssetError, asset
 
 NAMES = ["tiny-opt", "tiny-llama"]
@@ -281,7 +282,7 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def packaged(opt, tmp_path, monkeypatch):
     """An untrained tiny-opt where the package's would be; gives its folder."""
-    monkeypatch.setattr(pretrain, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(packaged_models, "ASSETS", tmp_path / "assets")
     run = opt()
     run.curve.append({"step": 0, "tokens": 0, "minutes": 0.0, "train_loss": 0.0, "validation_loss": 0.0})
     return run.write(tmp_path / "assets")

@@ -489,8 +489,8 @@ def write_split(folder, split, rows, suffix):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_hostile_text_is_read_as_it_is(world, tmp_path, suffix):
-    """Every text comes back as it was, and can be trained on and scored; a CSV field of a megabyte is refused by name."""
-    texts = [text for name, text in HOSTILE.items() if (suffix, name) != (".csv", "long")]
+    """Every text comes back as it was, and can be trained on and scored; a NUL, which CSV cannot hold, is refused by line."""
+    texts = [text for name, text in HOSTILE.items() if (suffix, name) != (".csv", "nul")]
     rows = [{"text": text, "label": f"{MARK}{i % 2}"} for i, text in enumerate(texts * 2)]
     for split in ("train", "validation", "test"):
         write_split(tmp_path, split, rows, suffix)
@@ -499,8 +499,8 @@ def test_hostile_text_is_read_as_it_is(world, tmp_path, suffix):
     found = dk.DistilledSet.from_real(task, world[1], per_class=1, length=12)
     assert found.embeds.isfinite().all() and len(found.to_text()) == 2
     if suffix == ".csv":
-        write_split(tmp_path, "train", [{"text": HOSTILE["long"], "label": 1}], suffix)
-        with pytest.raises(corpora.CorpusError, match=r"train\.csv, line \d: not CSV \(field larger than field limit"):
+        write_split(tmp_path, "train", [{"text": HOSTILE["nul"], "label": 1}], suffix)
+        with pytest.raises(corpora.CorpusError, match=r"train\.csv, line 2: a NUL"):
             dk.load_task(tmp_path)
 
 

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 import distillkit as dk
+from distillkit.text.projection import allowed_tokens
 from distillkit.view import figures as plots
 from distillkit.view import measures as views
 from distillkit.view import set_figures as view_plots
@@ -140,7 +141,7 @@ def test_neighbours_that_cannot_be(call, message):
 def test_distance_to_words(world, start):
     _, student = world
     table = student.embedding
-    allowed = dk.neighbors.allowed_tokens(student.tokenizer, len(table)).nonzero().squeeze(1)
+    allowed = allowed_tokens(student.tokenizer, len(table)).nonzero().squeeze(1)
     apart = torch.cdist(table[allowed], table[allowed], compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     found = views.distance_to_words(start, student)
     assert found.yardstick == pytest.approx(float(apart.min(1).values.median()), rel=1e-4)
@@ -271,7 +272,7 @@ def test_history_by_hand(world, start, tmp_path):
     """The first free position goes to another word and back, the second to a third word; the rest stays."""
     _, student = world
     first, second = start.free[0].nonzero().squeeze(1)[:2].tolist()
-    words = dk.neighbors.allowed_tokens(student.tokenizer, len(student.embedding)).nonzero().squeeze(1)
+    words = allowed_tokens(student.tokenizer, len(student.embedding)).nonzero().squeeze(1)
     x, y = [int(w) for w in words if int(w) not in start.tokens[0].tolist()][:2]
 
     def snapshot(at_first, at_second, step):

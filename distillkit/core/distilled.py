@@ -255,7 +255,7 @@ class DistilledSet:
             return self
         if set(own) - set(classes) or foreign is None and len(own) != len(classes):
             raise ValueError(f"the set has the classes {reprlib.repr(own)}, and {owner} has {reprlib.repr(list(classes))}; "
-                             "take what it was made for, or give its classes these names: dk.merging.renamed")
+                             "take what it was made for, or rename its classes (distillkit.applications.merging.renamed)")
         place = torch.tensor([list(classes).index(name) for name in own])
         meta = {**self.meta, "classes": list(classes)}
         if meta.get("labels"):
