@@ -149,7 +149,7 @@ def render(notebook: nbformat.NotebookNode) -> str:
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     """Put `notebook` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
-    from distillkit.storage import save_text
+    from distillkit.io.storage import save_text
 
     save_text(path, render(notebook))
 
