@@ -78,38 +78,15 @@ def _config_path(name: Path) -> Path:
     raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
 
 
-def _kinds() -> dict:
-    """Settings, run and table of each kind of experiment."""
-    from distillkit.experiments.classification import ClassificationJob, ClassificationRun, table
-    from distillkit.experiments.continual import ContinualJob, ContinualRun, continual_table
-    from distillkit.experiments.grid import GridJob, GridRun, scaling_table, slides_table
-    from distillkit.experiments.instruction import InstructionJob, InstructionRun, instruction_table
-    from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
-    from distillkit.experiments.text_grid import TextGridJob, text_grid_table
-    from distillkit.experiments.transfer import TransferJob, TransferRun, transfer_table
-    from distillkit.experiments.ways_to_text import TextJob, TextRun, text_table
-
-    return {
-        "classification": (ClassificationJob, ClassificationRun, table),
-        "instruction": (InstructionJob, InstructionRun, instruction_table),
-        "prompting": (PromptingJob, PromptingRun, prompting_table),
-        "continual": (ContinualJob, ContinualRun, continual_table),
-        "scaling": (GridJob, GridRun, scaling_table),
-        "slides": (GridJob, GridRun, slides_table),
-        "text": (TextJob, TextRun, text_table),
-        "text_grid": (TextGridJob, GridRun, text_grid_table),
-        "transfer": (TransferJob, TransferRun, transfer_table),
-    }
-
-
 def _result(path: Path, args, folder: Path) -> dict:
+    from distillkit.experiments.kinds import KINDS
     from distillkit.experiments.settings import kind_of, renamed
     from distillkit.io.checks import check_choice
     from distillkit.io.restart import started
 
     kind = kind_of(path)
-    check_choice(f"{path}: kind", kind, _kinds())
-    job_class, run_class, _ = _kinds()[kind]
+    check_choice(f"{path}: kind", kind, KINDS)
+    job_class, run_class, _ = KINDS[kind]
     job, seeded = job_class.from_yaml(path), kind != "classification"
     rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
     if seeds and not seeded:
@@ -164,7 +141,9 @@ def _done_with(path: Path) -> bool:
 
 def draw(result: dict) -> str:
     """A result of any kind as Markdown."""
-    *_, table = _kinds()[result["config"].get("kind", "classification")]
+    from distillkit.experiments.kinds import KINDS
+
+    *_, table = KINDS[result["config"].get("kind", "classification")]
     return table(result)
 
 
