@@ -120,10 +120,6 @@ class ContinualCell(Cell):
             scores += [row | {"task": task.name} for row in rows]
         return scores, notes
 
-    def columns(self, method: str, recipe: str) -> dict:
-        columns = super().columns(method, recipe)
-        return columns | {"per_class": None, "length": None} if method == "bytes" else columns
-
     def _trained(self, distilled: DistilledSet, task: Task, student: Student, recipe: str) -> Scores:
         if recipe != "own":
             return self.evaluated(distilled, recipe, task=task, student=student)

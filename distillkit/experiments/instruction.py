@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import record_experts
 from distillkit.core.loading import load_student
-from distillkit.core.objectives import TrajectoryMatching
+from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import choice_accuracy
@@ -47,7 +47,6 @@ from distillkit.experiments.settings import (
     whole,
 )
 from distillkit.experiments.table import by_row, by_set, gain, markdown, paired_difference, spread
-from distillkit.text.projection import project
 
 LEARNED = ("nacd", "bptt")
 ROWS = (
@@ -81,6 +80,7 @@ class InstructionCell(Cell):
     """An experiment on instruction tuning."""
 
     job: InstructionJob
+    projected = {f"{method} text": method for method in LEARNED}
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":
@@ -98,11 +98,12 @@ class InstructionCell(Cell):
         return load_student(self.job.student, self.task, trainable="lora")
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method.endswith(" text"):
-            return project(self.set_of(method.removesuffix(" text"), seed), self.student)
-        if method == "nacd":
-            return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
-        return self.distil(method, seed, self.start(seed), self.objective(**self._training()))
+        if method != "nacd":
+            return super().create(method, seed)
+        return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
+
+    def objective(self, *args, **unroll) -> BPTT:
+        return super().objective(*args, **self._training(), **unroll)
 
     def matching(self, seed: int) -> TrajectoryMatching:
         """Trajectory matching against experts of this seed, which are recorded at its first use."""

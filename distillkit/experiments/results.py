@@ -39,14 +39,14 @@ REPLACE = "give --fresh to replace it, or the run another name"
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 
-def take_up(path: Path, job, cells: Mapping[str, Settings]) -> dict:
-    """The result at ``path`` to go on with, or an empty one of ``job``, whose cells are ``cells``.
+def take_up(path: Path | None, job, cells: Mapping[str, Settings]) -> dict:
+    """The result at ``path`` to go on with, or else an empty one of ``job``, whose cells are ``cells``.
 
     Raises:
         ValueError: a cell was made with other settings, which the message names; or the file holds no table of scores.
     """
     config = as_config(job)
-    if not path.is_file():
+    if path is None or not path.is_file():
         return {"config": config, "cells": {}, "scores": []}
     stored = read(path)
     if not {"cells", "scores"} <= stored.keys():

@@ -75,24 +75,18 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_choice("kind of sets", self.sets.get("kind"), MAKERS)
         if len(self.by_name) != len(self.students):
             raise ValueError(f"two of the students have one short name: {', '.join(self.students)}")
-        for row in self.rows:
-            self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):
             raise ValueError(f"rows must hold at least one '<source> to <target>/<method>', not {self.rows!r}")
-        if self.recipe == "fixed":
-            for target in dict.fromkeys(target for source, target, _ in map(parsed, self.rows) if source):
+        for row in self.rows:
+            source, target, method = parsed(row)
+            for name in (target, source or target):
+                check_choice(f"row {row!r}: a student", name, self.by_name)
+            check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
+            if source and self.by_name[source] in UNTRAINED:
+                raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
+            if source:  # settings that cannot be are an error before anything runs
+                self.making(source)
                 self.training(target)
-
-    def _check_row(self, row: str) -> None:
-        source, target, method = parsed(row)
-        for name in (target, source or target):
-            check_choice(f"row {row!r}: a student", name, self.by_name)
-        check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
-        if not source:
-            return
-        if self.by_name[source] in UNTRAINED:
-            raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
-        self.making(source)  # settings that cannot be are an error before anything runs
 
     def training(self, target: str) -> str | Unroll:
         """What a target is trained by on every text: a recipe's name, or the fixed training."""
@@ -141,12 +135,9 @@ class TransferCell(Cell):
     def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
-        self.maker = functools.cache(self._maker)
+        cell_class = MAKERS[job.sets["kind"]][1]
+        self.maker = functools.cache(lambda source: cell_class(job.making(source), work / source, results, task))
         super().__init__(job, work, results, task, self.reader(parsed(job.rows[0])[1]))
-
-    def _maker(self, source: str) -> Cell:
-        """The experiment whose sets are used."""
-        return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work / source, self.results, self.task)
 
     def score(self, pair: str, method: str, seed: int) -> Scores:
         source, target, _ = parsed(pair)

@@ -286,7 +286,7 @@ def seeded_grid(result: Mapping) -> Figure:
     Rows that have run at one size only make no line and are left to the table, unless there is no more than one size.
 
     Args:
-        result: as :mod:`distillkit.experiments.text_grid` writes it.
+        result: as :class:`~distillkit.experiments.ways_to_text.TextGridJob` writes it.
     """
     sets = frame(result).groupby(["cell", "row", "set_seed"])["accuracy"].mean().reset_index()
     sets[["corpus", "size"]] = sets["cell"].str.rsplit(",", n=1, expand=True)
@@ -351,15 +351,14 @@ def metagrad_cost(result: dict) -> Figure:
     Args:
         result: what ``tests/benchmarks/metagrad.py`` writes; its first model is drawn.
     """
-    entry, lines = result["entries"][0], ({}, {})
-    for name in STRATEGIES_SHOWN:
-        rows = [row for row in entry["rows"] if row["contender"] == name and row.get("cost") is not None]
-        if rows:
-            lines[0][name] = [row["steps"] for row in rows], [row["cost"] for row in rows]
-            lines[1][name] = [row["steps"] for row in rows], [row["bytes"] / 1e6 for row in rows]
+    entry = result["entries"][0]
+    rows = pd.DataFrame(entry["rows"]).dropna(subset="cost")
+    groups = {name: rows[rows["contender"] == name] for name in STRATEGIES_SHOWN if name in {*rows["contender"]}}
     figure = curves([
-        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training", lines[0]),
-        ("Memory, copies of the parameters included", "inner steps T", "live MB", lines[1]),
+        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training",
+         {name: (group["steps"], group["cost"]) for name, group in groups.items()}),
+        ("Memory, copies of the parameters included", "inner steps T", "live MB",
+         {name: (group["steps"], group["bytes"] / 1e6) for name, group in groups.items()}),
     ], log="x")
     steps = sorted({row["steps"] for row in entry["rows"]})
     for axes in figure.axes:
