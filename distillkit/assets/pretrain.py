@@ -46,14 +46,16 @@ from torch import Tensor
 
 from distillkit.data import corpora
 from distillkit.data.corpora import first_sentence, mask_libraries, same_sentence_key
+from distillkit.io.checkpoint import check_settings
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
-from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError, sha256_of
+from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
 from distillkit.io.progress import progress
 from distillkit.io.restart import started
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.io.signals import Ended, ending_signals
-from distillkit.io.storage import Claim, is_vacant, load_folder, replacing, save_folder
+from distillkit.io.storage import Claim, read_file, save_text, write_file
+from distillkit.io.verify import sha256_of
 
 KIND = "pretraining-checkpoint"
 
@@ -244,7 +246,7 @@ class Pretraining:
         if batch < 1 or batch % LENGTHS[-1]:
             raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
         self.name, self.text, self.steps, self.minutes, self.seed, self.batch = name, text, steps, minutes, seed, batch
-        self.folder = Path(runs) / f"pretrain-{name}"
+        self.checkpoint = Path(runs) / f"pretrain-{name}"
         self.losses: list[float] = []  # one a step
         self.curve: list[dict] = []
         self.seconds = 0.0
@@ -259,7 +261,7 @@ class Pretraining:
             "text": _digest([f"{copies} {document}" for document, copies in text.train] + text.validation),
             "tokenizer": _digest([self.tokenizer.backend_tokenizer.to_str()]),
         }
-        if not is_vacant(self.folder):
+        if self.checkpoint.exists():
             self._resume()
         self._prepare()
 
@@ -305,7 +307,7 @@ class Pretraining:
         for name, p in self.parameters.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
         data = {"settings": self.settings, "seconds": self.seconds, "losses": self.losses, "curve": self.curve}
-        save_folder(self.folder, kind=KIND, tensors=tensors, data=data)
+        write_file(self.checkpoint, kind=KIND, tensors=tensors, data=data)
 
     def write(self, out: str | Path = ASSETS) -> Path:
         """Write the model folder ``out/NAME``, weights in bfloat16, and return its path; an older one is replaced.
@@ -317,14 +319,14 @@ class Pretraining:
         if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
             raise AssetError(f"will not overwrite {folder}: it has no {MANIFEST}, so it is not a model of this package; "
                              "choose another folder, or delete it yourself")
-        with replacing(folder.resolve()) as fresh:
-            cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(fresh)
-            self.tokenizer.save_pretrained(fresh)
-            record = self.record()
-            (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            (fresh / "README.md").write_text(card(record), encoding="utf-8")
-            manifest = {"sha256": {file: sha256_of(fresh / file) for file in FILES}}
-            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        record = self.record()
+        save_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
+        save_text(folder / "README.md", card(record))
+        manifest = {"sha256": {file: sha256_of(folder / file) for file in FILES}}
+        save_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: until then the folder is refused
         return folder
 
     def record(self) -> dict:
@@ -416,12 +418,8 @@ class Pretraining:
         self.validation = _rows(validation[: rows * LENGTHS[-1] + 1], LENGTHS[-1])
 
     def _resume(self) -> None:
-        stored = load_folder(self.folder, kind=KIND)
-        theirs = stored.data["settings"]
-        if different := [k for k in self.settings if theirs.get(k) != self.settings[k]]:
-            k = different[0]
-            raise ValueError(f"{self.folder} holds a run with other settings: {k} is {theirs.get(k)!r} there and "
-                             f"{self.settings[k]!r} here; go on with the same settings, or start over with --fresh")
+        stored = read_file(self.checkpoint, kind=KIND)
+        check_settings(self.checkpoint, stored.data["settings"], self.settings)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(stored.tensors[f"model.{name}"])

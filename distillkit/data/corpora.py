@@ -25,7 +25,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock
+import torch
 
 from distillkit.data.tables import (
     READERS,
@@ -50,7 +49,7 @@ from distillkit.data.tables import (
     shown,
 )
 from distillkit.io.progress import progress
-from distillkit.io.storage import StorageError, cache_dir, load_folder, save_folder
+from distillkit.io.storage import Claim, StorageError, cache_dir, read_file, write_file
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 LABEL_COLUMNS = ("label", "labels", "coarse_label", "class", "category")
@@ -192,14 +191,14 @@ def built(name: str, build: Callable[[], dict], builder) -> tuple[dict, str]:
     versions = {library: _installed(library) for library in LIBRARIES}
     recipe = {"builder": builder, "python": list(sys.version_info[:3]), "versions": versions}
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir() / "corpora" / f"{name}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of two processes, one builds and the other waits
-        data = _cached(folder, recipe)
-        if data is None:
-            data = {"recipe": recipe, "splits": build()}
-            save_folder(folder, kind="corpus", data=data)
-    return data["splits"], ", ".join(f"{library} {version}" for library, version in versions.items())
+    path = cache_dir() / "corpora" / f"{name}-{key}.safetensors"
+    with Claim(path, wait=True):  # of two processes, one builds and the other waits
+        splits = _cached(path, recipe)
+        if splits is None:
+            splits = build()
+            text = torch.frombuffer(bytearray(json.dumps(splits).encode()), dtype=torch.uint8)  # too long for a header
+            write_file(path, kind="corpus", identity=recipe, tensors={"splits": text})
+    return splits, ", ".join(f"{library} {version}" for library, version in versions.items())
 
 
 def build_docstrings() -> dict:
@@ -368,19 +367,16 @@ def _installed(library: str) -> str:
     return importlib.metadata.version(library)
 
 
-def _cached(folder: Path, recipe: dict) -> dict | None:
-    if not folder.exists():
+def _cached(path: Path, recipe: dict) -> dict | None:
+    if not path.exists():
         return None
     try:
-        data = load_folder(folder, kind="corpus").data
-        if data.get("recipe") == recipe:
-            return data
-        reason = "it was built from other versions"
+        stored = read_file(path, kind="corpus", identity=recipe)
+        return json.loads(stored.tensors["splits"].numpy().tobytes())
     except StorageError as error:
-        reason = str(error)
-    warnings.warn(f"the cached docstring corpus is built again: {reason}", stacklevel=5)
-    shutil.rmtree(folder)
-    return None
+        warnings.warn(f"the cached docstring corpus is built again: {error}", stacklevel=5)
+        path.unlink()
+        return None
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

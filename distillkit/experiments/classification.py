@@ -21,7 +21,6 @@ from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import as_json, markdown, read, write
 from distillkit.experiments.runner import Run
 from distillkit.experiments.settings import Data, Experiment, Inner, Outer, Scoring, SetSeed, Size, option, settings, whole
-from distillkit.io.storage import is_vacant
 from distillkit.text.projection import project
 
 ROWS = (
@@ -96,7 +95,7 @@ class ClassificationRun(Run):
 
     def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
         """The set; the losses of an earlier run, which the figure shows, are read from its checkpoint."""
-        if name not in self.result["distilling"] and not is_vacant(self.checkpoint(name, seed)):
+        if name not in self.result["distilling"] and self.checkpoint(name, seed).exists():
             self._check_work()
             make().save(self.work / self._file(name, seed))
         return super().saved(name, seed, make)

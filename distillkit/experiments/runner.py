@@ -28,7 +28,7 @@ from distillkit.experiments.results import as_config, check_same_settings, read,
 from distillkit.experiments.settings import Data, names
 from distillkit.io.checks import check_choice
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, is_vacant
+from distillkit.io.storage import Claim
 from distillkit.text.projection import NeighborLoss
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -160,10 +160,10 @@ class Run:
     def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
         """A set that is read from ``work`` if an earlier run has made it there, with the same settings."""
         self._check_work()
-        folder = self.work / self._file(name, seed)
-        if is_vacant(folder):
-            make().save(folder)
-        return DistilledSet.load(folder)
+        path = self.work / self._file(name, seed)
+        if not path.exists():
+            make().save(path)
+        return DistilledSet.load(path)
 
     def _check_work(self) -> None:
         """Raise ValueError if the sets in ``work`` were made with other settings; else write the settings down."""
@@ -179,7 +179,7 @@ class Run:
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
         self._check_work()
-        distiller = Distiller(start, objective, seed=seed, checkpoint_dir=self.checkpoint(name, seed),
+        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass
@@ -201,7 +201,7 @@ class Run:
         }
 
     def checkpoint(self, name: str, seed: int) -> Path:
-        """The folder where the making of a set can be taken up."""
+        """The file where the making of a set can be taken up."""
         return self.work / f"checkpoint-{self._file(name, seed)}"
 
     def _file(self, name: str, seed: int) -> str:

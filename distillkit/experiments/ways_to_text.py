@@ -177,7 +177,7 @@ def swapped(run: Run, name: str, start: DistilledSet, seed: int, *, examples: in
     search = SwapSearch(
         start, run.student, FrozenJudge(run.task, run.student, steps=run.job.judge_steps), candidates=run.job.candidates,
         seed=seed, examples=examples, allowed=corpus_tokens(run.task, run.student, least=run.job.least),
-        checkpoint_dir=run.checkpoint(name, seed),
+        checkpoint=run.checkpoint(name, seed),
     )
     for _ in search.run(run.job.swap_steps):
         pass
