@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.classification import ClassificationJob, ClassificationRun
 from distillkit.experiments.results import as_config, check_same_settings, markdown, read, write
