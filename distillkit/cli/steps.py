@@ -499,14 +499,14 @@ def _hub() -> str:
 
 
 def _data() -> Iterator[str]:
-    from distillkit.data.corpora import KNOWN, QUESTIONS
+    from distillkit.data.corpora import KNOWN
 
     root = os.environ.get("DISTILLKIT_DATA")
     if not root:
         yield "DISTILLKIT_DATA: not set; corpora known by name come from the hub"
         return
     yield f"DISTILLKIT_DATA: {root}{'' if Path(root).expanduser().is_dir() else ' (NO SUCH FOLDER)'}"
-    for name in KNOWN | QUESTIONS:
+    for name in KNOWN:
         folder = Path(root).expanduser() / name
         files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         yield f"  {name}: {', '.join(files) if files else 'absent'}"

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from distillkit.core.contents import check_depth, check_inputs, check_meta, check_shapes, check_step_sizes, check_targets
 from distillkit.core.student import Student
+from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
-from distillkit.data.tasks import NO_TARGET, Task, check_text
+from distillkit.data.tasks import NO_TARGET, Task
 from distillkit.io.checks import check_flag, check_is, check_whole
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, read_file, write_file
