@@ -22,7 +22,7 @@ FLAG = st.sampled_from([0, 1, None, "no", "False"])
 THING = st.one_of(st.integers(), st.text(max_size=8), st.just({"a": 1}))
 SHARE = st.one_of(st.floats(max_value=0), st.floats(min_value=1.01), st.sampled_from([True, "0.5", [0.5]]))
 SEED = st.one_of(st.floats(), st.booleans(), st.none(), st.just([1]))
-SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,)])
+SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,), (0, 0)])
 
 
 def or_none(bad):

@@ -16,13 +16,15 @@ from distillkit.evaluation.influence import (
     LessSettings,
     SparseProjection,
     adam_direction,
+    gradients_by_loop,
+    gradients_by_vmap,
     influence,
-    less_rows,
     per_example_gradients,
     warm_up,
 )
 from standin_hub import SUBJECTS, rounding, sentences
 
+WAYS = (gradients_by_vmap, gradients_by_loop)
 SHORT = LessSettings(fraction=0.25, epochs=2, batch_size=8, projection=256)
 
 
@@ -56,24 +58,24 @@ def test_both_ways_give_each_rows_own_gradient(task, standin_hub, hub_id, traina
     params = {n: p + 0.05 * torch.ones_like(p) for n, p in student.init(1).items()}  # LoRA's B = 0 would hide ∇A
     batch = task.batch(student.tokenizer, "train", rows)
     assert not batch["attention_mask"].all(), "padding is part of the question"
-    ways = {by: per_example_gradients(student, params, batch, batch["labels"], by=by) for by in ("vmap", "loop")}
-    for found in ways.values():
+    ways = [of(student, params, batch, batch["labels"]) for of in WAYS]
+    for found in ways:
         assert found.shape == (3, sum(p.numel() for p in params.values())) and not found.requires_grad
         for row, gradient in zip(rows, found, strict=True):
             assert_same_gradients(student, gradient, single(task, student, params, "train", row))
     mean = flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
-    assert_same_gradients(student, ways["vmap"].mean(0), mean)
+    assert_same_gradients(student, ways[0].mean(0), mean)
 
 
 def test_soft_labels(task, standin_hub):
     student = tiny(task, "head")
     params, batch = student.init(0), task.batch(student.tokenizer, "train", range(4))
     soft = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vmap, loop = (per_example_gradients(student, params, batch, soft, by=by) for by in ("vmap", "loop"))
+    vmap, loop = (of(student, params, batch, soft) for of in WAYS)
     assert (vmap - loop).abs().max() <= 1e-10 and vmap.abs().max() > 1e-3
 
 
-def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
+def test_vmap_is_tried_once(task, standin_hub, monkeypatch):
     student = tiny(task, "head")
     params, batch = student.init(0), task.batch(student.tokenizer, "train", [0, 1, 2])
     expected = per_example_gradients(student, params, batch, batch["labels"])
@@ -87,21 +89,12 @@ def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
 
     monkeypatch.setattr(dk.Student, "loss", branching)
     with pytest.raises(RuntimeError, match="vmap"):
-        per_example_gradients(student, params, batch, batch["labels"], by="vmap")
+        gradients_by_vmap(student, params, batch, batch["labels"])
     other = tiny(task, "head")
     calls.clear()
     for _ in range(2):
         assert (per_example_gradients(other, params, batch, batch["labels"]) - expected).abs().max() <= 1e-10
     assert calls == [1] * 7, "one try, then three rows twice"
-
-
-def test_gradients_of_unequal_numbers_and_by_unknown_ways(world):
-    task, student = world
-    batch = task.batch(student.tokenizer, "train", [0, 1])
-    with pytest.raises(ValueError, match="equally many examples, not .*'targets': 1"):
-        per_example_gradients(student, student.init(0), batch, batch["labels"][:1])
-    with pytest.raises(ValueError, match="by must be one of auto, vmap, loop, not 'map'"):
-        per_example_gradients(student, student.init(0), batch, batch["labels"], by="map")
 
 
 # --- projection ------------------------------------------------------------------------------------------------------
@@ -160,12 +153,7 @@ def test_inner_products_are_unbiased(entries):
     assert found.var() / variance == pytest.approx(1, abs=0.15)
 
 
-def test_projections_that_cannot_be():
-    for sizes, message in (((0, 8), "dim_in must be a whole number of at least 1, not 0"),
-                           ((8, 2.0), "dim_out must be a whole number of at least 1, not 2.0"),
-                           ((8, 7), "dim_out must be a multiple of entries=2, not 7")):
-        with pytest.raises(ValueError, match=message):
-            SparseProjection(*sizes)
+def test_vectors_of_another_length_are_named():
     with pytest.raises(ValueError, match=r"x must be \[b, 8\], not \[2, 9\]"):
         SparseProjection(8, 4)(torch.ones(2, 9))
 
@@ -265,16 +253,15 @@ def test_groups_of_an_instruction_task(questions):
     task, student = questions
     params, rows = {n: p + 0.05 for n, p in student.init(0).items()}, [0, 7, 14]
     batch = task.batch(student.tokenizer, "train", rows)
-    for by in ("vmap", "loop"):
-        found = per_example_gradients(student, params, batch, batch["labels"], by=by)
-        for row, gradient in zip(rows, found, strict=True):
+    for of in WAYS:
+        for row, gradient in zip(rows, of(student, params, batch, batch["labels"]), strict=True):
             assert_same_gradients(student, gradient, single(task, student, params, "train", row))
     exact = dataclasses.replace(SHORT, projection=None)
     expected = by_definition(task, student, exact, [range(place, 9, 3) for place in range(3)])
     scores = influence(task, student, settings=exact)
     assert np.allclose(scores, expected, rtol=0, atol=rounding(student) * np.abs(expected).max())
-    (best,) = less_rows(task, student, 7, settings=exact)
-    assert best.tolist() == sorted(range(20), key=lambda row: -scores[row])[:7]
+    chosen = dk.select(task, student, "less", fraction=0.35, less=exact)
+    assert chosen.meta["rows"] == sorted(range(20), key=lambda row: -scores[row])[:7]
 
 
 def test_validation_rows_are_spread_over_the_subtasks(world, monkeypatch):
@@ -316,22 +303,16 @@ def test_rows_with_the_wrong_label_come_last(world, tmp_path, projection):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = dk.load_task(folder, max_length=16)
     settings = dataclasses.replace(SHORT, projection=projection)
-    chosen = less_rows(task, WordCounts(world[1].tokenizer), 40, settings=settings)
-    for pool, best in zip(task.rows_by_class("train"), chosen, strict=True):
-        assert {*best.tolist()} == {*pool.tolist()} - wrong
+    scores = influence(task, WordCounts(world[1].tokenizer), settings=settings)
+    for pool in task.rows_by_class("train"):
+        assert {*pool[np.argsort(-scores[pool])[:40]].tolist()} == {*pool.tolist()} - wrong
 
 
 def test_seeds(world, standin_hub):
     task, student = world
-    first = less_rows(task, student, 10, seed=1, settings=SHORT)
-    for rows, label in zip(first, (0, 1), strict=True):
-        assert len({*rows.tolist()}) == 10 and (task.labels("train")[rows] == label).all()
-    again = less_rows(task, dk.load_student("bert-base-uncased", task), 10, seed=1, settings=SHORT)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    other = less_rows(task, student, 10, seed=2, settings=SHORT)
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-    prefix = less_rows(task, student, 3, seed=1, settings=SHORT)
-    assert all(np.array_equal(a[:3], b) for a, b in zip(first, prefix, strict=True))
+    first = influence(task, student, seed=1, settings=SHORT)
+    again = influence(task, dk.load_student("bert-base-uncased", task), seed=1, settings=SHORT)
+    assert np.array_equal(first, again) and not np.array_equal(first, influence(task, student, seed=2, settings=SHORT))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -353,12 +334,6 @@ def test_seeds(world, standin_hub):
 def test_settings_that_cannot_be(bad, message):
     with pytest.raises(ValueError, match=message):
         LessSettings(**bad)
-
-
-def test_counts_that_cannot_be_had(world):
-    for count in (0, 41, 2.0, True):
-        with pytest.raises(ValueError, match=f"count_per_pool must be .* to 40 .*'rotten_tomatoes'.*, not {count}"):
-            less_rows(*world, count)
 
 
 def test_a_diverging_warm_up_is_named(world):

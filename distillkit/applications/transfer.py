@@ -48,18 +48,15 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
         moved = dataclasses.replace(moved, targets=distilled.targets.clone())
     uncut = student.tokenizer(texts[column][:], add_special_tokens=False)["input_ids"]
     rows = distilled.meta.get("rows") if distilled.meta.get("task_fingerprint") == task.fingerprint else None
-    words = [" ".join(text.split()) for text in moved.meta["text"]]
-    meta = {
-        **moved.meta,
-        **({} if rows is None else {"rows": rows}),
-        "retokenized": {
-            "from": distilled.meta.get("student"),
-            "tokens_before": int(distilled.free.sum()),
-            "tokens_after": sum(map(len, uncut)),
-            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, moved.free.sum(1), strict=True)),
-            "same_text": sum(a == " ".join(b.split()) for a, b in zip(words, distilled.meta["text"], strict=True)),
-        },
+    pairs = zip(moved.meta["text"], distilled.meta["text"], strict=True)
+    counts = {
+        "from": distilled.meta.get("student"),
+        "tokens_before": int(distilled.free.sum()),
+        "tokens_after": sum(map(len, uncut)),
+        "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, moved.free.sum(1), strict=True)),
+        "same_text": sum(after.split() == before.split() for after, before in pairs),
     }
+    meta = {**moved.meta, **({} if rows is None else {"rows": rows}), "retokenized": counts}
     return dataclasses.replace(moved, meta=meta)
 
 

@@ -63,10 +63,10 @@ def check_flag(name: str, value) -> None:
 
 
 def check_seeds(name: str, value) -> None:
-    """Raise ValueError unless ``value`` is a sequence of whole numbers, one at least."""
-    if isinstance(value, Sequence) and value and all(isinstance(s, int) and not isinstance(s, bool) for s in value):
-        return
-    raise ValueError(f"{name} must name at least one seed, such as (0, 1, 2), not {value!r}")
+    """Raise ValueError unless ``value`` is a sequence of different whole numbers, one at least."""
+    whole = isinstance(value, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in value)
+    if not whole or not value or len({*value}) < len(value):  # a seed that is repeated would pass for a spread of 0
+        raise ValueError(f"{name} must name at least one seed, each once, such as (0, 1, 2), not {value!r}")
 
 
 def check_is(name: str, value, kind: type) -> None:

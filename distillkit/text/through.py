@@ -12,14 +12,13 @@ import dataclasses
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
-from distillkit.core.objectives import Objective, check_objective
-from distillkit.core.student import Student
+from distillkit.core.objectives import Objective, Wrapper, check_objective
 from distillkit.io.checks import check_choice, check_is, check_whole
 from distillkit.text.projection import METRICS, project
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ThroughProjection:
+class ThroughProjection(Wrapper):
     """An objective whose students train on the nearest tokens of the embeddings that are learned.
 
     Use it in the place of the ``objective`` it wraps.  The meta-gradient is that of the projected set; the
@@ -39,18 +38,6 @@ class ThroughProjection:
         check_objective(self.objective)
         check_choice("metric", self.metric, METRICS)
 
-    @property
-    def student(self) -> Student:
-        return self.objective.student
-
-    @property
-    def unroll(self):
-        return self.objective.unroll
-
-    @property
-    def metagrad(self):
-        return self.objective.metagrad
-
     def problems(self, distilled: DistilledSet, seed: int):
         """The wrapped objective's problems of the projected set."""
         return self.objective.problems(project(distilled, self.student, metric=self.metric), seed)
@@ -68,13 +55,12 @@ def relabel(
     Learned labels gain accuracy that the words do not, so a comparison of texts is fair only if all of them get labels.
 
     Args:
-        distilled: hard labels are softened first; its own step sizes are forgotten.
+        distilled: hard labels are softened first; its step sizes are dropped.
         objective, steps, lr, seed, settings: as :class:`~distillkit.core.distiller.Distiller` takes them.
     """
     check_is("distilled", distilled, DistilledSet)
     check_whole("steps", steps, least=0)
-    start = distilled if distilled.soft else distilled.soften()
-    start = dataclasses.replace(start, step_sizes=None)
+    start = dataclasses.replace(distilled if distilled.soft else distilled.soften(), step_sizes=None)
     distiller = Distiller(start, objective, lr=lr, learn=("targets", "step_sizes"), seed=seed, **settings)
     for _ in distiller.run(steps):
         pass
