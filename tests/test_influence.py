@@ -14,12 +14,12 @@ from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,
-    SparseProjection,
     adam_direction,
     gradients_by_loop,
     gradients_by_vmap,
     influence,
     per_example_gradients,
+    sparse_projection,
     warm_up,
 )
 from standin_hub import SUBJECTS, rounding, sentences
@@ -100,44 +100,28 @@ def test_vmap_is_tried_once(task, standin_hub, monkeypatch):
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-def dense(projection):
-    """The matrix ``[n, k]`` that the columns describe."""
-    targets, signs = projection.columns(0, projection.dim_in)
-    matrix = torch.zeros(projection.dim_in, projection.dim_out, dtype=torch.float64)
-    for target, sign in zip(targets, signs, strict=True):
-        matrix[torch.arange(projection.dim_in), target] += sign / projection.entries**0.5
-    return matrix
-
-
 @pytest.mark.parametrize("entries", [1, 4])
-def test_projection_is_its_matrix(entries):
-    """Whole numbers and 1/√s = 1/2 add without rounding, so that equal means equal."""
-    projection = SparseProjection(300, 40, seed=3, entries=entries)
-    x = torch.randint(-9, 9, (5, 300), generator=torch.Generator().manual_seed(0)).double()
-    assert torch.equal(projection(x), x @ dense(projection))
+def test_projection_is_a_sparse_matrix(entries):
+    """Each coordinate goes to one output of each part; whole numbers and 1/√s = 1/2 add without rounding."""
+    n, draw = 5000, torch.Generator().manual_seed(0)
+    matrix = sparse_projection(torch.eye(n, dtype=torch.float64), 40, seed=3, entries=entries)
+    used = matrix.reshape(n, entries, -1) != 0
+    assert (used.sum(2) == 1).all() and {*matrix.abs().unique().tolist()} == {0.0, entries**-0.5}
+    counts = (matrix != 0).sum(0) / entries  # n / 40 = 125 each, standard deviation 11 or less
+    assert counts.min() > 75 and counts.max() < 175 and abs(matrix.sign().sum() / n / entries) < 0.05
+    x = torch.randint(-9, 9, (5, n), generator=draw).double()
+    assert torch.equal(sparse_projection(x, 40, seed=3, entries=entries), x @ matrix)
 
 
-def test_each_coordinate_goes_to_one_output_of_each_part():
-    projection = SparseProjection(5000, 40, entries=4)
-    targets, signs = projection.columns(0, 5000)
-    assert torch.equal(targets // 10, torch.arange(4)[:, None].expand(4, 5000)) and {*signs.unique().tolist()} == {-1, 1}
-    counts = torch.bincount(targets.flatten(), minlength=40)  # 500 each, standard deviation 21
-    assert counts.min() > 400 and counts.max() < 600 and abs(signs.double().mean()) < 0.03
-
-
-def test_chunks_and_neighbours_change_nothing():
-    n = 9 * BLOCK + 777
+def test_rows_blocks_and_seeds_of_a_projection():
+    n = 3 * BLOCK + 777
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
-    projection = SparseProjection(n, 64, seed=1)
-    whole = projection(x)
-    assert torch.equal(projection(x, chunk=5001), whole) and torch.equal(projection(x, chunk=n), whole)
-    assert torch.equal(projection(x[1:2]), whole[1:2]), "a row's image does not depend on its batch"
-    assert torch.equal(SparseProjection(n, 64, seed=1)(x), whole), "drawn again from the seed"
-    assert not torch.equal(SparseProjection(n, 64, seed=2)(x), whole)
-    first, second = projection.columns(0, BLOCK)[0], projection.columns(BLOCK, 2 * BLOCK)[0]
-    assert not torch.equal(first, second), "blocks have streams of their own"
-    across = projection.columns(BLOCK - 5, BLOCK + 5)[0]
-    assert torch.equal(across, torch.cat([first[:, -5:], second[:, :5]], 1))
+    whole = sparse_projection(x, 64, seed=1)
+    assert torch.equal(sparse_projection(x[1:2], 64, seed=1), whole[1:2]), "a row's image does not depend on its batch"
+    assert torch.equal(sparse_projection(x, 64, seed=1), whole), "drawn again from the seed"
+    assert not torch.equal(sparse_projection(x, 64, seed=2), whole)
+    first, second = (torch.zeros(1, n).index_fill(1, torch.arange(at, at + 50), 1.0) for at in (0, BLOCK))
+    assert not torch.equal(*(sparse_projection(of, 64, seed=1) for of in (first, second))), "blocks have streams of their own"
 
 
 @pytest.mark.parametrize("entries", [1, 4])
@@ -146,16 +130,11 @@ def test_inner_products_are_unbiased(entries):
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(60, generator=draw, dtype=torch.float64)
     y = x + torch.randn(60, generator=draw, dtype=torch.float64)
-    found = [SparseProjection(60, 16, seed, entries)(torch.stack([x, y])).prod(0).sum() for seed in range(1000)]
-    found = torch.stack(found)
+    both = torch.stack([x, y])
+    products = torch.stack([sparse_projection(both, 16, seed=s, entries=entries).prod(0).sum() for s in range(1000)])
     variance = (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * y).square().sum()) / 16
-    assert abs(found.mean() - x @ y) < 4 * (variance / 1000).sqrt()
-    assert found.var() / variance == pytest.approx(1, abs=0.15)
-
-
-def test_vectors_of_another_length_are_named():
-    with pytest.raises(ValueError, match=r"x must be \[b, 8\], not \[2, 9\]"):
-        SparseProjection(8, 4)(torch.ones(2, 9))
+    assert abs(products.mean() - x @ y) < 4 * (variance / 1000).sqrt()
+    assert products.var() / variance == pytest.approx(1, abs=0.15)
 
 
 # --- warming up, and Adam's direction --------------------------------------------------------------------------------

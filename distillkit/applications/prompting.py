@@ -33,7 +33,7 @@ from distillkit.core.student import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods, mean_and_std, per_character, picks
-from distillkit.io.checks import check_whole
+from distillkit.io.checks import check_whole, require
 from distillkit.io.seeds import generator
 
 TEMPLATE, SEPARATOR = "{text}\nAnswer:", "\n\n"
@@ -70,13 +70,12 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
     Raises:
         ValueError: a task of another kind, a template without ``{text}``, or words that are not one for each class.
     """
-    if task.kind != "classification":
-        raise ValueError(f"task {task.name!r} is {task.kind}, which asks questions already; give it to few_shot as it is")
-    if template.count("{text}") != 1:
-        raise ValueError(f"a template holds {{text}} once, not {template!r}")
+    require(task.kind == "classification",
+            f"task {task.name!r} is {task.kind}, which asks questions already; give it to few_shot as it is")
+    require(template.count("{text}") == 1, f"a template holds {{text}} once, not {template!r}")
     words = task.classes if words is None else tuple(words)
-    if len(words) != len(task.classes) or len({*words}) != len(words):
-        raise ValueError(f"words must be a different one for each of {', '.join(task.classes)}, not {words!r}")
+    require(len({*words}) == len(words) == len(task.classes),
+            f"words must be a different one for each of {', '.join(task.classes)}, not {words!r}")
     splits = {}
     for split in ("train", "validation", "test"):
         labels = task.labels(split).tolist()
@@ -162,9 +161,9 @@ def few_shot(
         parts = [shown[i][1] for i in chosen]
         while parts and len(opening) + sum(map(len, parts)) + longest > student.max_positions:
             parts.pop(0)  # what stands farthest from the question
-        if chosen and not parts:
-            raise ValueError(f"not one demonstration has room beside a question of {longest} tokens in the "
-                             f"{student.max_positions} positions of {student.name!r}; give a smaller length")
+        require(parts or not chosen,
+                f"not one demonstration has room beside a question of {longest} tokens in the "
+                f"{student.max_positions} positions of {student.name!r}; give a smaller length")
         context = torch.cat([_embedded(student, opening), *parts])
         read = {"memory": remember(student, context), "batch_size": batch_size}
         plain = log_likelihoods(student, asked, choices, **read)
@@ -191,14 +190,13 @@ def remember(student: Student, context: Tensor):
 
 def _check_reader(task, student: Student, split: str, rows: Sequence[int]) -> None:
     """Raise ValueError unless ``student`` can answer ``rows``."""
-    if task.kind != "instruction" or student.kind != "instruction":
-        raise ValueError(f"few_shot asks a language model questions, and task {task.name!r} is {task.kind}, student "
-                         f"{student.name!r} is for {student.kind}; make asked = questions(task), load_student(…, asked)")
-    if student.tokenizer.chat_template is not None:
-        raise ValueError(f"{student.name!r} is a chat model, whose turns few_shot does not write; set "
-                         "student.tokenizer.chat_template = None to have it read plain text")
-    if not len(rows):
-        raise ValueError(f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
+    require(task.kind == student.kind == "instruction",
+            f"few_shot asks a language model questions, and task {task.name!r} is {task.kind}, student "
+            f"{student.name!r} is for {student.kind}; make asked = questions(task), load_student(…, asked)")
+    require(student.tokenizer.chat_template is None,
+            f"{student.name!r} is a chat model, whose turns few_shot does not write; set "
+            "student.tokenizer.chat_template = None to have it read plain text")
+    require(len(rows), f"task {task.name!r}, split {split!r}: there must be questions to answer, and rows is empty")
     task.check_choices(split, rows)
 
 
@@ -210,8 +208,7 @@ def _demonstrations(task, student: Student, shots, length: int | None, separator
     if isinstance(task, Questions):
         (front, behind), words = task.template.split("{text}"), dict(zip(task.names, task.words, strict=True))
     for body, answer in _bodies(task, student, shots):
-        if words and answer not in words:
-            raise ValueError(f"a demonstration is of class {answer!r}, which is none of {', '.join(words)}")
+        require(answer in words or not words, f"a demonstration is of class {answer!r}, which is none of {', '.join(words)}")
         answer = words.get(answer, answer)
         end = f"{behind} {answer}{separator}"
         if isinstance(body, str):
@@ -229,8 +226,8 @@ def _bodies(task, student: Student, shots) -> Iterable[tuple[str | Tensor, str]]
     """The text or the embeddings ``[l, d]`` of each demonstration, and the name of its class or its response."""
     if not isinstance(shots, DistilledSet):
         return shots
-    if ("responses" in shots.meta) == isinstance(task, Questions):
-        raise ValueError(f"the demonstrations were made for another kind of task than {task.name!r}")
+    require(("responses" in shots.meta) != isinstance(task, Questions),
+            f"the demonstrations were made for another kind of task than {task.name!r}")
     answers = shots.meta["responses"] if "responses" in shots.meta else shots.label_names()
     if shots.tokens is not None:
         return zip(shots.meta["text"], answers, strict=True)

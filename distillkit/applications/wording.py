@@ -30,7 +30,7 @@ import torch
 from distillkit.core.distilled import DistilledSet, special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_whole
+from distillkit.io.checks import check_whole, require
 
 PRIOR = 500  # words that the prior is worth, our choice
 RUNS = (1, 2, 3)
@@ -81,9 +81,9 @@ def log_odds(
     Raises:
         ValueError: a side without words, or a strength that is not above 0.
     """
-    if not (strength > 0 and sum(one.values()) and sum(other.values())):
-        raise ValueError(f"log-odds compare counts with counts: {sum(one.values())} words, {sum(other.values())} words, "
-                         f"strength {strength!r}, which must all be above 0")
+    require(strength > 0 and sum(one.values()) and sum(other.values()),
+            f"log-odds compare counts with counts: {sum(one.values())} words, {sum(other.values())} words, "
+            f"strength {strength!r}, which must all be above 0")
     words = sorted({*one, *other})
     base = {word: max(1, prior.get(word, 0)) for word in {*prior, *words}}
     scale, sizes, scores = strength / sum(base.values()), (sum(one.values()), sum(other.values())), {}
@@ -111,8 +111,7 @@ def describe_text(
     Raises:
         ValueError: a set without text, no words, an unknown class, another kind of task, or a student that is a classifier.
     """
-    if task.kind != "classification":
-        raise ValueError(f"words are told apart by class, and task {task.name!r} is {task.kind}")
+    require(task.kind == "classification", f"words are told apart by class, and task {task.name!r} is {task.kind}")
     if student is not None and student.kind != "instruction":
         raise ValueError(f"student {student.name!r} is a classifier, which gives text no probability; load it for an "
                          "instruction task")
@@ -124,8 +123,7 @@ def describe_text(
         raise ValueError(f"a text is of class {min(unknown)!r}, which is none of {', '.join(task.classes)}")
     pairs = [(words_of(text), name) for text, name in texts]
     words = pd.Series([word for body, _ in pairs for word in body], dtype=object)
-    if not len(words):
-        raise ValueError("there is no word in these texts")
+    require(len(words), "there is no word in these texts")
 
     corpus = [(words_of(text), task.classes[label]) for text, label in zip(task.train["text"][:], task.labels("train"))]
     frequency = collections.Counter(word for body, _ in corpus for word in body)
@@ -164,8 +162,7 @@ def perplexity(texts: Sequence[str], student: Student) -> float:
                 logits = student.module(inputs_embeds=student.scaled(student.embedding[ids])[None]).logits[0, first - 1 : -1]
             loss += float(torch.nn.functional.cross_entropy(logits.double(), ids[first:], reduction="sum"))
             tokens += len(ids) - first
-    if not tokens:
-        raise ValueError("there is no token to predict in these texts")
+    require(tokens, "there is no token to predict in these texts")
     return math.exp(loss / tokens)
 
 

@@ -27,7 +27,7 @@ from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.recipes import Plan, Recipe, as_recipe
 from distillkit.evaluation.scoring import answered, has_accuracy, mean_and_std, response_loss
-from distillkit.io.checks import check_is, check_seeds
+from distillkit.io.checks import check_are, check_is, check_seeds
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 
@@ -118,8 +118,7 @@ def evaluate(
     """
     if distilled is not None:
         check_is("distilled", distilled, DistilledSet)
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(task=(task, Task), student=(student, Student))
     check_seeds("seeds", seeds)
     student = student.for_task(task)
     distilled = None if distilled is None else distilled.for_student(student)

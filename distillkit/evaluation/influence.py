@@ -6,7 +6,7 @@ tuning") makes a selection rule of that:
 
 1. Warm up on a random part of the training split, with a checkpoint i at the end of each epoch.
 2. At each checkpoint take Γ(z, θ_i), one Adam step's direction on each training example, and the plain mean gradient of
-   each validation subtask j; project both at random to a few thousand numbers (:class:`SparseProjection`).
+   each validation subtask j; project both at random to a few thousand numbers (:func:`sparse_projection`).
 3. Influence of z on j = Σ_i η̄_i cos(∇ℓ(D_val,j; θ_i), Γ(z, θ_i)), with η̄_i the mean step size of epoch i.
    The cosine keeps short examples, whose gradients are large, from winning by their length.
 4. The score of z is its influence on the subtask it helps most; take the highest scores.
@@ -35,12 +35,11 @@ from distillkit.core.inner import inner_step, loss_and_grads
 from distillkit.core.optimizers import AdamW, State, described
 from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_flag, check_number, check_whole
+from distillkit.io.checks import check_flag, check_number, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
-CHUNK = 1 << 16  # coordinates that are projected at a time
 ROWS = 16  # examples whose activations are alive at a time
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
 
@@ -94,54 +93,29 @@ def _flat(values: Params) -> Tensor:
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class SparseProjection:
-    """A random linear map from ``dim_in`` to ``dim_out`` numbers that keeps inner products on average.
+def sparse_projection(x: Tensor, dim_out: int = 8192, *, seed: int = 0, entries: int = 2) -> Tensor:
+    """A random linear map of the rows of ``x [b, n]`` to ``[b, dim_out]`` that keeps inner products on average.
 
     Each coordinate goes, with random signs and divided by √s, to s outputs, one in each of s equal parts of the output
     (the block construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms"; s = 1 is the count-sketch).
     E⟨Px, Py⟩ = ⟨x, y⟩ and Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out, whatever s; a larger s costs more
-    and has lighter tails.  It takes s operations a coordinate where a dense matrix takes ``dim_out``.  The entries are
-    drawn anew from ``seed`` at each call, so nothing of size ``dim_in`` is stored.
+    and has lighter tails.  It takes s operations per coordinate where a dense matrix takes ``dim_out``.  The entries are
+    drawn anew from ``seed`` at each call, so nothing of size n is stored.  A row's image does not depend on the other rows; on
+    a CPU it is the same to the last bit, on a GPU sums may differ by rounding.
 
     LESS projects by a dense matrix of random signs, to 8192 numbers too.
 
     Args:
-        dim_in: n, length of the vectors.
-        dim_out: k, a multiple of s.
-        seed: any integer.
+        dim_out: a multiple of s.
+        seed: any integer; the same map for the same seed and n.
         entries: s.
     """
-
-    dim_in: int
-    dim_out: int = 8192
-    seed: int = 0
-    entries: int = 2
-
-    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Which outputs the coordinates ``start`` … ``stop − 1`` go to, and with which sign: int64, ``[s, stop − start]``."""
-        blocks, part = range(start // BLOCK, -(-stop // BLOCK)), self.dim_out // self.entries
-        streams = (generator("projection", self.seed, block) for block in blocks)
-        drawn = torch.cat([torch.randint(2 * part, (self.entries, BLOCK), generator=stream) for stream in streams], 1)
-        drawn = drawn[:, start - blocks.start * BLOCK :][:, : stop - start]
-        return drawn // 2 + part * torch.arange(self.entries)[:, None], 1 - 2 * (drawn % 2)
-
-    def __call__(self, x: Tensor, *, chunk: int = CHUNK) -> Tensor:
-        """Project the rows of ``x [b, n]`` to ``[b, k]``, ``chunk`` coordinates at a time, which bounds memory only.
-
-        The same to the last bit on a CPU, whatever the chunk and the other rows; on a GPU sums may differ by rounding.
-
-        Raises:
-            ValueError: rows that are not ``dim_in`` long.
-        """
-        if x.ndim != 2 or x.shape[1] != self.dim_in:
-            raise ValueError(f"x must be [b, {self.dim_in}], not {list(x.shape)}; make a projection of that dim_in")
-        out = x.new_zeros(len(x), self.dim_out)
-        for start in range(0, self.dim_in, chunk):
-            piece = x[:, start : start + chunk]
-            for target, sign in zip(*(c.to(x.device) for c in self.columns(start, start + piece.shape[1]))):
-                out.scatter_add_(1, target.expand_as(piece), piece * sign)
-        return out / self.entries**0.5
+    out, part = x.new_zeros(len(x), dim_out), dim_out // entries
+    for block, piece in enumerate(x.split(BLOCK, dim=1)):
+        draws = torch.randint(2 * part, (entries, BLOCK), generator=generator("projection", seed, block)).to(x.device)
+        for e, draw in enumerate(draws[:, : piece.shape[1]]):
+            out.scatter_add_(1, (draw // 2 + part * e).expand_as(piece), piece * (1 - 2 * (draw % 2)))
+    return out / entries**0.5
 
 
 # --- LESS ------------------------------------------------------------------------------------------------------------
@@ -181,13 +155,12 @@ class LessSettings:
     def __post_init__(self):
         check_number("fraction", self.fraction, most=1, without="least")
         check_flag("by_class", self.by_class)
-        if not isinstance(self.optimizer, AdamW):
-            raise ValueError(f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
-        for name in ("epochs", "batch_size", "projection", "validation_rows"):
-            if name in ("epochs", "batch_size") or getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
-        if self.projection is not None and self.projection % SparseProjection.entries:
-            raise ValueError(f"projection must be even, not {self.projection}")
+        require(isinstance(self.optimizer, AdamW),
+                f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
+        limits = {"projection": self.projection, "validation_rows": self.validation_rows}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **limits)
+        require(self.projection is None or self.projection % 2 == 0, f"projection must be even, not {self.projection}")
 
     def described(self) -> dict:
         """The settings as JSON values."""
@@ -250,13 +223,13 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
         return student.cache[key]
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
     dim, k = sum(p.numel() for p in student.init(0).values()), settings.projection
+    k, projection_seed = None if k is None or k >= dim else k, derive_seed("less-projection", seed)
     chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
-    projection = SparseProjection(dim, k, derive_seed("less-projection", seed)) if k is not None and k < dim else None
     subtasks = _subtasks(task, seed, settings)
 
     def feature(grads: Tensor) -> Tensor:
         wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        return torch.nn.functional.normalize(projection(wide) if projection else wide, dim=1)
+        return torch.nn.functional.normalize(wide if k is None else sparse_projection(wide, k, seed=projection_seed), dim=1)
 
     scores = torch.zeros(len(lengths), len(subtasks), dtype=torch.float64)
     with progress(total=settings.epochs * len(lengths), desc="influence", unit="row", leave=False) as bar:

@@ -31,7 +31,7 @@ from distillkit.core.optimizers import AdamW, Optimizer, check_optimizer, descri
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
-from distillkit.io.checks import check_is, check_number, check_whole
+from distillkit.io.checks import check_is, check_number, check_whole, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -84,13 +84,13 @@ class Own:
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
         distilled = _a_set(distilled, self)
-        if "recipe" not in distilled.meta:
-            raise ValueError("recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
-                             "or 'standard'")
+        require("recipe" in distilled.meta,
+                "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
+                "or 'standard'")
         stored = distilled.meta["recipe"]
-        if stored.get("trainable", student.trainable) != student.trainable:
-            raise ValueError(f"recipe='own' trains {stored['trainable']!r} parameters, the student was loaded with trainable="
-                             f"{student.trainable!r}; load the student with the set's value, or choose another recipe")
+        require(stored.get("trainable", student.trainable) == student.trainable,
+                f"recipe='own' trains {stored.get('trainable')!r} parameters, the student was loaded with trainable="
+                f"{student.trainable!r}; load the student with the set's value, or choose another recipe")
         unroll = from_recipe(stored)
         step_sizes = bound_step_sizes(distilled, unroll, student)
         recipe = {"name": "own", "step_sizes": step_sizes.tolist(), **unroll.recipe()}
@@ -139,8 +139,8 @@ class Standard:
     def __post_init__(self):
         if self.optimizer is not None:
             check_optimizer(self.optimizer)
-        for name in ("epochs", "batch_size") if self.least_steps is None else ("epochs", "batch_size", "least_steps"):
-            check_whole(name, getattr(self, name))
+        least = {} if self.least_steps is None else {"least_steps": self.least_steps}
+        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **least)
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; the seed also decides the order of the examples."""
@@ -163,7 +163,7 @@ class Tuned:
     """AdamW with the constant step size and the number of steps that score best on the validation split.
 
     The score of a grid point is the mean over some initialisations of accuracy, or of minus the response loss.  The
-    initialisations come from a seed stream of their own.  Of equal points the one with fewer steps wins, then the one with
+    initialisations come from their own seed stream.  Of equal points the one with fewer steps wins, then the one with
     the smaller step size.
 
     Args:
@@ -180,13 +180,12 @@ class Tuned:
     rows: int = 300
 
     def __post_init__(self):
-        check_whole("seeds", self.seeds)
-        check_whole("rows", self.rows)
+        check_wholes(seeds=self.seeds, rows=self.rows)
         if self.grid is None:
             return
         lists = isinstance(self.grid, Mapping) and all(isinstance(v, Sequence) and v for v in self.grid.values())
-        if not lists or {*self.grid} != {"step_size", "steps"}:
-            raise ValueError(f"grid must list step_size and steps, such as {GRIDS['classification']}, not {self.grid!r}")
+        require(lists and {*self.grid} == {"step_size", "steps"},
+                f"grid must list step_size and steps, such as {GRIDS['classification']}, not {self.grid!r}")
         for step_size in self.grid["step_size"]:
             check_number("grid['step_size']", step_size, without="least")
         for steps in self.grid["steps"]:
@@ -197,7 +196,7 @@ class Tuned:
         distilled, grid = _a_set(distilled, self), self.grid or GRIDS[student.kind]
         scores = self._scores(distilled, task, student, grid)
         # A loss that is not a number is the worst.
-        means = {point: np.round(np.nan_to_num(np.mean(of), nan=-np.inf, neginf=-np.inf), 6) for point, of in scores.items()}
+        means = {p: np.round(np.nan_to_num(np.mean(values), nan=-np.inf, neginf=-np.inf), 6) for p, values in scores.items()}
         steps, step_size = best = max(means, key=lambda point: (means[point], -point[0], -point[1]))
         validation, unroll = float(np.mean(scores[best])), _adamw(steps, step_size)
         recipe = {"name": "tuned", **unroll.recipe(), "grid": {name: list(values) for name, values in grid.items()}}
@@ -230,11 +229,10 @@ def as_recipe(recipe) -> Recipe:
     """
     if isinstance(recipe, Unroll):
         return Fixed(recipe)
-    if isinstance(recipe, str) and recipe in NAMED:
-        return NAMED[recipe]
-    if callable(getattr(recipe, "plan", None)) and not isinstance(recipe, type):
-        return cast("Recipe", recipe)
-    raise ValueError(f"recipe must be {', '.join(map(repr, NAMED))}, an Unroll, or an object with plan, not {recipe!r}")
+    chosen = NAMED.get(recipe) if isinstance(recipe, str) else recipe
+    require(callable(getattr(chosen, "plan", None)) and not isinstance(chosen, type),
+            f"recipe must be {', '.join(map(repr, NAMED))}, an Unroll, or an object with plan, not {recipe!r}")
+    return cast("Recipe", chosen)
 
 
 def set_plan(

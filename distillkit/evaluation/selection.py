@@ -25,7 +25,7 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.influence import LESS, LessSettings, influence
 from distillkit.evaluation.scoring import by_size
-from distillkit.io.checks import check_choice, check_flag, check_is
+from distillkit.io.checks import check_are, check_choice, check_flag
 from distillkit.io.progress import progress
 
 METHODS = ("random", "k_center", "herding")
@@ -56,9 +56,7 @@ def select(
     Raises:
         ValueError: an unknown method or a size that cannot be had.
     """
-    check_is("task", task, Task)
-    check_is("student", student, Student)
-    check_is("less", less, LessSettings)
+    check_are(task=(task, Task), student=(student, Student), less=(less, LessSettings))
     check_choice("method", method, ALL_METHODS)
     check_flag("fill", fill)
     k, settings = examples_per_class(task, per_class, fraction), {}

@@ -7,6 +7,12 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 
+def require(condition: object, message: str, kind: type[Exception] = ValueError) -> None:
+    """Raise an error of ``kind`` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise kind(message)
+
+
 def check_whole(name: str, value, *, least: int = 1, most: int | None = None, meaning: str = "") -> None:
     """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most`` (None: no limit)."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most):
@@ -73,3 +79,15 @@ def check_is(name: str, value, kind: type) -> None:
     """Raise TypeError unless ``value`` is a ``kind``, told by the beginning of what it is instead."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not the {type(value).__name__} {reprlib.repr(value)}")
+
+
+def check_are(**arguments: tuple) -> None:
+    """:func:`check_is` for several arguments, each given as ``name=(value, kind)``."""
+    for name, (value, kind) in arguments.items():
+        check_is(name, value, kind)
+
+
+def check_wholes(**arguments) -> None:
+    """:func:`check_whole` for several arguments of at least 1, each given as ``name=value``."""
+    for name, value in arguments.items():
+        check_whole(name, value)

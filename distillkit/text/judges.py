@@ -3,7 +3,7 @@
 A judge makes a search affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations: one
 candidate costs one forward pass of one sentence, and its head is tried on thousands of real rows at once.
 :class:`StudentJudge` trains the real student and costs accordingly.  Both give the loss of a set after each of several groups
-of swaps, and its gradient in the embeddings.  A judge of your own is any object with the methods of :class:`Judge`.
+of swaps, and its gradient in the embeddings.  A custom judge is any object with the methods of :class:`Judge`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import over_training_rows
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checks import check_are, check_whole, check_wholes, require
 from distillkit.io.seeds import derive_seed, generator
 
 REMEMBERED = 8192  # sentences whose representations a judge keeps
@@ -81,14 +81,14 @@ def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str,
         TypeError: no set, no student, or a judge without one of the methods.
         ValueError: a set without tokens, or of another embedding table.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), student=(student, Student))
     for name, (judge, methods) in judges.items():
-        if missing := [m for m in (*methods, "describe") if not callable(getattr(judge, m, None))]:
-            raise TypeError(f"{name} must be a judge with {', '.join(missing)}, such as FrozenJudge, not {reprlib.repr(judge)}")
-    if distilled.tokens is None:
-        raise ValueError("a search for words needs tokens to begin with, and this set holds free embeddings; project it "
-                         "first: dk.project(set, student)")
+        missing = [m for m in (*methods, "describe") if not callable(getattr(judge, m, None))]
+        require(not missing, f"{name} must be a judge with {', '.join(missing)}, such as FrozenJudge, not "
+                f"{reprlib.repr(judge)}", TypeError)
+    require(distilled.tokens is not None,
+            "a search for words needs tokens to begin with, and this set holds free embeddings; project it "
+            "first: dk.project(set, student)")
     distilled.check_table(student)
 
 
@@ -122,12 +122,10 @@ class FrozenJudge:
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        check_is("task", self.task, Task)
-        check_is("student", self.student, Student)
-        for name in ("steps",) if self.batch_size is None else ("steps", "batch_size"):
-            check_whole(name, getattr(self, name))
-        if self.task.kind != "classification":
-            raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
+        check_are(task=(self.task, Task), student=(self.student, Student))
+        check_wholes(steps=self.steps, **({} if self.batch_size is None else {"batch_size": self.batch_size}))
+        require(self.task.kind == "classification",
+                f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
 
     def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
         """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero outside ``examples`` (None: all)."""
@@ -138,33 +136,30 @@ class FrozenJudge:
         mask = distilled.mask.to(embeds.device)[chosen].long()
         x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": mask})
         if examples is not None:
-            x = self._of(distilled, _numbered(swapped(distilled, []))).index_copy(0, chosen, x)
+            x = self._of(_sentences(distilled, [])).index_copy(0, chosen, x)
         loss = self.head_losses(x[None], self.labels(distilled), seed)[0]
         return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
         distilled.check_table(self.student)
-        sets = [_numbered(swapped(distilled, group)) for group in swaps]
-        sentences = sorted({sentence for numbered in sets for sentence in numbered})
-        place = {sentence: n for n, sentence in enumerate(sentences)}
-        rows = torch.tensor([[place[sentence] for sentence in numbered] for numbered in sets])
+        sets = [_sentences(distilled, group) for group in swaps]
+        together = sorted({sentence for sentences in sets for sentence in sentences})
+        place = {sentence: n for n, sentence in enumerate(together)}
+        rows = torch.tensor([[place[sentence] for sentence in sentences] for sentences in sets])
         with torch.no_grad():
-            return self.head_losses(self._of(distilled, sentences)[rows], self.labels(distilled), seed).tolist()
+            return self.head_losses(self._of(together)[rows], self.labels(distilled), seed).tolist()
 
-    def _of(self, distilled: DistilledSet, sentences: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Representations ``[n, …]`` of n sentences, each an example's number and its tokens; remembered ones are not read."""
+    def _of(self, sentences: list[tuple[int, ...]]) -> Tensor:
+        """Representations ``[n, …]`` of n sentences as :func:`_sentences` gives them; remembered ones are not read."""
         if len(self._read) > REMEMBERED:
             self._read.clear()
-        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in sentences]
-        fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
-        for start in range(0, len(fresh), 64):
-            part = fresh[start : start + 64]
-            ids, mask = (torch.tensor(values) for values in zip(*part, strict=True))
+        fresh = [sentence for sentence in sentences if sentence not in self._read]
+        for part in (fresh[start : start + 64] for start in range(0, len(fresh), 64)):
+            ids, mask = torch.tensor(part)[:, 1:].chunk(2, dim=1)
             with torch.no_grad():
-                x = self._represented({"input_ids": ids, "attention_mask": mask.long()})
-            self._read.update(zip(part, x, strict=True))
-        return torch.stack([self._read[key] for key in keys])
+                self._read.update(zip(part, self._represented({"input_ids": ids, "attention_mask": mask}), strict=True))
+        return torch.stack([self._read[sentence] for sentence in sentences])
 
     def describe(self) -> dict:
         """The settings as JSON values."""
@@ -181,10 +176,7 @@ class FrozenJudge:
 
     def labels(self, distilled: DistilledSet) -> Tensor:
         """A set's labels as probabilities ``[m, c]`` of the task's classes, matched by name."""
-        distilled = distilled.in_classes(self.task.classes, f"task {self.task.name!r}")
-        if distilled.soft:
-            return distilled.targets.softmax(-1).to(self.student.device)
-        return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
+        return distilled.in_classes(self.task.classes, f"task {self.task.name!r}").probabilities().to(self.student.device)
 
     def _represented(self, batch: dict[str, Tensor]) -> Tensor:
         x = self.student.layer_features(batch)
@@ -229,9 +221,10 @@ class FrozenJudge:
         return losses.unflatten(0, (len(x), len(real))).mean(1)
 
 
-def _numbered(tokens: Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    """The sentences of a set, each an example's number and its tokens."""
-    return [(i, tuple(row)) for i, row in enumerate(tokens.tolist())]
+def _sentences(distilled: DistilledSet, swaps: Sequence[Swap]) -> list[tuple[int, ...]]:
+    """The number, the tokens and the mask of each sentence of a set after some swaps."""
+    columns = torch.arange(len(distilled))[:, None], swapped(distilled, swaps), distilled.mask.long()
+    return [tuple(row) for row in torch.cat(columns, 1).tolist()]
 
 
 @dataclasses.dataclass(eq=False)

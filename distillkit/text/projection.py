@@ -20,7 +20,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet, decode, embed
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
+from distillkit.io.checks import check_are, check_choice, check_is, check_rate, check_whole, check_wholes, require
 
 METRICS = ("l2", "cosine")
 UNUSED = re.compile(r"^(\[unused\d+\]|<unused\d+>|madeupword\d+)$")
@@ -34,8 +34,7 @@ def allowed_tokens(tokenizer, vocabulary: int) -> Tensor:
 
 def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
     """Which tokens may stand in a text: words seen ``least`` times in the training split, ``[v]`` bool."""
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(task=(task, Task), student=(student, Student))
     check_whole("least", least)
     ids = torch.tensor([i for ids in task.token_ids(student.tokenizer, "train") for i in ids])
     vocabulary = len(student.embedding)
@@ -53,8 +52,7 @@ def choosable(student: Student, allowed: Tensor | None) -> Tensor:
     if allowed is not None:
         check_is("allowed", allowed, Tensor)
         words = words & allowed.cpu()
-    if not words.any():
-        raise ValueError("allowed leaves no token to choose from")
+    require(words.any(), "allowed leaves no token to choose from")
     return words
 
 
@@ -93,16 +91,14 @@ def nearest_tokens(
         ValueError: unknown metric, widths that differ, or fewer than ``k`` rows to choose from.
     """
     check_choice("metric", metric, METRICS)
+    check_are(queries=(queries, Tensor), table=(table, Tensor))
     allowed = torch.ones(len(table), dtype=torch.bool) if allowed is None else allowed
-    for name, value in (("queries", queries), ("table", table), ("allowed", allowed)):
-        check_is(name, value, Tensor)
-    for name, value in (("k", k), ("query_chunk", query_chunk), ("table_chunk", table_chunk)):
-        check_whole(name, value)
-    if queries.shape[-1] != table.shape[-1]:
-        raise ValueError(f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
+    check_is("allowed", allowed, Tensor)
+    check_wholes(k=k, query_chunk=query_chunk, table_chunk=table_chunk)
+    require(queries.shape[-1] == table.shape[-1],
+            f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
     candidates = allowed.nonzero().squeeze(1).to(table.device)
-    if len(candidates) < k:
-        raise ValueError(f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
+    require(len(candidates) >= k, f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
     dtype = torch.promote_types(table.dtype, torch.float32)  # half precision cannot tell neighbours apart
     nearest = []
     for block in queries.to(table.device, dtype).split(query_chunk):
@@ -181,8 +177,7 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
     Raises:
         ValueError: an unknown metric, or a set that was made with another embedding table.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), student=(student, Student))
     check_choice("metric", metric, METRICS)
     distilled.check_table(student)
     free, fixed = distilled.free, distilled.mask & ~distilled.free

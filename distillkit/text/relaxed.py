@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
-from distillkit.io.checks import check_number, check_rate, check_whole
+from distillkit.io.checks import check_number, check_rate, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import Judge, check_search, swapped
@@ -87,9 +87,9 @@ def _anneal(
         embeds[distilled.free] = mixed.detach().to(embeds)
         mixture = dataclasses.replace(distilled, embeds=embeds, tokens=None)
         loss, gradient = judge.gradient(mixture, derive_seed("relax", seed, step))
-        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
-            raise FloatingPointError(f"step {step + 1}: the judge's loss is {loss} or its gradient not finite; lower lr, or "
-                                     "the step size of the judge's student")
+        require(math.isfinite(loss) and gradient.isfinite().all(),
+                f"step {step + 1}: the judge's loss is {loss} or its gradient not finite; lower lr, or "
+                "the step size of the judge's student", FloatingPointError)
         adam.zero_grad()
         mixed.backward(gradient[distilled.free].to(mixed))
         adam.step()

@@ -20,7 +20,7 @@ from distillkit.core.distilled import DistilledSet, from_rows
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import sentence_features
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checks import check_are, check_is, check_wholes
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import FrozenJudge, check_search
@@ -62,8 +62,7 @@ def search_sentences(
     """
     check_is("task", task, Task)
     check_search(distilled, student, {"judge": (judge, ("features", "labels", "head_losses"))})
-    for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
-        check_whole(name, value)
+    check_wholes(steps=steps, candidates=candidates, examples=examples, sentences=sentences)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
     start.label_names()  # a set that does not tell them is an error
     labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
@@ -147,9 +146,7 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     Returns:
         a set of real sentences with hard labels and no recipe.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), task=(task, Task), student=(student, Student))
     distilled.check_table(student)
     distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
     real = sentence_features(task, student)
