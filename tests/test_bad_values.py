@@ -69,8 +69,7 @@ CALLS = {
                                                      "central": FLAG.filter(lambda v: v is not None)}),
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "LessSettings": (dk.LessSettings, {}, {"fraction": SHARE, "epochs": WHOLE, "batch_size": WHOLE, "optimizer": THING,
-                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE,
-                                           "by_class": FLAG}),
+                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
         "batch_size": st.one_of(WHOLE, st.just(81))}),

@@ -12,9 +12,9 @@ tuning") makes a selection rule of that:
 4. The score of z is its influence on the subtask it helps most; take the highest scores.
 
 Subtasks are the values of the validation split's column ``group`` where there is one, else the split is one subtask.
-Classes are a poor choice of subtasks: a row's influence on its own class is mostly the pull towards that class, right or
-wrong.  With a fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one
-before a wrong one of its class with probability 0.80 by one subtask, and 0.60 by a subtask a class.
+Classes are no subtasks: a row's influence on its own class is mostly the pull towards that class, right or wrong.  With a
+fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one before a wrong one of
+its class with probability 0.80 by one subtask, and 0.60 by one subtask per class.
 
 In the paper only LoRA adapters are trained.  Here it is whatever the student trains: load it with ``trainable="lora"``
 for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
@@ -35,7 +35,7 @@ from distillkit.core.inner import inner_step, loss_and_grads
 from distillkit.core.optimizers import AdamW, State, described
 from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_flag, check_number, check_wholes, require
+from distillkit.io.checks import check_number, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -138,7 +138,6 @@ class LessSettings:
         optimizer: makes the steps of the warm-up and, without its weight decay and clipping, Γ.
         projection: numbers that a gradient is projected to, even, or None; parameters of no more numbers are not projected.
         validation_rows: most validation rows in all, the same number for each subtask (at least 1), or None for all.
-        by_class: whether classes are the subtasks where the validation split has no column ``group``.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -150,11 +149,9 @@ class LessSettings:
     optimizer: AdamW = AdamW(3e-4)
     projection: int | None = 8192
     validation_rows: int | None = None
-    by_class: bool = False
 
     def __post_init__(self):
         check_number("fraction", self.fraction, most=1, without="least")
-        check_flag("by_class", self.by_class)
         require(isinstance(self.optimizer, AdamW),
                 f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
         limits = {"projection": self.projection, "validation_rows": self.validation_rows}
@@ -254,11 +251,7 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
 def _subtasks(task: Task, seed: int, settings: LessSettings) -> list[Tensor]:
     """The validation rows of each subtask."""
     split, draw = task.split("validation"), generator("less-validation", seed)
-    names = np.zeros(len(split))
-    if "group" in split.column_names:
-        names = np.array(split["group"][:])
-    elif settings.by_class:
-        names = task.labels("validation")
+    names = np.array(split["group"][:]) if "group" in split.column_names else np.zeros(len(split))
     subtasks = [torch.from_numpy(np.flatnonzero(names == name)) for name in np.unique(names)]
     most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(subtasks))
     return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in subtasks]

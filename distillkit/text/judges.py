@@ -60,15 +60,12 @@ class Judge(Protocol):
         A judge that can save work takes a third argument ``examples``, an index tensor: the gradient of the other examples
         may then be zero.  A search passes it only if it looks at a few examples per step.
         """
-        ...
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of a set after each of several groups of swaps; an empty group is the set as it is."""
-        ...
 
     def describe(self) -> dict:
         """The settings as JSON values."""
-        ...
 
 
 def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str, tuple[Any, Sequence[str]]]) -> None:
