@@ -245,8 +245,8 @@ def test_groups_of_an_instruction_task(questions):
 
 def test_validation_rows_are_spread_over_the_subtasks(questions, monkeypatch):
     task, student = questions
-    seen, batch = [], dk.Task.batch
-    monkeypatch.setattr(dk.Task, "batch", lambda self, tokenizer, split, rows: seen.append((split, [*map(int, rows)]))
+    seen, batch = [], dk.InstructionTask.batch
+    monkeypatch.setattr(dk.InstructionTask, "batch", lambda self, tokenizer, split, rows: seen.append((split, [*map(int, rows)]))
                         or batch(self, tokenizer, split, rows))
     for limit, each in ((7, 2), (1, 1), (10_000, 3)):
         seen.clear()

@@ -25,11 +25,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
-import torch
 
 from distillkit.core.distilled import DistilledSet, special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
+from distillkit.evaluation.scoring import log_likelihoods
 from distillkit.io.checks import check_whole, require
 
 PRIOR = 500  # words that the prior is worth, our choice
@@ -152,18 +152,14 @@ def perplexity(texts: Sequence[str], student: Student) -> float:
 
     Where a tokenizer has none, a text's first token is not predicted.  Texts are cut at the model's positions.
     """
-    before, loss, tokens = special_frame(student.tokenizer)[0], 0.0, 0
-    for text in texts:
-        ids = before + student.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(ids[: student.max_positions], device=student.device)
-        first = max(1, len(before))
-        if len(ids) > first:
-            with torch.no_grad():
-                logits = student.module(inputs_embeds=student.scaled(student.embedding[ids])[None]).logits[0, first - 1 : -1]
-            loss += float(torch.nn.functional.cross_entropy(logits.double(), ids[first:], reduction="sum"))
-            tokens += len(ids) - first
-    require(tokens, "there is no token to predict in these texts")
-    return math.exp(loss / tokens)
+    before = special_frame(student.tokenizer)[0]
+    first = max(1, len(before))
+    texts_ids = [before + student.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    texts_ids = [ids[: student.max_positions] for ids in texts_ids if len(ids) > first]
+    require(texts_ids, "there is no token to predict in these texts")
+    prompts, rest = [ids[:first] for ids in texts_ids], [[ids[first:]] for ids in texts_ids]
+    scores = log_likelihoods(student, prompts, rest, batch_size=8)
+    return math.exp(-sum(float(score[0]) for score in scores) / sum(len(ids) for (ids,) in rest))
 
 
 def wording_table(descriptions: Mapping[str, Wording]) -> str:

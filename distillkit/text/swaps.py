@@ -23,7 +23,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import digest
 from distillkit.core.student import Student
-from distillkit.io.checks import check_whole
+from distillkit.io.checks import check_whole, check_wholes
 from distillkit.io.escaping import say
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
@@ -82,9 +82,8 @@ class SwapSearch:
         second = {} if confirm is None else {"confirm": (confirm, ("losses",))}
         check_search(distilled, student, {"judge": (judge, ("gradient", "losses")), **second})
         derive_seed("swap", seed)  # an error now if it is none
-        numbers = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
-        for name, value in (numbers if examples is None else numbers | {"examples": examples}).items():
-            check_whole(name, value)
+        check_wholes(candidates=candidates, per_position=per_position, pool=pool, checkpoint_every=checkpoint_every,
+                     **({} if examples is None else {"examples": examples}))
         # As many examples as the set has is the same as all of them.
         self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
