@@ -246,8 +246,12 @@ def test_groups_of_an_instruction_task(questions):
 def test_validation_rows_are_spread_over_the_subtasks(questions, monkeypatch):
     task, student = questions
     seen, batch = [], dk.InstructionTask.batch
-    monkeypatch.setattr(dk.InstructionTask, "batch", lambda self, tokenizer, split, rows: seen.append((split, [*map(int, rows)]))
-                        or batch(self, tokenizer, split, rows))
+
+    def noted(self, tokenizer, split, rows):
+        seen.append((split, [*map(int, rows)]))
+        return batch(self, tokenizer, split, rows)
+
+    monkeypatch.setattr(dk.InstructionTask, "batch", noted)
     for limit, each in ((7, 2), (1, 1), (10_000, 3)):
         seen.clear()
         influence(task, student, settings=dataclasses.replace(SHORT, epochs=1, validation_rows=limit))
