@@ -264,7 +264,7 @@ def test_an_experiment_and_the_command_line_share_their_settings():
     ("split: train", "split must be one of test, validation"),
     ("trainable: half", "trainable must be one of full"),
     ("recipe: mine", "recipe must be one of own"),
-    ("seeds: []", r"seeds must be a list of whole numbers, not \(\)"),
+    ("seeds: []", r"seeds must be a list of whole numbers, each once, not \(\)"),
     ("limit: many", "limit must be a whole number of at least 1, not 'many'"),
     ("limit: {test: 0}", r"limit\['test'\] must be a whole number of at least 1, not 0"),
     ("limit: {tset: 9}", "limit names the split 'tset'; a task has train, validation, test"),

@@ -139,7 +139,7 @@ def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_onl
     ({"rows": ["nacd/mine"]}, "a row must be one of .* not 'nacd/mine'"),
     ({"fraction": 0}, "fraction must be a number above 0, not 0"),
     ({"outer_steps": 0}, "outer_steps must be a whole number of at least 1, not 0"),
-    ({"seeds": []}, r"seeds must be a list of whole numbers, not \(\)"),
+    ({"seeds": []}, r"seeds must be a list of whole numbers, each once, not \(\)"),
     ({"kind": "other"}, "kind must be one of instruction, not 'other'"),
     ({"name": "a/b"}, "name must be letters, digits"),
 ])

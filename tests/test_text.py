@@ -9,11 +9,10 @@ import torch
 import distillkit as dk
 from distillkit.core.problem import MetaGradient
 from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
-from distillkit.text.projection import allowed_tokens, corpus_tokens, with_tokens
+from distillkit.text.projection import ThroughProjection, allowed_tokens, corpus_tokens, relabel, with_tokens
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 
 @pytest.fixture

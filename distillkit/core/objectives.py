@@ -58,6 +58,17 @@ class Objective(Protocol):
     def recipe(self) -> dict: ...
 
 
+class Wrapper:
+    """Base of an objective that changes another one, its ``objective``: what it does not define itself is the other's."""
+
+    objective: Objective
+
+    def __getattr__(self, name: str):
+        if name == "objective":  # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.objective, name)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class BPTT:
     """Loss on real training data after the inner loop.

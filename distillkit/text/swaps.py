@@ -22,7 +22,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import digest
 from distillkit.core.student import Student
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_whole
+from distillkit.io.checks import check_whole, check_wholes
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import Judge, Swap, check_search, swapped
 from distillkit.text.projection import choosable, with_tokens
@@ -82,9 +82,8 @@ class SwapSearch:
         second = {} if confirm is None else {"confirm": (confirm, ("losses",))}
         check_search(distilled, student, {"judge": (judge, ("gradient", "losses")), **second})
         derive_seed("swap", seed)  # an error now if it is none
-        numbers = {"candidates": candidates, "per_position": per_position, "pool": pool, "checkpoint_every": checkpoint_every}
-        for name, value in (numbers if examples is None else numbers | {"examples": examples}).items():
-            check_whole(name, value)
+        check_wholes(candidates=candidates, per_position=per_position, pool=pool, checkpoint_every=checkpoint_every,
+                     **({} if examples is None else {"examples": examples}))
         # As many examples as the set has is the same as all of them.
         self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
@@ -154,7 +153,7 @@ class SwapSearch:
             old, new = self.confirm.losses(self._set, [[], swaps], derive_seed("confirm", self.seed, step))
             if not new <= old:
                 swaps, after = [], before
-        text = with_tokens(self._set, self.student, swapped(self._tokens, swaps)) if swaps else self._set
+        text = with_tokens(self._set, self.student, swapped(self._set, swaps)) if swaps else self._set
         changed = {s.example for s in swaps}
         rejected = {s for s in self._rejected.union(candidates) if s.example not in changed}
         record = SwapRecord(step + 1, before, after, tuple(swaps), len(candidates), time.perf_counter() - begin)
@@ -174,24 +173,20 @@ class SwapSearch:
         """Swaps of the sentences ``seen`` (None: of all), drawn from those that the linear estimate likes best."""
         table, words = self.student.embedding, self.allowed.nonzero().squeeze(1)
         free = self._set.free if seen is None else self._set.free & torch.isin(torch.arange(len(self._set)), seen)[:, None]
-        ranked: list[tuple[float, Swap]] = []
+        ranked: list[tuple[float, Swap]] = []  # minus the estimated gain, swap
+        tokens = self._tokens.tolist()
         for places in free.nonzero().split(256):  # memory is that many positions times the vocabulary
             example, position = places.T
             slopes, current = gradient[example, position].to(table), self._set.embeds[example, position].to(table)
             gains = (slopes * current).sum(1, keepdim=True) - slopes @ table[words.to(table.device)].T
             gains, best = gains.topk(min(4 * self.per_position, len(words)), dim=1)
-            ids = words[best.cpu()]
-            for place, row, row_gains in zip(places.tolist(), ids.tolist(), gains.tolist(), strict=True):
-                swaps = [(gain, Swap(place[0], place[1], new)) for gain, new in zip(row_gains, row, strict=True)]
-                ranked += [item for item in swaps if self._is_worth_judging(*item)][: self.per_position]
-        ranked.sort(key=lambda item: (-item[0], item[1]))
-        ranked = ranked[: self.pool * self.candidates]
+            for (i, j), row, row_gains in zip(places.tolist(), words[best.cpu()].tolist(), gains.tolist(), strict=True):
+                gainful = [(-gain, Swap(i, j, new)) for gain, new in zip(row_gains, row, strict=True)
+                           if gain > 0 and new != tokens[i][j]]
+                ranked += [item for item in gainful if item[1] not in self._rejected][: self.per_position]
+        ranked = sorted(ranked)[: self.pool * self.candidates]
         chosen = torch.randperm(len(ranked), generator=draw)[: self.candidates]
         return [ranked[i][1] for i in sorted(chosen.tolist())]
-
-    def _is_worth_judging(self, gain: float, swap: Swap) -> bool:
-        same = swap.new == int(self._tokens[swap.example, swap.position])
-        return gain > 0 and not same and swap not in self._rejected
 
 
 def combined(
@@ -207,18 +202,18 @@ def combined(
     Returns:
         what to change, and the loss then; nothing and ``before`` where no change is better.
     """
-    best: dict = {}
-    for change, loss in zip(changes, losses, strict=True):
-        if loss < before and (change.example not in best or loss < best[change.example][0]):
+    best: dict = {}  # example → (loss, change)
+    for loss, change in zip(losses, changes, strict=True):
+        if loss < best.get(change.example, (before,))[0]:
             best[change.example] = (loss, change)
     order = sorted(best.values())
     if not order:
         return [], before
-    chosen, after = [order[0][1]], order[0][0]
-    if len(order) > 1:
-        # All prefixes of the order at once: sentences hardly depend on each other, so one of them is nearly the best.
-        groups = [[change for _, change in order[:size]] for size in range(2, len(order) + 1)]
-        for group, loss in zip(groups, judged(groups), strict=True):
-            if loss < after:
-                chosen, after = group, loss
+    after, first = order[0]
+    chosen = [first]
+    # All prefixes of the order at once: sentences hardly depend on each other, so one of them is nearly the best.
+    groups = [[change for _, change in order[:size]] for size in range(2, len(order) + 1)]
+    for group, loss in zip(groups, judged(groups) if groups else [], strict=True):
+        if loss < after:
+            chosen, after = group, loss
     return chosen, after
