@@ -103,7 +103,7 @@ def _kinds() -> dict:
 
 
 def _result(path: Path, args, folder: Path) -> dict:
-    from distillkit.experiments.settings import kind_of, renamed
+    from distillkit.experiments.settings import kind_of, read, renamed
     from distillkit.io.checks import check_choice
     from distillkit.io.restart import started
 
@@ -125,7 +125,7 @@ def _result(path: Path, args, folder: Path) -> dict:
         with started(run.claim, run.path, run.work, fresh=args.fresh):
             result = run(rows, seeds)
     except (ValueError, FloatingPointError) as error:
-        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
+        names = {key: f"{path}: {key}" for key in read(path)} | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
         raise ValueError(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")

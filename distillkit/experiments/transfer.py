@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,7 +36,6 @@ from distillkit.experiments.settings import (
     Scoring,
     SetSeeds,
     check_keys,
-    choice,
     names,
     option,
     settings,
@@ -49,7 +49,6 @@ MAKERS = {
     "text": (TextJob, TextRun, TEXTS),
     "instruction": (InstructionJob, InstructionRun, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
-RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}  # what gains are told over
 UNTRAINED = ("offline:small-bert",)
@@ -66,7 +65,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
 
     sets: dict = option(REQUIRED, "how sets are made on each source: kind (text or instruction) and its settings")
     students: tuple[str, ...] = option(REQUIRED, "every source and target, as load_student takes them")
-    recipe: str = choice("tuned", "how a target is trained: tuned, standard or fixed", RECIPES)
+    recipe: Literal["tuned", "standard", "fixed"] = option("tuned", "how a target is trained: tuned, standard or fixed")
     fixed: dict | None = option(None, "of the last: {target: {steps, step_size, batch}} of AdamW, the same for every text")
 
     def __post_init__(self):
