@@ -58,7 +58,7 @@ _HOMES = {
     # the ground: errors, random streams, sizes of the notebooks
     "io.storage": ("StorageError",),
     "io.seeds": ("derive_seed",),
-    "view.scale": ("settings",),
+    "view.scale": ("scale",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

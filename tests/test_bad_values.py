@@ -141,16 +141,15 @@ CALLS = {
     "load_student": (dk.load_student, {"source": "offline:nobody", "task": None}, {
         "source": st.just("offline:nobody"), "task": THING, "trainable": or_none(CHOICE), "dtype": CHOICE,
         "weights": or_none(CHOICE), "attention": CHOICE}),
-    "settings": (dk.settings, {"notebook": "00_quickstart"}, {"notebook": CHOICE, "outer_steps": WHOLE, "no_such": THING}),
     "derive_seed": (dk.derive_seed, {"purpose": "test"}, {"purpose": st.one_of(st.integers(), SEED)}),
 }
 # Made by other names, and only read.
 RESULTS = {"Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student", "Task",
            "Wording"}
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
-ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table"}
+ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
-APART = {"checkpoint_dir", "folder", "device", "parts", "overrides", "settings", "per_class", "fraction", "length"}
+APART = {"checkpoint_dir", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
 
 def names_it(error: Exception, argument: str) -> bool:
@@ -183,7 +182,7 @@ def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated", "LessSettings",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
                  "search_step_size", "Distiller", "retokenize", "recommend", "corpus_tokens", "FrozenJudge", "StudentJudge",
-                 "SwapSearch", "ThroughProjection", "NeighborLoss", "settings", "derive_seed"):
+                 "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 

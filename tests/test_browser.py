@@ -173,7 +173,7 @@ def test_the_widgets_in_a_browser(page, tmp_path):
     move(page, "the-prompts", "position")
     assert marked.inner_text() == page_words[2] and words == page_words[1] and looks(page, "the-prompts") != picture
     page.locator(".the-prompts button", has_text="judge").click()
-    page.locator(".the-prompts th", has_text="score with it").wait_for()
+    page.locator(".the-prompts th", has_text="score").wait_for()
 
     # The map: a point says its text when hovered, and text that looks like mark-up is text.
     last = page.locator(".the-map circle").last

@@ -15,7 +15,9 @@ from distillkit.cli.main import draw, main
 from distillkit.evaluation.scoring import choice_accuracy, choice_scores
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
-from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
+from distillkit.experiments.prompting import PromptingCell, PromptingJob, order_deviation, prompting_table
+from distillkit.experiments.runner import Run
+from distillkit.experiments.table import by_set, frame
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),
@@ -211,42 +213,45 @@ def job(**changes):
 
 def test_every_score_is_made(finished):
     _, result = finished
-    assert list(result["rows"]) == SMALL["rows"]
-    for name, row in result["rows"].items():
-        assert row.keys() == {"0", "1"}
-        for score in row.values():
-            assert score["rows"] == 10 and score["k"] == int(name[-1])
-            assert len(score["scores"]) == len(score["calibrated"]) == (1 if name == "zero-shot/0" else 2)
-            assert score["mean"] == pytest.approx(np.mean(score["scores"]), abs=1e-5)
-    template = result["distilling"]["template"]
+    assert [(score["row"], score["set_seed"], score["order"]) for score in result["scores"]] == [
+        (row, seed, order) for row in SMALL["rows"] for seed in (0, 1) for order in ((0,) if row == "zero-shot/0" else (0, 1))]
+    for score in result["scores"]:
+        assert score["questions"] == 10 and score["shots"] == int(score["row"][-1])
+        assert all(0 <= score[measure] <= 1 for measure in ("accuracy", "normalized", "calibrated"))
+    notes = result["cells"]["small"]["notes"]
+    template = notes["template"]
     assert template["validation"].keys() == {*SMALL["templates"]}
     assert template["chosen"] == max(SMALL["templates"], key=lambda t: np.mean(template["validation"][t]))
-    assert result["distilling"]["embeddings 1"].keys() >= {"losses", "trained on the start", "trained on the set"}
+    assert notes["embeddings 1"].keys() >= {"losses", "trained on the start", "trained on the set"}
 
 
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result = finished
     monkeypatch.setattr(prompting_jobs, "few_shot", lambda *a, **kw: pytest.fail("scored again"))
-    run = PromptingRun(job(), folder, folder / "work")
+    run = Run(PromptingCell, job(), folder, folder / "work")
     assert run() == result
-    monkeypatch.setattr(PromptingRun, "create", lambda *a: pytest.fail("made again"))
-    assert run.set_of("swaps", 1).tokens is not None and run._template() == result["distilling"]["template"]["chosen"]
-    wrong, right = run._shots("wrong labels", 0), run.set_of("random", 0)
+    monkeypatch.setattr(PromptingCell, "create", lambda *a: pytest.fail("made again"))
+    cell = run.cell
+    assert cell.set_of("swaps", 1).tokens is not None
+    assert cell.template() == result["cells"]["small"]["notes"]["template"]["chosen"]
+    wrong, right = cell.shots("wrong labels", 0), cell.set_of("random", 0)
     assert [text for text, _ in wrong] == right.meta["text"]
-    assert all(name != run.task.classes[label] for (_, name), label in zip(wrong, right.meta["labels"], strict=True))
+    assert all(name != cell.task.classes[label] for (_, name), label in zip(wrong, right.meta["labels"], strict=True))
 
 
 def test_the_table(finished):
     _, result = finished
-    lines = prompting_table(result).splitlines()
+    lines, scores = prompting_table(result).splitlines(), frame(result)
     assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
     for name in ("random/2", "swaps/2"):
         (line,) = (line for line in lines if line.startswith(f"| {name[:-2]} | 2 |"))
-        scores = [result["rows"][name][s]["scores"] for s in "01"]
-        assert f"| {np.mean(scores):.3f} ({np.sqrt(np.mean(np.var(scores, axis=1, ddof=1))):.3f}) |" in line
+        by_order = scores[scores["row"] == name].pivot(index="set_seed", columns="order", values="accuracy").to_numpy()
+        deviation = np.sqrt(np.mean(np.var(by_order, axis=1, ddof=1)))
+        assert order_deviation(scores[scores["row"] == name]) == pytest.approx(deviation)
+        assert f"| {by_set(result).loc[name].mean():.3f} ({deviation:.3f}) |" in line
         assert ("±" in line) == (name == "swaps/2")
-    del result["rows"]["random/2"]
-    assert "| random | 2 | not run |" in prompting_table(result)
+    partial = result | {"scores": [score for score in result["scores"] if score["row"] != "random/2"]}
+    assert "| random | 2 | not run |" in prompting_table(partial)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

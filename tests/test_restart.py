@@ -1,6 +1,7 @@
 """Data that could be lost: a kill at every stage, a run that starts over, and several runs in one place."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from distillkit.applications.publish import load_published, save_published
 from distillkit.core import distiller as distiller_module
 from distillkit.core.experts import Experts, record_experts
 from distillkit.experiments.results import read, write
-from distillkit.experiments.runner import Run
+from distillkit.experiments.runner import Cell, Run
 from distillkit.experiments.settings import Settings
 from distillkit.io.restart import started
 from distillkit.io.signals import ENDING, Ended, ending_signals
@@ -273,9 +274,12 @@ class Job(Settings):
     rows: tuple[str, ...] = ("random/own",)
 
 
-class Seeds(Run):
+class Seeds(Cell):
     def score(self, method, recipe, seed):
-        return {"mean": seed / 100}
+        return [{"accuracy": seed / 100}], {}
+
+    def columns(self, method, recipe):
+        return {"method": method, "recipe": recipe}
 
 
 def test_work_folders_that_share_a_folder_of_results_lose_no_score(world, tmp_path):
@@ -283,12 +287,13 @@ def test_work_folders_that_share_a_folder_of_results_lose_no_score(world, tmp_pa
     for process in range(3):
         pid = os.fork()
         if not pid:
-            Seeds(Job(), tmp_path / "results", tmp_path / f"work-{process}", *world)(seeds=tuple(range(process, 24, 3)))
+            cell = functools.partial(Seeds, task=world[0], student=world[1])
+            Run(cell, Job(), tmp_path / "results", tmp_path / f"work-{process}")(seeds=tuple(range(process, 24, 3)))
             os._exit(0)
         pids.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0, 0]
-    rows = read(tmp_path / "results" / "small.json")["rows"]["random/own"]
-    assert {int(seed): row["mean"] for seed, row in rows.items()} == {seed: seed / 100 for seed in range(24)}
+    scores = read(tmp_path / "results" / "small.json")["scores"]
+    assert [(score["set_seed"], score["accuracy"]) for score in scores] == [(seed, seed / 100) for seed in range(24)]
     assert leftovers(tmp_path) == []
 
 
