@@ -5,10 +5,9 @@ import yaml
 
 from distillkit.cli.main import draw, main
 from distillkit.experiments import runner
-from distillkit.experiments.results import read
+from distillkit.experiments.results import by_set, frame, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import kind_of
-from distillkit.experiments.table import by_set, frame, paired_difference
 from distillkit.experiments.ways_to_text import TextGridJob, text_grid_table
 
 BASE = {
@@ -82,8 +81,8 @@ def test_shipped_settings():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must not be empty"),
-    ({"per_class": [0]}, "per_class must be a whole number"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
+    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must have at least 1 item"),
+    ({"per_class": [0]}, "rotten_tomatoes,0: per_class must"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
     ({"corpora": {"sst2": {"corpus": "imdb"}}}, "sst2: unknown setting 'corpus'"), ({"rows": ["best/fixed"]}, "a row must be"),
 ])
 def test_bad_settings_are_named(tmp_path, capsys, change, message):

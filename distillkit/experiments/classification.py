@@ -27,7 +27,7 @@ import pandas as pd
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import read, take_up
+from distillkit.experiments.results import by_row, frame, markdown, read, spread, take_up
 from distillkit.experiments.runner import Cell, Grid, Scores
 from distillkit.experiments.settings import (
     Data,
@@ -39,10 +39,8 @@ from distillkit.experiments.settings import (
     Size,
     option,
     settings,
-    tupled,
     whole,
 )
-from distillkit.experiments.table import by_row, frame, markdown, spread
 
 LEARNED_LABELS = "real + learned labels"
 ROW_NAMES = (
@@ -172,7 +170,7 @@ def committed(config: str | Path, folder: str | Path) -> dict:
 
 def scaling_table(result: Mapping) -> str:
     """A scaling grid as a Markdown table: a line for each cell, its seeds together."""
-    job, scores = GridJob(**tupled(result["config"])), frame(result)
+    job, scores = GridJob(**result["config"]), frame(result)
     scores["place"] = scores["cell"].map(without_seed)
     lines = {}
     for key, cell in job.cells().items():

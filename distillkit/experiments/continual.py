@@ -39,7 +39,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import rounded
+from distillkit.experiments.results import by_row, by_set, markdown, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -56,7 +56,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_row, by_set, markdown, spread
 
 REAL = ("random", "k_center")
 MEMORIES = ("none", "distilled", *REAL, "bytes")

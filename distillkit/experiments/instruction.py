@@ -30,7 +30,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.results import rounded
+from distillkit.experiments.results import by_row, by_set, gain, markdown, paired_difference, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
@@ -46,7 +46,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_row, by_set, gain, markdown, paired_difference, spread
 
 LEARNED = ("nacd", "bptt")
 ROWS = (

@@ -31,7 +31,7 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import rounded
+from distillkit.experiments.results import by_set, frame, gain, markdown, rounded
 from distillkit.experiments.runner import Scores, size_columns
 from distillkit.experiments.settings import (
     Data,
@@ -45,7 +45,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_set, frame, gain, markdown
 from distillkit.experiments.ways_to_text import Swaps, TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
-from distillkit.experiments.results import rows_of
+from distillkit.experiments.results import by_set, gain, markdown, paired_difference, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -34,13 +35,10 @@ from distillkit.experiments.settings import (
     Scoring,
     SetSeeds,
     check_keys,
-    choice,
     names,
     option,
     settings,
-    tupled,
 )
-from distillkit.experiments.table import by_set, gain, markdown, paired_difference, spread
 from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
 from distillkit.io.checks import check_choice, check_number, check_whole
 
@@ -49,7 +47,6 @@ MAKERS = {
     "text": (TextJob, TextCell, TEXTS),
     "instruction": (InstructionJob, InstructionCell, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
-RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 # Selections that gains are measured over.
 AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
@@ -67,7 +64,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
 
     sets: dict = option(REQUIRED, "how sets are made on each source: kind (text or instruction) and its settings")
     students: tuple[str, ...] = option(REQUIRED, "every source and target, as load_student takes them")
-    recipe: str = choice("tuned", "how a target is trained: tuned, standard or fixed", RECIPES)
+    recipe: Literal["tuned", "standard", "fixed"] = option("tuned", "how a target is trained: tuned, standard or fixed")
     fixed: dict | None = option(None, "of the last: {target: {steps, step_size, batch}} of AdamW, the same for every text")
 
     def __post_init__(self):
@@ -111,7 +108,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_keys("sets", self.sets, {*names(job_class)} - {*NOT_HERE})
         if "corpus" not in self.sets:
             raise ValueError("sets: the setting 'corpus' is missing")
-        return job_class(**tupled(self.sets), name=source, student=self.by_name[source], seeds=self.seeds)
+        return job_class(**self.sets, name=source, student=self.by_name[source], seeds=self.seeds)
 
 
 def short_name(student: str) -> str:
@@ -135,9 +132,15 @@ class TransferCell(Cell):
     def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
-        cell_class = MAKERS[job.sets["kind"]][1]
-        self.maker = functools.cache(lambda source: cell_class(job.making(source), work / source, results, task))
+        self.maker = functools.cache(self._maker)
         super().__init__(job, work, results, task, self.reader(parsed(job.rows[0])[1]))
+
+    def _maker(self, source: str) -> Cell:
+        """The experiment whose sets are used, with what is already known of them."""
+        cell, prefix = MAKERS[self.job.sets["kind"]][1], f"{source} "
+        maker = cell(self.job.making(source), self.work / source, self.results, self.task)
+        maker.notes |= {name.removeprefix(prefix): note for name, note in self.notes.items() if name.startswith(prefix)}
+        return maker
 
     def score(self, pair: str, method: str, seed: int) -> Scores:
         source, target, _ = parsed(pair)
@@ -182,7 +185,7 @@ def of_full(sets: pd.DataFrame) -> pd.Series:
     """Each row's mean score as a share of its target's on the full data; nan where either has not run.
 
     Args:
-        sets: as :func:`~distillkit.experiments.table.by_set` gives it.
+        sets: as :func:`~distillkit.experiments.results.by_set` gives it.
     """
     mean = sets.mean(axis=1)
     return mean / mean.reindex([f"{parsed(name)[1]}/full" for name in sets.index]).to_numpy()

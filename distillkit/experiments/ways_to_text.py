@@ -9,7 +9,7 @@ Methods:
 * ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
 * ``through projection``: distilled through the projection
-  (:class:`~distillkit.text.through.ThroughProjection`), then projected.
+  (:class:`~distillkit.text.projection.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
 * ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.sentences.search_sentences`).
 * ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
@@ -37,6 +37,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+from pydantic import PositiveFloat
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
@@ -45,7 +46,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import rows_of
+from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
 from distillkit.experiments.runner import Cell, Grid, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -65,13 +66,11 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.text.judges import FrozenJudge
-from distillkit.text.projection import corpus_tokens, project
+from distillkit.text.projection import ThroughProjection, corpus_tokens, project, relabel
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
@@ -82,11 +81,6 @@ RECIPES = ("tuned", "relabelled", "transfer", "fixed")
 ROWS = (
     *(f"{m}/{r}" for m in TEXTS for r in RECIPES), "embeddings/own", "embeddings/tuned", "full/standard",
 )
-
-
-def _check_label_rates(name: str, value) -> None:
-    if len(value) != 2 or not all(rate > 0 for rate in value):
-        raise ValueError(f"{name} must be two numbers above 0, of labels and of step sizes, not {value!r}")
 
 
 @settings()
@@ -103,8 +97,8 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Swaps, Neighbor, Target, Set
     label_steps: int = whole(40, "outer steps of relabelling")
     label_unroll_steps: int | None = whole(None, "inner steps of relabelling (default: unroll_steps)")
     label_adamw: float | None = positive(None, "step size of AdamW as inner optimiser of relabelling (default: SGD)")
-    label_rates: tuple[float, ...] | None = option(
-        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)", _check_label_rates)
+    label_rates: tuple[PositiveFloat, PositiveFloat] | None = option(
+        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")
     relax_steps: int = whole(100, "steps of the relaxed choice of words")
@@ -180,7 +174,7 @@ class TextCell(Cell):
         search = SwapSearch(
             self.set_of(STARTS[method], seed), self.student, FrozenJudge(self.task, self.student, steps=job.judge_steps),
             candidates=job.candidates, seed=seed, examples=job.examples,
-            allowed=corpus_tokens(self.task, self.student, least=job.least), checkpoint_dir=self.checkpoint(method, seed),
+            allowed=corpus_tokens(self.task, self.student, least=job.least), checkpoint=self.checkpoint(method, seed),
         )
         for _ in search.run(job.swap_steps):
             pass
