@@ -7,6 +7,12 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 
+def require(condition: object, message: str, kind: type[Exception] = ValueError) -> None:
+    """Raise an error of ``kind`` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise kind(message)
+
+
 def check_whole(name: str, value, *, least: int = 1, most: int | None = None, meaning: str = "") -> None:
     """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most`` (None: no limit)."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most):
