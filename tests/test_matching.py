@@ -151,7 +151,7 @@ class OneExpert:
     """From 0 to ``end`` in one epoch."""
 
     def __init__(self, end):
-        self.end, self.folder, self.epochs, self.snapshots = end, "memory", 1, 2
+        self.end, self.folder, self.epochs, self.snapshots, self.sha256 = end, "memory", 1, 2, "0"
         self.settings = {"snapshots_per_epoch": 1, "optimizer": {"name": "SGD", "step_size": 0.1, "clip_norm": None}}
 
     def __len__(self):
@@ -233,7 +233,7 @@ def test_the_neighbor_term_pulls_towards_words(exact, experts, start):
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), "much", True, lambda progress: -progress])
 def test_a_bad_weight(exact, start, experts, weight):
-    with pytest.raises(ValueError, match="the weight of NeighborLoss must be a finite number of 0 or more, not"):
+    with pytest.raises(ValueError, match="the weight of NeighborLoss"):
         list(dk.Distiller(start, matching(exact, experts), regularizers=[dk.NeighborLoss(exact[1], weight=weight)]).run(2))
 
 

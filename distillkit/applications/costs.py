@@ -212,26 +212,26 @@ def _of(row: Mapping | Evaluation, key: str):
 # --- a table ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(result: Mapping, names: Sequence[str], distilling: int | None = None) -> str:
+def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: int | None = None) -> str:
     """The compute of some rows of a classification result as a Markdown table.
 
     Args:
-        result: as a classification job writes it, with a row ``full/standard``.
-        names: its rows, in the order wanted.
+        rows: by name, ``full/standard`` among them, each with ``method``, ``recipe``, ``mean`` and ``flops``.
+        names: the rows to show, in this order.
         distilling: FLOPs of its distillation, for the break-even count of the rows that were distilled; see
             :func:`distilling_flops`.
     """
-    full = result["rows"]["full/standard"]
+    full = rows["full/standard"]
     lines = [
         "| method | recipe | accuracy | TFLOPs to train | of full data | distilling, TFLOPs | pays after trainings |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name in names:
-        row = result["rows"][name]
+        row = rows[name]
         learned = distilling if row["method"] in ("embeddings", "projected") else None
         count = "" if learned is None else _counted(break_even(learned, full["flops"], row["flops"]))
         cost = "" if learned is None else f"{learned / 1e12:,.1f}"
-        lines.append(f"| {row['method']} | {row['recipe']['name']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
+        lines.append(f"| {row['method']} | {row['recipe']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
                      f"1 / {full['flops'] / row['flops']:,.0f} | {cost} | {count} |")
     return "\n".join(lines)
 

@@ -65,6 +65,17 @@ def check_objective(objective) -> None:
             f"{', '.join(missing)}", TypeError)
 
 
+class Wrapper:
+    """Base of an objective that changes another one, its ``objective``: what it does not define itself is the other's."""
+
+    objective: Objective
+
+    def __getattr__(self, name: str):
+        if name == "objective":  # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.objective, name)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class BPTT:
     """Loss on real training data after the inner loop.
@@ -225,7 +236,7 @@ class TrajectoryMatching:
         recorded_elsewhere = ("parameters", "embedding", "tokenizer")
         experts = {k: v for k, v in self.experts.settings.items() if k not in recorded_elsewhere}
         return _recipe(self, **{name: getattr(self, name) for name in fields}, matched=len(self._matched()),
-                       segments=self.segments, experts=experts)
+                       segments=self.segments, experts={**experts, "sha256": self.experts.sha256})
 
     def _matched(self) -> list[str]:
         return [n for n in self.student.trained_names if self.match is None or self.match(n)]
