@@ -293,8 +293,8 @@ class Monitor(ipywidgets.VBox):
 
     def __init__(self, distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5):
         check_whole("every", every)
-        if distiller.checkpoint_dir is None:
-            raise ValueError("a distillation that can be stopped needs a checkpoint: give its Distiller a checkpoint_dir")
+        if distiller.checkpoint.path is None:
+            raise ValueError("a distillation that can be stopped needs a checkpoint: give its Distiller a checkpoint")
         self.distiller, self.steps, self.score, self.every = distiller, steps, score, every
         self.scores: dict[int, float] = {}
         self.task: asyncio.Task | None = None
@@ -347,14 +347,14 @@ def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, eve
     Cells run between its steps, so the notebook stays usable, but a slider waits for the step to end.
 
     Args:
-        distiller: with a ``checkpoint_dir``.  After a stop, or in another session, a Distiller on that folder goes on to the
+        distiller: with a ``checkpoint``.  After a stop, or in another session, a Distiller with that file goes on to the
             very set that an uninterrupted run gives.
         steps: in all, as :meth:`~distillkit.core.distiller.Distiller.run` counts them.
         score: from a set to a number, such as its accuracy on the validation split; taken every ``every`` steps.
         every: steps between pictures.
 
     Raises:
-        ValueError: a distiller without ``checkpoint_dir``.
+        ValueError: a distiller without ``checkpoint``.
         RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
     """
     loop, box = asyncio.get_running_loop(), Monitor(distiller, steps, score=score, every=every)
