@@ -291,8 +291,21 @@ class SetSeeds(Settings):
     seeds: tuple[int, ...] = whole_numbers((0, 1, 2), "one set of everything for each seed")
 
 
+def _check_grid(name: str, value) -> None:
+    check_keys(name, value, ("step_size", "steps"))
+    _check_filled(name, len(value) == 2 and all(value.values()))
+
+
 @settings()
-class Scoring(Settings):
+class Recipes(Settings):
+    """How the recipes ``standard`` and ``tuned`` train, where not by their defaults."""
+
+    standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
+    tuned_grid: dict | None = option(None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", _check_grid)
+
+
+@settings()
+class Scoring(Recipes):
     """How often a student is trained on a set."""
 
     eval_seeds: tuple[int, ...] = whole_numbers((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
