@@ -148,7 +148,7 @@ RESULTS = {"Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepReco
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
-APART = {"checkpoint_dir", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
+APART = {"checkpoint", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
 
 def names_it(error: Exception, argument: str) -> bool:

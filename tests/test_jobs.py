@@ -41,7 +41,12 @@ def copied(finished, tmp_path, standin_hub):
 @pytest.fixture
 def scored(monkeypatch):
     noted, evaluate = [], runner.evaluate
-    monkeypatch.setattr(runner, "evaluate", lambda *a, **kw: noted.append(kw["recipe"]) or evaluate(*a, **kw))
+
+    def noting(*args, recipe, **options):
+        noted.append(recipe if isinstance(recipe, str) else type(recipe).__name__.lower())
+        return evaluate(*args, recipe=recipe, **options)
+
+    monkeypatch.setattr(runner, "evaluate", noting)
     return noted
 
 

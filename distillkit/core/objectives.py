@@ -264,6 +264,7 @@ class TrajectoryMatching:
     def recipe(self) -> dict:
         """How to train on what this objective distils, as JSON values."""
         known_otherwise = ("parameters", "embedding", "tokenizer")
+        experts = {k: v for k, v in self.experts.settings.items() if k not in known_otherwise}
         return _recipe(
             self,
             expert_epochs=self.expert_epochs,
@@ -272,7 +273,7 @@ class TrajectoryMatching:
             distance=self.distance,
             matched=len(self._matched()),
             segments=self.segments,
-            experts={k: v for k, v in self.experts.settings.items() if k not in known_otherwise},
+            experts={**experts, "sha256": self.experts.sha256},
         )
 
     def _matched(self) -> list[str]:

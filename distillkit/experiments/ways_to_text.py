@@ -180,7 +180,7 @@ def swapped(cell: Cell, name: str, start: DistilledSet, seed: int, *, examples: 
     search = SwapSearch(
         start, cell.student, FrozenJudge(cell.task, cell.student, steps=cell.job.judge_steps), candidates=cell.job.candidates,
         seed=seed, examples=examples, allowed=corpus_tokens(cell.task, cell.student, least=cell.job.least),
-        checkpoint_dir=cell.checkpoint(name, seed),
+        checkpoint=cell.checkpoint(name, seed),
     )
     for _ in search.run(cell.job.swap_steps):
         pass
