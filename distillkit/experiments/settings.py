@@ -240,17 +240,13 @@ class SetSeeds(Settings):
     seeds: tuple[int, ...] = filled((0, 1, 2), "one set of everything for each seed")
 
 
-def _check_grid(name: str, value) -> None:
-    check_keys(name, value, ("step_size", "steps"))
-    _check_filled(name, len(value) == 2 and all(value.values()))
-
-
 @settings()
 class Recipes(Settings):
     """How the recipes ``standard`` and ``tuned`` train, where not by their defaults."""
 
     standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
-    tuned_grid: dict | None = option(None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", _check_grid)
+    tuned_grid: dict[typing.Literal["step_size", "steps"], tuple[int | float, ...]] | None = option(
+        None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", min_length=2)
 
 
 @settings()
