@@ -14,7 +14,6 @@ import pytest
 from distillkit.data import corpora
 from distillkit.data.corpora import CorpusError, first_sentence, mask_libraries, same_sentence_key
 from distillkit.data.load import load_corpus
-from distillkit.io.storage import DATA
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
@@ -171,11 +170,11 @@ def test_the_cache_is_used_and_belongs_to_the_versions(little, monkeypatch):
 
 def test_a_damaged_cache_is_built_again_with_a_warning(little):
     first = load_corpus("docstrings")
-    (path,) = (little / "cache" / "corpora").glob(f"*/{DATA}")
-    path.write_text(path.read_text().replace("Paint", "Faint"))
+    (path,) = (little / "cache" / "corpora").glob("*.safetensors")
+    path.write_bytes(path.read_bytes().replace(b"Paint", b"Faint"))
     with pytest.warns(UserWarning, match="built again.*SHA-256"):
         assert load_corpus("docstrings") == first
-    assert "Faint" not in path.read_text()
+    assert b"Faint" not in path.read_bytes()
 
 
 def test_two_processes_at_once_build_once(little):

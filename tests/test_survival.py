@@ -26,7 +26,8 @@ from distillkit.core.experts import Experts, record_experts
 from distillkit.core.inner import loss_and_grads
 from distillkit.data import corpora
 from distillkit.experiments import results
-from distillkit.io.storage import StorageError, read_file, read_lines, write_file
+from distillkit.io.files import read_file, write_file
+from distillkit.io.storage import StorageError, read_lines
 
 WORKER = Path(__file__).with_name("survival_worker.py")
 VALUES = ("embeds", "targets", "step_sizes")

@@ -49,12 +49,13 @@ from distillkit.data.corpora import first_sentence, mask_libraries, same_sentenc
 from distillkit.io.checkpoint import check_settings
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
+from distillkit.io.files import read_file, write_file
 from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
 from distillkit.io.progress import progress
 from distillkit.io.restart import started
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.io.signals import Ended, ending_signals
-from distillkit.io.storage import Claim, read_file, save_text, write_file
+from distillkit.io.storage import Claim, save_text
 from distillkit.io.verify import sha256_of
 
 KIND = "pretraining-checkpoint"

@@ -48,8 +48,9 @@ from distillkit.data.tables import (
     saved_table,
     shown,
 )
+from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, StorageError, cache_dir, read_file, write_file
+from distillkit.io.storage import Claim, StorageError, cache_dir
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 LABEL_COLUMNS = ("label", "labels", "coarse_label", "class", "category")
