@@ -39,9 +39,10 @@ import numpy as np
 import torch
 
 from distillkit.data.corpus import PROMPT_COLUMNS, SPLITS, Corpus, CorpusError, Split
+from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
 from distillkit.io.seeds import generator
-from distillkit.io.storage import Claim, StorageError, cache_dir, read_file, write_file
+from distillkit.io.storage import Claim, StorageError, cache_dir
 
 LIBRARIES = ("matplotlib", "networkx", "pandas", "scipy", "sympy", "torch")
 ALIASES = frozenset({"mpl", "plt", "pyplot", "pylab", "nx", "pd", "mplot3d"})
