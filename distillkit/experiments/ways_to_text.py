@@ -47,7 +47,7 @@ from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
-from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.runner import Cell, Grid, Scores, recipe_of
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
@@ -132,7 +132,8 @@ class TextCell(Cell):
             return self.evaluated(self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own")
         text = hardened(self.set_of(method, seed))
         if recipe == "transfer":
-            return rows_of(transfer(text, self.task, self.target, seeds=job.eval_seeds), job.eval_seeds)
+            scored = transfer(text, self.task, self.target, seeds=job.eval_seeds, recipe=recipe_of(job, "tuned"))
+            return rows_of(scored, job.eval_seeds)
         fixed = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
         return self.evaluated(text, fixed if recipe == "fixed" else recipe)
 
