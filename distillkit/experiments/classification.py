@@ -76,7 +76,6 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
 class ClassificationCell(Cell):
     """An experiment on classification, or a cell of a grid of them."""
 
-    job: ClassificationJob
     texts, selections, projected = ("projected",), METHODS, {"projected": "embeddings"}
 
     def __init__(self, *args):

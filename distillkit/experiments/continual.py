@@ -94,7 +94,6 @@ class ContinualJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
 class ContinualCell(Cell):
     """An experiment on merging, streams and updates."""
 
-    job: ContinualJob
 
     def __init__(self, job: ContinualJob, work: Path, results: Path):
         self.job, corpus = job, load_corpus(job)

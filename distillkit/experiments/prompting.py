@@ -49,9 +49,7 @@ from distillkit.experiments.ways_to_text import Swaps, TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
 
-REAL = ("random", "k_center")
-LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")
-SOURCES = ("zero-shot", *REAL, *LEARNED, "wrong labels")
+SOURCES = ("zero-shot", "random", "k_center", "embeddings", "projection", "nearest sentences", "swaps", "wrong labels")
 
 
 @settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
@@ -77,7 +75,6 @@ class PromptingJob(Experiment, Data, Size, Inner, Outer, Swaps, SetSeeds):
 class PromptingCell(TextCell):
     """An experiment on prompts: the student distils and selects as a classifier, and reads prompts as a language model."""
 
-    job: PromptingJob
     texts, selections = (), ()
 
     @functools.cached_property
@@ -159,9 +156,8 @@ def prompting_table(result: Mapping) -> str:
         line = [source, f"{k} ({chosen['dropped'].sum():.0f} left out)" if chosen["dropped"].any() else k]
         for measure in measures:
             deviation = order_deviation(chosen, measure)
-            compared = source not in ("zero-shot", "random") and f"random/{k}" in sets[measure].index
             line += [f"{sets[measure].loc[name].mean():.3f}" + ("" if np.isnan(deviation) else f" ({deviation:.3f})"),
-                     gain(sets[measure], name, f"random/{k}") if compared else ""]
+                     "" if source in ("zero-shot", "random") else gain(sets[measure], name, f"random/{k}")]
         lines.append([*line, f"{chosen['context'].mean():.0f}", str(chosen["set_seed"].nunique())])
     heads = ["demonstrations", "k", "accuracy (sd over orders)", "minus random", "calibrated", "minus random", "tokens", "sets"]
     return markdown(heads, lines) + _template(result)

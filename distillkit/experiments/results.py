@@ -212,19 +212,23 @@ def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, 
     Returns:
         nan where the rows have no set in common; an infinite half width for a single one.
     """
-    differences = (sets.loc[one] - sets.loc[other]).dropna()
+    pair = sets.reindex([one, other])
+    differences = (pair.loc[one] - pair.loc[other]).dropna()
     half = t.ppf(0.975, len(differences) - 1) * differences.sem() if len(differences) > 1 else math.inf
     return float(differences.mean()), float(half)
 
 
+def beats(sets: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether one row is above another by more than half of the 95 % interval."""
+    mean, half = paired_difference(sets, one, other)
+    return mean > half
+
+
 def gain(sets: pd.DataFrame, one: str, other: str) -> str:
     """:func:`paired_difference` in words; nothing where the rows have no set in common."""
-    if not {one, other} <= {*sets.dropna(how="all").index}:
-        return ""
     mean, half = paired_difference(sets, one, other)
-    if math.isnan(mean):
-        return ""
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
+    interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
+    return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> str:

@@ -365,14 +365,15 @@ class Run:
 
     def _twin(self, training: str | None) -> Scores | None:
         """The scores of students that trained on the very same sentences in the same way."""
-        twins = [score for score in self.result["scores"] if training and score.get("training_hash") == training]
-        if not twins:
+        scores = self.result["scores"]
+        first = next((score for score in scores if training and score.get("training_hash") == training), None)
+        if first is None:
             return None
-        cell, row, seed = _place(twins[0])
-        same = [score for score in twins if _place(score) == (cell, row, seed)]
-        values = [{k: v for k, v in score.items() if k not in ("method", "recipe")} for score in same]
-        note = self.result["cells"][cell]["notes"].get(f"{row} {seed}", {})
-        return [score | {"same_set_as": f"{cell}: {row}, set {seed}"} for score in values], note
+        cell, row, seed = _place(first)
+        mark = {"same_set_as": f"{cell}: {row}, set {seed}"}
+        same = [{k: v for k, v in score.items() if k not in ("method", "recipe")} | mark
+                for score in scores if _place(score) == (cell, row, seed)]
+        return same, self.result["cells"][cell]["notes"].get(f"{row} {seed}", {})
 
 
 def _place(score: Mapping) -> tuple[str, str, int]:

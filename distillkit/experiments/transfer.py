@@ -27,7 +27,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
-from distillkit.experiments.results import by_set, gain, markdown, paired_difference, rows_of, spread
+from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -127,8 +127,6 @@ def parsed(row: str) -> tuple[str, str, str]:
 class TransferCell(Cell):
     """An experiment on transfer."""
 
-    job: TransferJob
-
     def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
@@ -210,10 +208,10 @@ def _verdict(sets: pd.DataFrame) -> str:
     scored, sentences = sets.dropna(how="all"), []
     for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
         for other, words in AGAINST.items() if method not in (*ALL_METHODS, "full") else ():
-            pairs = [name for name in scored.index if parsed(name)[2] == method and beside(name, other) in scored.index]
-            gains = [paired_difference(scored, name, beside(name, other)) for name in pairs]
-            above, surely = sum(mean > 0 for mean, _ in gains), sum(mean > half for mean, half in gains)
+            pairs = [(name, beside(name, other)) for name in scored.index
+                     if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:
+                above = sum(paired_difference(scored, *pair)[0] > 0 for pair in pairs)
                 sentences.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                                 f"{surely}.")
+                                 f"{sum(beats(scored, *pair) for pair in pairs)}.")
     return "\n\n" + " ".join(sentences) if sentences else ""

@@ -115,7 +115,6 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Swaps, Neighbor, Target, Set
 class TextCell(Cell):
     """An experiment on ways to text, or a cell of a grid of them."""
 
-    job: TextJob
     texts = (*WAYS, *(f"{method} relabelled" for method in WAYS))
     selections, projected = METHODS, {"projection": "embeddings"}
 

@@ -264,12 +264,7 @@ def _html_cell(value, left: bool) -> str:
 
 @style()
 def seeded(result: Mapping, title: str) -> Figure:
-    """Every row of a result that has run: a bar for the mean, a dot a set.
-
-    Args:
-        result: as the experiments on text or on instruction tuning write it.
-        title: of the figure.
-    """
+    """Every row that has run of a result on text or on instruction tuning: a bar for the mean, a dot a set."""
     sets = by_set(result).dropna(how="all")
     figure, (axes,) = _figure(7, 0.36 * len(sets) + 1.3)
     draw_bars(axes, [(name.split("/")[0], _row_label(name), sets.loc[name].dropna()) for name in sets.index])
