@@ -371,7 +371,7 @@ class Truncated(_Strategy):
         return self.inner.contributions(problem, max(start, stop - self.window), stop)
 
 
-def recommend(student: Student) -> tuple[_Strategy, str]:
+def suited(student: Student) -> tuple[_Strategy, str]:
     """The strategy that suits a student, and why in a sentence.
 
     Raises:

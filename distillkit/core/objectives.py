@@ -27,7 +27,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, moved, real_parts
 from distillkit.core.inner import Unroll, inner_step
-from distillkit.core.metagrad import recommend
+from distillkit.core.metagrad import suited
 from distillkit.core.optimizers import optimizer_from
 from distillkit.core.problem import MetaGradient, Problem
 from distillkit.core.student import Params, Student
@@ -67,7 +67,7 @@ class BPTT:
         student: what trains on the set.
         unroll: how it trains.
         metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
-            :func:`~distillkit.core.metagrad.recommend` names for the student.
+            :func:`~distillkit.core.estimate.recommend` names for the student.
         batch_size: real examples an outer step.
         micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
@@ -129,7 +129,7 @@ def _check_parts(objective) -> None:
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
     if objective.metagrad is None:
-        object.__setattr__(objective, "metagrad", recommend(objective.student)[0])
+        object.__setattr__(objective, "metagrad", suited(objective.student)[0])
     if not callable(objective.metagrad):
         raise TypeError(f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {objective.metagrad!r}")
 
@@ -452,7 +452,7 @@ def meta_gradient(
 
 
 def _halved(objective, examples: int, error: Exception):
-    """``objective`` with half as many examples alive at a time; raises ``error`` where one is left."""
+    """``objective`` with half as many examples alive at a time; where one is left, an error that names what to lower."""
     if not dataclasses.is_dataclass(type(objective)):
         raise error
     inner = getattr(objective, "objective", None)
@@ -464,7 +464,12 @@ def _halved(objective, examples: int, error: Exception):
         sizes["micro_batch"] = min(objective.micro_batch, objective.batch_size)
     largest = max(sizes.values())
     if largest == 1:
-        raise error
+        raise torch.OutOfMemoryError(
+            f"out of memory with micro_batch=1 and {type(objective.metagrad).__name__}, which is as far as smaller parts go: "
+            f"lower the set's length, the task's max_length or the {unroll.steps} steps of the unroll, give "
+            "metagrad=Replay(every=4) or Truncated(window=2), which store less, or train less of the student "
+            f"(trainable='lora' or 'head'); {error}"
+        ) from error
     size = largest // 2
     warnings.warn(
         f"out of memory with {largest} examples at a time: the same batch is taken again in parts of {size}, which changes "
