@@ -26,7 +26,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ class Distiller:
         nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
             ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
             initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
+        writes: whether this process writes checkpoint and log.  Of several processes on one run, rank 0 does; another one
+            reads the checkpoint, and where it ends early and nobody holds the folder any more, it saves its last complete step.
 
     Attributes:
         claim: the lock on ``checkpoint_dir`` (None without one); a run takes it, and a ``with`` block may hold it longer.
@@ -135,6 +137,7 @@ class Distiller:
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
         nonfinite: str = "stop",
+        writes: bool = True,
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
@@ -160,7 +163,7 @@ class Distiller:
         self.regularizers = tuple(regularizers)
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.checkpoint_every, self.nonfinite = checkpoint_every, nonfinite
+        self.checkpoint_every, self.nonfinite, self.writes = checkpoint_every, nonfinite, writes
         distilled = fitted(distilled, objective)
         self._start = copy.deepcopy(distilled)
         self._settings = self._describe(distilled)
@@ -214,14 +217,14 @@ class Distiller:
             StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
         """
         check_whole("n", n, least=0)
-        with self.claim or nullcontext(), ending_signals():
+        with (self.writes and self.claim) or nullcontext(), ending_signals():
             self._take_up()
             try:
                 with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
                     while self.step < n:
                         record = self._one(n)
                         self._log(record)
-                        if self.step % self.checkpoint_every == 0 or self.step == n:
+                        if self.writes and (self.step % self.checkpoint_every == 0 or self.step == n):
                             self._save()
                         bar.update()
                         bar.set_postfix(loss=f"{record.loss:.3f}")
@@ -255,13 +258,17 @@ class Distiller:
 
     def _leave(self, n: int) -> None:
         """Save what an early end would lose, and say how to go on."""
-        if self.checkpoint_dir is None:
+        if self.claim is None:
             return
-        if self.step > self._saved:
-            self._save()
-        if self.step < n:
-            say(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
-                f"make a Distiller with the same settings and call run({n})", error=True)
+        # Where another process writes, it holds the folder for as long as it lives, and saves the step itself.
+        with nullcontext() if self.writes else suppress(StorageError), self.claim:
+            if not self.writes:
+                self._resume()
+            if self.step > self._saved:
+                self._save()
+            if self.step < n:
+                say(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
+                    f"make a Distiller with the same settings and call run({n})", error=True)
 
     def _one(self, n: int) -> StepRecord:
         """Make a step: all of it, or nothing where an exception ends it."""
@@ -369,15 +376,17 @@ class Distiller:
         """What a run does first in its folder: clear away what killed ones left, and begin the log where the values are."""
         if self.checkpoint_dir is None:
             return
-        remove_orphans(self.checkpoint_dir)
         self._resume()  # another run may have gone on since this object was made
+        if not self.writes:
+            return
+        remove_orphans(self.checkpoint_dir)
         head = {"settings": self._settings, "versions": _versions()}
         lines = [json.dumps(line, ensure_ascii=False) for line in (head, *(_as_json(r) for r in self.records))]
         # Written anew, the log loses a line that a kill cut short, and the steps after the checkpoint, which are made again.
         save_text(self.log_file, "\n".join(lines) + "\n")
 
     def _log(self, record: StepRecord) -> None:
-        if self.checkpoint_dir is None:
+        if self.checkpoint_dir is None or not self.writes:
             return
         try:
             with self.log_file.open("a", encoding="utf-8") as log:
@@ -408,13 +417,13 @@ class Distiller:
                 f"{self.checkpoint_dir} holds a run with other settings: {k} is {theirs.get(k)!r} there and "
                 f"{self._settings[k]!r} here; resume with the same settings or choose another checkpoint_dir"
             )
+        self._saved = len(records)
         if len(records) <= self.step:
             return
         if versions != _versions():
             warnings.warn(f"{self.checkpoint_dir} was made with {versions}, and goes on with {_versions()}: what comes may "
                           "differ by rounding from an uninterrupted run", stacklevel=3)
         self._made = _Made(values, moments, records)
-        self._saved = len(records)
 
     @property
     def log_file(self) -> Path:
