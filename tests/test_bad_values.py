@@ -22,7 +22,7 @@ FLAG = st.sampled_from([0, 1, None, "no", "False"])
 THING = st.one_of(st.integers(), st.text(max_size=8), st.just({"a": 1}))
 SHARE = st.one_of(st.floats(max_value=0), st.floats(min_value=1.01), st.sampled_from([True, "0.5", [0.5]]))
 SEED = st.one_of(st.floats(), st.booleans(), st.none(), st.just([1]))
-SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,)])
+SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,), (0, 0)])
 
 
 def or_none(bad):
@@ -69,8 +69,7 @@ CALLS = {
                                                      "central": FLAG.filter(lambda v: v is not None)}),
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "LessSettings": (dk.LessSettings, {}, {"fraction": SHARE, "epochs": WHOLE, "batch_size": WHOLE, "optimizer": THING,
-                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE,
-                                           "by_class": FLAG}),
+                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
         "batch_size": st.one_of(WHOLE, st.just(81))}),
@@ -141,16 +140,15 @@ CALLS = {
     "load_student": (dk.load_student, {"source": "offline:nobody", "task": None}, {
         "source": st.just("offline:nobody"), "task": THING, "trainable": or_none(CHOICE), "dtype": CHOICE,
         "weights": or_none(CHOICE), "attention": CHOICE}),
-    "settings": (dk.settings, {"notebook": "00_quickstart"}, {"notebook": CHOICE, "outer_steps": WHOLE, "no_such": THING}),
     "derive_seed": (dk.derive_seed, {"purpose": "test"}, {"purpose": st.one_of(st.integers(), SEED)}),
 }
 # Made by other names, and only read.
 RESULTS = {"Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student", "Task",
            "Wording"}
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
-ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table"}
+ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
-APART = {"checkpoint_dir", "folder", "device", "parts", "overrides", "settings", "per_class", "fraction", "length"}
+APART = {"checkpoint", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
 
 def names_it(error: Exception, argument: str) -> bool:
@@ -183,7 +181,7 @@ def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated", "LessSettings",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
                  "search_step_size", "Distiller", "retokenize", "recommend", "corpus_tokens", "FrozenJudge", "StudentJudge",
-                 "SwapSearch", "ThroughProjection", "NeighborLoss", "settings", "derive_seed"):
+                 "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 

@@ -8,8 +8,9 @@ from distillkit.cli import main as command_line
 from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments import continual as merging_jobs
 from distillkit.experiments.continual import ROWS, ContinualJob, continual_table
-from distillkit.experiments.results import kind_of, read
+from distillkit.experiments.results import read
 from distillkit.experiments.runner import CONFIGS
+from distillkit.experiments.settings import kind_of
 
 SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
          "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],
@@ -43,32 +44,43 @@ def finished(standin_home, tmp_path_factory):
     return part, read(folder / "small.json")
 
 
+def of_row(result, row):
+    return [score for score in result["scores"] if score["row"] == row]
+
+
 def test_every_row_is_made_once(finished):
-    part, found = finished
-    assert [*part["rows"]] == ["merged/own", "after/update"] and [*found["rows"]] == [*ROWS]
-    assert all(found["rows"][name] == part["rows"][name] for name in part["rows"])
-    assert {*found["distilling"]} == {"task0 0", "task1 0", "task2 0", "joint 0"}, "each set is distilled once"
-    assert found["corpus"]["name"].count("trec[") == 3
+    part, whole = finished
+    assert [score["row"] for score in part["scores"]] == ["merged/own", "after/update"]
+    assert [*dict.fromkeys(score["row"] for score in whole["scores"])] == [*ROWS]
+    assert all(score in whole["scores"] for score in part["scores"])
+    cell = whole["cells"]["small"]
+    assert {name for name, note in cell["notes"].items() if "losses" in note} == {
+        "task0 0", "task1 0", "task2 0", "joint 0"}, "each set is distilled once"
+    assert cell["corpus"]["name"].count("trec[") == 3
+    assert [score["task"].count("trec[") for score in of_row(whole, "alone/own")] == [1, 1, 1]
 
 
 def test_budgets_are_equal(finished):
-    rows = {name: row["0"] for name, row in finished[1]["rows"].items()}
-    assert len({rows[f"{m}/own"]["examples"] for m in ("merged", "joint", "random", "k_center")}) == 1
-    assert rows["merged/own"]["nbytes"] >= rows["random/own"]["nbytes"]
-    stream = {m: rows[f"{m}/stream"] for m in merging_jobs.MEMORIES}
-    assert stream["none"]["examples"] == stream["none"]["nbytes"] == 0 and stream["none"]["settings"]["weight"] is None
+    _, whole = finished
+    first = {row: of_row(whole, row)[0] for row in ROWS}
+    assert len({first[f"{m}/own"]["examples"] for m in ("merged", "joint", "random", "k_center")}) == 1
+    assert first["merged/own"]["nbytes"] >= first["random/own"]["nbytes"]
+    stream = {m: first[f"{m}/stream"] for m in merging_jobs.MEMORIES}
+    tried = {m: whole["cells"]["small"]["notes"][f"{m}/stream 0"]["settings"] for m in merging_jobs.MEMORIES}
+    assert stream["none"]["examples"] == stream["none"]["nbytes"] == 0 and tried["none"]["weight"] is None
     assert stream["distilled"]["examples"] == stream["random"]["examples"] == stream["k_center"]["examples"] == 4
     assert stream["random"]["examples"] < stream["bytes"]["examples"]
     assert 0 < stream["bytes"]["nbytes"] <= stream["distilled"]["nbytes"]
-    assert all(len(row["settings"]["tried"]) == 2 for name, row in stream.items() if name != "none")
+    assert all(len(settings["tried"]) == 2 for name, settings in tried.items() if name != "none")
+    assert all({"accuracy", "forgetting", "backward_transfer"} <= score.keys() for score in stream.values())
 
 
 def test_an_update_tells_the_new_from_the_rest(finished):
-    for name in ("before", "after"):
-        row = finished[1]["rows"][f"{name}/update"]["0"]
-        assert {*row["groups"]} == {*CLASSES[:4]} and row["examples"] == 4
-        assert row["new"] == pytest.approx(sum(row["groups"][c] for c in CLASSES[2:4]) / 2, abs=1e-5)
-        assert row["rest"] == pytest.approx(sum(row["groups"][c] for c in CLASSES[:2]) / 2, abs=1e-5)
+    for row in ("before/update", "after/update"):
+        (score,), groups = of_row(finished[1], row), finished[1]["cells"]["small"]["notes"][f"{row} 0"]["groups"]
+        assert {*groups} == {*CLASSES[:4]} and score["examples"] == 4
+        assert score["new"] == pytest.approx(sum(groups[c] for c in CLASSES[2:4]) / 2, abs=1e-5)
+        assert score["rest"] == pytest.approx(sum(groups[c] for c in CLASSES[:2]) / 2, abs=1e-5)
 
 
 def test_the_table(finished):

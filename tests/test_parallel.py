@@ -50,7 +50,7 @@ RANK = """
         if kind == "bptt":
             objective = Long(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)})
         shared = ranks.shared(objective)
-        distiller = dk.Distiller(start, shared, lr=0.05, checkpoint_dir=folder + "/run", checkpoint_every=100,
+        distiller = dk.Distiller(start, shared, lr=0.05, checkpoint=folder + "/run", checkpoint_every=100,
                                  writes=ranks.leads)
         results = {}
         try:
@@ -145,7 +145,7 @@ def test_a_lost_rank_is_noticed_and_the_last_complete_step_is_saved(launch, stan
     assert float(errors[1 - lost].split("lost after ")[1].split()[0]) < 20
     task, student = world_of()
     objective = objective_of(task, student, "bptt", tmp_path)
-    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint_dir=tmp_path / "run", checkpoint_every=100)
+    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint=tmp_path / "run", checkpoint_every=100)
     assert resumed.step == 2, "the last complete step"
     whole = dk.Distiller(set_of(task, student), objective, lr=0.05)
     assert [r.loss for r in resumed.run(4)] == pytest.approx([r.loss for r in whole.run(4)][2:], rel=1e-9)

@@ -16,8 +16,9 @@ from distillkit.applications.prompting import few_shot
 from distillkit.cli.main import main
 from distillkit.evaluation.recipes import as_recipe
 from distillkit.evaluation.scoring import choice_accuracy, response_loss
-from distillkit.experiments.instruction import InstructionJob, InstructionRun
+from distillkit.experiments.instruction import InstructionCell, InstructionJob
 from distillkit.experiments.results import as_json
+from distillkit.experiments.runner import Run
 from distillkit.io.seeds import derive_seed
 
 PAIRS = [("it was warm", "tender and fresh"), ("a dull story", "flat"), ("we saw a river and a coast", "the country"),
@@ -132,7 +133,7 @@ def test_what_needs_choices_says_so_before_anything_is_trained(asked, student, s
     job = InstructionJob(name="small", corpus=str(tmp_path / "replies"), student="facebook/opt-1.3b", trainable="full",
                          seeds=(0,), fraction=0.5, max_length=32)
     with pytest.raises(ValueError, match="validation' has 6 rows without choices"):
-        InstructionRun(job, tmp_path / "results", tmp_path / "work")
+        Run(InstructionCell, job, tmp_path / "results", tmp_path / "work")
     assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists()
 
 

@@ -210,26 +210,26 @@ def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned
 # --- a table ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(result: Mapping, names: Sequence[str], distilling: int | None = None) -> str:
+def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: int | None = None) -> str:
     """The compute of some rows of a classification result as a Markdown table.
 
     Args:
-        result: as a classification job writes it, with a row ``full/standard``.
-        names: its rows, in the order wanted.
+        rows: by name, ``full/standard`` among them, each with ``method``, ``recipe``, ``mean`` and ``flops``.
+        names: the rows to show, in this order.
         distilling: FLOPs of its distillation, for the break-even count of the rows that were distilled; see
             :func:`distilling_flops`.
     """
-    full = result["rows"]["full/standard"]
+    full = rows["full/standard"]
     lines = [
         "| method | recipe | accuracy | TFLOPs to train | of full data | distilling, TFLOPs | pays after trainings |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name in names:
-        row = result["rows"][name]
+        row = rows[name]
         cost = pays = ""
         if distilling is not None and row["method"] in ("embeddings", "projected"):
             trainings = break_even(distilling, full["flops"], row["flops"])
             cost, pays = f"{distilling / 1e12:,.1f}", "never" if math.isinf(trainings) else f"{trainings:,}"
-        lines.append(f"| {row['method']} | {row['recipe']['name']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
+        lines.append(f"| {row['method']} | {row['recipe']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
                      f"1 / {full['flops'] / row['flops']:,.0f} | {cost} | {pays} |")
     return "\n".join(lines)

@@ -8,17 +8,17 @@ up to rounding, and a run may go on with another number of processes than it beg
 
     with team() as ranks:                                  # torchrun, accelerate launch, or a single process
         objective = ranks.shared(BPTT(task, student, unroll, inits=8))
-        distiller = Distiller(start, objective, checkpoint_dir=folder, writes=ranks.leads)
+        distiller = Distiller(start, objective, checkpoint=file, writes=ranks.leads)
         for record in distiller.run(100):
             print(record.loss)
 
-All ranks read the checkpoint, so all must see its folder; rank 0 writes it.  With each meta-gradient the ranks compare their
+All ranks read the checkpoint, so all must see its file; rank 0 writes it.  With each meta-gradient the ranks compare their
 outer step, settings and sets, and a difference is an error that names it.
 
 A rank that ends, by an error or a signal, says so in the store that all ranks share, and the others raise :class:`RankLost`
 when they next exchange something.  A rank that is killed, or whose machine is lost, stops its heartbeat, and is missed after
 ``timeout`` seconds even in the middle of a long step.  Whoever then holds the last complete step writes it: rank 0, or, where
-rank 0 is gone, the first survivor to lock the folder.
+rank 0 is gone, the first survivor to lock the file.
 """
 
 from __future__ import annotations

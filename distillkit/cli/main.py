@@ -9,9 +9,7 @@ by ``figures``.  The steps are in :mod:`distillkit.cli.steps`.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 from distillkit.cli import steps
@@ -78,55 +76,25 @@ def _config_path(name: Path) -> Path:
     raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
 
 
-def _kinds() -> dict:
-    """Settings, run and table of each kind of experiment."""
-    from distillkit.experiments.classification import ClassificationJob, ClassificationRun, table
-    from distillkit.experiments.continual import ContinualJob, ContinualRun, continual_table
-    from distillkit.experiments.grid import GridJob, GridRun, scaling_table, slides_table
-    from distillkit.experiments.instruction import InstructionJob, InstructionRun, instruction_table
-    from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
-    from distillkit.experiments.text_grid import TextGridJob, text_grid_table
-    from distillkit.experiments.transfer import TransferJob, TransferRun, transfer_table
-    from distillkit.experiments.ways_to_text import TextJob, TextRun, text_table
-
-    return {
-        "classification": (ClassificationJob, ClassificationRun, table),
-        "instruction": (InstructionJob, InstructionRun, instruction_table),
-        "prompting": (PromptingJob, PromptingRun, prompting_table),
-        "continual": (ContinualJob, ContinualRun, continual_table),
-        "scaling": (GridJob, GridRun, scaling_table),
-        "slides": (GridJob, GridRun, slides_table),
-        "text": (TextJob, TextRun, text_table),
-        "text_grid": (TextGridJob, GridRun, text_grid_table),
-        "transfer": (TransferJob, TransferRun, transfer_table),
-    }
-
-
 def _result(path: Path, args, folder: Path) -> dict:
+    from distillkit.experiments.kinds import KINDS
     from distillkit.experiments.settings import kind_of, renamed
     from distillkit.io.checks import check_choice
     from distillkit.io.restart import started
 
     kind = kind_of(path)
-    check_choice(f"{path}: kind", kind, _kinds())
-    job_class, run_class, _ = _kinds()[kind]
-    job, seeded = job_class.from_yaml(path), kind != "classification"
+    check_choice(f"{path}: kind", kind, KINDS)
+    job_class, run_class, _ = KINDS[kind]
+    job, begun = job_class.from_yaml(path), time.perf_counter()
     rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
-    if seeds and not seeded:
-        raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
-                         "at once")
-    begun, own = time.perf_counter(), {} if seeded else {"committed": args.results}
     try:
-        # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
-        with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
-            run = run_class(job, read_from, args.work, **own)
-        run.path = folder / f"{job.name}.json"
+        run = run_class(job, folder, args.work, fresh=args.fresh, committed=args.results)
         say(run.headline())
         with started(run.claim, run.path, run.work, fresh=args.fresh):
             result = run(rows, seeds)
     except (ValueError, FloatingPointError) as error:
         names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
-        raise ValueError(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
+        raise ValueError(renamed(error, names | {"a row": "--rows", "a cell or a row": "--rows"})) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result
@@ -156,15 +124,17 @@ def _done_with(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        found = read(path)
+        result = read(path)
     except StorageError:
         return True
-    return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
+    return {score["row"] for score in result.get("scores", ())} >= {*result["config"]["rows"]}
 
 
 def draw(result: dict) -> str:
     """A result of any kind as Markdown."""
-    *_, table = _kinds()[result["config"].get("kind", "classification")]
+    from distillkit.experiments.kinds import KINDS
+
+    *_, table = KINDS[result["config"].get("kind", "classification")]
     return table(result)
 
 

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,7 +78,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
                 "step_size": "expert_step_size"},
     "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
-               "rates": "lr", "checkpoint_dir": "--name, or start over with --fresh"},
+               "rates.embeds": "lr", "checkpoint": "--name, or start over with --fresh"},
 }
 
 # command -> (one line, the settings that are its flags, an example that teaches)
@@ -213,10 +214,10 @@ def _world(work: Work, student: str | None = None):
 
 def _keep(work: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
-    from distillkit.io.storage import save_text
+    from distillkit.io.storage import save_text, sealed_text
 
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(work).items()}
-    save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    save_text(folder / SETTINGS, sealed_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)))
 
 
 def experts(work: Work, args: argparse.Namespace) -> None:
@@ -249,14 +250,13 @@ def _objective(work: Work, task, student, folder: Path):
     from distillkit.core.objectives import BPTT, TrajectoryMatching
     from distillkit.core.optimizers import SGD, AdamW, Momentum
     from distillkit.experiments.runner import strategy, unroll_of
-    from distillkit.io.storage import is_vacant
 
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
     unroll = unroll_of(work, optimizer=optimizer[work.optimizer](work.step_size))
     metagrad = strategy(work.metagrad)
     if work.objective == "bptt":
         return BPTT(task, student, unroll, metagrad=metagrad, batch_size=work.outer_batch, inits=work.inits)
-    if is_vacant(folder / "experts"):
+    if not (folder / "experts").exists():
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
                                 f"{work.name}")
     recorded = Experts.load(folder / "experts")
@@ -294,7 +294,7 @@ def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> 
     from distillkit.io.storage import refuse_to_overwrite
     from distillkit.text.projection import project
 
-    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint_dir=folder / "checkpoint",
+    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
                           checkpoint_every=work.checkpoint_every, writes=leads)
     if not leads:
         for _ in distiller.run(work.outer_steps):
@@ -302,7 +302,7 @@ def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> 
         return
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
-    with distiller.claim or nullcontext():
+    with distiller.checkpoint.claim:
         _keep(work, folder)
         for record in distiller.run(work.outer_steps):
             if record.step % max(1, work.outer_steps // 10) == 0:
@@ -359,17 +359,17 @@ def read_set(source: str | Path):
         FileNotFoundError: there is none.
         StorageError: it is damaged.
     """
-    from distillkit.applications.publish import SUMS, from_hub, load_published
+    from distillkit.applications.publish import from_hub, load_published
     from distillkit.core.distilled import DistilledSet
-    from distillkit.io.storage import standing
+    from distillkit.io.verify import SUMS
 
     if str(source).startswith("hub:"):
         repo_id, _, revision = str(source).removeprefix("hub:").partition("@")
         return from_hub(repo_id, revision or None)
-    folder = Path(source).expanduser()
-    if not standing(folder).is_dir():
-        raise FileNotFoundError(f"no set {folder}; make one with: python -m distillkit distil, or name another with --set")
-    return load_published(folder) if (standing(folder) / SUMS).is_file() else DistilledSet.load(folder)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no set {path}; make one with: python -m distillkit distil, or name another with --set")
+    return load_published(path) if (path / SUMS).exists() else DistilledSet.load(path)
 
 
 def card(work: Work, args: argparse.Namespace) -> None:
@@ -410,72 +410,27 @@ def _scores(path: Path, found) -> dict:
 
 # --- looks -----------------------------------------------------------------------------------------------------------
 
-def verify(folders: list[Path]) -> int:
-    """Check every distillkit folder below ``folders``, print a line each; returns the exit code.
+def verify(paths: list[Path]) -> int:
+    """Check every file at or below ``paths``, print a line each; returns the exit code.
 
     Raises:
-        FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        FileNotFoundError: one of the paths is not there, or none holds anything of distillkit's.
         OSError: a folder below one of them cannot be read.
     """
-    counts = {"ok": 0, "DAMAGED": 0, "left over": 0}
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        for path, state, told in _checked(folder):
+    from distillkit.io.verify import DAMAGED, NOT_CHECKED
+    from distillkit.io.verify import verify as states
+
+    counts = Counter()
+    for top in paths:
+        if not top.exists():
+            raise FileNotFoundError(f"no file or folder {top}")
+        for path, state, what in states(top):
             counts[state] += 1
-            say(f"{state:9} {one_line(path)}: {one_line(told)}")
-    if not sum(counts.values()):
-        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, folders))}")
-    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))
-    return 1 if counts["DAMAGED"] else 0
-
-
-def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
-    """Each stored thing below ``top``: where, its state, and what is to be said of it."""
-    from distillkit.io.storage import LEFT_OVER, standing
-
-    def unreadable(error: OSError):
-        raise error
-
-    for place, inner, files in os.walk(top, onerror=unreadable):
-        inner.sort()
-        folder = Path(place)
-        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
-            target = folder / name[1:].rsplit(".", 2)[0]
-            if standing(target) == folder / name:
-                yield from _state(target)
-            aside = name.endswith(".aside")
-            told = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
-            yield folder / name, "left over", f"by {told} removes it"
-        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
-        yield from _state(folder)
-
-
-def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """The state of what is stored at ``folder``, if anything is."""
-    from distillkit.applications.publish import SET, SUMS, verify_published
-    from distillkit.io.storage import DATA, MANIFEST, TENSORS, StorageError, load_folder, standing
-
-    names = {path.name for path in standing(folder).iterdir()}
-    try:
-        if {SUMS, SET} <= names:
-            verify_published(folder)
-            yield folder, "ok", "published set"
-        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
-            kind = _kind(standing(folder) / MANIFEST)
-            load_folder(folder, kind=kind)
-            yield folder, "ok", kind
-    except StorageError as error:
-        yield folder, "DAMAGED", str(error)
-
-
-def _kind(manifest: Path) -> str:
-    """What a manifest says its folder holds; whatever is wrong with it, reading the folder will tell."""
-    try:
-        found = json.loads(manifest.read_bytes())
-        return str(found["kind"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+            say(f"{state:11} {one_line(path)}: {one_line(what)}")
+    if not counts.keys() - {NOT_CHECKED}:
+        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, paths))}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 1 if counts[DAMAGED] else 0
 
 
 def doctor(student: str = "offline:minilm") -> Iterator[str]:
@@ -548,14 +503,14 @@ def _hub() -> str:
 
 
 def _data() -> Iterator[str]:
-    from distillkit.data.corpora import KNOWN, QUESTIONS
+    from distillkit.data.corpora import KNOWN
 
     root = os.environ.get("DISTILLKIT_DATA")
     if not root:
         yield "DISTILLKIT_DATA: not set; corpora known by name come from the hub"
         return
     yield f"DISTILLKIT_DATA: {root}{'' if Path(root).expanduser().is_dir() else ' (NO SUCH FOLDER)'}"
-    for name in KNOWN | QUESTIONS:
+    for name in KNOWN:
         folder = Path(root).expanduser() / name
         files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         yield f"  {name}: {', '.join(files) if files else 'absent'}"

@@ -161,4 +161,4 @@ def _measured(run: Callable[[], object], device: torch.device) -> tuple[float, i
     with LiveBytes() as live:  # counting slows small models down, so it is not timed
         run()
     seconds += [timed() for _ in range(2)] if seconds[0] < 0.5 else []
-    return min(seconds), live.peak
+    return min(seconds), live.total.peak

@@ -12,26 +12,24 @@ The rows, all scored on the same test split with the same fresh seeds:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import math
+from collections.abc import Mapping
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import as_json, markdown, read, write
-from distillkit.experiments.runner import Run
+from distillkit.experiments.results import read
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import Data, Experiment, Inner, Outer, Scoring, SetSeed, Size, option, settings, whole
-from distillkit.io.storage import is_vacant
+from distillkit.experiments.table import by_row, frame, markdown
 from distillkit.text.projection import project
 
-ROWS = (
-    *((m, "tuned") for m in METHODS),
-    ("real + learned labels", "own"),
-    *(("embeddings", r) for r in ("own", "standard", "tuned")),
-    *(("projected", r) for r in ("own", "standard", "tuned")),
-    ("full", "standard"),
+LEARNED_LABELS = "real + learned labels"
+ROW_NAMES = (
+    *(f"{method}/tuned" for method in METHODS),
+    f"{LEARNED_LABELS}/own",
+    *(f"{method}/{recipe}" for method in ("embeddings", "projected") for recipe in ("own", "standard", "tuned")),
+    "full/standard",
 )
-ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
 
 
 @settings(kind="classification", rows=ROW_NAMES, metagrad="forward_difference")
@@ -56,81 +54,61 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
         return (self.seed,)
 
 
-class ClassificationRun(Run):
-    """An experiment on classification under way; see :class:`~distillkit.experiments.runner.Run`.
-
-    Args:
-        committed: folder of the result that ``job.committed`` names; default: ``folder``.
-    """
+class ClassificationCell(Cell):
+    """An experiment on classification, or a cell of a grid of them."""
 
     job: ClassificationJob
-    by_seed = False
+    texts, selections = ("projected",), METHODS
 
-    def __init__(self, job: ClassificationJob, folder: str | Path, work: str | Path, committed: str | Path | None = None):
-        super().__init__(job, folder, work)
-        self.committed = Path(folder if committed is None else committed)
-        for name in job.committed_rows:
-            self._committed(name)  # said now if it is missing, not after all other rows
+    def __init__(self, *args):
+        super().__init__(*args)
+        for row in self.job.committed_rows:
+            self._committed(row)  # a missing one is an error now, not after all other rows
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
         if (row := f"{method}/{recipe}") in self.job.committed_rows:
             return self._committed(row)
-        if score := self.twin(method, recipe, seed):
-            return score | {"method": method}
-        set_, seeds = (None, self.job.full_seeds) if method == "full" else (self.set_of(method, seed), self.job.eval_seeds)
-        return {"method": method, **as_json(evaluate(set_, self.task, self.student, seeds=seeds, recipe=recipe))}
+        if method == "full":
+            return self.evaluated(None, recipe, self.job.full_seeds)
+        return self.evaluated(self.set_of(method, seed), recipe)
+
+    def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
+        return None if f"{method}/{recipe}" in self.job.committed_rows else super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        job = self.job
         if method == "projected":
             return project(self.set_of("embeddings", seed), self.student)
-        if method == "labels":
-            start = self.set_of("random", seed).soften()
-            steps = job.label_steps or job.outer_steps
-            return self.distil("labels", seed, start, self.objective(), steps=steps, learn=("targets", "step_sizes"))
-        start = DistilledSet.from_real(self.task, self.student, **job.size(seed))
-        return self.distil("embeddings", seed, start, self.objective())
+        if method == LEARNED_LABELS:
+            return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
+                               learn=("targets", "step_sizes"))
+        return self.distil(method, seed, self.start(seed), self.objective())
 
-    def set_of(self, method: str, seed: int) -> DistilledSet:
-        return super().set_of("labels" if method == "real + learned labels" else method, seed)
-
-    def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
-        """The set; the losses of an earlier run, which the figure shows, are read from its checkpoint."""
-        if name not in self.result["distilling"] and not is_vacant(self.checkpoint(name, seed)):
-            self._check_work()
-            make().save(self.work / self._file(name, seed))
-        return super().saved(name, seed, make)
-
-    def finish(self) -> None:
-        """Keep the text of the projected set with the scores."""
-        # Asked of the rows, not of the sets at hand: an interrupted run may have made those rows in an earlier process.
-        if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.result["rows"]):
-            self.result["text"] = self.set_of("projected", self.job.seed).to_text().to_list()
-            write(self.path, self.result)
-
-    def _committed(self, row: str) -> dict:
-        path = self.committed / f"{self.job.committed}.json"
+    def _committed(self, row: str) -> Scores:
+        path = self.results / f"{self.job.committed}.json"
         if not path.is_file():
             raise FileNotFoundError(f"committed={self.job.committed!r}, but there is no result {path}; make it first")
         result = read(path)
-        if (score := result["rows"].get(row)) is None:
+        scores = [score for score in result["scores"] if score["row"] == row]
+        if not scores:
             raise ValueError(f"committed={self.job.committed!r}, but {path} has no row {row}; finish it first")
+        (cell,) = result["cells"].values()
         # The docstring corpus follows the versions of the installed libraries.
-        same = result["corpus"]["sha256"] == self.task.fingerprint
-        return {**score, "committed": "same corpus" if same else "another version of the corpus"}
+        mark = "same corpus" if cell["corpus"]["sha256"] == self.task.fingerprint else "another version of the corpus"
+        return [score | {"committed": mark} for score in scores], cell["notes"][f"{row} {scores[0]['set_seed']}"]
 
 
 def table(result: Mapping) -> str:
     """The result as a Markdown table."""
     lines = []
-    for name in result["config"]["rows"]:
-        method, recipe = name.split("/")
-        if not (row := result["rows"].get(name)):
+    committed = frame(result).groupby("row").first().get("committed", {})
+    for row in by_row(result).itertuples():
+        method, recipe = row.Index.split("/")
+        if math.isnan(row.mean):
             lines.append([method, recipe, None, None, "not run", None, None])
             continue
-        mark = f" (committed, {row['committed']})" if "committed" in row else ""
-        deviation = "" if row["std"] is None else f" ± {row['std']:.3f}"
-        lines.append([f"{row['method']}{mark}", row["recipe"]["name"], f"{row['examples']:,}", f"{row['nbytes']:,}",
-                      f"{row['mean']:.3f}{deviation}", str(len(row["scores"])), f"{row['seconds']:.1f}"])
+        mark = f" (committed, {committed[row.Index]})" if isinstance(committed.get(row.Index), str) else ""
+        deviation = "" if math.isnan(row.std) else f" ± {row.std:.3f}"
+        lines.append([f"{method}{mark}", recipe, f"{row.examples:,.0f}", f"{row.nbytes:,.0f}", f"{row.mean:.3f}{deviation}",
+                      f"{row.size:.0f}", f"{row.seconds:.1f}"])
     heads = ["method", "recipe", "examples", "bytes", "accuracy (mean ± sd)", "seeds", "seconds to train"]
-    return "\n".join(markdown(heads, lines, "ll"))
+    return markdown(heads, lines, "ll")

@@ -1,4 +1,4 @@
-"""Many experiments of one kind as one command: a grid of cells, each an experiment of its own.
+"""Many experiments on classification as one command: a grid of cells.
 
 A cell of a :class:`GridJob` is a :class:`~distillkit.experiments.classification.ClassificationJob` that differs from the common
 settings in a few: how many examples per class, how many tokens an example, how many inner steps (*scaling*), or which corpus
@@ -6,7 +6,7 @@ and which student (the *slides'* table).  Each is distilled, and scored beside t
 in one result, written after every row; the same command goes on where it was stopped, also from that result alone, and may be
 given single cells, rows or seeds to work on.
 
-A cell whose corpus or model is not to be had here is skipped, with the reason printed, and says *not run*.
+A cell whose corpus or model cannot be had here is skipped, with the reason printed, and says *not run*.
 """
 
 from __future__ import annotations
@@ -14,38 +14,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
 
-import numpy as np
+import pandas as pd
 
-from distillkit.data.corpora import CorpusError
-from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.classification import ClassificationJob, ClassificationRun
-from distillkit.experiments.results import as_config, check_same_settings, markdown, read, write
-from distillkit.experiments.runner import SELECTING, Run
-from distillkit.experiments.settings import REQUIRED, Experiment, check_keys, names, option, settings, tupled
-from distillkit.io.checks import check_choice
-from distillkit.io.escaping import one_line, say
-from distillkit.io.progress import progress
-from distillkit.io.storage import Claim
+from distillkit.experiments.classification import ClassificationJob
+from distillkit.experiments.results import take_up
+from distillkit.experiments.runner import Grid
+from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings, tupled
+from distillkit.experiments.table import frame, markdown, spread
 
-KINDS = ("scaling", "slides")
 BASE = "base"  # the name of the cell that differs in nothing
-
-
-@settings()
-class Grid(Experiment):
-    """Base of the settings of a grid."""
-
-    base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
-
-    run: ClassVar[type[Run]]  # of a cell
-
-    def cells(self) -> dict[str, Any]:
-        """The settings of every cell by its name, in the order they are run."""
-        raise NotImplementedError
 
 
 @settings(kind="scaling")
@@ -55,18 +35,19 @@ class GridJob(Grid):
     product: Mapping | None = option(None, "{setting: values}; every combination is a cell, or one with its variations")
     around: Mapping | None = option(None, "{setting: values} varied one at a time from what base says, which is a cell too")
 
-    run, kinds = ClassificationRun, KINDS
+    kinds = ("scaling", "slides")
 
     def __post_init__(self):
         super().__post_init__()
         known = {*names(ClassificationJob)} - {"rows", "kind", "committed", "committed_rows"}
-        for key, values in (("base", self.base), ("product", self.product or {}), ("around", self.around or {})):
+        axes = {"product": self.product or {}, "around": self.around or {}}
+        for key, values in {"base": self.base, **axes}.items():
             check_keys(key, values, known)
-        for key in ("product", "around"):
-            for setting, values in (getattr(self, key) or {}).items():
-                if not isinstance(values, list | tuple) or not values:
-                    raise ValueError(f"{key}: {setting} must be a list of values, not {values!r}")
-        if self.kind == "slides" and not {"corpus", "student"} <= (self.product or {}).keys():
+        for key, values in axes.items():
+            for setting, choices in values.items():
+                if not isinstance(choices, list | tuple) or not choices:
+                    raise ValueError(f"{key}: {setting} must be a list of values, not {choices!r}")
+        if self.kind == "slides" and not {"corpus", "student"} <= axes["product"].keys():
             raise ValueError("the slides' table is of a product of corpus and student; give both")
         self.cells()  # every one of them is checked before the first is run
 
@@ -92,149 +73,47 @@ class GridJob(Grid):
             raise ValueError(f"cell {key}: {error}") from error
 
 
-class GridRun:
-    """A grid under way; its result is ``folder/<name>.json``, what the cells leave behind ``work/<name>``.
-
-    Raises:
-        ValueError: the result in ``folder`` has a cell of that name with other settings.
-    """
-
-    def __init__(self, job: Grid, folder: str | Path, work: str | Path):
-        self.job, self.work = job, Path(work) / job.name
-        self.path = Path(folder) / f"{job.name}.json"
-        self.claim = Claim(self.work, wait=True, shared=True)
-        cells = read(self.path)["cells"] if self.path.is_file() else {}
-        self.result = {"config": as_config(job), "cells": cells}
-        for key, cell in job.cells().items():
-            if key in cells:
-                check_same_settings(f"{self.path}: the cell {key}", cells[key]["config"], cell)
-
-    def headline(self) -> str:
-        """What is about to be run, in a line."""
-        return f"{self.job.name}: {len(self.job.cells())} cells"
-
-    def __call__(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict:
-        """Make what is missing; returns the result.
-
-        Args:
-            only: names of cells, of rows, or both: these for now.
-            seeds: only these seeds.
-        """
-        cells = self.job.cells()
-        for name in only:
-            check_choice("a cell or a row", name, (*cells, *self.job.rows))
-        rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
-        chosen = {key: cell for key, cell in cells.items() if key in only or not {*only} & cells.keys()}
-        with self.claim:
-            for key, cell in progress(chosen.items(), desc="cells", unit="cell"):
-                try:
-                    self._make(key, cell, rows, [seed for seed in cell.seeds if not seeds or seed in seeds])
-                except (CorpusError, FileNotFoundError, FloatingPointError) as error:
-                    say(f"{key}: skipped: {one_line(error)}")
-        return self.result
-
-    def _make(self, key: str, cell, rows: Sequence[str], seeds: Sequence[int]) -> None:
-        """Make those scores of a cell that are missing, written row by row."""
-        if not seeds or not self.job.run.missing(self.result["cells"].get(key, {}), cell, rows, seeds):
-            return
-        run = self.job.run(cell, self._taken_up(key, cell), self.work)
-        for row in rows:
-            if twin := self._twin(key, cell, row):
-                run.result["rows"].setdefault(row, twin)
-            if run.missing(run.result, cell, [row], seeds) or twin:
-                self._keep(key, run([row], seeds))
-
-    def _keep(self, key: str, made: dict) -> None:
-        """Write a cell into the result, beside the cells and rows that other processes may have written meanwhile."""
-        # A curve of losses for each of dozens of cells would bury the scores.
-        distilling = {n: {k: v for k, v in d.items() if k != "losses"} for n, d in made["distilling"].items()}
-        cell = {k: v for k, v in made.items() if k != "text"} | {"distilling": distilling}
-        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
-            others = read(self.path)["cells"] if self.path.is_file() else {}
-            for part in ("rows", "distilling"):
-                cell[part] = others.get(key, {}).get(part, {}) | cell[part]
-            cell["rows"] = {row: cell["rows"][row] for row in self.job.rows if row in cell["rows"]}
-            self.result["cells"] = {**self.result["cells"], **others, key: cell}
-            write(self.path, self.result)
-
-    def _taken_up(self, key: str, cell) -> Path:
-        """The folder of the cells' own results, with what this one already has in it."""
-        path = self.work / "cells" / f"{cell.name}.json"
-        if not path.is_file() and key in self.result["cells"]:
-            write(path, self.result["cells"][key])  # a result that came without its work, as a committed one does
-        return path.parent
-
-    def _twin(self, key: str, cell, row: str) -> dict | None:
-        """The row of another cell that selected and trained on the very same sentences: one that differs in distilling only."""
-        if row.split("/")[0] not in METHODS or self.job.run.by_seed:
-            return None
-        for other, settings_of_other in self.job.cells().items():
-            score = self.result["cells"].get(other, {}).get("rows", {}).get(row)
-            if other != key and score and all(getattr(cell, s) == getattr(settings_of_other, s) for s in SELECTING):
-                return {"same_set_as": other, **score}
-        return None
-
-
 def committed(config: str | Path, folder: str | Path) -> dict:
     """The result in ``folder`` of the grid that a file of settings describes; one without cells where there is none yet."""
     job = GridJob.from_yaml(config)
-    path = Path(folder) / f"{job.name}.json"
-    return read(path) if path.is_file() else {"config": as_config(job), "cells": {}}
-
-
-def along(result: Mapping, axis: str, row: str) -> dict:
-    """A row's mean accuracy along one setting: {value: accuracy}, over cells that differ from the base in nothing else.
-
-    Several seeds are averaged; values whose cells have not been run are left out.
-    """
-    base, means = result["config"]["base"], {}
-    for key, cell in result["cells"].items():
-        changed = {k.split("=")[0] for k in key.split(",")} - {axis, "seed", BASE}
-        if not changed & {*(result["config"]["around"] or {})} and row in cell["rows"]:
-            means.setdefault(cell["config"].get(axis, base.get(axis)), []).append(cell["rows"][row]["mean"])
-    return {value: float(np.mean(scores)) for value, scores in sorted(means.items())}
+    return take_up(Path(folder) / f"{job.name}.json", job, job.cells())
 
 
 def scaling_table(result: Mapping) -> str:
-    """A scaling grid as a Markdown table: a line a cell, seeds of one cell together."""
-    job = GridJob(**tupled(result["config"]))
-    groups: dict[str, list[str]] = {}
-    for key in job.cells():
-        plain = ",".join(part for part in key.split(",") if not part.startswith("seed=")) or BASE
-        groups.setdefault(plain, []).append(key)
-    lines = []
-    for name, keys in groups.items():
-        cell = job.cells()[keys[0]]
-        made = [result["cells"][key]["rows"] for key in keys if key in result["cells"]]
-        sizes = [rows["embeddings/own"]["nbytes"] for rows in made if "embeddings/own" in rows]
-        scores = [_mean([rows[row]["mean"] for rows in made if row in rows]) for row in job.rows]
-        lines.append([name, str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
-                      f"{sizes[0]:,}" if sizes else "", *scores, str(len(made))])
-    return "\n".join(markdown(["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"], lines))
+    """A scaling grid as a Markdown table: a line for each cell, its seeds together."""
+    job, scores = GridJob(**tupled(result["config"])), frame(result)
+    scores["place"] = scores["cell"].map(without_seed)
+    lines = {}
+    for key, cell in job.cells().items():
+        of_cell = scores[scores["place"] == without_seed(key)]
+        means, sizes = of_cell.groupby("row")["accuracy"].mean(), of_cell[of_cell["method"] == "embeddings"]["nbytes"]
+        lines[without_seed(key)] = [
+            without_seed(key), str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
+            f"{sizes.iloc[0]:,}" if len(sizes) else "",
+            *(f"{means[row]:.3f}" if row in means else "not run" for row in job.rows), str(of_cell["cell"].nunique())]
+    heads = ["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"]
+    return markdown(heads, [*lines.values()])
+
+
+def without_seed(key: str) -> str:
+    """The name of a cell without its set seed."""
+    return ",".join(part for part in key.split(",") if not part.startswith("seed=")) or BASE
 
 
 def slides_table(result: Mapping) -> str:
-    """The slides' table in Markdown: a line for each corpus and way of training, a column for each student."""
-    job = GridJob(**tupled(result["config"]))
-    axes, lines = job.product or {}, []
-    for corpus, row in itertools.product(axes["corpus"], job.rows):
-        cells = []
-        for student in axes["student"]:
-            keys = [k for k, cell in job.cells().items() if (cell.corpus, cell.student) == (corpus, student)]
-            rows = [result["cells"][k]["rows"].get(row) for k in keys if k in result["cells"]]
-            cells.append(_with_spread([score for score in rows if score]))
-        lines.append([corpus, row, *cells])
-    machines = sorted({cell["machine"]["processor"] for cell in result["cells"].values()})
-    return "\n".join([*markdown(["corpus", "trained on", *axes["student"]], lines, "ll"), "",
-                      f"Made on: {', '.join(machines) or 'nothing has been run yet'}."])
+    """The slides' table in Markdown: a line for each corpus and way of training, a column for each student.
 
-
-def _mean(scores: list[float]) -> str:
-    return f"{np.mean(scores):.3f}" if scores else "not run"
-
-
-def _with_spread(rows: list[dict]) -> str:
-    """Mean over sets; of a single one with the spread over its seeds."""
-    if len(rows) == 1 and rows[0]["std"] is not None:
-        return f"{rows[0]['mean']:.3f} ± {rows[0]['std']:.3f}"
-    return _mean([row["mean"] for row in rows])
+    Mean over sets; of a single one with the spread over its initialisations.
+    """
+    config, scores, lines = result["config"], frame(result), []
+    for corpus, row in itertools.product(config["product"]["corpus"], config["rows"]):
+        line = [corpus, row]
+        for student in config["product"]["student"]:
+            keys = [key for key, cell in result["cells"].items()
+                    if (cell["config"]["corpus"], cell["config"]["student"]) == (corpus, student)]
+            chosen = scores[scores["cell"].isin(keys) & (scores["row"] == row)]
+            score = chosen["accuracy"] if chosen["cell"].nunique() == 1 else pd.Series(chosen["accuracy"].mean())
+            line.append(spread(score) or "not run")
+        lines.append(line)
+    machines = ", ".join(sorted(scores["machine"].dropna().unique())) or "nothing has been run yet"
+    return f"{markdown(['corpus', 'trained on', *config['product']['student']], lines, 'll')}\n\nMade on: {machines}."

@@ -74,7 +74,7 @@ def _check_whole_numbers(name: str, value) -> None:
     try:
         check_seeds(name, value)
     except ValueError as error:
-        raise ValueError(f"{name} must be a list of whole numbers, not {value!r}") from error
+        raise ValueError(f"{name} must be a list of whole numbers, each once, not {value!r}") from error
 
 
 def _check_filled(name: str, value) -> None:

@@ -1,21 +1,21 @@
 """Ways to text on several corpora and at several sizes: a grid of :mod:`distillkit.experiments.ways_to_text`.
 
-Every cell is a :class:`~distillkit.experiments.ways_to_text.TextJob` of one corpus and one number of examples a class, with all
-its seeds. The cells stand in one result; the same command goes on where it was stopped, and processes may share the seeds.  A
-cell whose corpus is not to be had here is skipped, with the reason printed, and says *not run*.
+Every cell is a :class:`~distillkit.experiments.ways_to_text.TextJob` of one corpus and one number of examples per class, with
+all its seeds.  The cells stand in one result.  The same command continues an interrupted run, and processes may share the
+seeds.  A cell whose corpus cannot be had here is skipped, with the reason printed, and says *not run*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from distillkit.experiments.grid import Grid
-from distillkit.experiments.results import markdown, means, paired_difference, shown, spread
+from distillkit.experiments.runner import Grid
 from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings, tupled
-from distillkit.experiments.ways_to_text import TextJob, TextRun
+from distillkit.experiments.table import by_set, gain, markdown, spread
+from distillkit.experiments.ways_to_text import TextJob
 from distillkit.io.checks import check_whole
 
-AGAINST = ("k_center", "herding")  # what gains are told over
+AGAINST = ("k_center", "herding")  # selections that gains are measured over
 
 
 @settings(kind="text_grid")
@@ -24,8 +24,6 @@ class TextGridJob(Grid):
 
     corpora: Mapping = option(REQUIRED, "{corpus: settings of its cells besides}")
     per_class: tuple[int, ...] = option(REQUIRED, "examples per class")
-
-    run = TextRun
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,24 +48,24 @@ class TextGridJob(Grid):
 
 
 def text_grid_table(result: Mapping) -> str:
-    """The grid as a Markdown table: a line a method and size that has a score, a column a corpus, gains over real sentences
-    in brackets."""
-    job, lines, missing = TextGridJob(**tupled(result["config"])), [], []
-    for k in job.per_class:
-        columns = [result["cells"].get(f"{corpus},{k}", {}).get("rows", {}) for corpus in job.corpora]
-        lines += [[str(k), row.split("/")[0], *(_cell(rows, row) for rows in columns)]
-                  for row in job.rows if any(row in rows for rows in columns)]
-        if not any(columns):
+    """The grid as a Markdown table: a line for each method and size that has a score, a column for each corpus, gains over
+    real sentences in brackets."""
+    config, lines, missing = result["config"], [], []
+    for k in config["per_class"]:
+        cells = [by_set(result, cell=f"{corpus},{k}") for corpus in config["corpora"]]
+        scored = {row for sets in cells for row in sets.dropna(how="all").index}
+        for row in (row for row in config["rows"] if row in scored):
+            lines.append([str(k), row.split("/")[0], *(_score(sets, row) for sets in cells)])
+        if not scored:
             missing.append(str(k))
     note = f"Mean ± sd over sets; in brackets the gain, paired by set, over {', '.join(AGAINST)}."
     if missing:
         note += f" Not run: {', '.join(missing)} a class."
-    return "\n".join([*markdown(["examples a class", "text", *job.corpora], lines, "rl"), "", note])
+    return f"{markdown(['examples a class', 'text', *config['corpora']], lines, 'rl')}\n\n{note}"
 
 
-def _cell(rows: Mapping, row: str) -> str:
+def _score(sets, row: str) -> str:
     method, recipe = row.split("/")
-    gains = [shown(*paired_difference(rows, row, f"{other}/{recipe}")) for other in AGAINST
-             if row in rows and rows.get(f"{other}/{recipe}")]
-    told = f" ({'; '.join(gains)})" if gains and method not in (*AGAINST, "random") else ""
-    return (spread(means(rows, row)) or "not run") + told
+    others = () if method in (*AGAINST, "random") else AGAINST
+    gains = "; ".join(filter(None, (gain(sets, row, f"{other}/{recipe}") for other in others)))
+    return (spread(sets.loc[row]) or "not run") + (f" ({gains})" if gains else "")

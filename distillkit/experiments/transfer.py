@@ -18,17 +18,16 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
 from distillkit.applications.transfer import retokenize, transfer
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
-from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.instruction import LEARNED, InstructionJob, InstructionRun
-from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
-from distillkit.experiments.runner import Run, load_corpus
+from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
+from distillkit.experiments.results import rows_of
+from distillkit.experiments.runner import Cell, Scores, load_corpus, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
     Experiment,
@@ -41,17 +40,19 @@ from distillkit.experiments.settings import (
     settings,
     tupled,
 )
-from distillkit.experiments.ways_to_text import TEXTS, TextJob, TextRun, hardened
+from distillkit.experiments.table import by_set, gain, markdown, paired_difference, spread
+from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
 from distillkit.io.checks import check_choice, check_number, check_whole
 
-# For each kind of experiment that makes sets: its settings, its run, and those of its methods that end in text.
+# For each kind of experiment that makes sets: its settings, its cell, and those of its methods that end in text.
 MAKERS = {
-    "text": (TextJob, TextRun, TEXTS),
-    "instruction": (InstructionJob, InstructionRun, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
+    "text": (TextJob, TextCell, TEXTS),
+    "instruction": (InstructionJob, InstructionCell, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
 RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
-AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}  # what gains are told over
+# Selections that gains are measured over.
+AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
 UNTRAINED = ("offline:small-bert",)
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
 
@@ -132,84 +133,92 @@ def parsed(row: str) -> tuple[str, str, str]:
     return source, target, method
 
 
-class TransferRun(Run):
-    """An experiment on transfer under way; see :class:`~distillkit.experiments.runner.Run`."""
+class TransferCell(Cell):
+    """An experiment on transfer."""
 
     job: TransferJob
 
-    def __init__(self, job: TransferJob, folder: str | Path, work: str | Path):
+    def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
         self.maker = functools.cache(self._maker)
-        super().__init__(job, folder, work, task, self.reader(parsed(job.rows[0])[1]))
+        super().__init__(job, work, results, task, self.reader(parsed(job.rows[0])[1]))
 
-    def _maker(self, source: str) -> Run:
-        """The experiment whose sets are taken; it writes no result of its own."""
-        return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work, self.work)
+    def _maker(self, source: str) -> Cell:
+        """The experiment whose sets are used."""
+        return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work / source, self.results, self.task)
 
-    def score(self, pair: str, method: str, seed: int) -> dict:
+    def score(self, pair: str, method: str, seed: int) -> Scores:
         source, target, _ = parsed(pair)
         student = self.reader(target)
         if method == "full":
-            return as_json(evaluate(None, self.task, student, seeds=(seed,)))
+            return self.evaluated(None, "standard", (seed,), student=student)
         text = self.maker(source).set_of(method, seed)
-        self.result["distilling"] |= {f"{source} {k}": v for k, v in self.maker(source).result["distilling"].items()}
+        self.notes |= {f"{source} {name}": note for name, note in self.maker(source).notes.items()}
         text = hardened(text) if self.task.kind == "classification" else text
-        score = as_json(transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target)))
-        return score | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
+        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target))
+        rows, note = rows_of(scored, self.job.eval_seeds)
+        return rows, note | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
+
+    def columns(self, pair: str, method: str) -> dict:
+        source, target, _ = parsed(pair)
+        columns = {"target": self.job.by_name[target], "method": method, "recipe": self.job.recipe if source else "standard"}
+        if not source:
+            return columns
+        return columns | {"source": self.job.by_name[source], **size_columns(self.job.making(source))}
 
 
 def transfer_table(result: Mapping) -> str:
-    """The result as a Markdown table: a row a pair and method, beside random real text and the target's full data."""
-    rows, names, lines = result["rows"], result["config"]["rows"], []
-    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in names)]
-    for name in names:
+    """The result as a Markdown table: a row for each pair and method, beside random real text and the target's full data."""
+    sets, lines = by_set(result), []
+    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in sets.index)]
+    shares = of_full(sets)
+    for name in sets.index:
         source, target, method = parsed(name)
-        cells = [source or "—", target, method if source else "full data"]
-        if scores := means(rows, name):
-            share = of_full(rows, name)
-            cells += [spread(scores), *(_gain(rows, name, other) for other in against), "" if share is None else f"{share:.0%}",
-                      str(len(scores))]
+        line = [source or "—", target, method if source else "full data"]
+        if score := spread(sets.loc[name]):
+            line += [score, *(_gain(sets, name, other) for other in against),
+                     "" if pd.isna(shares[name]) else f"{shares[name]:.0%}", str(sets.loc[name].count())]
         else:
-            cells += ["not run", *[None] * (len(against) + 2)]
-        lines.append(cells)
+            line += ["not run", *[None] * (len(against) + 2)]
+        lines.append(line)
     gains = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
     heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data", "sets"]
-    return "\n".join([*markdown(heads, lines, "lll"), *_verdict(rows, names)])
+    return markdown(heads, lines, "lll") + _verdict(sets)
 
 
-def of_full(rows: Mapping, name: str) -> float | None:
-    """A row's mean score as a share of its target's score on the full data; None where either has not run."""
-    full, scores = means(rows, f"{parsed(name)[1]}/full"), means(rows, name)
-    return float(np.mean(scores) / np.mean(full)) if full and scores else None
+def of_full(sets: pd.DataFrame) -> pd.Series:
+    """Each row's mean score as a share of its target's on the full data; nan where either has not run.
+
+    Args:
+        sets: as :func:`~distillkit.experiments.table.by_set` gives it.
+    """
+    mean = sets.mean(axis=1)
+    return mean / mean.reindex([f"{parsed(name)[1]}/full" for name in sets.index]).to_numpy()
 
 
-def _beside(name: str, other: str) -> str:
+def beside(name: str, other: str) -> str:
     """The row of another text that made the same way."""
     return f"{name.split('/')[0]}/{other}"
 
 
-def _gain(rows: Mapping, name: str, other: str) -> str:
-    """What a row gains, seed by seed, on selected text that made the same way; of selected text itself, on random text only."""
+def _gain(sets: pd.DataFrame, name: str, other: str) -> str:
+    """What a row gains, set by set, on selected text that made the same way; of selected text itself, on random text only."""
     source, _, method = parsed(name)
-    if not source or method == "random" or (method in AGAINST and other != "random") or not rows.get(_beside(name, other)):
+    if not source or method == "random" or (method in AGAINST and other != "random"):
         return ""
-    mean, half = paired_difference(rows, name, _beside(name, other))
-    return shown(mean, half) if np.isfinite(mean) else ""
+    return gain(sets, name, beside(name, other))
 
 
-def _verdict(rows: Mapping, names: list[str]) -> list[str]:
-    """For each method that is no selection: in how many pairs it beats real text; none where nothing is to be said."""
-    lines = []
-    for method in dict.fromkeys(parsed(name)[2] for name in names):
-        if method in (*ALL_METHODS, "full"):
-            continue
-        for other, words in AGAINST.items():
-            pairs = [n for n in names if parsed(n)[2] == method and rows.get(n) and rows.get(_beside(n, other))]
-            if not pairs:
-                continue
-            gains = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
+def _verdict(sets: pd.DataFrame) -> str:
+    """For each method that is no selection: in how many pairs it beats real text; nothing where nothing was compared."""
+    scored, sentences = sets.dropna(how="all"), []
+    for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
+        for other, words in AGAINST.items() if method not in (*ALL_METHODS, "full") else ():
+            pairs = [name for name in scored.index if parsed(name)[2] == method and beside(name, other) in scored.index]
+            gains = [paired_difference(scored, name, beside(name, other)) for name in pairs]
             above, surely = sum(mean > 0 for mean, _ in gains), sum(mean > half for mean, half in gains)
-            lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                         f"{surely}.")
-    return ["", " ".join(lines)] if lines else []
+            if pairs:
+                sentences.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
+                                 f"{surely}.")
+    return "\n\n" + " ".join(sentences) if sentences else ""

@@ -9,7 +9,7 @@ Methods:
 * ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
 * ``through projection``: distilled through the projection
-  (:class:`~distillkit.text.through.ThroughProjection`), then projected.
+  (:class:`~distillkit.text.projection.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
 * ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.sentences.search_sentences`).
 * ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
@@ -30,10 +30,10 @@ A grid (:mod:`distillkit.experiments.text_grid`) is one such experiment for each
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from distillkit.applications.transfer import transfer
@@ -42,10 +42,9 @@ from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
-from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
-from distillkit.experiments.runner import Run, neighbor_terms
+from distillkit.experiments.results import rows_of
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
     Experiment,
@@ -62,12 +61,12 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
+from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.text.judges import FrozenJudge
-from distillkit.text.projection import corpus_tokens, project
+from distillkit.text.projection import ThroughProjection, corpus_tokens, project, relabel
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
@@ -108,29 +107,33 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
             raise ValueError("neighbor_weight must be a number above 0, not 0")
 
 
-class TextRun(Run):
-    """An experiment on ways to text under way; see :class:`~distillkit.experiments.runner.Run`."""
+class TextCell(Cell):
+    """An experiment on ways to text, or a cell of a grid of them."""
 
     job: TextJob
-    _target: Student | None = None
+    texts, selections = (*WAYS, *(f"{method} relabelled" for method in WAYS)), METHODS
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
+    @functools.cached_property
+    def target(self) -> Student:
+        """The other model, which reads the text."""
+        return load_student(self.job.target, self.task)
+
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
+        job = self.job
         if method == "full":
-            return as_json(evaluate(None, self.task, self.student, seeds=(seed,)))
-        if score := self.twin(method, recipe, seed):
-            return score
-        job, set_, train = self.job, self.set_of(method, seed), recipe
+            return self.evaluated(None, recipe, (seed,))
+        distilled = self.set_of(method, seed)
         if recipe == "transfer":
-            self._target = self._target or load_student(job.target, self.task)
-            return as_json(transfer(hardened(set_), self.task, self._target, seeds=job.eval_seeds))
+            return rows_of(transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds), job.eval_seeds)
         if recipe == "relabelled":
-            set_, train = self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own"
-        elif recipe in ("tuned", "fixed"):
-            set_ = hardened(set_)
+            return self.evaluated(self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own")
         if recipe == "fixed":
-            train = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
-        score = as_json(evaluate(set_, self.task, self.student, seeds=job.eval_seeds, recipe=train))
-        return score | {"text": set_.to_text().to_list()} if method in WAYS else score
+            fixed = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
+            return self.evaluated(hardened(distilled), fixed)
+        return self.evaluated(hardened(distilled) if recipe == "tuned" else distilled, recipe)
+
+    def columns(self, method: str, recipe: str) -> dict:
+        return super().columns(method, recipe) | ({"target": self.job.target} if recipe == "transfer" else {})
 
     def create(self, method: str, seed: int) -> DistilledSet:
         if method == "projection":
@@ -142,9 +145,8 @@ class TextRun(Run):
         if method in STARTS:
             return swapped(self, method, self.set_of(STARTS[method], seed), seed, examples=self.job.examples)
         objective = ThroughProjection(self.objective()) if method == "through projection" else self.objective()
-        terms = neighbor_terms(self.student, self.job.neighbor_weight) if method == "neighbor loss" else ()
-        start = DistilledSet.from_real(self.task, self.student, **self.job.size(seed))
-        learned = self.distil(method, seed, start, objective, regularizers=terms)
+        terms = self.neighbor_terms() if method == "neighbor loss" else ()
+        learned = self.distil(method, seed, self.start(seed), objective, regularizers=terms)
         return learned if method == "embeddings" else project(learned, self.student)
 
     def _searched(self, method: str, seed: int) -> DistilledSet:
@@ -172,16 +174,16 @@ class TextRun(Run):
         return relabel(hardened(self.set_of(method, seed)), objective, steps=job.label_steps, seed=seed, **rates)
 
 
-def swapped(run: Run, name: str, start: DistilledSet, seed: int, *, examples: int | None = None) -> DistilledSet:
-    """The text that token swaps find from ``start`` on, with the settings of a run that has :class:`Search` among them."""
+def swapped(cell: Cell, name: str, start: DistilledSet, seed: int, *, examples: int | None = None) -> DistilledSet:
+    """The text that token swaps find from ``start`` on, with the settings of a cell that has :class:`Search` among them."""
     search = SwapSearch(
-        start, run.student, FrozenJudge(run.task, run.student, steps=run.job.judge_steps), candidates=run.job.candidates,
-        seed=seed, examples=examples, allowed=corpus_tokens(run.task, run.student, least=run.job.least),
-        checkpoint_dir=run.checkpoint(name, seed),
+        start, cell.student, FrozenJudge(cell.task, cell.student, steps=cell.job.judge_steps), candidates=cell.job.candidates,
+        seed=seed, examples=examples, allowed=corpus_tokens(cell.task, cell.student, least=cell.job.least),
+        checkpoint=cell.checkpoint(name, seed),
     )
-    for _ in search.run(run.job.swap_steps):
+    for _ in search.run(cell.job.swap_steps):
         pass
-    run.note(name, seed, [r.after for r in search.records], sum(r.seconds for r in search.records))
+    cell.note(name, seed, [r.after for r in search.records], sum(r.seconds for r in search.records))
     return search.distilled
 
 
@@ -191,48 +193,39 @@ def hardened(distilled: DistilledSet) -> DistilledSet:
     return dataclasses.replace(distilled, targets=torch.tensor(distilled.meta["labels"]), step_sizes=None, meta=meta)
 
 
-def text_table(result: Mapping) -> str:
-    """The result as a Markdown table: scores by recipe, and what each text gains on k-centre's with the same labels."""
-    rows, names = result["rows"], result["config"]["rows"]
-    titles = {"tuned": "hard labels, tuned", "fixed": "hard labels, fixed", "relabelled": "learned labels, own",
-              "transfer": "on another model, tuned"}
-    titles = {recipe: title for recipe, title in titles.items() if any(name.endswith(f"/{recipe}") for name in names)}
-    lines = []
-    for method in dict.fromkeys(name.split("/")[0] for name in names):
-        cells = [cell for recipe in titles for cell in _cells(rows, names, method, recipe)]
-        sets = max((len(scores) for name, scores in rows.items() if name.split("/")[0] == method), default=0)
-        lines.append([method, *cells, str(sets)])
-    heads = ["method", *(head for title in titles.values() for head in (title, "minus k-centre")), "sets"]
-    return "\n".join([*markdown(heads, lines), *_recovery(rows)])
-
-
 # Where methods with a recipe of their own stand in the table.
 INSTEAD = {("embeddings", "relabelled"): "embeddings/own", ("full", "tuned"): "full/standard"}
+TITLES = {"tuned": "hard labels, tuned", "fixed": "hard labels, fixed", "relabelled": "learned labels, own",
+          "transfer": "on another model, tuned"}
 
 
-def _cells(rows: Mapping, names: Sequence[str], method: str, recipe: str) -> tuple[str, str]:
-    """A method's score under a recipe, and what it gains on k-centre's."""
-    name, other = INSTEAD.get((method, recipe), f"{method}/{recipe}"), f"k_center/{recipe}"
-    if not (scores := means(rows, name)):
-        return "not run" if name in names else "", ""
-    mark = " (standard)" if name == "full/standard" else ""
-    gain = shown(*paired_difference(rows, name, other)) if method in WAYS and rows.get(other) else ""
-    return f"{spread(scores)}{mark}", gain
+def text_table(result: Mapping) -> str:
+    """The result as a Markdown table: scores by recipe, and what each text gains on k-centre's with the same labels."""
+    sets = by_set(result)
+    counts = sets.notna().sum(axis=1)
+    recipes = [recipe for recipe in TITLES if any(name.endswith(f"/{recipe}") for name in sets.index)]
+    lines = []
+    for method in dict.fromkeys(name.split("/")[0] for name in sets.index):
+        line = [method]
+        for recipe in recipes:
+            name, other = INSTEAD.get((method, recipe), f"{method}/{recipe}"), f"k_center/{recipe}"
+            score = spread(sets.loc[name]) or "not run" if name in sets.index else ""
+            line += [score + " (standard)" * (name == "full/standard"), gain(sets, name, other) if method in WAYS else ""]
+        lines.append([*line, str(max(counts[name] for name in sets.index if name.split("/")[0] == method))])
+    heads = ["method", *(head for recipe in recipes for head in (TITLES[recipe], "minus k-centre")), "sets"]
+    return markdown(heads, lines) + _recovery(sets)
 
 
-def _recovery(rows: Mapping) -> list[str]:
-    """How much of what projection loses each way gets back, learned labels for all; none where a part is missing."""
-    top, bottom = "embeddings/own", "projection/relabelled"
-    shares = []
-    for method in WAYS:
-        name = f"{method}/relabelled"
-        seeds = {*rows.get(name, {})} & {*rows.get(top, {})} & {*rows.get(bottom, {})}
-        if name == bottom or not seeds:
+def _recovery(sets) -> str:
+    """How much of what projection loses each way recovers, learned labels for all; nothing where a part is missing."""
+    top, bottom, shares = "embeddings/own", "projection/relabelled", []
+    for name in (f"{method}/relabelled" for method in WAYS):
+        paired = sets.reindex([top, bottom, name]).dropna(axis=1)
+        if name == bottom or paired.empty:
             continue
-        mean = {row: float(np.mean([rows[row][seed]["mean"] for seed in seeds])) for row in (top, bottom, name)}
+        mean = paired.mean(axis=1)
         gap = mean[top] - mean[bottom]
-        share = f"{(mean[name] - mean[bottom]) / gap:.2f}" if gap > 0 else "not told, projection lost nothing"
-        shares.append(f"{method} {share}{' (one set)' if len(seeds) == 1 else ''}")
-    if not shares:
-        return []
-    return ["", f"Recovery, (text − projection) / (embeddings − projection) with learned labels: {', '.join(shares)}."]
+        share = f"{(mean[name] - mean[bottom]) / gap:.2f}" if gap > 0 else "undefined, projection lost nothing"
+        shares.append(f"{name.split('/')[0]} {share}{' (one set)' if paired.shape[1] == 1 else ''}")
+    about = "Recovery, (text − projection) / (embeddings − projection) with learned labels"
+    return f"\n\n{about}: {', '.join(shares)}." if shares else ""

@@ -12,9 +12,10 @@ meta-gradient.  The outer loss is a fixed random linear function of the paramete
 the unroll alone is measured; what a real outer batch costs stands apart.  Plain training and a contender take turns
 (A B A B ...), and the median of the ratios is reported: a noisy neighbour slows both.
 
-*Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`).  Tensors shaped like a trained parameter
-are counted apart, in sets of parameters: parameters kept for the way back, gradients, cotangents.  So are the gradients
-of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations and what autograd saves of them.
+*Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`); on a GPU, the allocator's peak.  Tensors
+shaped like a trained parameter are counted apart, in sets of parameters: parameters kept for the way back, gradients,
+cotangents.  So are the gradients of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations
+and what autograd saves of them.
 
 *Error* and *cosine* compare the gradient of the examples with ``StoreAll``'s, inner step by inner step, for the loss on a
 real outer batch.
@@ -279,12 +280,16 @@ def seconds(device: torch.device, work: Callable, *args) -> float:
 
 def live_bytes(contender: Contender, problem: Problem) -> dict[str, float]:
     """Peak of live bytes: in all, without what is counted apart (``activations``), and the number of parameter ``sets``."""
-    shapes = [p.shape for p in problem.params.values()]
-    with LiveBytes(problem.student.device, apart=shapes) as live:
+    device, shapes = problem.student.device, [p.shape for p in problem.params.values()]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with LiveBytes(apart=shapes) as live:
         contender.run(problem)
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else live.total.peak
     kept = len(problem.rows) * _size(problem.phi().tensors()) if contender.keeps_phi else 0
     sets = live.apart.peak / _size(problem.params.values())
-    return {"bytes": live.peak, "activations": live.rest.peak - kept, "kept_examples": kept, "sets": round(sets, 2)}
+    return {"bytes": peak, "activations": live.rest.peak - kept, "kept_examples": kept, "sets": round(sets, 2)}
 
 
 def _size(tensors) -> int:
