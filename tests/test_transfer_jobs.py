@@ -157,19 +157,19 @@ def test_the_settings_that_come_with_the_kit(path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"recipe": "own"}, "recipe must be one of tuned, standard, fixed"),
+    ({"recipe": "own"}, "recipe must be 'tuned', 'standard' or 'fixed', not 'own'"),
     ({"recipe": "fixed"}, "fixed must give steps, step_size, batch for the target 'roberta-base', not None"),
     ({"recipe": "fixed", "fixed": {"roberta-base": {"steps": 2}}}, "fixed must give steps, step_size, batch"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be a number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
-    ({"eval_seeds": []}, "eval_seeds must be a list"),
+    ({"eval_seeds": []}, "eval_seeds must have at least 1 item"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
     ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),
     ({"sets": {"kind": "text"}}, "sets: the setting 'corpus' is missing"),
-    ({"sets": SETS | {"candidates": 0}}, "candidates must be a whole number"),
-    ({"sets": "text"}, "sets must hold settings"),
+    ({"sets": SETS | {"candidates": 0}}, "candidates must be"),
+    ({"sets": "text"}, "sets must be a valid dictionary"),
     ({"rows": ["roberta-base/full"]}, "rows must hold at least one"),
     ({"rows": [f"{PAIR}/embeddings"]}, "the method must be one of random"),
     ({"rows": ["gpt2 to roberta-base/random"]}, "a student must be one of bert-base-uncased"),

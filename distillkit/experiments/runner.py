@@ -272,10 +272,10 @@ class Run:
             seeds: set seeds: these for now.
         """
         for name in only:
-            check_choice("a cell or a row", name, (*self.cells, *self.job.rows))
+            check_choice("rows", name, (*self.cells, *self.job.rows))
         known = {seed for cell in self.cells.values() for seed in cell.seeds}
         if unknown := [seed for seed in seeds if seed not in known]:
-            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, sorted(known)))}")
+            raise ValueError(f"seeds: no seed {unknown[0]!r} in this job; it has {', '.join(map(str, sorted(known)))}")
         rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
         with self.claim:
             for key in self.cells:

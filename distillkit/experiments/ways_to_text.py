@@ -35,6 +35,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+from pydantic import PositiveFloat
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
@@ -79,11 +80,6 @@ ROWS = (
 )
 
 
-def _check_label_rates(name: str, value) -> None:
-    if len(value) != 2 or not all(rate > 0 for rate in value):
-        raise ValueError(f"{name} must be two numbers above 0, of labels and of step sizes, not {value!r}")
-
-
 @settings(kind="text", rows=ROWS, metagrad="forward_difference", lr=0.12, neighbor_weight=0.1)
 class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, SetSeeds, Scoring):
     """Settings of one experiment; relabelling, the searches and the fixed training are the same for every text."""
@@ -91,8 +87,8 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
     label_steps: int = whole(40, "outer steps of relabelling")
     label_unroll_steps: int | None = whole(None, "inner steps of relabelling (default: unroll_steps)")
     label_adamw: float | None = positive(None, "step size of AdamW as inner optimiser of relabelling (default: SGD)")
-    label_rates: tuple[float, ...] | None = option(
-        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)", _check_label_rates)
+    label_rates: tuple[PositiveFloat, PositiveFloat] | None = option(
+        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")
     examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
