@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
@@ -140,7 +141,10 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
 
     def joined(name: str) -> Any:  # a tensor; None where a set has none, as with tokens
         values = [getattr(s, name) for s in sets]
-        return None if any(v is None for v in values) else torch.cat([_lengthened(v, length) for v in values])
+        if any(value is None for value in values):
+            return None
+        # Zeros up to the longest set's length; a mask of False covers them.
+        return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in values])
 
     tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
     parts = [part for s in sets for part in _parts(s)]
@@ -156,13 +160,6 @@ def _check_one_table(sets: Sequence[DistilledSet]) -> None:
         raise ValueError(f"sets of different students or embedding tables ({reprlib.repr(sorted(names))}, {sorted(widths)} "
                          "wide): embeddings belong to the table they were made with; go through text: dk.retokenize each for "
                          "one student")
-
-
-def _lengthened(value: Tensor, length: int) -> Tensor:
-    """``value [m, l, …]`` with zeros up to ``length`` positions; a mask of False covers them."""
-    filled = value.new_zeros(len(value), length, *value.shape[2:])
-    filled[:, : value.shape[1]] = value
-    return filled
 
 
 def _of_parts(parts: list[dict], tensors: dict[str, Any], meta: dict) -> DistilledSet:

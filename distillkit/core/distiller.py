@@ -33,7 +33,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
+from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole
 from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
@@ -143,6 +143,7 @@ class Distiller:
                 check_rate(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         if not callable(schedule):
             raise TypeError(f"schedule must be a function of the progress in 0..1, not {schedule!r}")

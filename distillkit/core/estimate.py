@@ -23,7 +23,7 @@ import torch
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
 from distillkit.core.metagrad import Truncated, suited
-from distillkit.core.objectives import BPTT, fitted
+from distillkit.core.objectives import BPTT, check_objective, fitted
 from distillkit.core.problem import Problem, outer_loss_and_grads
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
@@ -81,6 +81,7 @@ def recommend(
     if task is None:
         return strategy, reason
     check_is("task", task, Task)
+    check_whole("outer_steps", outer_steps)
     size = {"per_class": 1} if task.classes else {"fraction": min(1.0, 8 / len(task.train))}
     start = DistilledSet.from_real(task, student, **size) if distilled is None else distilled
     objective = BPTT(task, student, unroll or Unroll(10), metagrad=strategy, batch_size=min(64, len(task.train)))
@@ -98,6 +99,8 @@ def estimate(distilled: DistilledSet, objective, steps: int) -> Estimate:
     Raises:
         torch.OutOfMemoryError: not even three inner steps fit.
     """
+    check_is("distilled", distilled, DistilledSet)
+    check_objective(objective)
     check_whole("steps", steps)
     distilled, student = fitted(distilled, objective), objective.student
     strategy, inner_steps = objective.metagrad, objective.unroll.steps
@@ -135,8 +138,8 @@ def estimate(distilled: DistilledSet, objective, steps: int) -> Estimate:
 
 
 def announce(distilled: DistilledSet, objective, steps: int) -> None:
-    """Say on stderr what :func:`estimate` predicts, where the run is long enough: measuring takes about one outer step."""
-    if steps >= 10:
+    """Say on stderr what :func:`estimate` predicts, where the run is long enough: measuring takes about two outer steps."""
+    if steps >= 20:
         with suppress(torch.OutOfMemoryError):  # the run itself goes on in smaller parts
             say(f"distilling takes {estimate(distilled, objective, steps)}", error=True)
 
