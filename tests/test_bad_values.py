@@ -104,7 +104,7 @@ CALLS = {
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {}),
-    "Standard": (dk.Standard, {}, {"optimizer": or_none(THING), "epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
+    "Standard": (dk.Standard, {}, {"epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"seeds": WHOLE, "rows": WHOLE, "grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
         {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
@@ -123,7 +123,7 @@ CALLS = {
         "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
-        "distilled": THING, "student": THING, "judge": THING, "confirm": THING, "candidates": WHOLE, "examples": WHOLE,
+        "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
         "per_position": WHOLE, "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
     "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING, "metric": CHOICE}),
     "nearest_sentences": (dk.nearest_sentences, dict.fromkeys(("distilled", "task", "student")), {
@@ -146,8 +146,8 @@ CALLS = {
     "derive_seed": (dk.derive_seed, {"purpose": "test"}, {"purpose": st.one_of(st.integers(), SEED)}),
 }
 # Made by other names, and only read.
-RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student", "Task",
-           "Wording"}
+RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
+           "Task", "Wording"}
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
@@ -183,8 +183,8 @@ def test_a_bad_value_is_named(made, name, argument, data):
 def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated", "LessSettings",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
-                 "search_step_size", "Distiller", "retokenize", "recommend", "estimate", "corpus_tokens", "FrozenJudge", "StudentJudge",
-                 "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
+                 "search_step_size", "Distiller", "retokenize", "recommend", "estimate", "corpus_tokens", "FrozenJudge",
+                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 

@@ -113,8 +113,7 @@ def estimate(distilled: DistilledSet, objective, steps: int) -> Estimate:
 
     def run(length: int) -> None:
         whole = problem()
-        strategy(dataclasses.replace(whole, rows=whole.rows[:length], step_sizes=whole.step_sizes[:length],
-                                     outer=whole.outer[-1:]))  # the longest real sentences
+        strategy(dataclasses.replace(whole.window(0, length), outer=whole.outer[-1:]))  # the longest real sentences
 
     sample = problem()  # what a corpus is asked for the first time, such as its tokens, is not asked again
     parts, middle = len(sample.outer), sample.outer[len(sample.outer) // 2 :][:1]
