@@ -44,7 +44,7 @@ def test_longer_runs_cost_more_and_trajectories_are_measured_too(world, tmp_path
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
     short, long = (dk.estimate(start, dk.TrajectoryMatching(task, student, dk.Unroll(steps), experts, expert_epochs=0.5), 1)
                    for steps in (3, 60))
-    assert 3 * short.seconds < long.seconds and short.nbytes < long.nbytes
+    assert short.seconds < long.seconds and short.nbytes < long.nbytes
 
 
 def test_memory_that_runs_out_names_what_to_lower(world):
@@ -56,6 +56,6 @@ def test_memory_that_runs_out_names_what_to_lower(world):
 
     goal = dk.BPTT(task, student, dk.Unroll(2), metagrad=exhausted, batch_size=2)
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-    with pytest.warns(UserWarning, match="in parts of 1"), pytest.raises(torch.OutOfMemoryError) as caught:
+    with pytest.warns(UserWarning, match="in parts of about 1"), pytest.raises(torch.OutOfMemoryError) as caught:
         dk.meta_gradient(start, goal)
     assert all(name in str(caught.value) for name in ("micro_batch", "length", "max_length", "Replay", "Truncated", "lora"))

@@ -121,15 +121,12 @@ def estimate(distilled: DistilledSet, objective, steps: int) -> Estimate:
     few, more = min(window, 2), min(window, 3)
     few_seconds, few_bytes = _measured(lambda: run(few), student.device)
     more_seconds, more_bytes = _measured(lambda: run(more), student.device)
-    outer_seconds = plain_seconds = 0.0
-    if parts > 1:
-        outer = dataclasses.replace(sample, outer=middle)
-        outer_seconds, _ = _measured(lambda: outer_loss_and_grads(outer, params), student.device)
-    if window < inner_steps:
-        plain_seconds, _ = _measured(lambda: sample.step(0, params, state), student.device)
+    plain_seconds, _ = _measured(lambda: sample.step(0, params, state), student.device)
+    outer = dataclasses.replace(sample, outer=middle)
+    outer_seconds, _ = _measured(lambda: outer_loss_and_grads(outer, params), student.device)
     every = getattr(strategy, "every", 1)
     stored = window if every == 1 else math.ceil(window / every) + every
-    seconds = few_seconds + (window - few) * max(0.0, more_seconds - few_seconds)
+    seconds = few_seconds + (window - few) * max(plain_seconds, more_seconds - few_seconds)  # a busy machine hides differences
     seconds += (parts - 1) * outer_seconds + (inner_steps - window) * plain_seconds
     nbytes = few_bytes + max(0, stored - few) * max(0, more_bytes - few_bytes)
     nbytes += sum(tensor.nbytes for tensor in (*student.module.parameters(), *student.module.buffers()))
