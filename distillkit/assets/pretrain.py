@@ -44,10 +44,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from distillkit.data import docstrings as sources
 from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key
 from distillkit.io.escaping import one_line, say
-from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError, sha256_of
+from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.io.storage import save_text
+from distillkit.io.verify import sha256_of
 
 LONGEST = 1000  # characters of a docstring
 # Short forms of a docstring, and how often each is read in a pass.

@@ -20,9 +20,11 @@ import json
 import os
 import shutil
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -34,13 +36,14 @@ from distillkit.experiments.settings import (
     SetSeed,
     Size,
     Target,
-    choice,
+    filled,
+    flag,
     names,
     option,
+    read,
     renamed,
     settings,
     whole,
-    whole_numbers,
 )
 from distillkit.io.escaping import one_line, say
 
@@ -52,17 +55,15 @@ SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
 class Work(Data, Size, Expert, Inner, Outer, Target, SetSeed):
     """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
 
-    flags = True
-
-    objective: str = choice("bptt", "bptt, or trajectory (which wants experts first)", ("bptt", "trajectory"))
-    optimizer: str = choice("sgd", "optimiser of the inner loop: sgd, momentum or adamw", ("sgd", "momentum", "adamw"))
+    objective: Literal["bptt", "trajectory"] = option("bptt", "bptt, or trajectory, for which experts must be recorded first")
+    optimizer: Literal["sgd", "momentum", "adamw"] = option("sgd", "optimiser of the inner loop: sgd, momentum or adamw")
     inits: int = whole(1, "initialisations, or expert segments, averaged in an outer step")
     checkpoint_every: int = whole(10, "outer steps between checkpoints")
     set: str | None = option(None, "folder or hub:owner/name of the set (default: that of --name)")
-    recipe: str | None = choice(None, "own, standard or tuned (default: own where there is one, else tuned)",
-                                ("own", "standard", "tuned"))
-    seeds: tuple[int, ...] = whole_numbers((0, 1, 2), "fresh models that each score is the mean of")
-    split: str = choice("test", "split that scores are taken on: test or validation", ("test", "validation"))
+    recipe: Literal["own", "standard", "tuned"] | None = option(
+        None, "own, standard or tuned (default: own if the set has one, else tuned)")
+    seeds: tuple[int, ...] = filled((0, 1, 2), "fresh models that each score is the mean of")
+    split: Literal["test", "validation"] = option("test", "split that scores are taken on: test or validation")
     license: str | None = option(None, "licence of the set, as the hub writes it, such as cc-by-4.0")
     corpus_license: str | None = option(None, "licence of the corpus, in words")
 
@@ -77,7 +78,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
                 "step_size": "expert_step_size"},
     "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
-               "rates": "lr", "checkpoint_dir": "--name, or start over with --fresh"},
+               "rates.embeds": "lr", "checkpoint": "--name, or start over with --fresh"},
 }
 
 # command -> (one line, the settings that are its flags, an example that teaches)
@@ -145,9 +146,9 @@ def _parser(commands, name: str, told: str, epilog: str) -> argparse.ArgumentPar
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, annotation) -> None:
     """``--outer-steps 100`` for the field ``outer_steps``; absent where it is not given, so that a file may say it."""
     default = field.default if isinstance(field.default, tuple) else None
-    told = field.metadata["help"] + ("" if field.default is None else f" (default {_shown(field.default)})")
-    kinds = [kind for kind in (int, float, str) if kind in (annotation, *typing.get_args(annotation))]
-    parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, type=kinds[0], nargs="+" if default else None,
+    told = field.metadata["description"] + ("" if field.default is None else f" (default {_shown(field.default)})")
+    kinds = [kind for kind in (int, float, str) if kind in (annotation, *typing.get_args(annotation))] or [str]
+    parser.add_argument(flag(field.name), dest=field.name, type=kinds[0], nargs="+" if default else None,
                         default=argparse.SUPPRESS, metavar=kinds[0].__name__.upper(), help=told.replace("%", "%%"))
 
 
@@ -190,7 +191,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         steps[args.command](work, args)
     except (ValueError, FloatingPointError) as error:
-        names = Work.origins(path, given)
+        names = {field.name: flag(field.name) for field in dataclasses.fields(Work)}
+        names |= {key: f"{path}: {key}" for key in (read(path).keys() if path else set()) - given.keys()}
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
             names[argument] = names.get(setting, setting)
         raise ValueError(renamed(error, names)) from error
@@ -213,10 +215,10 @@ def _world(work: Work, student: str | None = None):
 
 def _keep(work: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
-    from distillkit.io.storage import save_text
+    from distillkit.io.storage import save_text, sealed_text
 
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(work).items()}
-    save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    save_text(folder / SETTINGS, sealed_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)))
 
 
 def experts(work: Work, args: argparse.Namespace) -> None:
@@ -249,14 +251,13 @@ def _objective(work: Work, task, student, folder: Path):
     from distillkit.core.objectives import BPTT, TrajectoryMatching
     from distillkit.core.optimizers import SGD, AdamW, Momentum
     from distillkit.experiments.runner import strategy, unroll_of
-    from distillkit.io.storage import is_vacant
 
     optimizer = {"sgd": SGD, "momentum": Momentum, "adamw": lambda size: AdamW(size, eps_root=1e-8)}
     unroll = unroll_of(work, optimizer=optimizer[work.optimizer](work.step_size))
     metagrad = strategy(work.metagrad)
     if work.objective == "bptt":
         return BPTT(task, student, unroll, metagrad=metagrad, batch_size=work.outer_batch, inits=work.inits)
-    if is_vacant(folder / "experts"):
+    if not (folder / "experts").exists():
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
                                 f"{work.name}")
     recorded = Experts.load(folder / "experts")
@@ -291,14 +292,14 @@ def _learn(work: Work, folder: Path, start, objective, student) -> None:
     """Distil, write what came of it, and show it."""
     from distillkit.core.distilled import KIND
     from distillkit.core.distiller import Distiller
-    from distillkit.io.storage import refuse_to_overwrite
+    from distillkit.io.files import refuse_to_overwrite
     from distillkit.text.projection import project
 
-    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint_dir=folder / "checkpoint",
+    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
                           checkpoint_every=work.checkpoint_every)
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
-    with distiller.claim or nullcontext():
+    with distiller.checkpoint.claim:
         _keep(work, folder)
         for record in distiller.run(work.outer_steps):
             if record.step % max(1, work.outer_steps // 10) == 0:
@@ -355,17 +356,17 @@ def read_set(source: str | Path):
         FileNotFoundError: there is none.
         StorageError: it is damaged.
     """
-    from distillkit.applications.publish import SUMS, from_hub, load_published
+    from distillkit.applications.publish import from_hub, load_published
     from distillkit.core.distilled import DistilledSet
-    from distillkit.io.storage import standing
+    from distillkit.io.verify import SUMS
 
     if str(source).startswith("hub:"):
         repo_id, _, revision = str(source).removeprefix("hub:").partition("@")
         return from_hub(repo_id, revision or None)
-    folder = Path(source).expanduser()
-    if not standing(folder).is_dir():
-        raise FileNotFoundError(f"no set {folder}; make one with: python -m distillkit distil, or name another with --set")
-    return load_published(folder) if (standing(folder) / SUMS).is_file() else DistilledSet.load(folder)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no set {path}; make one with: python -m distillkit distil, or name another with --set")
+    return load_published(path) if (path / SUMS).exists() else DistilledSet.load(path)
 
 
 def card(work: Work, args: argparse.Namespace) -> None:
@@ -406,72 +407,27 @@ def _scores(path: Path, found) -> dict:
 
 # --- looks -----------------------------------------------------------------------------------------------------------
 
-def verify(folders: list[Path]) -> int:
-    """Check every distillkit folder below ``folders``, print a line each; returns the exit code.
+def verify(paths: list[Path]) -> int:
+    """Check every file at or below ``paths``, print a line each; returns the exit code.
 
     Raises:
-        FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        FileNotFoundError: one of the paths is not there, or none holds anything of distillkit's.
         OSError: a folder below one of them cannot be read.
     """
-    counts = {"ok": 0, "DAMAGED": 0, "left over": 0}
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        for path, state, told in _checked(folder):
+    from distillkit.io.verify import DAMAGED, NOT_CHECKED
+    from distillkit.io.verify import verify as states
+
+    counts = Counter()
+    for top in paths:
+        if not top.exists():
+            raise FileNotFoundError(f"no file or folder {top}")
+        for path, state, what in states(top):
             counts[state] += 1
-            say(f"{state:9} {one_line(path)}: {one_line(told)}")
-    if not sum(counts.values()):
-        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, folders))}")
-    say(", ".join(f"{count} {state}" for state, count in counts.items() if count))
-    return 1 if counts["DAMAGED"] else 0
-
-
-def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
-    """Each stored thing below ``top``: where, its state, and what is to be said of it."""
-    from distillkit.io.storage import LEFT_OVER, standing
-
-    def unreadable(error: OSError):
-        raise error
-
-    for place, inner, files in os.walk(top, onerror=unreadable):
-        inner.sort()
-        folder = Path(place)
-        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
-            target = folder / name[1:].rsplit(".", 2)[0]
-            if standing(target) == folder / name:
-                yield from _state(target)
-            aside = name.endswith(".aside")
-            told = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
-            yield folder / name, "left over", f"by {told} removes it"
-        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
-        yield from _state(folder)
-
-
-def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """The state of what is stored at ``folder``, if anything is."""
-    from distillkit.applications.publish import SET, SUMS, verify_published
-    from distillkit.io.storage import DATA, MANIFEST, TENSORS, StorageError, load_folder, standing
-
-    names = {path.name for path in standing(folder).iterdir()}
-    try:
-        if {SUMS, SET} <= names:
-            verify_published(folder)
-            yield folder, "ok", "published set"
-        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
-            kind = _kind(standing(folder) / MANIFEST)
-            load_folder(folder, kind=kind)
-            yield folder, "ok", kind
-    except StorageError as error:
-        yield folder, "DAMAGED", str(error)
-
-
-def _kind(manifest: Path) -> str:
-    """What a manifest says its folder holds; whatever is wrong with it, reading the folder will tell."""
-    try:
-        found = json.loads(manifest.read_bytes())
-        return str(found["kind"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+            say(f"{state:11} {one_line(path)}: {one_line(what)}")
+    if not counts.keys() - {NOT_CHECKED}:
+        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, paths))}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 1 if counts[DAMAGED] else 0
 
 
 def doctor(student: str = "offline:minilm") -> Iterator[str]:

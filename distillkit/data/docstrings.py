@@ -28,7 +28,6 @@ import importlib.metadata
 import importlib.util
 import json
 import re
-import shutil
 import sys
 import warnings
 from collections import Counter, defaultdict
@@ -38,12 +37,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from distillkit.data.corpus import PROMPT_COLUMNS, SPLITS, Corpus, CorpusError, Split
+from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
 from distillkit.io.seeds import generator
-from distillkit.io.storage import StorageError, cache_dir, load_folder, save_folder
+from distillkit.io.storage import Claim, StorageError, cache_dir
 
 LIBRARIES = ("matplotlib", "networkx", "pandas", "scipy", "sympy", "torch")
 ALIASES = frozenset({"mpl", "plt", "pyplot", "pylab", "nx", "pd", "mplot3d"})
@@ -99,17 +98,18 @@ def built(name: str, build: Callable[[], dict], builder) -> tuple[dict, str]:
     versions = {library: _installed(library) for library in LIBRARIES}
     recipe = {"builder": builder, "python": list(sys.version_info[:3]), "versions": versions}
     key = _digest(json.dumps(recipe, sort_keys=True))[:16]
-    folder = cache_dir() / "corpora" / f"{name}-{key}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # of two processes, one builds and the other waits
+    path = cache_dir() / "corpora" / f"{name}-{key}.safetensors"
+    with Claim(path, wait=True):  # of two processes, one builds and the other waits
         try:
-            rows = load_folder(folder, kind="corpus").data["splits"]
+            stored = read_file(path, kind="corpus", identity=recipe)
+            rows = json.loads(stored.tensors["splits"].numpy().tobytes())
         except StorageError as error:
-            if folder.exists():
+            if path.exists():
                 warnings.warn(f"the cached docstring corpus is built again: {error}", stacklevel=4)
-                shutil.rmtree(folder)
+                path.unlink()
             rows = build()
-            save_folder(folder, kind="corpus", data={"recipe": recipe, "splits": rows})
+            text = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)  # too long for a header
+            write_file(path, kind="corpus", identity=recipe, tensors={"splits": text})
     return rows, ", ".join(f"{library} {version}" for library, version in versions.items())
 
 

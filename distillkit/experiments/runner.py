@@ -27,6 +27,7 @@ from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.recipes import Standard, Tuned
 from distillkit.evaluation.selection import ALL_METHODS, select
 from distillkit.experiments.results import (
     COLUMNS,
@@ -43,11 +44,11 @@ from distillkit.experiments.results import (
     take_up,
     write,
 )
-from distillkit.experiments.settings import REQUIRED, Data, Experiment, names, option, settings
+from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, names, option, settings
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, is_vacant
+from distillkit.io.storage import Claim
 from distillkit.text.projection import NeighborLoss
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -63,6 +64,13 @@ def load_corpus(settings: Data, *, seed: int = 0) -> Task:
 def strategy(metagrad: str | None):
     """The strategy of meta-gradients that settings name; None, by which an objective takes what suits its student."""
     return {"replay": Replay(), "forward_difference": ForwardDifference()}.get(metagrad or "")
+
+
+def recipe_of(settings, recipe):
+    """The recipe "standard" or "tuned" with the steps and the grid that settings name; any other recipe as it is."""
+    if recipe == "standard":
+        return Standard(least_steps=settings.standard_steps)
+    return Tuned(settings.tuned_grid) if recipe == "tuned" else recipe
 
 
 def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
@@ -135,6 +143,7 @@ class Cell:
                   student: Student | None = None) -> Scores:
         """Scores of fresh students, by default those of the settings; see :func:`~distillkit.evaluation.evaluate.evaluate`."""
         seeds = self.job.eval_seeds if seeds is None else seeds
+        recipe = recipe_of(self.job, recipe)
         return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
 
     def set_of(self, method: str, seed: int) -> DistilledSet:
@@ -160,10 +169,10 @@ class Cell:
             check_same_settings(self.work, read(path)["config"] | scores, self.job)
         else:
             write(path, {"config": current})
-        folder, key = self.work / _file(name, seed), f"{name} {seed}"
-        if is_vacant(folder) or (key not in self.notes and not is_vacant(self.checkpoint(name, seed))):
-            make().save(folder)
-        distilled = DistilledSet.load(folder)
+        path, key = self.work / _file(name, seed), f"{name} {seed}"
+        if not path.exists() or (key not in self.notes and self.checkpoint(name, seed).exists()):
+            make().save(path)
+        distilled = DistilledSet.load(path)
         if name in self.texts:
             self.notes[key] = self.notes.get(key, {}) | {"text": distilled.to_text().to_list()}
         return distilled
@@ -172,7 +181,7 @@ class Cell:
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        distiller = Distiller(start, objective, seed=seed, checkpoint_dir=self.checkpoint(name, seed),
+        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass
@@ -215,7 +224,7 @@ class Cell:
         if method not in self.selections:
             return None
         config = as_config(self.job)
-        by_grid = {name: config[name] for name in (*names(Data), "eval_seeds")}
+        by_grid = {name: config[name] for name in names(Data, Scoring)}
         scoring = by_grid if recipe in ("tuned", "standard") else settings_hash(self.job)
         content = json.dumps([digest(self.set_of(method, seed)), recipe, scoring], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -272,10 +281,10 @@ class Run:
             seeds: set seeds: these for now.
         """
         for name in only:
-            check_choice("a cell or a row", name, (*self.cells, *self.job.rows))
+            check_choice("rows", name, (*self.cells, *self.job.rows))
         known = {seed for cell in self.cells.values() for seed in cell.seeds}
         if unknown := [seed for seed in seeds if seed not in known]:
-            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, sorted(known)))}")
+            raise ValueError(f"seeds: no seed {unknown[0]!r} in this job; it has {', '.join(map(str, sorted(known)))}")
         rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
         with self.claim:
             for key in self.cells:
