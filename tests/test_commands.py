@@ -24,7 +24,8 @@ from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
 from distillkit.core.experts import record_experts
 from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
-from distillkit.io.storage import Claim, append_line, read_lines, write_file
+from distillkit.io.files import write_file
+from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]

@@ -22,7 +22,7 @@ from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
 from distillkit.core.optimizers import SGD, Optimizer
 from distillkit.core.student import Student
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
