@@ -22,10 +22,10 @@ from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
 from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
 from distillkit.core.experts import record_experts
-from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
-from distillkit.io.storage import Claim, append_line, read_lines, write_file
+from distillkit.io.files import write_file
+from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -41,11 +41,6 @@ def work(standin_home, tmp_path_factory):
         assert command_line.main(["distil", "--name", "tiny", *TINY, *STEPS_OF, "--work", str(folder)]) == 0
         assert command_line.main(["evaluate", "--name", "tiny", "--seeds", "0", "1", "--work", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def quick(standin_hub, monkeypatch):
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
 
 
 def call(*argv):
@@ -80,7 +75,7 @@ def test_evaluate_takes_up_the_settings_of_that_name(work, world):
     assert row["corpus_sha256"] == world[0].fingerprint
 
 
-def test_transfer(work, quick, capsys):
+def test_transfer(work, standin_hub, capsys):
     assert call("transfer", "--name", "tiny", "--target", "roberta-base", "--seeds", 0, "--work", work) == 0
     assert "roberta-base trained on 2 examples, test split of rotten_tomatoes" in capsys.readouterr().out
     assert scores(work)[-1]["student"] == "roberta-base" and scores(work)[-1]["recipe"]["name"] == "tuned"

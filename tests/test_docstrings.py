@@ -15,7 +15,6 @@ from distillkit.data import docstrings as builder
 from distillkit.data.corpus import SPLITS, CorpusError
 from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key
 from distillkit.data.load import load_corpus, load_task
-from distillkit.io.storage import DATA
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
@@ -146,11 +145,11 @@ def test_build_does_not_depend_on_the_order_of_files(little, monkeypatch):
 
 def test_a_damaged_cache_is_built_again_with_a_warning(little):
     first = load_corpus("docstrings")
-    (path,) = (little / "cache" / "corpora").glob(f"*/{DATA}")
-    path.write_text(path.read_text().replace("Paint", "Faint"))
+    (path,) = (little / "cache" / "corpora").glob("*.safetensors")
+    path.write_bytes(path.read_bytes().replace(b"Paint", b"Faint"))
     with pytest.warns(UserWarning, match="built again.*SHA-256"):
         assert load_corpus("docstrings") == first
-    assert "Faint" not in path.read_text()
+    assert b"Faint" not in path.read_bytes()
 
 
 def test_two_processes_at_once_build_once(little):

@@ -292,7 +292,7 @@ def _learn(work: Work, folder: Path, start, objective, student) -> None:
     """Distil, write what came of it, and show it."""
     from distillkit.core.distilled import KIND
     from distillkit.core.distiller import Distiller
-    from distillkit.io.storage import refuse_to_overwrite
+    from distillkit.io.files import refuse_to_overwrite
     from distillkit.text.projection import project
 
     distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
