@@ -26,7 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from distillkit.core.distilled import DistilledSet, special_frame
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_whole

@@ -19,7 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, decode, embed
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import decode, embed
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, check_whole
