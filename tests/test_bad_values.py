@@ -22,7 +22,7 @@ FLAG = st.sampled_from([0, 1, None, "no", "False"])
 THING = st.one_of(st.integers(), st.text(max_size=8), st.just({"a": 1}))
 SHARE = st.one_of(st.floats(max_value=0), st.floats(min_value=1.01), st.sampled_from([True, "0.5", [0.5]]))
 SEED = st.one_of(st.floats(), st.booleans(), st.none(), st.just([1]))
-SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,)])
+SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,), (0, 0)])
 
 
 def or_none(bad):
@@ -69,8 +69,7 @@ CALLS = {
                                                      "central": FLAG.filter(lambda v: v is not None)}),
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "LessSettings": (dk.LessSettings, {}, {"fraction": SHARE, "epochs": WHOLE, "batch_size": WHOLE, "optimizer": THING,
-                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE,
-                                           "by_class": FLAG}),
+                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
         "batch_size": st.one_of(WHOLE, st.just(81))}),
@@ -105,7 +104,7 @@ CALLS = {
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {}),
-    "Standard": (dk.Standard, {}, {"optimizer": or_none(THING), "epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
+    "Standard": (dk.Standard, {}, {"epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"seeds": WHOLE, "rows": WHOLE, "grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
         {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
@@ -121,7 +120,7 @@ CALLS = {
         "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
-        "distilled": THING, "student": THING, "judge": THING, "confirm": THING, "candidates": WHOLE, "examples": WHOLE,
+        "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
         "per_position": WHOLE, "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
     "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING, "metric": CHOICE}),
     "nearest_sentences": (dk.nearest_sentences, dict.fromkeys(("distilled", "task", "student")), {

@@ -24,7 +24,8 @@ import distillkit as dk
 from distillkit.core.distiller import NONFINITE, PATIENCE, constant
 from distillkit.core.experts import Experts, record_experts
 from distillkit.core.inner import loss_and_grads
-from distillkit.data import corpora
+from distillkit.data import docstrings
+from distillkit.data.corpus import CorpusError
 from distillkit.experiments import results
 from distillkit.io.files import read_file, write_file
 from distillkit.io.storage import StorageError, read_lines
@@ -329,13 +330,13 @@ def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, harm):
         made.append(1)
         return {"train": {"texts": ["a"], "labels": [0]}}
 
-    found, _ = corpora.built("tiny", build, 1)
-    assert corpora.built("tiny", build, 1)[0] == found and len(made) == 1
+    found, _ = docstrings.built("tiny", build, 1)
+    assert docstrings.built("tiny", build, 1)[0] == found and len(made) == 1
     (path,) = tmp_path.glob("corpora/tiny-*.safetensors")
     content = path.read_bytes()
     path.write_bytes(content[:-3] if harm == "cut" else content.replace(b'"a"', b'"b"'))
     with pytest.warns(UserWarning, match=f"is built again: {path}"):
-        assert corpora.built("tiny", build, 1)[0] == found
+        assert docstrings.built("tiny", build, 1)[0] == found
     assert len(made) == 2
 
 
@@ -542,21 +543,21 @@ def test_hostile_text_is_read_as_it_is(world, tmp_path, suffix):
     assert found.embeds.isfinite().all() and len(found.to_text()) == 2
     if suffix == ".csv":
         write_split(tmp_path, "train", [{"text": HOSTILE["nul"], "label": 1}], suffix)
-        with pytest.raises(corpora.CorpusError, match=r"train\.csv, line 2: a NUL"):
+        with pytest.raises(CorpusError, match=r"train\.csv, line 2: a NUL"):
             dk.load_task(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("train.jsonl", b'{"text": "a\xff", "label": 0}\n', "not UTF-8"),
-    ("train.jsonl", b'{"text": "\\ud800 a", "label": 0}\n', "half a surrogate pair in the text"),
-    ("train.jsonl", b'{"text": "a", "label": "\\ud800"}\n{"text": "b", "label": "x"}\n', "half a surrogate pair in the label"),
+    ("train.jsonl", b'{"text": "a\xff", "label": 0}\n', "cannot be read"),
+    ("train.jsonl", b'{"text": "\\ud800 a", "label": 0}\n', "half a surrogate pair"),
+    ("train.jsonl", b'{"text": "a", "label": "\\ud800"}\n{"text": "b", "label": "x"}\n', "half a surrogate pair"),
     ("train.jsonl", b'{"text": "  ", "label": 0}\n', "the text is '  '"),
     ("train.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ("train.jsonl", b'{"text": "a", "label": ' + b"9" * 5000 + b"}\n", "line 1: not JSON"),
     ("train.jsonl", b"cos\nsystem\n(S'true'\ntR.", "line 1: not JSON"),
-    ("train.csv", b"text,label\na\xff,0\n", "not UTF-8"),
+    ("train.csv", b"text,label\na\xff,0\n", "cannot be read"),
     ("train.csv", b'text,label\n"a,0\n', "not CSV"),
-    ("train.parquet", b"PAR1 and nothing else PAR1", "not a readable parquet file"),
+    ("train.parquet", b"PAR1 and nothing else PAR1", "cannot be read"),
     ("labels.json", b'["\\ud800", "x"]', "must be a list of distinct class names"),
     ("labels.json", b'["", "x"]', "must be a list of distinct class names"),
     ("labels.json", b"[" * 100_000, "not JSON"),
@@ -567,7 +568,7 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, name, content, message):
         if not name.startswith(split):
             write_split(tmp_path, split, good, ".jsonl")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(corpora.CorpusError, match=message) as caught:
+    with pytest.raises(CorpusError, match=message) as caught:
         dk.load_task(tmp_path)
     assert name in str(caught.value)
 
@@ -578,7 +579,7 @@ def test_bytes_that_are_no_text_in_a_parquet_column_of_strings(tmp_path):
 
     raw = pyarrow.array([b"a\xff", b"b"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": raw, "label": [0, 1]}), tmp_path / "train.parquet")
-    with pytest.raises(corpora.CorpusError, match=r"train\.parquet"):
+    with pytest.raises(CorpusError, match=r"train\.parquet"):
         dk.load_task(tmp_path)
 
 

@@ -78,7 +78,7 @@ def _config_path(name: Path) -> Path:
 
 def _result(path: Path, args, folder: Path) -> dict:
     from distillkit.experiments.kinds import KINDS
-    from distillkit.experiments.settings import kind_of, renamed
+    from distillkit.experiments.settings import kind_of, read, renamed
     from distillkit.io.checks import check_choice
     from distillkit.io.restart import started
 
@@ -93,8 +93,8 @@ def _result(path: Path, args, folder: Path) -> dict:
         with started(run.claim, run.path, run.work, fresh=args.fresh):
             result = run(rows, seeds)
     except (ValueError, FloatingPointError) as error:
-        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
-        raise ValueError(renamed(error, names | {"a row": "--rows", "a cell or a row": "--rows"})) from error
+        names = {key: f"{path}: {key}" for key in read(path)} | {"rows": "--rows", "seeds": "--seeds"}
+        raise ValueError(renamed(error, names)) from error
     say(draw(result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
     return result

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -35,13 +36,14 @@ from distillkit.experiments.settings import (
     SetSeed,
     Size,
     Target,
-    choice,
+    filled,
+    flag,
     names,
     option,
+    read,
     renamed,
     settings,
     whole,
-    whole_numbers,
 )
 from distillkit.io.escaping import one_line, say
 
@@ -53,17 +55,15 @@ SCORES, SETTINGS = "scores.jsonl", "settings.yaml"
 class Work(Data, Size, Expert, Inner, Outer, Target, SetSeed):
     """Settings of one piece of work; each field's help says what it is, and a bad value is an error that names it."""
 
-    flags = True
-
-    objective: str = choice("bptt", "bptt, or trajectory (which wants experts first)", ("bptt", "trajectory"))
-    optimizer: str = choice("sgd", "optimiser of the inner loop: sgd, momentum or adamw", ("sgd", "momentum", "adamw"))
+    objective: Literal["bptt", "trajectory"] = option("bptt", "bptt, or trajectory, for which experts must be recorded first")
+    optimizer: Literal["sgd", "momentum", "adamw"] = option("sgd", "optimiser of the inner loop: sgd, momentum or adamw")
     inits: int = whole(1, "initialisations, or expert segments, averaged in an outer step")
     checkpoint_every: int = whole(10, "outer steps between checkpoints")
     set: str | None = option(None, "folder or hub:owner/name of the set (default: that of --name)")
-    recipe: str | None = choice(None, "own, standard or tuned (default: own where there is one, else tuned)",
-                                ("own", "standard", "tuned"))
-    seeds: tuple[int, ...] = whole_numbers((0, 1, 2), "fresh models that each score is the mean of")
-    split: str = choice("test", "split that scores are taken on: test or validation", ("test", "validation"))
+    recipe: Literal["own", "standard", "tuned"] | None = option(
+        None, "own, standard or tuned (default: own if the set has one, else tuned)")
+    seeds: tuple[int, ...] = filled((0, 1, 2), "fresh models that each score is the mean of")
+    split: Literal["test", "validation"] = option("test", "split that scores are taken on: test or validation")
     license: str | None = option(None, "licence of the set, as the hub writes it, such as cc-by-4.0")
     corpus_license: str | None = option(None, "licence of the corpus, in words")
 
@@ -146,9 +146,9 @@ def _parser(commands, name: str, told: str, epilog: str) -> argparse.ArgumentPar
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, annotation) -> None:
     """``--outer-steps 100`` for the field ``outer_steps``; absent where it is not given, so that a file may say it."""
     default = field.default if isinstance(field.default, tuple) else None
-    told = field.metadata["help"] + ("" if field.default is None else f" (default {_shown(field.default)})")
-    kinds = [kind for kind in (int, float, str) if kind in (annotation, *typing.get_args(annotation))]
-    parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, type=kinds[0], nargs="+" if default else None,
+    told = field.metadata["description"] + ("" if field.default is None else f" (default {_shown(field.default)})")
+    kinds = [kind for kind in (int, float, str) if kind in (annotation, *typing.get_args(annotation))] or [str]
+    parser.add_argument(flag(field.name), dest=field.name, type=kinds[0], nargs="+" if default else None,
                         default=argparse.SUPPRESS, metavar=kinds[0].__name__.upper(), help=told.replace("%", "%%"))
 
 
@@ -191,7 +191,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         steps[args.command](work, args)
     except (ValueError, FloatingPointError) as error:
-        names = Work.origins(path, given)
+        names = {field.name: flag(field.name) for field in dataclasses.fields(Work)}
+        names |= {key: f"{path}: {key}" for key in (read(path).keys() if path else set()) - given.keys()}
         for argument, setting in ARGUMENTS.get(args.command, {}).items():
             names[argument] = names.get(setting, setting)
         raise ValueError(renamed(error, names)) from error
@@ -499,14 +500,14 @@ def _hub() -> str:
 
 
 def _data() -> Iterator[str]:
-    from distillkit.data.corpora import KNOWN, QUESTIONS
+    from distillkit.data.corpora import KNOWN
 
     root = os.environ.get("DISTILLKIT_DATA")
     if not root:
         yield "DISTILLKIT_DATA: not set; corpora known by name come from the hub"
         return
     yield f"DISTILLKIT_DATA: {root}{'' if Path(root).expanduser().is_dir() else ' (NO SUCH FOLDER)'}"
-    for name in KNOWN | QUESTIONS:
+    for name in KNOWN:
         folder = Path(root).expanduser() / name
         files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
         yield f"  {name}: {', '.join(files) if files else 'absent'}"

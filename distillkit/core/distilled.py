@@ -26,7 +26,7 @@ from distillkit.core.contents import check_depth, check_inputs, check_meta, chec
 from distillkit.core.examples import embed, examples_per_class, rows_as_set, texts_as_set
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_flag, check_is
+from distillkit.io.checks import check_are, check_flag, check_is
 from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, absolute
@@ -130,8 +130,7 @@ class DistilledSet:
         Raises:
             ValueError: a size that cannot be had, naming class and rows.
         """
-        check_is("task", task, Task)
-        check_is("student", student, Student)
+        check_are(task=(task, Task), student=(student, Student))
         check_flag("soft_labels", soft_labels)
         check_flag("fill", fill)
         k = examples_per_class(task, per_class, fraction)
@@ -183,8 +182,7 @@ class DistilledSet:
         Raises:
             ValueError: a text or a label that cannot be used, by its row (counted from 0).
         """
-        check_is("task", task, Task)
-        check_is("student", student, Student)
+        check_are(task=(task, Task), student=(student, Student))
         check_flag("soft_labels", soft_labels)
         check_flag("fill", fill)
         distilled = cls(**texts_as_set(texts, labels, task, student, length=length, fill=fill, seed=seed))

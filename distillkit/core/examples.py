@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from distillkit.core.student import Student
+from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
-from distillkit.data.tasks import NO_TARGET, Task, check_text
+from distillkit.data.tasks import NO_TARGET, Task
 from distillkit.io.checks import check_number, check_whole
 from distillkit.io.seeds import generator
 

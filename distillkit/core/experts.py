@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Part, inner_step
+from distillkit.core.inner import Part, inner_step, to_device
 from distillkit.core.optimizers import AdamW, Optimizer, State, check_optimizer, described
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
@@ -252,7 +252,7 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
         state, done = optimizer.init(params), 0
         _save(experts, expert, 0, params, state)
     else:
-        params, state = moved(experts.snapshot(expert, done), student.device)
+        params, state = to_device(experts.snapshot(expert, done), student.device)
     for index in range(done + 1, experts.snapshots):
         for rows in experts.batches(expert, index - 1, index):
             parts = real_parts(task, student, rows, micro_batch)
@@ -270,14 +270,6 @@ def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = N
     for part in rows.split(micro_batch or len(rows)):
         batch = task.batch(student.tokenizer, split, part.tolist())
         yield len(part) / len(rows), batch, batch["labels"].to(student.device), None
-
-
-def moved(snapshot: tuple[Params, State], device) -> tuple[Params, State]:
-    """Parameters and state on ``device``."""
-    params, state = snapshot
-    return {n: p.to(device) for n, p in params.items()}, {
-        k: {n: t.to(device) for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()
-    }
 
 
 def _name(expert: int, index: int) -> str:

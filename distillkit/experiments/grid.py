@@ -22,7 +22,7 @@ import pandas as pd
 from distillkit.experiments.classification import ClassificationJob
 from distillkit.experiments.results import take_up
 from distillkit.experiments.runner import Grid
-from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings, tupled
+from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings
 from distillkit.experiments.table import frame, markdown, spread
 
 BASE = "base"  # the name of the cell that differs in nothing
@@ -68,7 +68,7 @@ class GridJob(Grid):
     def _cell(self, key: str, values: dict) -> ClassificationJob:
         name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
         try:
-            return ClassificationJob(name=name, rows=self.rows, **tupled(values))
+            return ClassificationJob(name=name, rows=self.rows, **values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"cell {key}: {error}") from error
 
@@ -81,7 +81,7 @@ def committed(config: str | Path, folder: str | Path) -> dict:
 
 def scaling_table(result: Mapping) -> str:
     """A scaling grid as a Markdown table: a line for each cell, its seeds together."""
-    job, scores = GridJob(**tupled(result["config"])), frame(result)
+    job, scores = GridJob(**result["config"]), frame(result)
     scores["place"] = scores["cell"].map(without_seed)
     lines = {}
     for key, cell in job.cells().items():

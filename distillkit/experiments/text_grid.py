@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from distillkit.experiments.runner import Grid
-from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings, tupled
+from distillkit.experiments.settings import REQUIRED, check_keys, names, option, settings
 from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.experiments.ways_to_text import TextJob
 from distillkit.io.checks import check_whole
@@ -42,7 +42,7 @@ class TextGridJob(Grid):
         """The cells by name, such as ``ag_news,10``, in the order they are run."""
         return {
             f"{corpus},{k}": TextJob(name=f"{self.name}-{corpus}-{k}", corpus=corpus, per_class=k, rows=self.rows,
-                                     **tupled({**self.base, **more}))
+                                     **dict(self.base) | more)
             for k in self.per_class for corpus, more in self.corpora.items()
         }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
@@ -27,18 +28,16 @@ from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
 from distillkit.experiments.results import rows_of
-from distillkit.experiments.runner import Cell, Scores, load_corpus, size_columns
+from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
     Experiment,
     Scoring,
     SetSeeds,
     check_keys,
-    choice,
     names,
     option,
     settings,
-    tupled,
 )
 from distillkit.experiments.table import by_set, gain, markdown, paired_difference, spread
 from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
@@ -49,12 +48,11 @@ MAKERS = {
     "text": (TextJob, TextCell, TEXTS),
     "instruction": (InstructionJob, InstructionCell, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
-RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 # Selections that gains are measured over.
 AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
 UNTRAINED = ("offline:small-bert",)
-NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
+NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "standard_steps", "tuned_grid", "target")
 
 
 @settings(kind="transfer")
@@ -67,7 +65,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
 
     sets: dict = option(REQUIRED, "how sets are made on each source: kind (text or instruction) and its settings")
     students: tuple[str, ...] = option(REQUIRED, "every source and target, as load_student takes them")
-    recipe: str = choice("tuned", "how a target is trained: tuned, standard or fixed", RECIPES)
+    recipe: Literal["tuned", "standard", "fixed"] = option("tuned", "how a target is trained: tuned, standard or fixed")
     fixed: dict | None = option(None, "of the last: {target: {steps, step_size, batch}} of AdamW, the same for every text")
 
     def __post_init__(self):
@@ -117,7 +115,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_keys("sets", self.sets, {*names(job_class)} - {*NOT_HERE})
         if "corpus" not in self.sets:
             raise ValueError("sets: the setting 'corpus' is missing")
-        return job_class(**tupled(self.sets), name=source, student=self.by_name[source], seeds=self.seeds)
+        return job_class(**self.sets, name=source, student=self.by_name[source], seeds=self.seeds)
 
 
 def short_name(student: str) -> str:
@@ -156,7 +154,8 @@ class TransferCell(Cell):
         text = self.maker(source).set_of(method, seed)
         self.notes |= {f"{source} {name}": note for name, note in self.maker(source).notes.items()}
         text = hardened(text) if self.task.kind == "classification" else text
-        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target))
+        recipe = recipe_of(self.job, self.job.training(target))
+        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=recipe)
         rows, note = rows_of(scored, self.job.eval_seeds)
         return rows, note | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
 

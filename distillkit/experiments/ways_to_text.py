@@ -9,7 +9,7 @@ Methods:
 * ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
 * ``through projection``: distilled through the projection
-  (:class:`~distillkit.text.through.ThroughProjection`), then projected.
+  (:class:`~distillkit.text.projection.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
 * ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.sentences.search_sentences`).
 * ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
@@ -35,6 +35,7 @@ import time
 from collections.abc import Mapping
 
 import torch
+from pydantic import PositiveFloat
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
@@ -44,7 +45,7 @@ from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import rows_of
-from distillkit.experiments.runner import Cell, Scores
+from distillkit.experiments.runner import Cell, Scores, recipe_of
 from distillkit.experiments.settings import (
     Data,
     Experiment,
@@ -63,11 +64,10 @@ from distillkit.experiments.settings import (
 )
 from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.text.judges import FrozenJudge
-from distillkit.text.projection import corpus_tokens, project
+from distillkit.text.projection import ThroughProjection, corpus_tokens, project, relabel
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
@@ -80,11 +80,6 @@ ROWS = (
 )
 
 
-def _check_label_rates(name: str, value) -> None:
-    if len(value) != 2 or not all(rate > 0 for rate in value):
-        raise ValueError(f"{name} must be two numbers above 0, of labels and of step sizes, not {value!r}")
-
-
 @settings(kind="text", rows=ROWS, metagrad="forward_difference", lr=0.12, neighbor_weight=0.1)
 class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, SetSeeds, Scoring):
     """Settings of one experiment; relabelling, the searches and the fixed training are the same for every text."""
@@ -92,8 +87,8 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
     label_steps: int = whole(40, "outer steps of relabelling")
     label_unroll_steps: int | None = whole(None, "inner steps of relabelling (default: unroll_steps)")
     label_adamw: float | None = positive(None, "step size of AdamW as inner optimiser of relabelling (default: SGD)")
-    label_rates: tuple[float, ...] | None = option(
-        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)", _check_label_rates)
+    label_rates: tuple[PositiveFloat, PositiveFloat] | None = option(
+        None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")
     examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
@@ -125,7 +120,8 @@ class TextCell(Cell):
             return self.evaluated(None, recipe, (seed,))
         distilled = self.set_of(method, seed)
         if recipe == "transfer":
-            return rows_of(transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds), job.eval_seeds)
+            scored = transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds, recipe=recipe_of(job, "tuned"))
+            return rows_of(scored, job.eval_seeds)
         if recipe == "relabelled":
             return self.evaluated(self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own")
         if recipe == "fixed":
