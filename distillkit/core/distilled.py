@@ -26,7 +26,7 @@ from distillkit.core.contents import check_depth, check_inputs, check_meta, chec
 from distillkit.core.examples import embed, examples_per_class, rows_as_set, texts_as_set
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_flag, check_is
+from distillkit.io.checks import check_are, check_flag, check_is, require
 from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, absolute
@@ -196,23 +196,20 @@ class DistilledSet:
         embeddings those that stay fixed, which are special tokens.  An object of the caller's own in the place of a
         student is asked for its width alone.
         """
-        if self.embeds.shape[-1] != student.width:
-            raise ValueError(f"the set's embeddings are {self.embeds.shape[-1]} wide, student {student.name!r} wants "
-                             f"{student.width}; {WAY_ACROSS}")
+        require(self.embeds.shape[-1] == student.width, f"the set's embeddings are {self.embeds.shape[-1]} wide, student "
+                f"{student.name!r} wants {student.width}; {WAY_ACROSS}")
         if not isinstance(student, Student):
             return
-        table, maker = self.meta.get("table_sha256"), reprlib.repr(self.meta.get("student"))
-        if table and table != student.table_sha256:
-            raise ValueError(f"the set was made with the embedding table of {maker} (SHA-256 {table[:12]}…), and student "
-                             f"{student.name!r} has another ({student.table_sha256[:12]}…); {WAY_ACROSS}")
+        table, maker = self.meta.get("table_sha256", ""), reprlib.repr(self.meta.get("student"))
+        require(table in ("", student.table_sha256), f"the set was made with the embedding table of {maker} (SHA-256 "
+                f"{table[:12]}…), and student {student.name!r} has another ({student.table_sha256[:12]}…); {WAY_ACROSS}")
         ids = [] if self.tokens is None else [self.tokens[self.mask]]
         ids += [self.targets[self.targets >= 0]] if self._has_responses else []
-        if ids and (largest := int(torch.cat(ids).max())) >= len(student.embedding):
-            raise ValueError(f"the set holds the token {largest}, and the table of student {student.name!r} ends at "
-                             f"{len(student.embedding) - 1}; {WAY_ACROSS}")
-        if not table and not self._has_rows_of(student):
-            raise ValueError(f"the set was made with the embedding table of {maker}, and its tokens have other embeddings in "
-                             f"that of student {student.name!r}; {WAY_ACROSS}")
+        largest = int(torch.cat(ids).max()) if ids else 0
+        require(largest < len(student.embedding), f"the set holds the token {largest}, and the table of student "
+                f"{student.name!r} ends at {len(student.embedding) - 1}; {WAY_ACROSS}")
+        require(table or self._has_rows_of(student), f"the set was made with the embedding table of {maker}, and its tokens "
+                f"have other embeddings in that of student {student.name!r}; {WAY_ACROSS}")
 
     def _has_rows_of(self, student: Student) -> bool:
         """Whether the embeddings of tokens, or of learned ones those that stay fixed, are a student's, up to half precision."""
@@ -240,17 +237,17 @@ class DistilledSet:
             ValueError: the names differ, with both lists; or responses where classes are wanted.
         """
         names = list(self.meta.get("classes", ()))
-        if self._has_responses == bool(classes):
-            kinds = ("responses", "classes") if classes else ("classes", "responses")
-            raise ValueError(f"the set holds {kinds[0]}, and {owner} wants {kinds[1]}: they are of different kinds of task")
+        kinds = ("responses", "classes") if classes else ("classes", "responses")
+        require(self._has_responses != bool(classes),
+                f"the set holds {kinds[0]}, and {owner} wants {kinds[1]}: they are of different kinds of task")
         if names == list(classes) or not classes:
             return self
         if not names:  # nobody has named them: only their number can be told
             check_targets(self.targets, len(self), len(classes))
             return self
-        if {*names} - {*classes} or foreign is None and len(names) != len(classes):
-            raise ValueError(f"the set has the classes {reprlib.repr(names)}, and {owner} has {reprlib.repr(list(classes))}; "
-                             "take what it was made for, or rename its classes (distillkit.applications.merging.renamed)")
+        require({*names} <= {*classes} and (foreign is not None or len(names) == len(classes)),
+                f"the set has the classes {reprlib.repr(names)}, and {owner} has {reprlib.repr(list(classes))}; take what it "
+                "was made for, or rename its classes (distillkit.applications.merging.renamed)")
         place = torch.tensor([list(classes).index(name) for name in names])
         meta = {**self.meta, "classes": list(classes)}
         if meta.get("labels"):
@@ -275,10 +272,8 @@ class DistilledSet:
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""
         c = len(self.meta.get("classes", ()))
-        if not c or not self.meta.get("labels"):
-            raise ValueError("responses cannot be softened: only classes can")
-        if not 1 / c < confidence < 1:
-            raise ValueError(f"confidence must lie between 1/{c} and 1, not {confidence!r}")
+        require(c and self.meta.get("labels"), "responses cannot be softened: only classes can")
+        require(1 / c < confidence < 1, f"confidence must lie between 1/{c} and 1, not {confidence!r}")
         gap = math.log(confidence * (c - 1) / (1 - confidence))
         targets = torch.nn.functional.one_hot(torch.tensor(self.meta["labels"]), c) * gap
         return dataclasses.replace(self, targets=targets.float(), meta=dict(self.meta))
@@ -292,8 +287,8 @@ class DistilledSet:
         """
         import datasets  # a second to import
 
-        if self.tokens is None or "text" not in self.meta:
-            raise ValueError("this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
+        require(self.tokens is not None and "text" in self.meta,
+                "this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
         if "responses" in self.meta:
             return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
         labels, probabilities = self.label_names(), self.probabilities().tolist()
@@ -306,8 +301,7 @@ class DistilledSet:
             ValueError: the set does not tell, as an instruction set, or one that was put together by hand.
         """
         classes, labels = self.meta.get("classes"), self.meta.get("labels")
-        if not classes or not labels:
-            raise ValueError("this set does not name its classes and labels, in meta['classes'] and meta['labels']")
+        require(classes and labels, "this set does not name its classes and labels, in meta['classes'] and meta['labels']")
         return [classes[label] for label in labels]
 
     def probabilities(self) -> Tensor:
@@ -318,8 +312,7 @@ class DistilledSet:
         """
         if self.soft:
             return self.targets.softmax(-1)
-        if self.targets.ndim != 1:
-            raise ValueError("the targets of this set are responses, which have no probabilities of classes")
+        require(self.targets.ndim == 1, "the targets of this set are responses, which have no probabilities of classes")
         return torch.nn.functional.one_hot(self.targets, len(self.meta.get("classes", ())) or -1).to(torch.float32)
 
     def save(self, path: str | Path) -> Path:
@@ -339,8 +332,8 @@ class DistilledSet:
         try:
             check_depth(stored.data)
             distilled = cls(**stored.tensors, meta=dict(stored.data))
-            if "responses" in distilled.meta and not distilled._has_responses:
-                raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
+            require("responses" not in distilled.meta or distilled._has_responses,
+                    "meta holds responses, and the targets are no response ids [m, r]")
             return distilled
         except (TypeError, ValueError) as error:
             raise StorageError(f"{path} holds no set that this distillkit can read ({error}); make it again") from error

@@ -21,27 +21,24 @@ from distillkit.core.student import Student
 from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
 from distillkit.data.tasks import NO_TARGET, Task
-from distillkit.io.checks import check_number, check_whole
+from distillkit.io.checks import check_number, check_whole, require
 from distillkit.io.seeds import generator
 
 
 def examples_per_class(task: Task, per_class: int | None, fraction: float | None) -> int:
     """The number of examples of each class that ``per_class`` or ``fraction`` asks for, checked against the task."""
-    if (per_class is None) == (fraction is None):
-        raise ValueError(f"give one of per_class and fraction, not per_class={per_class!r} and fraction={fraction!r}")
-    if per_class is not None and not task.classes:
-        raise ValueError(f"per_class={per_class!r}, but task {task.name!r} has no classes; give fraction")
+    require((per_class is None) != (fraction is None),
+            f"give one of per_class and fraction, not per_class={per_class!r} and fraction={fraction!r}")
+    require(per_class is None or task.classes, f"per_class={per_class!r}, but task {task.name!r} has no classes; give fraction")
     if fraction is not None:
         check_number("fraction", fraction, most=1, without="least")
         per_class = int(fraction * len(task.train) / max(1, len(task.classes)))
-        if per_class < 1:
-            least = f"one for each of {len(task.classes)} classes" if task.classes else "one"
-            raise ValueError(f"fraction={fraction!r} of {len(task.train)} training rows is less than {least}; ask for more")
+        least = f"one for each of {len(task.classes)} classes" if task.classes else "one"
+        require(per_class, f"fraction={fraction!r} of {len(task.train)} training rows is less than {least}; ask for more")
     check_whole("per_class", per_class)
     for name, rows in zip(task.classes, task.rows_by_class("train")):
-        if len(rows) < cast("int", per_class):
-            raise ValueError(f"per_class={per_class} but class {name!r} of task {task.name!r} has only {len(rows)} training "
-                             "rows; ask for fewer")
+        require(len(rows) >= cast("int", per_class), f"per_class={per_class} but class {name!r} of task {task.name!r} has only "
+                f"{len(rows)} training rows; ask for fewer")
     return cast("int", per_class)
 
 
@@ -66,9 +63,7 @@ def sentences_as_set(
     further = _further(task, seed) if fill else {}
     bodies = [_filled(student.tokenizer, text, further.get(label, iter(())), room) for text, label in zip(texts, labels)]
     for row, body in enumerate(bodies):
-        if not body:
-            raise ValueError(f"row {row} (counted from 0): the tokenizer of {student.name!r} makes no token of "
-                             f"{texts[row][:40]!r}")
+        require(body, f"row {row} (counted from 0): the tokenizer of {student.name!r} makes no token of {texts[row][:40]!r}")
     ids = _padded([before + body + after for body in bodies], cast("int", student.tokenizer.pad_token_id or 0))
     place = torch.arange(ids.shape[1])
     ends = len(before) + torch.tensor([len(body) for body in bodies])[:, None]
@@ -98,8 +93,8 @@ def texts_as_set(
 ) -> dict[str, Any]:
     """The fields of a set of anybody's text; see :meth:`DistilledSet.from_text`."""
     texts, labels = _listed("texts", texts), _listed("labels", labels)
-    if not texts or len(texts) != len(labels):
-        raise ValueError(f"there must be a label for each text, one at least, not {len(labels)} labels for {len(texts)} texts")
+    require(texts and len(texts) == len(labels),
+            f"there must be a label for each text, one at least, not {len(labels)} labels for {len(texts)} texts")
     _check_texts("text", texts)
     if task.kind != "instruction":
         numbers = [_class_number(label, task, row) for row, label in enumerate(labels)]
@@ -148,10 +143,9 @@ def _frame(task: Task, student: Student, length: int | None) -> tuple[list[int],
     length = task.max_length if length is None else length
     before, after = special_frame(student.tokenizer)
     room = length - len(before) - len(after) if isinstance(length, int) else 0
-    if room < 1:
-        raise ValueError(f"length must be a whole number above {len(before) + len(after)} (special tokens), not {length!r}")
-    if length > student.max_positions:
-        raise ValueError(f"length={length} is more than the {student.max_positions} positions of {student.name!r}")
+    require(room >= 1, f"length must be a whole number above {len(before) + len(after)} (special tokens), not {length!r}")
+    require(length <= student.max_positions,
+            f"length={length} is more than the {student.max_positions} positions of {student.name!r}")
     return before, after, room
 
 
@@ -186,8 +180,8 @@ def _check_texts(role: str, texts: list) -> None:
 
 
 def _listed(name: str, values) -> list:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list with a value for each example, not {reprlib.repr(values)}")
+    require(isinstance(values, Iterable) and not isinstance(values, str | bytes),
+            f"{name} must be a list with a value for each example, not {reprlib.repr(values)}", TypeError)
     return values.tolist() if isinstance(values, np.ndarray | Tensor) else list(values)
 
 
