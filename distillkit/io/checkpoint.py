@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from distillkit.io.checks import require
 from distillkit.io.escaping import say
 from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
@@ -145,8 +146,7 @@ class Checkpoint:
             ValueError: there is no ``path``.
             StorageError: another run works at ``path``, or it cannot be written.
         """
-        if self.path is None:
-            raise ValueError(f"this {type(run).__name__} has no checkpoint to save to; make it with checkpoint=FILE")
+        require(self.path, f"this {type(run).__name__} has no checkpoint to save to; make it with checkpoint=FILE")
         with self.claim:
             if self._sum is None:
                 self._begin_log(run)
@@ -199,17 +199,17 @@ def logged_records(path: Path, records: Mapping) -> list[dict]:
     """
     log = path.with_name(path.name + LOG)
     lines = read_lines(log)[1 : 1 + records["count"]]
-    if hashlib.sha256(b"".join(map(sealed_line, lines))).hexdigest() != records["sha256"]:
-        raise StorageError(f"{log} is not the log of {path}: it has {len(lines)} of its {records['count']} records, or those "
-                           "of another run; put the right log there, or start over")
+    total = hashlib.sha256(b"".join(map(sealed_line, lines))).hexdigest()
+    require(total == records["sha256"], f"{log} is not the log of {path}: it has {len(lines)} of its {records['count']} "
+            "records, or those of another run; put the right log there, or start over", StorageError)
     return lines
 
 
 def check_settings(path: Path, stored: Mapping, current: Mapping) -> None:
     """Raise ValueError unless the ``stored`` settings are the ``current`` ones; the message names the first difference."""
-    if difference := first_difference(stored, current):
-        raise ValueError(f"{path} holds a run with other settings: {difference}; go on with the same settings, or choose "
-                         "another checkpoint")
+    difference = first_difference(stored, current)
+    require(not difference, f"{path} holds a run with other settings: {difference}; go on with the same settings, or choose "
+            "another checkpoint")
 
 
 def first_difference(stored, current, name: str = "") -> str:
