@@ -203,6 +203,11 @@ def spread(values: pd.Series, digits: int = 3) -> str:
     return f"{round(values.mean(), 6):.{digits}f}{deviation}" if len(values) else ""
 
 
+def number(value: float, form: str) -> str | None:
+    """A number for a table, as :func:`format` takes ``form``; None, an empty cell, for nan."""
+    return None if math.isnan(value) else format(value, form)
+
+
 def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:
     """Mean of the differences between two rows at the same set seeds, and half the width of its 95 % interval (Student's t).
 
