@@ -33,7 +33,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_choice, check_is, check_rate, check_whole, require
+from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
@@ -102,6 +102,8 @@ class Distiller:
         nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
             ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
             initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
+        writes: whether this process writes checkpoint and log.  Of several processes on one run, rank 0 does; another one
+            reads the checkpoint, and where it ends early and nobody holds the file any more, it saves its last complete step.
 
     Attributes:
         checkpoint: the :class:`~distillkit.io.checkpoint.Checkpoint`, with its ``path``, ``log`` and ``claim``.
@@ -126,6 +128,7 @@ class Distiller:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
         nonfinite: str = "stop",
+        writes: bool = True,
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
@@ -140,6 +143,7 @@ class Distiller:
                 check_rate(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
         require(isinstance(regularizers, list | tuple) and all(callable(term) for term in regularizers),
@@ -155,7 +159,7 @@ class Distiller:
                   "step_sizes": _inverse_softplus(self._first_step_sizes)}
         self._state = RunState(values, {}, [])
         self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=self._describe(), every=checkpoint_every,
-                                     activity="distilling")
+                                     activity="distilling", writes=writes)
         self.checkpoint.resume(self)
 
     @property
