@@ -26,7 +26,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -381,7 +380,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default=ASSETS, help="folder for the model folder")
     parser.add_argument("--runs", default="runs", help="folder for checkpoints; delete that of a run to start it over")
     args = parser.parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(args.threads)
     minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
     try:
