@@ -28,6 +28,7 @@ from distillkit.io.escaping import one_line
 LARGEST = 1_000_000  # bytes of a file of settings
 REQUIRED = dataclasses.MISSING
 Whole = typing.Annotated[int, pydantic.Field(strict=True, ge=1)]
+Number = pydantic.StrictInt | pydantic.StrictFloat  # 2 stays 2: the hash of settings tells it from 2.0
 
 
 def option(default, description: str, **limits) -> Any:
@@ -198,7 +199,7 @@ class Expert(Settings):
     expert_step_size: float = positive(1e-3, "step size of an expert's AdamW")
     expert_batch: int = whole(32, "rows per step of an expert")
     snapshots_per_epoch: int = whole(1, "snapshots of an expert's path per epoch")
-    match_epochs: float = positive(1.0, "epochs of an expert's path that training on the set has to match")
+    match_epochs: Number = option(1, "epochs of an expert's path that training on the set has to match", gt=0)
 
 
 @settings()
