@@ -20,7 +20,9 @@ import distillkit as dk
 from distillkit.applications.publish import save_published
 from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
-from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
+from distillkit.cli.looks import _hub
+from distillkit.cli.steps import SCORES
+from distillkit.cli.work import SETTINGS, STEPS, Work, settings_of
 from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments.instruction import InstructionJob
 from distillkit.io.storage import Claim, append_line, read_lines
@@ -225,7 +227,7 @@ def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatc
 
 def test_flags_win_over_the_file_over_the_folder(tmp_path):
     def settled(*argv):
-        return commands.settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))
+        return settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))[0]
 
     assert settled() == Work()
     (tmp_path / "work").mkdir()
@@ -278,7 +280,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["distil", "--config", "nowhere.yaml"], "no file of settings nowhere.yaml"),
+    (["distil", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     (["evaluate"], "no set .*work/set; make one with: python -m distillkit distil"),
     (["verify", "nowhere"], "no folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
@@ -401,7 +403,7 @@ def test_help_teaches(command, capsys):
     for line in re.findall(r"python -m distillkit (.*?)(?:   .*)?$", out.split("example:")[1], re.MULTILINE):
         command_line.parser().parse_args(line.split()), "an example that parses"
     assert f"python -m distillkit {command}" in out.split("example:")[1]
-    for flag in STEPS.get(command, ("", (), ""))[1]:
+    for flag in STEPS[command].flags if command in STEPS else ():
         assert re.search(rf"--{flag.replace('_', '-')} .*\n?.*\w", out)
 
 
@@ -535,8 +537,8 @@ def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert commands._hub().startswith("NOT reachable (http://127.0.0.1:9: ")
+    assert next(_hub()).startswith("hub: NOT reachable (http://127.0.0.1:9: ")
 
 
 def test_every_setting_is_a_flag_of_some_step():
-    assert {f.name for f in dataclasses.fields(Work)} == {name for _, names, _ in STEPS.values() for name in names}
+    assert {f.name for f in dataclasses.fields(Work)} == {name for step in STEPS.values() for name in step.flags}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distillkit.cli.main import draw
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import MARKED, read, unsealed, write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_every_printed_number_is_the_same(name, tmp_path):
     path = tmp_path / f"{name}.json"
     write(path, convert(old))
     new = read(path)
-    printed, expected = (text.replace("| -0.000", "| +0.000").splitlines() for text in (draw(new), TABLES[name]))
+    printed, expected = (text.replace("| -0.000", "| +0.000").splitlines() for text in (table_of(new), TABLES[name]))
     assert printed == expected[1:-1]
     lost = numbers(old) - numbers(new)
     means = {score["mean"] for score in scores(old)} | {score.get("std") for score in scores(old)}

@@ -6,10 +6,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.instruction import ROWS, InstructionCell, InstructionJob, instruction_table
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import read, write
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
@@ -87,7 +88,7 @@ def test_only_some_rows(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines, sets = instruction_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines and lines[2 + len(ROWS)] == ""
+    assert table_of(result).splitlines() == lines and lines[2 + len(ROWS)] == ""
     scores = sets.loc["nacd/own"]
     (line,) = (line for line in lines if line.startswith(("| nacd | own |", "| nacd † | own |")))
     assert f"| {scores.mean():.3f} ± {scores.std():.3f} |" in line

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
+from distillkit.cli.runs import is_finished
 from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ROW_NAMES, ClassificationCell, ClassificationJob, table
@@ -360,11 +361,11 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
 
 def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(copied):
     path = copied / "results" / "small.json"
-    assert command_line._done_with(path) and not command_line._done_with(copied / "absent.json")
+    assert is_finished(path) and not is_finished(copied / "absent.json")
     rewrite(copied, drop("random/tuned"))
-    assert not command_line._done_with(path), "it goes on"
+    assert not is_finished(path), "it goes on"
     path.write_bytes(path.read_bytes()[:-9])
-    assert command_line._done_with(path)
+    assert is_finished(path)
 
 
 def test_table_of_a_result(copied, capsys, finished):

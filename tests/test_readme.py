@@ -9,7 +9,7 @@ import pytest
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
-from distillkit.cli.main import draw
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ def test_its_tables_are_the_committed_results(page):
     names = [found[3] for found in MARKED.finditer(there)]
     assert PAGES[page] <= set(names)
     assert all((RESULTS / f"{name}.json").is_file() for name in names)
-    assert with_tables(there, RESULTS, marker="table", draw=draw) == there, "run: python -m distillkit readme"
+    assert with_tables(there, RESULTS, marker="table", draw=table_of) == there, "run: python -m distillkit readme"
     text = with_tables(there, RESULTS, marker="benchmark", draw=benchmark.tables)
     assert text == there, "run: python tests/benchmarks/metagrad.py --readme"
 

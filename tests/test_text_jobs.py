@@ -5,10 +5,11 @@ import pytest
 import torch
 import yaml
 
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments import runner
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import read
 from distillkit.experiments.runner import Run
 from distillkit.experiments.table import by_set, paired_difference
@@ -97,7 +98,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines, sets = text_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines
+    assert table_of(result).splitlines() == lines
     for method in WAYS:
         (line,) = (line for line in lines if line.startswith(f"| {method} |"))
         for recipe in (recipe for recipe in RECIPES if f"{method}/{recipe}" in MADE):

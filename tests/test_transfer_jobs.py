@@ -5,10 +5,11 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments import transfer as transfer_jobs
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import read
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
@@ -118,7 +119,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result, _ = finished
     lines, sets = transfer_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    assert table_of(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
     gains = " | ".join("{:+.3f} ± {:.3f}".format(*paired_difference(sets, f"{PAIR}/swaps", f"{PAIR}/{other}"))
                        for other in ("random", "k_center"))
     scores = sets.loc[f"{PAIR}/swaps"]

@@ -1,0 +1,219 @@
+"""What looks and changes nothing: ``verify`` checks what is stored, ``doctor`` says what this machine and a model can do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from packaging.requirements import Requirement
+
+from distillkit.applications.publish import SET, SUMS, verify_published
+from distillkit.core.loading import load_student
+from distillkit.core.metagrad import recommend
+from distillkit.core.model_files import inventory
+from distillkit.data.corpora import KNOWN, QUESTIONS
+from distillkit.data.load import load_task
+from distillkit.io.escaping import one_line, say
+from distillkit.io.storage import DATA, LEFT_OVER, MANIFEST, TENSORS, StorageError, cache_dir, load_folder, standing
+from distillkit.io.version import __version__
+
+# Rows by which a model is tried.
+EXAMPLES = {
+    "classifier": [{"text": f"a sentence of class {c}", "label": c} for c in ("one", "two")],
+    "language model": [{"prompt": f"the number before {c} is", "response": f"not {c}"} for c in ("one", "two")],
+}
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``python -m distillkit verify``: a line for each thing below the folders; 1 if any is damaged.
+
+    Raises:
+        FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        OSError: a folder below one of them cannot be read.
+    """
+    counts = Counter()
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        for path, state, what in _checked(folder):
+            counts[state] += 1
+            say(f"{state:9} {one_line(path)}: {one_line(what)}")
+    if not counts:
+        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, args.folders))}")
+    say(", ".join(f"{counts[state]} {state}" for state in ("ok", "DAMAGED", "left over") if counts[state]))
+    return 1 if counts["DAMAGED"] else 0
+
+
+def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
+    """Each stored thing below ``top``: where, its state, and what is to be said of it."""
+
+    def unreadable(error: OSError):
+        raise error
+
+    for place, inner, files in os.walk(top, onerror=unreadable):
+        inner.sort()
+        folder = Path(place)
+        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
+            target = folder / name[1:].rsplit(".", 2)[0]
+            if standing(target) == folder / name:
+                yield from _state(target)
+            aside = name.endswith(".aside")
+            origin = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
+            yield folder / name, "left over", f"by {origin} removes it"
+        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
+        yield from _state(folder)
+
+
+def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """The state of what is stored at ``folder``, if anything is."""
+    names = {path.name for path in standing(folder).iterdir()}
+    try:
+        if {SUMS, SET} <= names:
+            verify_published(folder)
+            yield folder, "ok", "published set"
+        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
+            kind = _kind(standing(folder) / MANIFEST)
+            load_folder(folder, kind=kind)
+            yield folder, "ok", kind
+    except StorageError as error:
+        yield folder, "DAMAGED", str(error)
+
+
+def _kind(manifest: Path) -> str:
+    """What a manifest says its folder holds; if the manifest is wrong, reading the folder will tell."""
+    try:
+        return str(json.loads(manifest.read_bytes())["kind"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """``python -m distillkit doctor``."""
+    for part in (_versions(), _machine(), _hub(), _data(), _files(args.student), _model(args.student)):
+        for line in part:
+            say(line)
+
+
+def _versions() -> Iterator[str]:
+    installed = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
+    yield (f"distillkit {__version__}{'' if 'distillkit' in installed else ' (not installed as a package: pip install -e .)'}, "
+           f"Python {platform.python_version()} on {platform.system()} ({platform.machine()})")
+    for needed in map(Requirement, importlib.metadata.requires("distillkit") or () if "distillkit" in installed else ()):
+        version, optional = installed.get(needed.name.lower().replace("_", "-")), needed.marker is not None
+        if version is None:
+            state = "absent, optional" if optional else "absent, NEEDED: pip install it"
+        else:
+            state = "ok" if needed.specifier.contains(version, prereleases=True) else "TOO OLD OR TOO NEW"
+        yield f"  {needed.name} {version or ''}: {state} ({needed.specifier or 'any'})"
+
+
+def _machine() -> Iterator[str]:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    yield f"cores {os.cpu_count()}, torch threads {torch.get_num_threads()}, memory {memory:.1f} GiB"
+    yield f"disk: {shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB free here; cache: {cache_dir()}"
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        yield f"device: {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    else:
+        yield "device: CPU (torch sees no GPU)"
+
+
+def _hub() -> Iterator[str]:
+    """Whether the Hugging Face hub answers, asked once and briefly."""
+    if constants.HF_HUB_OFFLINE:
+        yield "hub: not asked (HF_HUB_OFFLINE is set); only its cache is used"
+        return
+    try:
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=3):
+            yield f"hub: reachable ({constants.ENDPOINT})"
+    except urllib.error.HTTPError as error:  # it answered
+        yield f"hub: reachable ({constants.ENDPOINT}, status {error.code})"
+    except (OSError, ValueError) as error:
+        yield f"hub: NOT reachable ({constants.ENDPOINT}: {error}); corpora and models must be here already"
+
+
+def _data() -> Iterator[str]:
+    root = os.environ.get("DISTILLKIT_DATA")
+    yield f"DISTILLKIT_DATA: {root or 'not set; corpora known by name come from the hub'}"
+    for name in KNOWN | QUESTIONS if root else ():
+        files = sorted(path.name for path in (Path(root).expanduser() / name).glob("*") if path.is_file())
+        yield f"  {name}: {', '.join(files) or 'absent'}"
+
+
+def _files(source: str) -> Iterator[str]:
+    """Which files of a local model folder are read, and which pickles, code or weights never are."""
+    for use, files in zip(("read", "left out"), inventory(source)):
+        if files:
+            yield f"  files {use}: {', '.join(one_line(name, 100) for name in files)}"
+
+
+def _model(source: str) -> Iterator[str]:
+    """What a model is as a classifier and as a language model, or why it is none; an error where it is neither."""
+    errors = []
+    for role, rows in EXAMPLES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for split in ("train", "validation", "test"):
+                (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            task = load_task(folder, max_length=16)
+        try:
+            yield from _student(source, role, task)
+        except ValueError as error:
+            errors.append(error)
+            yield f"student {source} as {role}: none ({error})"
+    if len(errors) == len(EXAMPLES):
+        raise errors[0]
+
+
+def _student(source: str, role: str, task) -> Iterator[str]:
+    """What a student is, which derivatives each kind of attention has, tried on a sentence, and its adapters."""
+    student = load_student(source, task, trainable="full", attention="eager")
+    trained = sum(parameter.numel() for parameter in student.init(0).values())
+    yield (f"student {student.name} as {role}: {student.module.config.model_type}, {trained:,} parameters trained, "
+           f"embeddings [{', '.join(map(str, student.embedding.shape))}], {student.max_positions} positions, on "
+           f"{student.device}")
+    yield _derivatives(student, task)
+    try:
+        yield _derivatives(load_student(source, task, trainable="full", attention="sdpa"), task)
+    except ValueError as error:
+        yield f"  attention sdpa: none ({error})"
+    try:
+        adapters = load_student(source, task, trainable="lora").init(0)
+        yield f"  LoRA: {sum(value.numel() for name, value in adapters.items() if '.lora_' in name):,} parameters in adapters"
+    except ValueError as error:
+        yield f"  LoRA: none ({error})"
+
+
+def _derivatives(student, task) -> str:
+    first, second = (_derivative(student, task, order) for order in (1, 2))
+    strategy, reason = recommend(student)
+    return (f"  attention {student.attention}: first derivatives {first}, second {second}; use {type(strategy).__name__} "
+            f"({reason})")
+
+
+def _derivative(student, task, order: int) -> str:
+    """Whether the gradient of a loss, or of a gradient's norm, with respect to an input can be had, and is finite."""
+    batch = task.batch(student.tokenizer, "train", [0, 1])
+    embeds = student.embedding[batch["input_ids"].to(student.device)].clone().requires_grad_()
+    params = {name: parameter.requires_grad_() for name, parameter in student.init(0).items()}
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    try:
+        loss = student.loss(params, inputs, batch["labels"].to(student.device))
+        if order == 2:
+            gradients = torch.autograd.grad(loss, [*params.values()], create_graph=True, allow_unused=True)
+            loss = torch.stack([gradient.square().sum() for gradient in gradients if gradient is not None]).sum()
+        finite = torch.autograd.grad(loss, embeds)[0].isfinite().all()
+    except RuntimeError as error:
+        return f"none ({str(error).splitlines()[0][:80]})"
+    return "ok" if finite else "NOT FINITE"
