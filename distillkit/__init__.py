@@ -44,12 +44,11 @@ _HOMES = {
     "evaluation.selection": ("select",),
     "evaluation.influence": ("LessSettings",),
     # from embeddings to words
-    "text.projection": ("NeighborLoss", "corpus_tokens", "nearest_tokens", "project"),
+    "text.projection": ("NeighborLoss", "ThroughProjection", "corpus_tokens", "nearest_tokens", "project", "relabel"),
     "text.judges": ("FrozenJudge", "StudentJudge"),
     "text.swaps": ("SwapSearch",),
     "text.relaxed": ("relax_tokens",),
     "text.sentences": ("nearest_sentences", "search_sentences"),
-    "text.through": ("ThroughProjection", "relabel"),
     # what a finished set is used for
     "applications.transfer": ("retokenize", "transfer"),
     "applications.prompting": ("FewShot", "few_shot", "questions"),

@@ -54,4 +54,4 @@ def at_every_stage(run: Callable[[], object], folder: Path, step: int = 1) -> It
 
 def leftovers(folder: Path) -> list[str]:
     """Names below ``folder`` of what a write, or a run that started over, has left unfinished."""
-    return sorted(path.name for path in folder.rglob(".*") if path.suffix in (".new", ".old", ".aside"))
+    return sorted(path.name for path in folder.rglob(".*") if path.suffix in (".new", ".aside"))

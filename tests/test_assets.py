@@ -9,7 +9,7 @@ import torch
 import distillkit as dk
 from distillkit.assets import pretrain
 from distillkit.assets.pretrain import KINDS
-from distillkit.data import corpora, instruction
+from distillkit.data import docstrings
 from distillkit.evaluation.scoring import choice_accuracy
 from distillkit.io.packaged import asset
 
@@ -31,10 +31,10 @@ def test_it_is_small_whole_and_documented(name):
 
 def test_what_models_are_judged_on_was_left_out(name):
     text = json.loads((asset(name) / "training.json").read_text())["text"]
-    installed = {library: importlib.metadata.version(library) for library in corpora.LIBRARIES}
+    installed = {library: importlib.metadata.version(library) for library in docstrings.LIBRARIES}
     if text["libraries"] != installed:
         pytest.skip("the questions of other versions of the libraries are other questions")
-    held_out = instruction.held_out()
+    held_out = docstrings.held_out()
     assert text["held_out"] == {"sentences": len(held_out), "sha256": pretrain._digest(sorted(held_out))}
 
 

@@ -22,7 +22,7 @@ FLAG = st.sampled_from([0, 1, None, "no", "False"])
 THING = st.one_of(st.integers(), st.text(max_size=8), st.just({"a": 1}))
 SHARE = st.one_of(st.floats(max_value=0), st.floats(min_value=1.01), st.sampled_from([True, "0.5", [0.5]]))
 SEED = st.one_of(st.floats(), st.booleans(), st.none(), st.just([1]))
-SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,)])
+SEEDS = st.sampled_from([(), [], 3, None, (1.5,), ("a",), (True,), (0, 0)])
 
 
 def or_none(bad):
@@ -69,8 +69,7 @@ CALLS = {
                                                      "central": FLAG.filter(lambda v: v is not None)}),
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "LessSettings": (dk.LessSettings, {}, {"fraction": SHARE, "epochs": WHOLE, "batch_size": WHOLE, "optimizer": THING,
-                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE,
-                                           "by_class": FLAG}),
+                                           "projection": st.one_of(WHOLE, st.just(7)), "validation_rows": WHOLE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
         "batch_size": st.one_of(WHOLE, st.just(81))}),
@@ -149,7 +148,7 @@ RESULTS = {"Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepReco
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
-APART = {"checkpoint_dir", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
+APART = {"checkpoint", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
 
 def names_it(error: Exception, argument: str) -> bool:

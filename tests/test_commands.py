@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +23,11 @@ from distillkit.cli import steps as commands
 from distillkit.cli.looks import _hub
 from distillkit.cli.steps import SCORES
 from distillkit.cli.work import SETTINGS, STEPS, Work, settings_of
+from distillkit.core.experts import record_experts
 from distillkit.evaluation.recipes import NAMED, Tuned
+from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
-from distillkit.io.storage import Claim, append_line, read_lines
+from distillkit.io.storage import Claim, append_line, read_lines, write_file
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -265,7 +267,7 @@ def test_an_experiment_and_the_command_line_share_their_settings():
     ("name: 2024-01-01", "name must be a valid string, not datetime.date"),
     ("objective: magic", "objective must be 'bptt' or 'trajectory', not 'magic'"),
     ("recipe: mine", "recipe must be 'own', 'standard' or 'tuned'"),
-    ("seeds: []", r"seeds must have at least 1 item, not \[\]"),
+    ("seeds: []", r"seeds must name at least one seed"),
     ("limit: many", "limit must be a valid integer, not 'many'"),
     ("limit: {test: 0}", "limit must be greater than or equal to 1, not 0"),
     ("limit: {tset: 9}", "limit must be 'train', 'validation' or 'test', not 'tset'"),
@@ -282,7 +284,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(("argv", "message"), [
     (["distil", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     (["evaluate"], "no set .*work/set; make one with: python -m distillkit distil"),
-    (["verify", "nowhere"], "no folder nowhere"),
+    (["verify", "nowhere"], "no file or folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
     (["card", "--set", "hub:nobody"], "repo_id must be 'owner/name'"),
     (["doctor", "--student", "offline:gpt"], "'offline:gpt' is no offline student"),
@@ -338,14 +340,13 @@ def test_no_file_of_settings_is_more_than_an_error(tmp_path, capsys, text):
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 50_000, "{}", "[]", "\xff", '{"config": {}, "sha256": 1}'],
                          ids=lambda text: text[:9])
-@pytest.mark.parametrize("what", ["result", "scores", "manifest", "data"])
+@pytest.mark.parametrize("what", ["result", "scores", "set"])
 def test_no_json_of_others_is_more_than_an_error(work, tmp_path, capsys, content, what):
     folder = shutil.copytree(work, tmp_path / "runs") / "tiny"
     path, argv = {
         "result": (tmp_path / "a.json", ["table", "a", "--results", tmp_path]),
         "scores": (folder / SCORES, ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
-        "manifest": (folder / "set" / "manifest.json", ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
-        "data": (folder / "set" / "data.json", ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
+        "set": (folder / "set", ["card", "--name", "tiny", "--work", tmp_path / "runs"]),
     }[what]
     path.write_text(content + "\n", encoding="latin-1")
     assert call(*argv) == 2 and capsys.readouterr().err.startswith("error: ")
@@ -359,7 +360,7 @@ LONG = "n" * 300
     ["distil", "--student", LONG], ["evaluate", "--set", LONG], ["verify", LONG], ["run", LONG], ["table", LONG],
     ["card", "--out", LONG],
     ["card", "--out", "runs/tiny/settings.yaml/below"], ["distil", "--work", "runs/tiny/settings.yaml"],
-    ["verify", "runs/tiny/settings.yaml"], ["distil", "--corpus", "a\0b"],
+    ["distil", "--corpus", "a\0b"],
 ])
 def test_names_and_places_that_cannot_be_are_exit_code_2(work, tmp_path, standin_hub, monkeypatch, capsys, argv):
     shutil.copytree(work, tmp_path / "runs")
@@ -426,39 +427,55 @@ def test_an_interruption_is_exit_code_130(monkeypatch, capsys, tmp_path):
 # --- looks -----------------------------------------------------------------------------------------------------------
 
 
-def test_verify_finds_every_folder_and_every_harm(work, tmp_path, capsys):
-    shutil.copytree(work, tmp_path / "runs")
-    save_published(dk.DistilledSet.load(work / "tiny" / "text"), tmp_path / "runs" / "published")
-    assert call("verify", tmp_path / "runs") == 0
-    out = capsys.readouterr().out
-    assert [line.split(": ")[1] for line in out.splitlines()[:-1]] == [
-        "published set", "distilled-set", "distiller-checkpoint", "distilled-set", "distilled-set"]
-    assert out.splitlines()[-1] == "5 ok"
+def test_verify_names_every_file_and_every_harm(work, tmp_path, capsys):
+    runs = shutil.copytree(work, tmp_path / "runs")
+    save_published(dk.DistilledSet.load(work / "tiny" / "text"), runs / "published")
+    (runs / "notes.txt").write_text("mine")
+    (runs / "link").symlink_to(tmp_path)
+    assert call("verify", runs) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line[12:].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
+        "published: files of SHA256SUMS", "published/set.safetensors: distilled-set", "tiny/checkpoint: distiller-checkpoint",
+        "tiny/checkpoint.log.jsonl: 3 lines", "tiny/scores.jsonl: 1 lines", "tiny/set: distilled-set",
+        "tiny/settings.yaml: text", "tiny/text: distilled-set"}
+    others = [line for line in lines if line.startswith("not checked")]
+    assert [line.split(": ")[0].rpartition("/")[2] for line in others] == ["link", "notes.txt", "README.md"]
+    assert lines[-1] == "8 ok, 3 not checked" or lines[-1] == "3 not checked, 8 ok"
 
-    left = tmp_path / "runs" / "tiny" / f".set.{'0a' * 8}.new"
-    left.mkdir()
-    tensors, manifest = tmp_path / "runs/tiny/set/tensors.safetensors", tmp_path / "runs/tiny/text/manifest.json"
-    content = bytearray(tensors.read_bytes())
-    content[-1] ^= 1
-    tensors.write_bytes(content)
-    manifest.unlink()
-    (tmp_path / "runs/published/data/train.parquet").write_bytes(b"")
-    assert call("verify", tmp_path / "runs") == 1
-    out = capsys.readouterr().out.splitlines()
-    assert out[-1] == "2 ok, 3 DAMAGED, 1 left over"
-    damaged = [line for line in out if line.startswith("DAMAGED")]
-    assert "does not have the SHA-256" in damaged[1] and "has no plain file manifest.json" in damaged[2]
-    assert "train.parquet does not have the SHA-256" in damaged[0]
+    (runs / "tiny" / f".set.{'0a' * 8}.new").touch()
+    harmed = [runs / "tiny" / name for name in ("set", "text", "scores.jsonl", "settings.yaml", "checkpoint.log.jsonl")]
+    for path in [*harmed, runs / "published" / "data" / "train.parquet"]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert call("verify", runs) == 1
+    lines = capsys.readouterr().out.splitlines()
+    damaged = [line for line in lines if line.startswith("DAMAGED")]
+    # A checkpoint is worth its log.
+    assert [Path(line[12:].split(": ")[0]).name for line in damaged] == [
+        "published", "checkpoint", "checkpoint.log.jsonl", "scores.jsonl", "set", "settings.yaml", "text"]
+    assert "train.parquet does not have the SHA-256" in damaged[0] and "1 left over" in lines[-1]
+
+
+def test_verify_checks_a_single_file_results_and_indexes(work, world, tmp_path, capsys):
+    assert call("verify", work / "tiny" / "set") == 0
+    experts = record_experts(*world, tmp_path / "experts", batch_size=80)
+    results.write(tmp_path / "small.json", {"config": {}, "rows": {}})
+    assert call("verify", tmp_path) == 0 and "4 ok" in capsys.readouterr().out
+    (experts.folder / "expert-000" / "0001.safetensors").unlink()
+    (tmp_path / "small.json").write_text((tmp_path / "small.json").read_text().replace("rows", "cows"))
+    assert call("verify", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "names expert-000/0001.safetensors, which is missing" in out and "2 DAMAGED" in out
 
 
 def test_nothing_of_strangers_reaches_the_terminal_raw(work, tmp_path, capsys):
     """Escape sequences in names of folders, kinds, manifests and corpora show themselves and do nothing."""
     evil = "a\x1b[2Jb\u202ec\x07\x9bd"
-    folder = shutil.copytree(work / "tiny" / "set", tmp_path / evil / "set")
-    shutil.copytree(work / "tiny" / "set", tmp_path / evil / "other")
-    manifest = tmp_path / evil / "other" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": evil}))
-    (tmp_path / evil / f".set.{'0a' * 8}.new").mkdir()
+    (tmp_path / evil).mkdir()
+    folder = shutil.copy(work / "tiny" / "set", tmp_path / evil / "set").parent
+    write_file(tmp_path / evil / "other", kind=evil)
+    (tmp_path / evil / f".set.{'0a' * 8}.new").touch()
     (tmp_path / "a.yaml").write_text(f'"{evil[:-2]}": 1', encoding="utf-8")
     codes = [call("verify", tmp_path), call("verify", folder / evil), call("distil", "--config", tmp_path / evil),
              call("evaluate", "--set", tmp_path / evil / "other"), call("distil", "--config", tmp_path / "a.yaml"),
@@ -466,27 +483,6 @@ def test_nothing_of_strangers_reaches_the_terminal_raw(work, tmp_path, capsys):
     assert codes == [0, 2, 2, 2, 2, 2, 2]
     said = "".join(capsys.readouterr())
     assert not {*said} & {"\x1b", "\u202e", "\x07", "\x9b"} and "a(U+001B)[2Jb(U+202E)c(U+0007)(U+009B)d" in said
-
-
-@pytest.mark.parametrize("published", [False, True])
-def test_what_a_crash_set_aside_is_verified_and_read(work, tmp_path, capsys, standin_hub, published):
-    made = dk.DistilledSet.load(work / "tiny" / "text")
-    (save_published if published else dk.DistilledSet.save)(made, tmp_path / "runs" / "text")
-    (tmp_path / "runs" / "text").rename(tmp_path / "runs" / f".text.{'0a' * 8}.old")
-    assert call("verify", tmp_path / "runs") == 0
-    assert "1 ok, 1 left over" in capsys.readouterr().out
-    assert call("evaluate", "--set", tmp_path / "runs" / "text", *TINY, "--seeds", 0, "--work", tmp_path) == 0
-    path = next((tmp_path / "runs").rglob("tensors.safetensors"))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert call("verify", tmp_path / "runs") == 1
-    assert "1 DAMAGED, 1 left over" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("harm", ["{", "[]", '{"kind": 3}', "[" * 100_000])
-def test_verify_stands_any_manifest(work, tmp_path, harm):
-    shutil.copytree(work / "tiny" / "set", tmp_path / "set")
-    (tmp_path / "set" / "manifest.json").write_text(harm)
-    assert call("verify", tmp_path) == 1
 
 
 def test_doctor(standin_hub, capsys, monkeypatch, tmp_path):

@@ -88,8 +88,7 @@ def test_distilling_and_evaluating_see_the_same_batches(task, tiny, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(distilling, training, strict=True))
 
 
-def test_the_recipe_is_the_one_reported(task, tiny, monkeypatch):
-    monkeypatch.setitem(recipes.NAMED, "tuned", TUNED)
+def test_the_recipe_is_the_one_reported(task, tiny):
     found, unroll = a_set(task, tiny)
     bare = dataclasses.replace(found, step_sizes=None, meta={k: v for k, v in found.meta.items() if k != "recipe"})
     own = dk.evaluate(found, task, tiny, seeds=(0,)).recipe
@@ -187,7 +186,7 @@ def test_a_student_that_fell_apart_is_never_right(task, tiny):
 
 
 @pytest.mark.parametrize(("steps", "warm"), [(200, 20), (21, 2), (5, 1), (1, 1)])
-def testwarm_up_and_decay(steps, warm):
+def test_warm_up_and_decay(steps, warm):
     sizes = warm_up_and_decay(steps, 3.0).tolist()
     assert len(sizes) == steps and min(sizes) > 0 and max(sizes) == sizes[warm - 1] == pytest.approx(3.0)
     slopes = np.diff(sizes)
@@ -323,7 +322,8 @@ def test_a_name_is_short_for_its_recipe(name, recipe):
     ({"recipe": "own"}, "recipe='own' asked for, but this set carries none .* use 'tuned' or 'standard'"),
     ({"recipe": "best"}, "recipe must be .*'own'.*'standard'.*'tuned'.*Unroll.*not 'best'"),
     ({"recipe": dk.Tuned}, "recipe must be .*not <class"),  # an object of it is meant
-    ({"seeds": ()}, r"seeds must name at least one seed, such as \(0, 1, 2\), not \(\)"),
+    ({"seeds": ()}, r"seeds must name at least one seed, each once, such as \(0, 1, 2\), not \(\)"),
+    ({"seeds": (0, 1, 0)}, r"seeds must name .* each once, .* not \(0, 1, 0\)"),
     ({"split": "dev"}, "no split 'dev'; a task has train, validation, test"),
 ])
 def test_bad_requests_are_named(task, tiny, given, message):

@@ -140,7 +140,7 @@ def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_onl
     ({"rows": ["nacd/mine"]}, "a row must be one of .* not 'nacd/mine'"),
     ({"fraction": 0}, "fraction must be greater than 0, not 0"),
     ({"outer_steps": 0}, "outer_steps must be greater than or equal to 1, not 0"),
-    ({"seeds": []}, r"seeds must have at least 1 item, not .."),
+    ({"seeds": []}, r"seeds must name at least one seed"),
     ({"kind": "other"}, "kind must be one of instruction, not 'other'"),
     ({"name": "a/b"}, "name must match pattern"),
 ])

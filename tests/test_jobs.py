@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.cli.runs import is_finished
+from distillkit.cli import runs
 from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ROW_NAMES, ClassificationCell, ClassificationJob, table
@@ -17,6 +17,7 @@ from distillkit.experiments.results import write as write_result
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
 from distillkit.experiments.table import frame
+from distillkit.io.storage import StorageError
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
@@ -351,7 +352,7 @@ def test_fresh_forgets(copied, scored, tmp_path):
 
 def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     """With the settings and the finished rows of the small run in the place of the shipped ones."""
-    monkeypatch.setattr(runner, "CONFIGS", copied)
+    monkeypatch.setattr(runs, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
     assert command_line.main(["demo", *places(copied)]) == 0
     assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
@@ -359,13 +360,14 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     assert "| embeddings | own |" in capsys.readouterr().out
 
 
-def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(copied):
+def test_a_demo_begins_anew_where_nothing_is_left_to_do(copied):
     path = copied / "results" / "small.json"
-    assert is_finished(path) and not is_finished(copied / "absent.json")
+    assert runs.is_finished(path) and not runs.is_finished(copied / "absent.json")
     rewrite(copied, drop("random/tuned"))
-    assert not is_finished(path), "it goes on"
+    assert not runs.is_finished(path), "it goes on"
     path.write_bytes(path.read_bytes()[:-9])
-    assert is_finished(path)
+    with pytest.raises(StorageError, match="small.json is damaged.*--fresh"):
+        runs.is_finished(path)
 
 
 def test_table_of_a_result(copied, capsys, finished):

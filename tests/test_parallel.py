@@ -45,7 +45,7 @@ RANK = """
             else:
                 with objective:
                     first = dk.meta_gradient(start, objective, seed=5) if lost == "none" else None
-                    distiller = dk.Distiller(start, objective, lr=0.05, checkpoint_dir=folder + "/run", checkpoint_every=100)
+                    distiller = dk.Distiller(start, objective, lr=0.05, checkpoint=folder + "/run", checkpoint_every=100)
                     records = list(distiller.run(4))
                 tensors = {} if first is None else {n: getattr(first, n).tolist() for n in ("embeds", "targets", "step_sizes")}
                 print(json.dumps({"loss": first and first.loss, "losses": [r.loss for r in records], **tensors}))
@@ -134,7 +134,7 @@ def test_a_lost_rank_ends_the_run_which_can_be_taken_up(launch, here, tmp_path):
     assert codes == [3, -signal.SIGKILL], err
     assert "lost: process 0 of 2 has lost touch with the others" in err and "go on from the checkpoint" in err
     objective = objective_of(task, student, "bptt", tmp_path)
-    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint_dir=tmp_path / "run", checkpoint_every=100)
+    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint=tmp_path / "run", checkpoint_every=100)
     assert resumed.step == 2, "the last complete step"
     whole = dk.Distiller(set_of(task, student), objective, lr=0.05)
     assert [r.loss for r in resumed.run(4)] == pytest.approx([r.loss for r in whole.run(4)][2:], rel=1e-9)

@@ -12,7 +12,7 @@ import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.cli.main import main
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import choice_accuracy, choice_scores, log_likelihoods
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
 from distillkit.experiments.kinds import table_of
@@ -62,7 +62,7 @@ def test_a_context_read_once_scores_as_one_read_with_every_question(readers, ask
     context = torch.cat([prompting._embedded(student, opening), *(parts for _, parts in shown)])
     heads = [asked.token_ids(tokenizer, "test")[row][len(opening) :] for row in ROWS]
     tails = [asked.choice_ids(tokenizer, "test", row) for row in ROWS]
-    once = prompting.log_likelihoods(student, prompting.remember(student, context), heads, tails, 5)
+    once = log_likelihoods(student, heads, tails, memory=prompting.remember(student, context), batch_size=5)
     for head, of, scores in zip(heads, tails, once, strict=True):
         for choice, score in zip(of, scores, strict=True):
             embeds = torch.cat([context, prompting._embedded(student, head)])[None]
@@ -70,8 +70,8 @@ def test_a_context_read_once_scores_as_one_read_with_every_question(readers, ask
             with torch.no_grad():
                 plain = student.log_likelihood({}, batch, torch.tensor([choice])).sum()
             assert score == pytest.approx(float(plain), abs=1e-4)
-    # What a text without a context is worth is told by the kit's own scoring.
-    alone = prompting.log_likelihoods(student, prompting.remember(student, context[: len(opening)]), heads, tails, 5)
+    # Without a context the scores are those of multiple choice.
+    alone = log_likelihoods(student, heads, tails, memory=prompting.remember(student, context[: len(opening)]), batch_size=5)
     theirs, _ = choice_scores(student, student.init(0), asked, "test", ROWS)
     assert np.allclose(np.stack(alone), np.stack(theirs), atol=1e-4)
 
@@ -81,7 +81,7 @@ def test_scores_by_hand(readers, asked):
     found = few_shot(asked, student, PAIRS, k=4, orders=2, seed=3, rows=ROWS, separator="\n")
     answers = np.array(asked.test["answer"])[ROWS]
 
-    def log_likelihoods(context, prompts):
+    def by_hand(context, prompts):
         scores = np.empty((len(prompts), 2))
         for (row, prompt), (column, word) in ((r, c) for r in enumerate(prompts) for c in enumerate(asked.words)):
             head, whole = (student.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, f"{prompt} {word}"))
@@ -98,8 +98,8 @@ def test_scores_by_hand(readers, asked):
         chosen = prompting._order(["bad", "brilliant fun"] * 2, 4, prompting.generator("few-shot-order", 3, order))
         words = dict(zip(("neg", "pos"), asked.words, strict=True))
         context = "".join(f"{PAIRS[i][0]}\nIt was {words[PAIRS[i][1]]}\n" for i in chosen)
-        plain = log_likelihoods(context, [asked.test[row]["prompt"] for row in ROWS])
-        empty = log_likelihoods(context, [f"{nothing}\nIt was" for nothing in CONTENT_FREE])
+        plain = by_hand(context, [asked.test[row]["prompt"] for row in ROWS])
+        empty = by_hand(context, [f"{nothing}\nIt was" for nothing in CONTENT_FREE])
         prior = np.log((np.exp(empty) / np.exp(empty).sum(1, keepdims=True)).mean(0))
         for scores, told in ((plain, found.scores), (plain / [3, 13], found.normalized), (plain - prior, found.calibrated)):
             assert told[order] == pytest.approx(float((scores.argmax(1) == answers).mean()))
@@ -261,7 +261,7 @@ def test_the_table(finished):
     ({"rows": ["zero-shot/3"]}, "a row is a source and its demonstrations"),
     ({"orders": 0}, "orders must be"),
     ({"lr": 0}, "lr must be"),
-    ({"seeds": []}, "seeds must have at least 1 item"),
+    ({"seeds": []}, "seeds must name at least one seed"),
     ({"templates": []}, "templates must have at least 1 item"),
 ])
 def test_settings_that_cannot_be(changes, message):

@@ -9,11 +9,10 @@ import torch
 import distillkit as dk
 from distillkit.core.problem import MetaGradient
 from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
-from distillkit.text.projection import allowed_tokens, corpus_tokens, with_tokens
+from distillkit.text.projection import ThroughProjection, allowed_tokens, corpus_tokens, relabel, with_tokens
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 
 @pytest.fixture
@@ -270,22 +269,22 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(world, start, tmp_p
 
     whole = search()
     list(whole.run(5))
-    half = search(checkpoint_dir=tmp_path / "search", checkpoint_every=2)
+    half = search(checkpoint=tmp_path / "search", checkpoint_every=2)
     for record in half.run(5):
         if record.step == 3:
             break
-    resumed = search(checkpoint_dir=tmp_path / "search")
+    resumed = search(checkpoint=tmp_path / "search")
     assert len(resumed.records) == 3, "a search that is left saves its last step"
     list(resumed.run(5))
     assert torch.equal(resumed.distilled.tokens, whole.distilled.tokens)
     assert [r.swaps for r in resumed.records] == [r.swaps for r in whole.records]
     assert resumed.distilled.meta == whole.distilled.meta
     with pytest.raises(ValueError, match="other settings: seed is 0 there and 1 here"):
-        search(checkpoint_dir=tmp_path / "search", seed=1)
+        search(checkpoint=tmp_path / "search", seed=1)
     other = dataclasses.replace(start, targets=1 - start.targets)
     with pytest.raises(ValueError, match="other settings: start is"):
-        SwapSearch(other, world[1], judges(world, None)[0], candidates=8, checkpoint_dir=tmp_path / "search")
-    with pytest.raises(ValueError, match="no checkpoint_dir"):
+        SwapSearch(other, world[1], judges(world, None)[0], candidates=8, checkpoint=tmp_path / "search")
+    with pytest.raises(ValueError, match="has no checkpoint to save to"):
         whole.save()
 
 

@@ -123,7 +123,7 @@ def test_recovery_by_hand():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rows": ["swaps/own"]}, "a row must be one of"),
     ({"candidates": 0}, "candidates must be"),
-    ({"seeds": []}, "seeds must have at least 1 item"),
+    ({"seeds": []}, "seeds must name at least one seed"),
     ({"neighbor_weight": 0}, "neighbor_weight must be a number above 0"),
     ({"label_lr": -1}, "label_lr must be"),
     ({"label_rates": [0.1]}, "label_rates"),

@@ -164,7 +164,7 @@ def test_the_settings_that_come_with_the_kit(path):
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be a number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
-    ({"eval_seeds": []}, "eval_seeds must have at least 1 item"),
+    ({"eval_seeds": []}, "eval_seeds must name at least one seed"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
     ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),

@@ -425,5 +425,5 @@ def test_latex_tables_are_escaped(text):
 def test_tables_that_cannot_be():
     with pytest.raises(ValueError, match="format must be one of markdown, latex, not 'rst'"):
         view_plots.label_table(rows("x"), ["a", "b"], format="rst")
-    with pytest.raises(ValueError, match="row 0 has 2 probabilities for 3 classes"):
+    with pytest.raises(ValueError, match=r"rows \[0\] .*3 classes"):
         view_plots.label_table(rows("x"), ["a", "b", "c"])

@@ -281,7 +281,7 @@ def distillation(world, tmp_path):
     start = dk.DistilledSet.from_real(*world, per_class=1, length=8)
     goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
     term = dk.NeighborLoss(world[1], weight=0.1)
-    return lambda name: dk.Distiller(start, goal, regularizers=[term], checkpoint_dir=tmp_path / name, checkpoint_every=100)
+    return lambda name: dk.Distiller(start, goal, regularizers=[term], checkpoint=tmp_path / name, checkpoint_every=100)
 
 
 def same(one, other):
@@ -370,8 +370,8 @@ def test_an_error_is_shown_in_the_widget(distillation):
 
 def test_a_monitor_that_cannot_be(distillation, world):
     distiller = distillation("unused")
-    distiller.checkpoint_dir = None
-    with pytest.raises(ValueError, match="checkpoint_dir"):
+    distiller.checkpoint.path = None
+    with pytest.raises(ValueError, match="give its Distiller a checkpoint"):
         widgets.Monitor(distiller, 3)
     with pytest.raises(ValueError, match="every .*0"):
         widgets.Monitor(distillation("unused"), 3, every=0)

@@ -39,7 +39,8 @@ from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_par
 from distillkit.core.objectives import bound_step_sizes
 from distillkit.core.optimizers import AdamW, Optimizer
 from distillkit.core.student import Student
-from distillkit.data.tasks import SPLITS, Task, task_of_rows
+from distillkit.data.corpus import SPLITS
+from distillkit.data.tasks import Task, task_of_rows
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.scoring import classified
 from distillkit.io.checks import check_choice, check_whole
@@ -97,8 +98,7 @@ def _pairs(task: Task, split: str):
 def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: str) -> Task:
     if len(classes) < 2:
         raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
-    columns = {s: ([t for t, _ in pairs], [y for _, y in pairs]) for s, pairs in rows.items()}
-    return task_of_rows(name, classes, columns, max_length=like.max_length, origin=origin)
+    return task_of_rows(name, classes, rows, max_length=like.max_length, origin=origin)
 
 
 def _all_classes(groups) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ with another number of them than it began with::
         objective = ranks.shared(BPTT(task, student, unroll, inits=8))
         if ranks.leads:
             with objective:                                # at its end the others are sent home
-                for record in Distiller(start, objective, checkpoint_dir=folder).run(100):
+                for record in Distiller(start, objective, checkpoint=file).run(100):
                     print(record.loss)
         else:
             objective.serve(start)

@@ -2,8 +2,8 @@
 
 A published folder holds three things.  ``data/train.parquet`` is the set as a ``datasets.Dataset``: its text with labels
 where it has text, else the labels alone; ``datasets.load_dataset(folder)`` reads it, and distillkit need not be installed.
-``set/`` is the set itself, safetensors and JSON (:meth:`~distillkit.core.distilled.DistilledSet.save`), embeddings, step sizes
-and recipe included.  ``README.md`` is a dataset card (Gebru et al., 2021, "Datasheets for datasets", in short) made from
+``set.safetensors`` is the set itself (:meth:`~distillkit.core.distilled.DistilledSet.save`), embeddings, step sizes and recipe
+included.  ``README.md`` is a dataset card (Gebru et al., 2021, "Datasheets for datasets", in short) made from
 what the set's ``meta`` says about how it came to be.  A card says what is known: nothing in it is guessed, and what nobody
 wrote down is *not recorded*.
 
@@ -14,7 +14,6 @@ in a card they stand as character references: no HTML, mark-up, link or formula 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -30,20 +29,11 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.io.escaping import markdown as escaped
-from distillkit.io.storage import (
-    DATA,
-    LEFT_OVER,
-    MANIFEST,
-    TENSORS,
-    StorageError,
-    is_vacant,
-    read_standing,
-    replacing,
-    standing,
-)
+from distillkit.io.storage import StorageError, absolute, read_header, replacing, save_text, unwritten
+from distillkit.io.verify import SUMS, check_sums, read_sums, sha256_of
 
-CARD, ROWS, SET, SUMS = "README.md", "data/train.parquet", "set", "SHA256SUMS"
-CHECKED = (ROWS, *(f"{SET}/{name}" for name in (DATA, TENSORS, MANIFEST)))
+CARD, ROWS, SET = "README.md", "data/train.parquet", "set.safetensors"
+CHECKED = (ROWS, SET)
 NOT_RECORDED = "not recorded"
 SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))
@@ -81,8 +71,11 @@ def save_published(
 ) -> Path:
     """Write ``folder`` as it would stand on the hub: card, Dataset, safetensors, sums.  An earlier one is replaced.
 
+    Every file is replaced in one atomic step.  Meanwhile ``SHA256SUMS`` lists the earlier files and the new ones, so that the
+    folder can be read at every moment, and after a kill.
+
     Args:
-        evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": found}``.
+        evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": score}``.
         task, student: what the set was made with, for what it does not carry itself: where the corpus came from, and the
             base model's revision.
         license: of the set, as the hub writes it, such as ``"cc-by-4.0"``; None: not recorded.
@@ -92,29 +85,36 @@ def save_published(
         ValueError: ``task`` or ``student`` is another than the set was made with.
         StorageError: something else stands at ``folder``, or in it; or it cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = absolute(folder)
     text = card(distilled, folder.name, evaluations=evaluations, task=task, student=student, license=license,
                 corpus_license=corpus_license)
-    _refuse_to_replace(folder)
-    with replacing(folder) as fresh:
-        distilled.save(fresh / SET)
-        (fresh / ROWS).parent.mkdir()
-        rows(distilled).to_parquet(fresh / ROWS)
-        (fresh / CARD).write_text(text, encoding="utf-8")
-        (fresh / SUMS).write_text("".join(f"{_sha256(fresh / name)}  {name}\n" for name in CHECKED), encoding="ascii")
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        try:
+            earlier = _lines_of_earlier(folder)
+            distilled.save(fresh / SET)
+            (fresh / ROWS).parent.mkdir()
+            rows(distilled).to_parquet(fresh / ROWS)
+            lines = "".join(f"{sha256_of(fresh / name)}  {name}\n" for name in CHECKED)
+            save_text(folder / SUMS, earlier + lines)
+            for name in CHECKED:
+                with replacing(folder / name) as file:
+                    file.write((fresh / name).read_bytes())
+        except OSError as error:
+            raise unwritten(folder, error) from error
+    save_text(folder / CARD, text)
+    save_text(folder / SUMS, lines)
     return folder
 
 
-def _refuse_to_replace(folder: Path) -> None:
-    if is_vacant(folder):
-        return
-    place, remedy = standing(folder), "choose another folder, or delete this one yourself"
-    if not (place / SUMS).is_file():
-        raise StorageError(f"will not overwrite {folder}: it is no published set; {remedy}")
-    parts = {str(parent) for name in CHECKED for parent in Path(name).parents} | {*CHECKED, CARD, SUMS}
-    inside = (path.relative_to(place) for path in place.rglob("*") if not LEFT_OVER.fullmatch(path.name))
-    if strangers := sorted({str(path) for path in inside} - parts):
-        raise StorageError(f"will not overwrite {folder}: it also holds {', '.join(strangers[:3])}; {remedy}")
+def _lines_of_earlier(folder: Path) -> str:
+    """The sums of the set that is published in a folder; StorageError if something else is there."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return ""
+    if not (folder / SUMS).is_file() or {*read_sums(folder)} - {*CHECKED}:
+        raise StorageError(f"will not overwrite {folder}: it is no published set of this version of distillkit; choose another "
+                           "folder, or delete this one yourself")
+    return (folder / SUMS).read_text()
 
 
 def load_published(folder: str | Path) -> DistilledSet:
@@ -123,37 +123,11 @@ def load_published(folder: str | Path) -> DistilledSet:
     Raises:
         StorageError: a file is missing, a link, or differs from its SHA-256; named in the message.
     """
-    def load(place: Path) -> DistilledSet:
-        _verify(place)
-        return DistilledSet.load(place / SET)
-
-    return read_standing(folder, load)
-
-
-def verify_published(folder: str | Path) -> None:
-    """Raise StorageError unless every file that is read back from a published folder is as it was written."""
-    read_standing(folder, _verify)
-
-
-def _verify(folder: Path) -> None:
-    path, remedy = folder / SUMS, "publish or download it again"
-    if path.is_symlink() or not path.is_file():
-        raise StorageError(f"{folder} has no plain file {SUMS}: it is no published set, or lost a file; check the path, or "
-                           f"{remedy}")
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in CHECKED:  # no name in the file is followed, so none can lead out of the folder
-        if name not in sums:
-            raise StorageError(f"{path} does not list {name}; {remedy}")
-        if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise StorageError(f"{folder / name} is missing or not a plain file; {remedy}")
-        if _sha256(folder / name) != sums[name]:
-            raise StorageError(f"{folder / name} does not have the SHA-256 of {SUMS}: it was damaged or edited; {remedy}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    folder = absolute(folder)
+    if (folder / "set").is_dir():
+        read_header(folder / "set")  # says which version reads it
+    check_sums(folder, CHECKED)
+    return DistilledSet.load(folder / SET)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -207,15 +181,15 @@ def from_hub(repo_id: str, revision: str | None = None) -> DistilledSet:
     from huggingface_hub import snapshot_download
 
     _owned(repo_id)
-    wanted = (SUMS, *CHECKED)
+    names = (SUMS, *CHECKED)
     try:
-        found = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(wanted))
+        found = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(names))
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(f"no set {repo_id}{at} on the Hugging Face hub or in its cache: {error}; check the name, log "
                                 "in if it is private, or copy the folder and use load_published()") from error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        for name in wanted:  # the cache holds links, which load_folder follows nowhere
+        for name in names:  # the cache holds links, which load_published does not follow
             source, target = Path(found) / name, Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file():
@@ -401,7 +375,7 @@ def _examples(distilled: DistilledSet) -> str:
 
 def _use(distilled: DistilledSet) -> str:
     with_kit = "import distillkit as dk\n\ndistilled = dk.DistilledSet.from_hub(\"owner/name\")   # every byte is checked"
-    tensors = f"from safetensors.torch import load_file\n\ntensors = load_file(\"{SET}/{TENSORS}\")   # embeds [m, l, d], mask"
+    tensors = f"from safetensors.torch import load_file\n\ntensors = load_file(\"{SET}\")   # embeds [m, l, d], mask"
     plain = "from datasets import load_dataset\n\nrows = load_dataset(\"owner/name\", split=\"train\")   # without distillkit"
     code = [with_kit, plain] if _has_text(distilled) else [with_kit, tensors]
     return "\n\n".join(f"```python\n{part}\n```" for part in code)

@@ -19,14 +19,15 @@ import torch
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from distillkit.applications.publish import SET, SUMS, verify_published
 from distillkit.core.loading import load_student
 from distillkit.core.metagrad import recommend
 from distillkit.core.model_files import inventory
-from distillkit.data.corpora import KNOWN, QUESTIONS
+from distillkit.data.corpora import KNOWN
 from distillkit.data.load import load_task
 from distillkit.io.escaping import one_line, say
-from distillkit.io.storage import DATA, LEFT_OVER, MANIFEST, TENSORS, StorageError, cache_dir, load_folder, standing
+from distillkit.io.storage import cache_dir
+from distillkit.io.verify import DAMAGED, NOT_CHECKED
+from distillkit.io.verify import verify as states
 from distillkit.io.version import __version__
 
 # Rows by which a model is tried.
@@ -37,66 +38,23 @@ EXAMPLES = {
 
 
 def verify(args: argparse.Namespace) -> int:
-    """``python -m distillkit verify``: a line for each thing below the folders; 1 if any is damaged.
+    """``python -m distillkit verify``: a line for each file at or below the paths; returns 1 if any is damaged.
 
     Raises:
-        FileNotFoundError: one of the folders is not there, or none holds anything of distillkit's.
+        FileNotFoundError: one of the paths is not there, or none holds anything of distillkit's.
         OSError: a folder below one of them cannot be read.
     """
     counts = Counter()
-    for folder in args.folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        for path, state, what in _checked(folder):
+    for top in args.paths:
+        if not top.exists():
+            raise FileNotFoundError(f"no file or folder {top}")
+        for path, state, what in states(top):
             counts[state] += 1
-            say(f"{state:9} {one_line(path)}: {one_line(what)}")
-    if not counts:
-        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, args.folders))}")
-    say(", ".join(f"{counts[state]} {state}" for state in ("ok", "DAMAGED", "left over") if counts[state]))
-    return 1 if counts["DAMAGED"] else 0
-
-
-def _checked(top: Path) -> Iterator[tuple[Path, str, str]]:
-    """Each stored thing below ``top``: where, its state, and what is to be said of it."""
-
-    def unreadable(error: OSError):
-        raise error
-
-    for place, inner, files in os.walk(top, onerror=unreadable):
-        inner.sort()
-        folder = Path(place)
-        for name in [name for name in (*inner, *sorted(files)) if LEFT_OVER.fullmatch(name)]:
-            target = folder / name[1:].rsplit(".", 2)[0]
-            if standing(target) == folder / name:
-                yield from _state(target)
-            aside = name.endswith(".aside")
-            origin = "a run that started over; the next one puts it back or" if aside else "an interrupted write; the next one"
-            yield folder / name, "left over", f"by {origin} removes it"
-        inner[:] = [name for name in inner if not LEFT_OVER.fullmatch(name)]
-        yield from _state(folder)
-
-
-def _state(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """The state of what is stored at ``folder``, if anything is."""
-    names = {path.name for path in standing(folder).iterdir()}
-    try:
-        if {SUMS, SET} <= names:
-            verify_published(folder)
-            yield folder, "ok", "published set"
-        elif len({DATA, MANIFEST, TENSORS} & names) >= 2:  # one may be lost
-            kind = _kind(standing(folder) / MANIFEST)
-            load_folder(folder, kind=kind)
-            yield folder, "ok", kind
-    except StorageError as error:
-        yield folder, "DAMAGED", str(error)
-
-
-def _kind(manifest: Path) -> str:
-    """What a manifest says its folder holds; if the manifest is wrong, reading the folder will tell."""
-    try:
-        return str(json.loads(manifest.read_bytes())["kind"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+            say(f"{state:11} {one_line(path)}: {one_line(what)}")
+    if not counts.keys() - {NOT_CHECKED}:
+        raise FileNotFoundError(f"nothing of distillkit's is stored below {', '.join(map(str, args.paths))}")
+    say(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return 1 if counts[DAMAGED] else 0
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -147,7 +105,7 @@ def _hub() -> Iterator[str]:
 def _data() -> Iterator[str]:
     root = os.environ.get("DISTILLKIT_DATA")
     yield f"DISTILLKIT_DATA: {root or 'not set; corpora known by name come from the hub'}"
-    for name in KNOWN | QUESTIONS if root else ():
+    for name in KNOWN if root else ():
         files = sorted(path.name for path in (Path(root).expanduser() / name).glob("*") if path.is_file())
         yield f"  {name}: {', '.join(files) or 'absent'}"
 

@@ -59,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, into a private repository")
     card.add_argument("--public", action="store_true", help="make that repository public")
     verify = _with_examples(
-        commands, "verify", "check every byte of every distillkit folder below some folders, a line each",
+        commands, "verify", "check every byte of every distillkit file at or below some paths, a line each",
         "example:\n  python -m distillkit verify runs\n\nExit codes: 0 all is as it was written, 1 something is damaged, "
         "2 there is nothing to check.")
-    verify.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     doctor = _with_examples(
         commands, "doctor", "say what this machine and a model can do",
         "example:\n  python -m distillkit doctor --student offline:tiny-opt\n\nIt downloads nothing but what the student "

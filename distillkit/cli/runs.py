@@ -14,7 +14,7 @@ from distillkit.experiments.settings import kind_of, read, renamed
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import say
 from distillkit.io.restart import started
-from distillkit.io.storage import StorageError, save_text
+from distillkit.io.storage import save_text
 from distillkit.view import figures as plots
 from distillkit.view.gallery import regenerate
 
@@ -57,13 +57,10 @@ def _compute(path: Path, args: argparse.Namespace, folder: Path, rows=(), seeds=
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a result has nothing left to compute, or cannot be read."""
+    """Whether a result has nothing left to compute."""
     if not path.is_file():
         return False
-    try:
-        result = read_result(path)
-    except StorageError:
-        return True
+    result = read_result(path)
     return {score["row"] for score in result.get("scores", ())} >= {*result["config"]["rows"]}
 
 

@@ -28,7 +28,8 @@ from distillkit.experiments.runner import load_corpus, strategy, unroll_of
 from distillkit.experiments.settings import renamed
 from distillkit.io.escaping import one_line, say
 from distillkit.io.restart import started
-from distillkit.io.storage import Claim, append_line, is_vacant, read_lines, refuse_to_overwrite, save_text, standing
+from distillkit.io.storage import Claim, append_line, read_lines, refuse_to_overwrite, save_text, sealed_text
+from distillkit.io.verify import SUMS
 from distillkit.text.projection import project
 
 SCORES = "scores.jsonl"
@@ -56,7 +57,7 @@ def _world(work: Work, student: str | None = None):
 def _save_settings(work: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(work).items()}
-    save_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    save_text(folder / SETTINGS, sealed_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)))
 
 
 def experts(work: Work, args: argparse.Namespace) -> None:
@@ -83,7 +84,7 @@ def _objective(work: Work, task, student, folder: Path):
     unroll, metagrad = unroll_of(work, optimizer=optimizers[work.optimizer]), strategy(work.metagrad)
     if work.objective == "bptt":
         return BPTT(task, student, unroll, metagrad=metagrad, batch_size=work.outer_batch, inits=work.inits)
-    if is_vacant(folder / "experts"):
+    if not (folder / "experts").exists():
         raise FileNotFoundError(f"no experts {folder / 'experts'}; record them with: python -m distillkit experts --name "
                                 f"{work.name}")
     return TrajectoryMatching(task, student, unroll, Experts.load(folder / "experts"), metagrad=metagrad,
@@ -110,11 +111,11 @@ def distil(work: Work, args: argparse.Namespace) -> None:
 
 def _learn(work: Work, folder: Path, start, objective, student) -> None:
     """Distil, write the set and its nearest words, and show them."""
-    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint_dir=folder / "checkpoint",
+    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
                           checkpoint_every=work.checkpoint_every)
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
-    with distiller.claim or nullcontext():
+    with distiller.checkpoint.claim:
         _save_settings(work, folder)
         for record in distiller.run(work.outer_steps):
             if record.step % max(1, work.outer_steps // 10) == 0:
@@ -165,10 +166,10 @@ def read_set(source: str | Path) -> DistilledSet:
     if str(source).startswith("hub:"):
         repo_id, _, revision = str(source).removeprefix("hub:").partition("@")
         return publish.from_hub(repo_id, revision or None)
-    folder = Path(source).expanduser()
-    if not standing(folder).is_dir():
-        raise FileNotFoundError(f"no set {folder}; make one with: python -m distillkit distil, or name another with --set")
-    return publish.load_published(folder) if (standing(folder) / publish.SUMS).is_file() else DistilledSet.load(folder)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no set {path}; make one with: python -m distillkit distil, or name another with --set")
+    return publish.load_published(path) if (path / SUMS).exists() else DistilledSet.load(path)
 
 
 def card(work: Work, args: argparse.Namespace) -> None:

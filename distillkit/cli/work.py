@@ -22,10 +22,10 @@ from distillkit.experiments.settings import (
     Expert,
     Inner,
     Outer,
+    Seeds,
     SetSeed,
     Size,
     Target,
-    filled,
     flag,
     names,
     option,
@@ -48,7 +48,7 @@ class Work(Data, Size, Expert, Inner, Outer, Target, SetSeed):
     set: str | None = option(None, "folder or hub:owner/name of the set (default: that of --name)")
     recipe: Literal["own", "standard", "tuned"] | None = option(
         None, "own, standard or tuned (default: own if the set has one, else tuned)")
-    seeds: tuple[int, ...] = filled((0, 1, 2), "fresh models that each score is the mean of")
+    seeds: Seeds = option((0, 1, 2), "fresh models that each score is the mean of")
     split: Literal["test", "validation"] = option("test", "split that scores are taken on: test or validation")
     license: str | None = option(None, "licence of the set, as the hub writes it, such as cc-by-4.0")
     corpus_license: str | None = option(None, "licence of the corpus, in words")
@@ -101,7 +101,7 @@ ARGUMENTS = {
     "experts": {"count": "expert_count", "epochs": "expert_epochs", "batch_size": "expert_batch",
                 "step_size": "expert_step_size"},
     "distil": {"steps": "unroll_steps", "batch_size": "outer_batch", "segments": "inits", "expert_epochs": "match_epochs",
-               "rates": "lr", "checkpoint_dir": "--name, or start over with --fresh"},
+               "rates.embeds": "lr", "checkpoint": "--name, or start over with --fresh"},
 }
 
 

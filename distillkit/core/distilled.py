@@ -6,8 +6,8 @@ response, which are not learned.  A set begins as real sentences (:meth:`Distill
 while it is distilled, and comes back to words when it is projected; ``tokens`` is there exactly while each embedding *is*
 the embedding of a token.
 
-On disk a set is a folder of safetensors and JSON with a SHA-256 manifest (:mod:`distillkit.io.storage`); the recipe it was
-distilled with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.
+On disk a set is one safetensors file that carries its own SHA-256 (:mod:`distillkit.io.storage`); the recipe it was distilled
+with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch import Tensor
 
 from distillkit.core.contents import check_depth, check_inputs, check_meta, check_shapes, check_step_sizes, check_targets
 from distillkit.core.student import Student
+from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
-from distillkit.data.tasks import NO_TARGET, Task, check_text
+from distillkit.data.tasks import NO_TARGET, Task
 from distillkit.io.checks import check_flag, check_is, check_whole
 from distillkit.io.seeds import generator
-from distillkit.io.storage import StorageError, load_folder, save_folder
+from distillkit.io.storage import StorageError, read_file, write_file
 
 if TYPE_CHECKING:
     import datasets
@@ -327,28 +328,28 @@ class DistilledSet:
             raise ValueError("the targets of this set are responses, which have no probabilities of classes")
         return torch.nn.functional.one_hot(self.targets, len(self.meta.get("classes", ())) or -1).to(torch.float32)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the set to ``folder``, all or nothing; returns the folder."""
+    def save(self, path: str | Path) -> Path:
+        """Write the set to the file ``path``, all or nothing; returns the path."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "meta"}
-        tensors = {n: t.contiguous() for n, t in tensors.items() if t is not None}
-        return save_folder(folder, kind=KIND, tensors=tensors, data=self.meta)
+        write_file(path, kind=KIND, tensors={n: t for n, t in tensors.items() if t is not None}, data=self.meta)
+        return Path(path).expanduser()
 
     @classmethod
-    def load(cls, folder: str | Path) -> DistilledSet:
+    def load(cls, path: str | Path) -> DistilledSet:
         """Read a saved set.
 
         Raises:
-            StorageError: the folder is missing, damaged, or holds something else; named in the message.
+            StorageError: the file is missing, damaged, or holds something else; named in the message.
         """
-        stored = load_folder(folder, kind=KIND)
+        stored = read_file(path, kind=KIND)
         try:
             check_depth(stored.data)
-            found = cls(**stored.tensors, meta=dict(stored.data))
-            if "responses" in found.meta and not found._has_responses:
+            distilled = cls(**stored.tensors, meta=dict(stored.data))
+            if "responses" in distilled.meta and not distilled._has_responses:
                 raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
-            return found
+            return distilled
         except (TypeError, ValueError) as error:
-            raise StorageError(f"{folder} holds no set that this distillkit can read ({error}); make it again") from error
+            raise StorageError(f"{path} holds no set that this distillkit can read ({error}); make it again") from error
 
 
 def examples_per_class(task: Task, per_class: int | None, fraction: float | None) -> int:

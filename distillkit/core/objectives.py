@@ -58,6 +58,17 @@ class Objective(Protocol):
     def recipe(self) -> dict: ...
 
 
+class Wrapper:
+    """Base of an objective that changes another one, its ``objective``: what it does not define itself is the other's."""
+
+    objective: Objective
+
+    def __getattr__(self, name: str):
+        if name == "objective":  # not set yet, as in a copy
+            raise AttributeError(name)
+        return getattr(self.objective, name)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class BPTT:
     """Loss on real training data after the inner loop.
@@ -253,6 +264,7 @@ class TrajectoryMatching:
     def recipe(self) -> dict:
         """How to train on what this objective distils, as JSON values."""
         known_otherwise = ("parameters", "embedding", "tokenizer")
+        experts = {k: v for k, v in self.experts.settings.items() if k not in known_otherwise}
         return _recipe(
             self,
             expert_epochs=self.expert_epochs,
@@ -261,7 +273,7 @@ class TrajectoryMatching:
             distance=self.distance,
             matched=len(self._matched()),
             segments=self.segments,
-            experts={k: v for k, v in self.experts.settings.items() if k not in known_otherwise},
+            experts={**experts, "sha256": self.experts.sha256},
         )
 
     def _matched(self) -> list[str]:

@@ -19,7 +19,19 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import read
 from distillkit.experiments.runner import Cell, Scores
-from distillkit.experiments.settings import Data, Experiment, Inner, Outer, Scoring, SetSeed, Size, option, settings, whole
+from distillkit.experiments.settings import (
+    Data,
+    Experiment,
+    Inner,
+    Outer,
+    Scoring,
+    Seeds,
+    SetSeed,
+    Size,
+    option,
+    settings,
+    whole,
+)
 from distillkit.experiments.table import by_row, frame, markdown
 from distillkit.text.projection import project
 
@@ -37,7 +49,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     """Settings of one experiment."""
 
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
-    full_seeds: tuple[int, ...] = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
+    full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 

@@ -47,7 +47,7 @@ from distillkit.experiments.settings import REQUIRED, Data, Experiment, names, o
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, is_vacant
+from distillkit.io.storage import Claim
 from distillkit.text.projection import NeighborLoss
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -160,10 +160,10 @@ class Cell:
             check_same_settings(self.work, read(path)["config"] | scores, self.job)
         else:
             write(path, {"config": current})
-        folder, key = self.work / _file(name, seed), f"{name} {seed}"
-        if is_vacant(folder) or (key not in self.notes and not is_vacant(self.checkpoint(name, seed))):
-            make().save(folder)
-        distilled = DistilledSet.load(folder)
+        path, key = self.work / _file(name, seed), f"{name} {seed}"
+        if not path.exists() or (key not in self.notes and self.checkpoint(name, seed).exists()):
+            make().save(path)
+        distilled = DistilledSet.load(path)
         if name in self.texts:
             self.notes[key] = self.notes.get(key, {}) | {"text": distilled.to_text().to_list()}
         return distilled
@@ -172,7 +172,7 @@ class Cell:
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        distiller = Distiller(start, objective, seed=seed, checkpoint_dir=self.checkpoint(name, seed),
+        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass

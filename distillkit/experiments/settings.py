@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import yaml
 
-from distillkit.io.checks import check_choice
+from distillkit.io.checks import check_choice, check_seeds
 from distillkit.io.escaping import one_line
 
 LARGEST = 1_000_000  # bytes of a file of settings
@@ -49,6 +49,14 @@ def positive(default, description: str) -> Any:
 def filled(default, description: str) -> Any:
     """A list of one or more values."""
     return option(default, description, min_length=1)
+
+
+def _check_seeds(value, field: pydantic.ValidationInfo):
+    check_seeds(field.field_name, value)
+    return value
+
+
+Seeds = typing.Annotated[tuple[pydantic.StrictInt, ...], pydantic.AfterValidator(_check_seeds)]
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -238,14 +246,14 @@ class SetSeed(Settings):
 class SetSeeds(Settings):
     """Several sets of everything."""
 
-    seeds: tuple[int, ...] = filled((0, 1, 2), "one set of everything for each seed")
+    seeds: Seeds = option((0, 1, 2), "one set of everything for each seed")
 
 
 @settings()
 class Scoring(Settings):
     """How often a student is trained on a set."""
 
-    eval_seeds: tuple[int, ...] = filled((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
+    eval_seeds: Seeds = option((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
 
 
 def names(*parts: type[Settings]) -> tuple[str, ...]:

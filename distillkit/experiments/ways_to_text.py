@@ -9,7 +9,7 @@ Methods:
 * ``embeddings``: distilled by BPTT, before any step to text: the upper line.  ``projection``: their nearest tokens.
 * ``neighbor loss``: distilled with a neighbour term that grows, then projected.
 * ``through projection``: distilled through the projection
-  (:class:`~distillkit.text.through.ThroughProjection`), then projected.
+  (:class:`~distillkit.text.projection.ThroughProjection`), then projected.
 * ``nearest sentences``: the real sentences nearest to ``embeddings``.
 * ``sentences``: real sentences that a judge chooses, from ``herding`` on (:func:`~distillkit.text.sentences.search_sentences`).
 * ``relaxed tokens``: a distribution over the words at every place, annealed to one, that starts from ``k_center``
@@ -64,11 +64,10 @@ from distillkit.experiments.settings import (
 )
 from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.text.judges import FrozenJudge
-from distillkit.text.projection import corpus_tokens, project
+from distillkit.text.projection import ThroughProjection, corpus_tokens, project, relabel
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
@@ -176,7 +175,7 @@ def swapped(cell: Cell, name: str, start: DistilledSet, seed: int, *, examples: 
     search = SwapSearch(
         start, cell.student, FrozenJudge(cell.task, cell.student, steps=cell.job.judge_steps), candidates=cell.job.candidates,
         seed=seed, examples=examples, allowed=corpus_tokens(cell.task, cell.student, least=cell.job.least),
-        checkpoint_dir=cell.checkpoint(name, seed),
+        checkpoint=cell.checkpoint(name, seed),
     )
     for _ in search.run(cell.job.swap_steps):
         pass

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+
+from distillkit.io.verify import sha256_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NAMES = ("tiny-opt", "tiny-llama")
@@ -35,8 +36,3 @@ def asset(name: str) -> Path:
     if wrong:
         raise AssetError(f"{folder / wrong[0]} does not have the SHA-256 of {MANIFEST}: damaged or edited; {remedy}")
     return folder
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -47,8 +47,9 @@ FEW = 4  # lines that a legend inside a panel leaves room for
 
 @contextlib.contextmanager
 def style():
-    """The kit's style, for the figures made inside; the caller's own settings are left alone."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"), matplotlib.rc_context({"figure.dpi": 100}):
+    """The kit's style, for the figures made inside; the caller's own settings stay as they are.  Also a decorator."""
+    more = {"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False}
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"), matplotlib.rc_context(more):
         yield
 
 
@@ -113,50 +114,48 @@ def draw_scores(axes, result: Mapping) -> None:
     axes.set(xlabel="accuracy on the test split (dots: seeds)", ylim=(len(rows) - 0.4, -0.75))
 
 
+@style()
 def learning_curve(losses: Sequence[float]) -> Figure:
     """The outer loss of one distillation."""
-    with style():
-        figure, (axes,) = _figure(6, 3.4)
-        draw_curve(axes, losses)
-        sns.despine(figure)
+    figure, (axes,) = _figure(6, 3.4)
+    draw_curve(axes, losses)
     return figure
 
 
+@style()
 def scores(result: Mapping) -> Figure:
     """The rows of a classification result as bars."""
-    with style():
-        figure, (axes,) = _figure(7, 0.62 * frame(result)["row"].nunique() + 1)
-        draw_scores(axes, result)
-        sns.despine(figure)
+    figure, (axes,) = _figure(7, 0.62 * frame(result)["row"].nunique() + 1)
+    draw_scores(axes, result)
     return figure
 
 
+@style()
 def quickstart(result: Mapping) -> Figure:
     """The whole story of a classification result: how the set was learned, and what it is worth beside real text."""
     (cell,), k, classes = result["cells"].values(), result["config"]["per_class"], len(classes_of(result))
-    with style():
-        figure, (left, right) = _figure(11, 0.6 * frame(result)["row"].nunique() + 1.2, 2, ratios=(2, 3))
-        draw_curve(left, cell["notes"][f"embeddings {result['config']['seed']}"]["losses"])
-        draw_scores(right, result)
-        right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
-        sns.despine(figure)
+    figure, (left, right) = _figure(11, 0.6 * frame(result)["row"].nunique() + 1.2, 2, ratios=(2, 3))
+    draw_curve(left, cell["notes"][f"embeddings {result['config']['seed']}"]["losses"])
+    draw_scores(right, result)
+    right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
     return figure
 
 
+@style()
 def soft_labels(before, after, classes: Sequence[str]) -> Figure:
     """Label probabilities ``[m, c]`` before and after distilling, as two heat maps on one scale."""
-    with style():
-        figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
-        for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
-            sns.heatmap(
-                np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
-                xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
-            )
-            where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
-            where.tick_params(axis="x", rotation=30)
+    figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
+    for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
+        sns.heatmap(
+            np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
+            xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
+        )
+        where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
+        where.tick_params(axis="x", rotation=30)
     return figure
 
 
+@style()
 def curves(
     panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]], log: str = ""
 ) -> Figure:
@@ -166,22 +165,20 @@ def curves(
         panels: for each its title, the labels of x and y, and {name of a line: (x values, y values)}.
         log: the axes with a logarithmic scale: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
     """
-    with style():
-        figure, axes = _figure(5 * len(panels), 3.4, len(panels))
-        for where, (title, x, y, lines) in zip(axes, panels, strict=True):
-            for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
-                where.plot(xs, ys, marker=marker, color=colour, label=name)
-            where.set(title=title, xlabel=x, ylabel=y)
-            where.set_xscale("log" if "x" in log else "linear")
-            where.set_yscale("log" if "y" in log else "linear")
-            if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
-                where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        if max(len(lines) for *_, lines in panels) > FEW:
-            _legend_below(figure)
-        else:
-            for where in axes:
-                where.legend(frameon=False)
-        sns.despine(figure)
+    figure, axes = _figure(5 * len(panels), 3.4, len(panels))
+    for where, (title, x, y, lines) in zip(axes, panels, strict=True):
+        for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
+            where.plot(xs, ys, marker=marker, color=colour, label=name)
+        where.set(title=title, xlabel=x, ylabel=y)
+        where.set_xscale("log" if "x" in log else "linear")
+        where.set_yscale("log" if "y" in log else "linear")
+        if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
+            where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if max(len(lines) for *_, lines in panels) > FEW:
+        _legend_below(figure)
+    else:
+        for where in axes:
+            where.legend(frameon=False)
     return figure
 
 
@@ -191,6 +188,7 @@ def _legend_below(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
 
 
+@style()
 def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]], diagonal=False) -> Figure:
     """Points of one or more clouds.
 
@@ -199,16 +197,14 @@ def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], 
         clouds: {name: (x values, y values)}.
         diagonal: draw the line on which y is x.
     """
-    with style():
-        figure, (axes,) = _figure(5.5, 4)
-        for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
-            axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
-        if diagonal:
-            axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
-        axes.axhline(0, color="black", lw=0.5)
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.legend(frameon=False)
-        sns.despine(figure)
+    figure, (axes,) = _figure(5.5, 4)
+    for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
+        axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
+    if diagonal:
+        axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
+    axes.axhline(0, color="black", lw=0.5)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -268,6 +264,7 @@ def _html_cell(value, left: bool) -> str:
     return f"<td{style}>{html.escape(value)}</td>"
 
 
+@style()
 def seeded(result: Mapping, title: str) -> Figure:
     """Every row of a result that has run: a bar for the mean, a dot a set.
 
@@ -276,14 +273,13 @@ def seeded(result: Mapping, title: str) -> Figure:
         title: of the figure.
     """
     sets = by_set(result).dropna(how="all")
-    with style():
-        figure, (axes,) = _figure(7, 0.36 * len(sets) + 1.3)
-        draw_bars(axes, [(name.split("/")[0], _row_label(name), sets.loc[name].dropna()) for name in sets.index])
-        axes.set(title=title, xlabel="accuracy on the test split (dots: sets)", ylim=(len(sets) - 0.4, -0.6))
-        sns.despine(figure)
+    figure, (axes,) = _figure(7, 0.36 * len(sets) + 1.3)
+    draw_bars(axes, [(name.split("/")[0], _row_label(name), sets.loc[name].dropna()) for name in sets.index])
+    axes.set(title=title, xlabel="accuracy on the test split (dots: sets)", ylim=(len(sets) - 0.4, -0.6))
     return figure
 
 
+@style()
 def seeded_grid(result: Mapping) -> Figure:
     """A grid of texts, as far as it has run: accuracy against examples a class, a panel a corpus, a dot a set.
 
@@ -300,21 +296,19 @@ def seeded_grid(result: Mapping) -> Figure:
     names = [name for name in result["config"]["rows"] if counts.get(name, 0) >= min(2, len(sizes))]
     one = len({name.split("/")[1] for name in names}) == 1  # recipe: no need to say it on every line
     sets["place"] = sets["size"].map(sizes.index)
-    with style():
-        figure, panels = _figure(3.8 * len(corpora) + 0.6, 3.6, columns=len(corpora))
-        for axes, corpus in zip(panels, corpora, strict=True):
-            for number, name in enumerate(names):
-                dots = sets[(sets["corpus"] == corpus) & (sets["row"] == name)]
-                line = dots.groupby("place")["accuracy"].mean()
-                shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
-                colour = METHOD_COLOURS[name.split("/")[0]]
-                axes.plot(line.index + shift, line, color=colour, lw=1.8, marker="_", ms=9, mew=2,
-                          label=_row_label(name, not one))
-                axes.plot(dots["place"] + shift, dots["accuracy"], ".", color=colour, ms=5, alpha=0.6)
-            axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
-        panels[0].set_ylabel("test accuracy (dots: sets)")
-        _legend_below(figure)
-        sns.despine(figure)
+    figure, panels = _figure(3.8 * len(corpora) + 0.6, 3.6, columns=len(corpora))
+    for axes, corpus in zip(panels, corpora, strict=True):
+        for number, name in enumerate(names):
+            dots = sets[(sets["corpus"] == corpus) & (sets["row"] == name)]
+            line = dots.groupby("place")["accuracy"].mean()
+            shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
+            colour = METHOD_COLOURS[name.split("/")[0]]
+            axes.plot(line.index + shift, line, color=colour, lw=1.8, marker="_", ms=9, mew=2,
+                      label=_row_label(name, not one))
+            axes.plot(dots["place"] + shift, dots["accuracy"], ".", color=colour, ms=5, alpha=0.6)
+        axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
+    panels[0].set_ylabel("test accuracy (dots: sets)")
+    _legend_below(figure)
     return figure
 
 
@@ -324,6 +318,7 @@ def _row_label(name: str, with_recipe: bool = True) -> str:
     return LABELS.get(method, method) + (f" ({recipe})" if with_recipe and recipe != "none" else "")
 
 
+@style()
 def differences(result: Mapping, against: Sequence[str]) -> Figure:
     """How much better learned sets are than selected ones, seed by seed: mean and 95 % interval of the paired differences.
 
@@ -334,21 +329,19 @@ def differences(result: Mapping, against: Sequence[str]) -> Figure:
     sets = by_set(result).dropna(how="all")
     others = [name for name in against if name in sets.index]
     learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
-    with style():
-        figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
-        for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
-            means, halves = np.array([paired_difference(sets, name, other) for name in learned]).T
-            axes.errorbar(
-                means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt="o", ms=5, capsize=3,
-                color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
-            )  # of a single set there is no interval
-        axes.axvline(0, color="black", lw=1, ls=":")
-        axes.set(yticks=range(len(learned)), xlabel="difference of accuracy at the same seed (95 % interval)")
-        axes.set_yticklabels([_row_label(name) for name in learned], fontsize=9)
-        axes.set_ylim(len(learned) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
-        sns.despine(figure)
+    figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
+    for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
+        means, halves = np.array([paired_difference(sets, name, other) for name in learned]).T
+        axes.errorbar(
+            means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt="o", ms=5, capsize=3,
+            color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
+        )  # of a single set there is no interval
+    axes.axvline(0, color="black", lw=1, ls=":")
+    axes.set(yticks=range(len(learned)), xlabel="difference of accuracy at the same seed (95 % interval)")
+    axes.set_yticklabels([_row_label(name) for name in learned], fontsize=9)
+    axes.set_ylim(len(learned) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
     return figure
 
 
@@ -375,6 +368,7 @@ def metagrad_cost(result: dict) -> Figure:
     return figure
 
 
+@style()
 def transfer_map(result: Mapping) -> Figure:
     """Scores of texts on other models: a row a source and method, a column a target, absolute and by the target's full data.
 
@@ -398,19 +392,18 @@ def transfer_map(result: Mapping) -> Figure:
 
     panels = [("accuracy", "words", "accuracy"), ("share", "share words", "share of the target's full data")]
     panels = panels if pairs["share"].notna().any() else panels[:1]
-    with style():
-        figure, axes = _figure(3 + 2.3 * len(targets) * len(panels) / 2, 0.42 * len(sides) + 1.4, len(panels))
-        labels = [f"{source}: {LABELS.get(method, method)}" for source, method in sides]
-        for where, (value, word, title) in zip(axes, panels, strict=True):
-            values, words = arranged(value).to_numpy(float), arranged(word).fillna("").to_numpy()
-            sns.heatmap(values, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
-                        yticklabels=labels)
-            for place in np.ndindex(values.shape):
-                where.text(place[1] + 0.5, place[0] + 0.5, words[place], ha="center", va="center", fontsize=9,
-                           color="white" if values[place] > 0.45 else "0.1")
-            where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
-            where.tick_params(axis="y", rotation=0)
-            where.grid(False)
-        for where in axes[1:]:
-            where.set_yticklabels([])
+    figure, axes = _figure(3 + 2.3 * len(targets) * len(panels) / 2, 0.42 * len(sides) + 1.4, len(panels))
+    labels = [f"{source}: {LABELS.get(method, method)}" for source, method in sides]
+    for where, (value, word, title) in zip(axes, panels, strict=True):
+        values, words = arranged(value).to_numpy(float), arranged(word).fillna("").to_numpy()
+        sns.heatmap(values, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
+                    yticklabels=labels)
+        for place in np.ndindex(values.shape):
+            where.text(place[1] + 0.5, place[0] + 0.5, words[place], ha="center", va="center", fontsize=9,
+                       color="white" if values[place] > 0.45 else "0.1")
+        where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
+        where.tick_params(axis="y", rotation=0)
+        where.grid(False)
+    for where in axes[1:]:
+        where.set_yticklabels([])
     return figure

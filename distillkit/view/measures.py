@@ -161,9 +161,8 @@ def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int 
 
     words = allowed.nonzero().squeeze(1)
     words = words[torch.randperm(len(words), generator=generator("yardstick", seed))[:sample]]
-    near, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
-    others = torch.where(near[:, 0] == words, away[:, 1], away[:, 0])
-    return WordDistances(distances.cpu().numpy(), ids.numpy(), float(others.median()))
+    _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
+    return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
 
 
 def attention(student: Student, examples: DistilledSet | Batch, params: Params | None = None) -> np.ndarray:
@@ -250,14 +249,11 @@ def attention_shares(weights, mask, special) -> AttentionShares:
     """
     weights, mask = _weights(weights, mask)
     special = np.asarray(special, dtype=bool) & mask
-    l = mask.shape[1]
 
     def at(offset: int) -> np.ndarray:
         """The mean weight on the position ``offset`` further on."""
-        queries = slice(max(0, -offset), l - max(0, offset))
-        keys = slice(max(0, offset), l - max(0, -offset))
-        both = mask[:, queries] & mask[:, keys]
-        return _mean(np.diagonal(weights, offset, axis1=-2, axis2=-1), both[:, None, None])
+        present = np.diagonal(mask[:, :, None] & mask[:, None, :], offset, axis1=1, axis2=2)
+        return _mean(np.diagonal(weights, offset, axis1=-2, axis2=-1), present[:, None, None])
 
     def on(keys: np.ndarray) -> np.ndarray:
         return _mean((weights * keys[:, None, None, None, :]).sum(-1), mask[:, None, None])

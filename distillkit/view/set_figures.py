@@ -209,9 +209,8 @@ def label_table(rows: Sequence[Mapping], classes: Sequence[str], format: str = "
         ValueError: an unknown format, or a row with another number of probabilities than classes.
     """
     check_choice("format", format, ("markdown", "latex"))
-    for place, row in enumerate(rows):
-        if len(row["probabilities"]) != len(classes):
-            raise ValueError(f"row {place} has {len(row['probabilities'])} probabilities for {len(classes)} classes")
+    if wrong := [place for place, row in enumerate(rows) if len(row["probabilities"]) != len(classes)]:
+        raise ValueError(f"rows {wrong} do not have a probability for each of the {len(classes)} classes")
     escape = markdown if format == "markdown" else _latex
     lines = [["class", "text", *classes]]
     lines += [[row["label"], row["text"], *(f"{p:.2f}" for p in row["probabilities"])] for row in rows]

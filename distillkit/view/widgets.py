@@ -3,15 +3,14 @@
 What a widget shows comes from a function that needs no front end, so that a test or an ordinary cell can call it.  Moving a
 slider calls that function again:
 
-* :func:`prompt_explorer`: the nearest words of a position and the score with each of them in its place (:func:`candidates`),
-  drawn by :func:`prompt_html`.
+* :func:`prompt_explorer`: a position's nearest words and the score with each (:func:`candidates`, :func:`prompt_html`).
 * :func:`attention_explorer`: one head on real and on distilled text.  The weights are computed once; :func:`attention_panels`
   cuts out a head and :func:`attention_html` draws it (on paper: ``set_figures.attention_maps``).
 * :func:`monitor`: a running distillation with a button that stops it (:func:`progress_figure`, :func:`text_html`).
 * :func:`map_explorer`: a flat map whose points show their text (:func:`map_html`; on paper: ``set_figures.maps``).
 
-Pictures that follow a slider are SVG: matplotlib needs too long for the labels of a head.  Corpus text is not trusted, and an
-HTML widget runs what it is given, so every piece of text goes through :func:`escaped`.
+Pictures that follow a slider are SVG: matplotlib takes too long to label a head.  Corpus text is not trusted, and an HTML
+widget runs its value, so every piece of text goes through :func:`escaped`.
 """
 
 from __future__ import annotations
@@ -87,15 +86,10 @@ def _words(distilled: DistilledSet, student: Student) -> list[list[str]]:
     return [cast("list[str]", student.tokenizer.convert_ids_to_tokens(row[mask].tolist())) for row, mask in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------- prompts
-
-
 def replaced(distilled: DistilledSet, student: Student, example: int, position: int, token: int) -> DistilledSet:
     """The set with ``token`` at one learned position; the other positions keep their embeddings or tokens.
 
-    Raises:
-        ValueError: a position that is not learned, a token that the embedding table does not have, or a set that was made with
-            another table.
+    Raises ValueError for a position that is not learned, a token outside the embedding table, or a set of another table.
     """
     distilled.check_table(student)
     _check_place(distilled, example, position)
@@ -167,9 +161,7 @@ def prompt_html(words: Sequence[str], position: int, choices: pandas.DataFrame) 
     return f"<p>{' '.join(marked)}</p>{html_table(rows)}"
 
 
-def prompt_explorer(
-    distilled: DistilledSet, student: Student, *, score: Score | None = None, k: int = 8
-) -> ipywidgets.VBox:
+def prompt_explorer(distilled: DistilledSet, student: Student, *, score: Score | None = None, k: int = 8) -> ipywidgets.VBox:
     """Choose an example and a position; see the nearest words and, while *judge* is pressed, the score with each of them.
 
     Args:
@@ -198,9 +190,6 @@ def prompt_explorer(
 
     example.observe(choose_example, "value")
     return _explorer([example, position, text, judge], draw)
-
-
-# -------------------------------------------------------------------------------------------------------- attention
 
 
 def attention_panels(
@@ -251,7 +240,7 @@ def attention_html(panels: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> s
 def attention_explorer(
     student: Student, params: Params | None, distilled: DistilledSet, real: DistilledSet, *, most: int = 24
 ) -> ipywidgets.VBox:
-    """Example, layer and head by slider, real beside distilled text.
+    """Attention on real beside distilled text, with a slider for example, layer and head.
 
     Args:
         student, params: the model whose attention is shown; params None: the weights the student was loaded with.
@@ -259,12 +248,10 @@ def attention_explorer(
         real: as many examples of real text, such as the set it was distilled from.
         most: number of positions, the first ones.
 
-    Raises:
-        ValueError: sets of different sizes.
+    Raises ValueError for sets of different sizes.
     """
     if len(real) != len(distilled):
-        raise ValueError(f"real has {len(real)} examples and distilled {len(distilled)}; give as many, so that each has its "
-                         "counterpart, such as the set it was distilled from")
+        raise ValueError(f"real has {len(real)} examples and distilled {len(distilled)}; give as many, such as its initial set")
     sets = {"real": real, "distilled": distilled}
     weights = {name: attention(student, examples, params) for name, examples in sets.items()}
     words = {name: _words(examples, student) for name, examples in sets.items()}
@@ -278,15 +265,10 @@ def attention_explorer(
     return _explorer([example, layer, head], draw)
 
 
-# ---------------------------------------------------------------------------------------------------------- monitor
-
-
 def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] | None = None) -> Figure:
     """The terms of the loss at every step, and the scores at those steps where one was taken.
 
-    Args:
-        records: at least one.
-        scores: step → score.
+    ``records`` holds at least one record; ``scores`` maps a step to its score.
     """
     steps = [record.step for record in records]
     terms = pandas.DataFrame([record.terms for record in records]).drop(columns="skipped", errors="ignore")
@@ -312,9 +294,8 @@ class Monitor(ipywidgets.VBox):
 
     def __init__(self, distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5):
         check_whole("every", every)
-        if distiller.checkpoint_dir is None:
-            raise ValueError("a distillation that can be stopped must have a place to go on from: give its Distiller a "
-                             "checkpoint_dir")
+        if distiller.checkpoint.path is None:
+            raise ValueError("a distillation that can be stopped needs a checkpoint: give its Distiller a checkpoint")
         self.distiller, self.steps, self.score, self.every = distiller, steps, score, every
         self.scores: dict[int, float] = {}
         self.task: asyncio.Task | None = None
@@ -367,22 +348,19 @@ def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, eve
     Cells run between its steps, so the notebook stays usable, but a slider waits for the step to end.
 
     Args:
-        distiller: with a ``checkpoint_dir``.  After a stop, or in another session, a Distiller on that folder goes on to the
+        distiller: with a ``checkpoint``.  After a stop, or in another session, a Distiller with that file goes on to the
             very set that an uninterrupted run gives.
         steps: in all, as :meth:`~distillkit.core.distiller.Distiller.run` counts them.
         score: from a set to a number, such as its accuracy on the validation split; taken every ``every`` steps.
         every: steps between pictures.
 
     Raises:
-        ValueError: a distiller without ``checkpoint_dir``.
+        ValueError: a distiller without ``checkpoint``.
         RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
     """
     loop, box = asyncio.get_running_loop(), Monitor(distiller, steps, score=score, every=every)
     box.task = loop.create_task(box.run())
     return box
-
-
-# -------------------------------------------------------------------------------------------------------------- map
 
 
 def map_html(points, texts: Sequence[str], groups: Sequence[str], *, only: str | None = None) -> str:
