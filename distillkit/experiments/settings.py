@@ -306,4 +306,4 @@ _Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE
 
 def renamed(error: Exception, names: Mapping[str, str]) -> str:
     """The message of ``error``, in which the argument it begins with, or that differs, is called as ``names`` says."""
-    return re.sub(r"^\w+|(?<=settings: )\w+", lambda match: names.get(match[0], match[0]), str(error))
+    return re.sub(r"^\w+|(?<=settings: )[\w.]+", lambda match: names.get(match[0], match[0]), str(error))
