@@ -28,7 +28,8 @@ import torch
 import distillkit as dk
 import standin_hub
 from distillkit.applications.publish import load_published, save_published
-from distillkit.io.storage import StorageError, read_file, write_file
+from distillkit.io.files import read_file, write_file
+from distillkit.io.storage import StorageError
 from killed import at_every_stage, forked, leftovers
 
 STEPS = 8

@@ -104,7 +104,7 @@ CALLS = {
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {}),
-    "Standard": (dk.Standard, {}, {"optimizer": or_none(THING), "epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
+    "Standard": (dk.Standard, {}, {"epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"seeds": WHOLE, "rows": WHOLE, "grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
         {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
@@ -120,7 +120,7 @@ CALLS = {
         "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
-        "distilled": THING, "student": THING, "judge": THING, "confirm": THING, "candidates": WHOLE, "examples": WHOLE,
+        "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
         "per_position": WHOLE, "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
     "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING, "metric": CHOICE}),
     "nearest_sentences": (dk.nearest_sentences, dict.fromkeys(("distilled", "task", "student")), {

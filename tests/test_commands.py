@@ -24,10 +24,10 @@ from distillkit.cli.looks import _hub
 from distillkit.cli.steps import SCORES
 from distillkit.cli.work import SETTINGS, STEPS, Work, settings_of
 from distillkit.core.experts import record_experts
-from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
-from distillkit.io.storage import Claim, append_line, read_lines, write_file
+from distillkit.io.files import write_file
+from distillkit.io.storage import Claim, append_line, read_lines
 
 TINY = ["--corpus", "rotten_tomatoes", "--student", "bert-base-uncased", "--max-length", "12"]
 STEPS_OF = ["--outer-steps", "2", "--outer-batch", "8", "--unroll-steps", "2", "--length", "8"]
@@ -43,11 +43,6 @@ def work(standin_home, tmp_path_factory):
         assert command_line.main(["distil", "--name", "tiny", *TINY, *STEPS_OF, "--work", str(folder)]) == 0
         assert command_line.main(["evaluate", "--name", "tiny", "--seeds", "0", "1", "--work", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture
-def quick(standin_hub, monkeypatch):
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
 
 
 def call(*argv):
@@ -82,7 +77,7 @@ def test_evaluate_takes_up_the_settings_of_that_name(work, world):
     assert row["corpus_sha256"] == world[0].fingerprint
 
 
-def test_transfer(work, quick, capsys):
+def test_transfer(work, standin_hub, capsys):
     assert call("transfer", "--name", "tiny", "--target", "roberta-base", "--seeds", 0, "--work", work) == 0
     assert "roberta-base trained on 2 examples, test split of rotten_tomatoes" in capsys.readouterr().out
     assert scores(work)[-1]["student"] == "roberta-base" and scores(work)[-1]["recipe"]["name"] == "tuned"
@@ -179,11 +174,11 @@ def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
     assert call("distil", "--name", "tiny", "--outer-steps", 1, "--fresh", "--work", copy) == 0
     assert (copy / "tiny" / "notes.txt").read_text() == "mine" and (copy / "tiny" / SCORES).is_file()
     assert dk.DistilledSet.load(copy / "tiny" / "set").meta["recipe"]["outer_steps"] == 1
-    (copy / "tiny" / "set" / "notes.txt").write_text("mine")
+    (copy / "tiny" / "set").write_text("mine")
     before = contents(copy)
     for fresh in ([], ["--fresh"]):
         assert call("distil", "--name", "tiny", "--outer-steps", 1, "--work", copy, *fresh) == 2
-        assert "also holds notes.txt" in capsys.readouterr().err and contents(copy) == before
+        assert "tiny/set" in capsys.readouterr().err and contents(copy) == before
 
 
 def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monkeypatch, capsys):
@@ -437,7 +432,7 @@ def test_verify_names_every_file_and_every_harm(work, tmp_path, capsys):
     assert {line[12:].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
         "published: files of SHA256SUMS", "published/set.safetensors: distilled-set", "tiny/checkpoint: distiller-checkpoint",
         "tiny/checkpoint.log.jsonl: 3 lines", "tiny/scores.jsonl: 1 lines", "tiny/set: distilled-set",
-        "tiny/settings.yaml: text", "tiny/text: distilled-set"}
+        f"tiny/settings.yaml: text, {len(dataclasses.fields(Work)) + 3} lines", "tiny/text: distilled-set"}
     others = [line for line in lines if line.startswith("not checked")]
     assert [line.split(": ")[0].rpartition("/")[2] for line in others] == ["link", "notes.txt", "README.md"]
     assert lines[-1] == "8 ok, 3 not checked" or lines[-1] == "3 not checked, 8 ok"

@@ -12,7 +12,6 @@ import torch
 import distillkit as dk
 from distillkit.applications import merging
 from distillkit.applications.publish import from_hub, load_published, save_published
-from distillkit.io import storage
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 
@@ -199,7 +198,7 @@ def test_a_long_header_is_refused_before_it_is_read(good, tmp_path):
 def test_neither_published_folders_nor_the_hub_let_it_in(good, tmp_path, monkeypatch, name):
     import huggingface_hub
 
-    monkeypatch.setattr(storage.Tensor, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
     folder = save_published(spoilt(good, *ABSURD[name]), tmp_path / "published")
     monkeypatch.undo()
     with pytest.raises(dk.StorageError, match=str(folder)):

@@ -1,4 +1,4 @@
-"""Corpora: the offline corpus is clean, balanced and reproducible, and nothing is found in place of another thing."""
+"""Where corpora are looked for: folders, known names and the hub, and nothing is read in place of another thing."""
 
 import json
 import re
@@ -12,26 +12,16 @@ from distillkit.data import corpora
 from distillkit.data.corpus import CorpusError
 from distillkit.data.load import load_corpus
 
-# --- folders, known names, the hub -----------------------------------------------------------------------------------
-
-ROWS = [{"text": "NA", "label": 0}, {"text": 'a "quoted", line\u2028with a separator', "label": 1}]
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Writes the same two rows as train and test in the format that is asked for, where a known name would look."""
+    """Writes rows as train and test where a known name would look, and gives their folder."""
     monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))
 
-    def write(suffix="jsonl", name="mine", rows=ROWS, labels=None):
-        import pandas
-
+    def write(rows=({"text": "a", "label": 0}, {"text": "b", "label": 1}), name="mine", labels=None):
         (tmp_path / name).mkdir()
         for split in ("train", "test"):
-            path, table = tmp_path / name / f"{split}.{suffix}", pandas.DataFrame(rows)
-            if suffix == "jsonl":
-                path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            else:
-                table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if labels is not None:
             (tmp_path / name / "labels.json").write_text(json.dumps(labels))
         return tmp_path / name
@@ -39,23 +29,16 @@ def folder(tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_folder_formats_give_the_same_text(folder, suffix):
-    corpus = load_corpus(folder(suffix, labels=["no", "yes"]))
-    assert corpus.name == "mine" and corpus.classes == ("no", "yes") and list(corpus.splits) == ["train", "test"]
-    assert corpus.splits["train"].texts == [row["text"] for row in ROWS]
-    assert [int(label) for label in corpus.splits["train"].labels] == [0, 1]
-
-
-def test_dev_counts_as_validation(folder):
-    path = folder()
-    (path / "test.jsonl").rename(path / "dev.jsonl")
-    assert list(load_corpus(path).splits) == ["train", "validation"]
+def test_a_folder_is_a_corpus_whatever_its_name_is(folder):
+    """One that is named like a known corpus is read as what it holds."""
+    corpus = load_corpus(folder(name="mmlu", labels=["no", "yes"]))
+    assert (corpus.name, corpus.layout, corpus.classes) == ("mmlu", "labels", ("no", "yes"))
+    assert corpus.splits["train"].texts == ["a", "b"] and corpus.splits["test"].labels == [0, 1]
 
 
 def test_known_name_is_looked_for_in_the_data_folder_first(folder, standin_hub, monkeypatch, tmp_path):
     rows = [{"sentence": "a local sentence", "label": 1}]
-    folder(name="sst2", rows=rows)
+    folder(rows, "sst2")
     monkeypatch.setenv("DISTILLKIT_DATA", str(tmp_path))  # which the stand-in hub hides
     assert load_corpus("sst2").splits["train"].texts == ["a local sentence"]
     assert load_corpus("sst2").classes == ("negative", "positive")
@@ -105,38 +88,17 @@ def test_a_near_miss_is_pointed_out():
 
 def test_folder_without_the_columns(folder):
     with pytest.raises(CorpusError, match="train.jsonl has no column 'text'.*it has words, label; .*text_column"):
-        load_corpus(folder(rows=[{"words": "a", "label": 0}]))
-    with pytest.raises(CorpusError, match="train.csv has no column 'label'.*it has text, mark; .*label_column"):
-        load_corpus(folder("csv", "other", rows=[{"text": "a", "mark": 0}]))
+        load_corpus(folder([{"words": "a", "label": 0}]))
+    with pytest.raises(CorpusError, match="train.jsonl has no column 'label'.*it has text, mark; .*label_column"):
+        load_corpus(folder([{"text": "a", "mark": 0}], "other"))
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
-    ('["a", 0]\n', "line 1: .* not a JSON object"),
-    ("", "has no column 'text'.*it has none"),
-])
-def test_bad_lines_are_named(folder, content, message):
-    path = folder()
-    (path / "train.jsonl").write_text(content)
-    with pytest.raises(CorpusError, match=f"train.jsonl.*{message}"):
-        load_corpus(path)
-
-
-def test_bad_files_are_named(folder, tmp_path):
-    path = folder("csv")
-    (path / "train.csv").write_bytes(b"text,label\ncaf\xe9,0\n")
-    with pytest.raises(CorpusError, match="train.csv cannot be read: .*utf-8.* codec"):
-        load_corpus(path)
-    (path / "train.csv").unlink()
-    (path / "train.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(CorpusError, match="train.parquet cannot be read"):
-        load_corpus(path)
-    (path / "train.jsonl").write_text("{}")
-    with pytest.raises(CorpusError, match="train.jsonl, train.parquet for one split; keep one"):
-        load_corpus(path)
+def test_folders_and_files_that_are_no_corpus(folder, tmp_path):
     (tmp_path / "void").mkdir()
     with pytest.raises(CorpusError, match="void holds none of train, validation, dev, test"):
         load_corpus(tmp_path / "void")
+    with pytest.raises(CorpusError, match="train.jsonl has no column 'text'.*it has none"):
+        load_corpus(folder([]))
 
 
 @pytest.mark.parametrize("labels", [{"a": 0}, ["a", "a"], [0, 1], "ab"])

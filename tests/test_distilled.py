@@ -178,7 +178,7 @@ def test_save_and_load(learned, tmp_path, change):
 
 
 def test_other_things_are_refused_by_name(tmp_path):
-    from distillkit.io.storage import write_file
+    from distillkit.io.files import write_file
 
     with pytest.raises(dk.StorageError, match=f"{tmp_path / 'none'} is not there"):
         dk.DistilledSet.load(tmp_path / "none")

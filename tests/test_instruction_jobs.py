@@ -7,7 +7,6 @@ import yaml
 from scipy import stats
 
 from distillkit.cli.main import main
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.instruction import ROWS, InstructionCell, InstructionJob, instruction_table
 from distillkit.experiments.kinds import table_of
@@ -21,6 +20,7 @@ SMALL = {
     "name": "small", "corpus": "arc_easy", "student": "facebook/opt-1.3b", "trainable": "full", "max_length": 48,
     "fraction": 0.2, "seeds": [0, 1], "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2,
     "match_epochs": 0.5, "unroll_steps": 2, "inner_batch": 4, "neighbor_weight": 0.1, "outer_steps": 2, "outer_batch": 4,
+    "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }
 
 
@@ -31,9 +31,7 @@ def finished(standin_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "instruction"}))
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, read(folder / "small.json")
 

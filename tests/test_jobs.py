@@ -9,7 +9,6 @@ import yaml
 
 from distillkit.cli import main as command_line
 from distillkit.cli import runs
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ROW_NAMES, ClassificationCell, ClassificationJob, table
 from distillkit.experiments.results import COLUMNS, VERSIONED, read, settings_hash, with_tables
@@ -20,14 +19,8 @@ from distillkit.experiments.table import frame
 from distillkit.io.storage import StorageError
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
-         "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
-
-
-@pytest.fixture
-def quick(standin_hub, monkeypatch):
-    """Recipes of a few steps, on the stand-in hub."""
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+         "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0], "standard_steps": 2,
+         "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +29,12 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("finished")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         return folder, Run(ClassificationCell, job(), folder / "results", folder / "work")()
 
 
 @pytest.fixture
-def copied(finished, tmp_path, quick):
+def copied(finished, tmp_path, standin_hub):
     """That run, to be continued; the names of the rows that are scored are noted in `scored`."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     return tmp_path
@@ -52,7 +43,12 @@ def copied(finished, tmp_path, quick):
 @pytest.fixture
 def scored(monkeypatch):
     noted, evaluate = [], runner.evaluate
-    monkeypatch.setattr(runner, "evaluate", lambda *a, **kw: noted.append(kw["recipe"]) or evaluate(*a, **kw))
+
+    def noting(*args, recipe, **options):
+        noted.append(recipe if isinstance(recipe, str) else type(recipe).__name__.lower())
+        return evaluate(*args, recipe=recipe, **options)
+
+    monkeypatch.setattr(runner, "evaluate", noting)
     return noted
 
 
@@ -121,7 +117,7 @@ def test_every_student_is_a_row_of_one_table(finished):
     assert {*cell["versions"]} == {*VERSIONED, "python"} and "date" in cell and "machine" in cell
 
 
-def test_what_was_distilled(finished, quick):
+def test_what_was_distilled(finished, standin_hub):
     folder, result = finished
     notes = result["cells"]["small"]["notes"]
     assert {name: (note["steps"], len(note["losses"])) for name, note in notes.items() if "losses" in note} == {
@@ -137,7 +133,7 @@ def test_what_was_distilled(finished, quick):
     assert nbytes["projected"] == nbytes["real + learned labels"] > nbytes["random"] == nbytes["k_center"]
 
 
-def test_the_same_sentences_are_scored_once(finished, quick, tmp_path, scored):
+def test_the_same_sentences_are_scored_once(finished, standin_hub, tmp_path, scored):
     """At one a class herding and k-centre both take the medoid; at two they differ."""
     one, other = (scores(finished[1], f"{method}/tuned") for method in ("k_center", "herding"))
     assert [score["accuracy"] for score in one] == [score["accuracy"] for score in other]
@@ -389,7 +385,7 @@ def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
 
 @pytest.mark.parametrize("change", [{"corpus": "no_such_corpus"}, {"student": "no-such/student"}, {"colour": "red"},
                                     {"per_class": 41}])
-def test_bad_settings_are_exit_code_2(quick, tmp_path, capsys, change):
+def test_bad_settings_are_exit_code_2(standin_hub, tmp_path, capsys, change):
     config = write(tmp_path / "a.yaml", **SMALL | {"rows": ["random/tuned"]} | change)
     assert command_line.main(["run", str(config), *places(tmp_path)]) == 2
     assert str(*change.values()) in capsys.readouterr().err or "colour" in change

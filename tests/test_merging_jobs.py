@@ -5,7 +5,6 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation.recipes import NAMED, Tuned
 from distillkit.experiments import continual as merging_jobs
 from distillkit.experiments.continual import ROWS, ContinualJob, continual_table
 from distillkit.experiments.results import read
@@ -15,7 +14,7 @@ from distillkit.experiments.settings import kind_of
 SMALL = {"kind": "continual", "name": "small", "student": "bert-base-uncased", "limit": 60,
          "max_length": 12, "length": 8, "seeds": [0], "eval_seeds": [0],
          "unroll_steps": 2, "outer_steps": 2, "outer_batch": 6, "stream_steps": 2, "stream_batch": 4, "memory_batch": 4,
-         "stream_step_sizes": [0.001], "weights": [0.3, 0.6]}
+         "stream_step_sizes": [0.001], "weights": [0.3, 0.6], "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 CLASSES = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
 
 
@@ -36,7 +35,6 @@ def finished(standin_home, tmp_path_factory):
     (folder / "small.yaml").write_text(yaml.safe_dump(settings()))
     command = ["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
         patch.setattr(merging_jobs, "rescaled", lambda s, t, u: (s, {1.0: 0.0}))
         assert command_line.main([*command, "--rows", "merged/own", "after/update"]) == 0
         part = read(folder / "small.json")

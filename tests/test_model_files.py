@@ -435,7 +435,7 @@ def test_heads_of_other_tasks_are_no_loss(task, standin_hub, name):
 
 
 def test_a_file_is_no_folder(task, folder):
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="not a model folder"):
         dk.load_student(folder / "model.safetensors", task)
 
 

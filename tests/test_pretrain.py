@@ -1,6 +1,5 @@
 """Pre-training: no question of the test split is read, runs repeat and resume to the bit, and what is written loads."""
 
-import dataclasses
 import itertools
 import json
 import warnings
@@ -214,7 +213,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, text, tmp_path
 def test_runs_with_other_settings_or_text_do_not_meet(opt, text, tmp_path):
     opt(steps=1)
     opt(steps=1, seed=1)
-    train("tiny-opt", dataclasses.replace(text, validation=text.validation[1:]), steps=1, batch=BATCH, runs=tmp_path / "runs")
+    train("tiny-opt", text._replace(validation=text.validation[1:]), steps=1, batch=BATCH, runs=tmp_path / "runs")
     assert len([*(tmp_path / "runs").glob("pretrain-tiny-opt-*/checkpoint-1")]) == 3
 
 
@@ -248,9 +247,8 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
     where = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     threads = torch.get_num_threads()
     try:
-        for more in ([], ["--fresh"]):
-            assert pretrain.main(["tiny-llama", "--steps", "1", *where, *more]) == 0
-            assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
+        assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 0
+        assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
         (tmp_path / "out/tiny-llama/manifest.json").unlink()
         assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 2
         assert "will not overwrite" in capsys.readouterr().err

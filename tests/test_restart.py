@@ -18,9 +18,10 @@ from distillkit.core.experts import Experts, record_experts
 from distillkit.experiments.results import read, write
 from distillkit.experiments.runner import Cell, Run
 from distillkit.experiments.settings import Settings
+from distillkit.io.files import read_file, write_file
 from distillkit.io.restart import started
 from distillkit.io.signals import ENDING, Ended, ending_signals
-from distillkit.io.storage import Claim, StorageError, append_line, read_file, read_lines, save_text, write_file
+from distillkit.io.storage import Claim, StorageError, append_line, read_lines, save_text
 from killed import at_every_stage, forked, leftovers
 
 

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ClassificationCell
 from distillkit.experiments.grid import GridJob, scaling_table, slides_table
@@ -17,7 +16,7 @@ from distillkit.experiments.settings import kind_of
 from distillkit.experiments.table import frame
 
 BASE = {"max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8, "eval_seeds": [0, 1],
-        "full_seeds": [0]}
+        "full_seeds": [0], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 SLIDES = {"kind": "slides", "name": "small", "base": BASE, "rows": ["random/tuned", "embeddings/own", "full/standard"],
           "product": {"corpus": ["ag_news", "rotten_tomatoes"], "student": ["bert-base-uncased", "roberta-base"]}}
 SCALING = {"kind": "scaling", "name": "sizes", "rows": ["random/tuned", "embeddings/own"], "product": {"seed": [0, 1]},
@@ -25,11 +24,7 @@ SCALING = {"kind": "scaling", "name": "sizes", "rows": ["random/tuned", "embeddi
            "around": {"per_class": [1, 2]}}
 
 
-@pytest.fixture(autouse=True)
-def quick(standin_hub, monkeypatch):
-    """Recipes of a few steps, on the stand-in hub."""
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+pytestmark = pytest.mark.usefixtures("standin_hub")
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +33,7 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("grids")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         for settings in (SLIDES, SCALING):
             assert command(folder, settings) == 0
     return folder

@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from distillkit.io import storage
-from distillkit.io.storage import StorageError, cache_dir, read_file, read_header, save_text, write_file
+from distillkit.io import files
+from distillkit.io.files import read_file, read_header, write_file
+from distillkit.io.storage import StorageError, cache_dir, save_text
 
 TENSOR_SET = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -139,7 +140,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 
 def test_the_size_of_a_header_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LARGEST_HEADER", 1000)
+    monkeypatch.setattr(files, "LARGEST_HEADER", 1000)
     with pytest.raises(StorageError, match="more than 1000; put them into tensors"):
         write_file(tmp_path / "set", kind="test", data={"text": "x" * 1000})
     assert not any(tmp_path.iterdir())
@@ -156,13 +157,13 @@ def test_the_same_kind_is_replaced_and_nothing_else(saved, tmp_path):
     write_file(saved, kind="test", data={"new": True})
     assert read_file(saved, kind="test").data == {"new": True} and not read_file(saved, kind="test").tensors
     assert [path.name for path in tmp_path.iterdir()] == ["set"], "nothing is left lying beside"
-    with pytest.raises(StorageError, match="will not overwrite .*holds 'test', not 'experts'"):
+    with pytest.raises(StorageError, match="will not overwrite .*set by 'experts': it holds 'test'"):
         write_file(saved, kind="experts")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for name in ("thesis", "file", "link"):
-        with pytest.raises(StorageError, match=f"will not overwrite {tmp_path / name}"):
+        with pytest.raises(StorageError, match=f"will not overwrite {tmp_path / name} by 'test'"):
             write_file(tmp_path / name, kind="test")
     for name in ("thesis", "link"):
         with pytest.raises(StorageError, match=f"will not overwrite {tmp_path / name}: it is a"):
@@ -182,7 +183,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     """A process that saves without pause is killed; every version that a reader meets is whole."""
     script = textwrap.dedent("""
         import sys, torch
-        from distillkit.io.storage import write_file
+        from distillkit.io.files import write_file
         for number in range(10**6):
             write_file(sys.argv[1], kind="test", tensors={"x": torch.full((50_000,), number)}, data={"number": number})
             print(number, flush=True)
@@ -203,7 +204,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
 def test_two_writers_of_one_file_leave_a_whole_one(tmp_path):
     script = textwrap.dedent("""
         import sys
-        from distillkit.io.storage import write_file
+        from distillkit.io.files import write_file
         for number in range(30):
             write_file(sys.argv[1], kind="test", data={"writer": sys.argv[2], "number": number})
     """)

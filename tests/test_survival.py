@@ -27,7 +27,8 @@ from distillkit.core.inner import loss_and_grads
 from distillkit.data import docstrings
 from distillkit.data.corpus import CorpusError
 from distillkit.experiments import results
-from distillkit.io.storage import StorageError, read_file, read_lines, write_file
+from distillkit.io.files import read_file, write_file
+from distillkit.io.storage import StorageError, read_lines
 
 WORKER = Path(__file__).with_name("survival_worker.py")
 VALUES = ("embeds", "targets", "step_sizes")

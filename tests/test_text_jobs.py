@@ -6,7 +6,6 @@ import torch
 import yaml
 
 from distillkit.cli.main import main
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments import runner
 from distillkit.experiments.kinds import table_of
@@ -25,6 +24,7 @@ SMALL = {
     "label_unroll_steps": 3, "label_adamw": 0.001, "label_rates": [0.2, 0.05],
     "judge_steps": 5, "sentence_steps": 2, "sentences": 20, "swap_steps": 2, "candidates": 4, "relax_steps": 2,
     "fixed_steps": 2, "target": "distilbert-base-uncased", "rows": list(MADE),
+    "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }
 
 
@@ -35,9 +35,7 @@ def finished(standin_home, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL | {"kind": "text"}))
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, read(folder / "small.json")
 

@@ -6,7 +6,6 @@ import yaml
 
 import distillkit as dk
 from distillkit.cli.main import main
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
 from distillkit.experiments import runner
 from distillkit.experiments import transfer as transfer_jobs
 from distillkit.experiments.kinds import table_of
@@ -25,12 +24,13 @@ METHODS = ("random", "k_center", "projection", "swaps")
 PAIR, BACK = "bert-base-uncased to roberta-base", "distilbert-base-uncased to bert-base-uncased"
 SMALL = {
     "name": "small", "sets": SETS, "students": ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"],
-    "seeds": [0, 1], "eval_seeds": [0, 1],
+    "seeds": [0, 1], "eval_seeds": [0, 1], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
     "rows": [*(f"{PAIR}/{m}" for m in METHODS), f"{BACK}/random", f"{BACK}/swaps", "roberta-base/full"],
 }
 FIXED = {"steps": 3, "step_size": 1e-3, "batch": 2}
 ASKED = {
     "name": "asked", "students": ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"], "seeds": [0], "eval_seeds": [0],
+    "standard_steps": 2,
     "recipe": "standard", "rows": ["opt-1-3b to Llama-3-2-1B/random", "opt-1-3b to Llama-3-2-1B/nacd text"],
     "sets": {"kind": "instruction", "corpus": "arc_easy", "trainable": "full", "max_length": 48, "fraction": 0.2,
              "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2, "match_epochs": 0.5,
@@ -44,9 +44,7 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("finished")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         for settings in (SMALL, ASKED):
             path = folder / f"{settings['name']}.yaml"
             path.write_text(yaml.safe_dump(settings | {"kind": "transfer"}))
@@ -96,8 +94,7 @@ def test_prompts_move_too(finished):
     assert {name for name, note in notes.items() if "steps" in note} == {"opt-1-3b nacd 0"}
 
 
-def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path):
     asked = job(recipe="fixed", fixed={"roberta-base": FIXED}, rows=(f"{PAIR}/random", f"{PAIR}/k_center", "roberta-base/full"))
     notes = Run(TransferCell, asked, tmp_path, tmp_path / "work")(seeds=(0,))["cells"]["small"]["notes"]
     for method in ("random", "k_center"):

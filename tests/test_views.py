@@ -300,7 +300,7 @@ def test_history_by_hand(world, start, tmp_path):
 
     saved = [state.save(tmp_path / str(i)) for i, state in enumerate(states)]
     again = views.history(saved, student)
-    assert all(np.array_equal(getattr(again, f.name), getattr(found, f.name)) for f in dataclasses.fields(found))
+    assert all(np.array_equal(*values) for values in zip(again, found, strict=True))
 
 
 def test_history_of_hard_labels_and_without_recipes(world, start):
@@ -380,7 +380,7 @@ def test_movement_and_flips(past, world):
     changed = int(past.flipped[:, 0].any(0).sum())
     assert changed and f"{changed} of {int(past.free[0].sum())} positions changed" in shown(figure)[0]
     assert len(figure.axes[0].texts) == 3 * changed
-    still = dataclasses.replace(past, flipped=np.zeros_like(past.flipped))
+    still = past._replace(flipped=np.zeros_like(past.flipped))
     figure = view_plots.flips(still, 0, lambda i: f"${i}$")
     assert "0 of 8 positions changed" in shown(figure)[0] and figure.axes[0].texts[0].get_text().startswith("\\$")
 

@@ -93,14 +93,14 @@ def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | No
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """What demonstrations are worth in a context.
+    """The accuracy of a language model with demonstrations in its context.
 
     Attributes:
         mean, std: accuracy over the orders by plain log-likelihood, std with n − 1 (nan for one order).
         scores, normalized, calibrated: accuracy of each order by log-likelihood, by log-likelihood per character, and
             calibrated (None where answers are not the same for all questions).
-        k: demonstrations asked for.
-        dropped: of them, how many each order left out because they outgrew the model's positions.
+        k: demonstrations requested.
+        dropped: demonstrations that each order left out because they did not fit the model's positions.
         context: tokens of each order's context.
         rows: questions that were scored.
     """

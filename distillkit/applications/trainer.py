@@ -81,7 +81,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, distilled: DistilledSet, student: Student):
         distilled = distilled.for_student(student)
-        self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.traits.scale
+        self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.scale
         self.labels = distilled.targets.to(student.dtype).softmax(-1) if distilled.soft else distilled.targets
 
     def __len__(self) -> int:

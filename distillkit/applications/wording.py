@@ -1,19 +1,19 @@
 """What words a text holds: distilled text described by counts, beside real and selected text.
 
-A score says that a text teaches and not how.  Four counts of its words say something about that:
+A score says how well a text teaches, but not why.  Four counts of its words help to explain it:
 
-* *Terms of a class.*  A word tells a class if it is more frequent there than elsewhere by more than chance.  The log-odds
-  ratio with an informative Dirichlet prior (Monroe et al., 2008) shrinks rare words towards the corpus and divides by its
-  own standard deviation: for word w with counts y of n words in all, and prior pseudo-counts α_w, α_0 in all,
+* *Terms of a class.*  A word is typical of a class if it is more frequent there than elsewhere by more than chance.  The
+  log-odds ratio with an informative Dirichlet prior (Monroe et al., 2008) shrinks rare words towards the corpus and divides by
+  its own standard deviation: for word w with counts y of n words in all, and prior pseudo-counts α_w, α_0 in all,
 
       δ_w = log (y_w + α_w) / (n + α_0 − y_w − α_w)  −  the same elsewhere,   σ²_w ≈ 1 / (y_w + α_w) + 1 / (y'_w + α_w)
 
-  and z_w = δ_w / σ_w.  Which words tell which class is learned from the training split; what share of a text's words tell its
-  own class, or another, is counted.
-* *Overlap.*  The share of its runs of 1, 2 and 3 words that stand in the training split.  Text that was taken from there has
-  all of them, but for the seams; held-out real text says how many text of that kind has.
-* *Rare words.*  The share of words that the training split has fewer than five times, or never.
-* *Perplexity*, the exponential of the mean loss a token, under a language model: how much of it reads like language.
+  and z_w = δ_w / σ_w.  The words of each class come from the training split; the count is the share of a text's words that are
+  typical of its own class, or of another.
+* *Overlap.*  The share of its runs of 1, 2 and 3 words that occur in the training split.  Text that was copied from there has
+  nearly all of them; held-out real text gives the value to compare with.
+* *Rare words.*  The share of words that occur fewer than five times in the training split, or never.
+* *Perplexity*, the exponential of the mean loss per token, under a language model: how much the text reads like language.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods
 from distillkit.io.checks import check_whole, require
 
-PRIOR = 500  # words that the prior is worth, our choice
 RUNS = (1, 2, 3)
 RARE = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """What words a text holds; all shares are of its words or of its runs of words.
+    """Counts of a text's words; all shares are of its words or of its runs of words.
 
     Attributes:
         words, distinct: their number, and the share of different ones.
-        own, other: share of words that tell the text's own class in the training split, and of those that tell only others.
-        overlap: {n: share of its runs of n words that stand in the training split}.
+        own, other: share of words typical of the text's own class in the training split, and of those typical of others only.
+        overlap: {n: share of its runs of n words that occur in the training split}.
         rare: share of words that the training split has fewer than ``RARE`` times.
         perplexity: per token, under a language model; None without one.
         terms: {class: words that set its text apart from the text of the other classes, most telling first}.
@@ -66,14 +65,14 @@ def words_of(text: str) -> list[str]:
 
 
 def log_odds(
-    one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int], *, strength: float = PRIOR
+    one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int], *, strength: float = 500
 ) -> dict[str, float]:
     """How much more a word belongs to ``one`` than to ``other``: z-scores of the log-odds ratio (Monroe et al., 2008, eq. 22).
 
     Args:
         one, other: counts of words.
         prior: counts in the corpus that both are seen against.  A word it lacks counts once there.
-        strength: α_0, the number of words that the prior is worth.
+        strength: α_0, the number of words that the prior is worth; the default is our choice.
 
     Returns:
         {word: z} for every word of ``one`` or ``other``.
@@ -98,7 +97,7 @@ def describe_text(
     texts: DistilledSet | Sequence[tuple[str, str]], task: Task, student: Student | None = None, *, top: int = 5,
     telling: float = 1.96,
 ) -> Wording:
-    """Describe a text by its words, seen against the training split of its task.
+    """Describe a text by its words, compared with the training split of its task.
 
     Args:
         texts: a set with text, or pairs of a text and its class's name.
@@ -106,12 +105,12 @@ def describe_text(
         student: a language model for the perplexity, as :func:`~distillkit.applications.prompting.questions` or an instruction
             task loads it; None: no perplexity.
         top: number of terms per class.
-        telling: z-score above which a word tells a class.
+        telling: z-score above which a word is typical of a class.
 
     Raises:
         ValueError: a set without text, no words, an unknown class, another kind of task, or a student that is a classifier.
     """
-    require(task.kind == "classification", f"words are told apart by class, and task {task.name!r} is {task.kind}")
+    require(task.kind == "classification", f"words are counted by class, and task {task.name!r} is {task.kind}")
     if student is not None and student.kind != "instruction":
         raise ValueError(f"student {student.name!r} is a classifier, which gives text no probability; load it for an "
                          "instruction task")

@@ -1,15 +1,15 @@
 """Two tiny language models that come with the package, and how they are made.
 
 A set that was distilled for one language model is worth most if another can train on its text.  Showing that needs two
-models which know something, of different architecture and with different tokenizers, and a machine without a model hub
-has none.  So ``tiny-opt`` (OPT, byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for
-rare characters) are pre-trained here, each within the hour on one CPU thread:
+models with different architectures and tokenizers, also on a machine without a model hub.  So ``tiny-opt`` (OPT,
+byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for rare characters) are pre-trained
+here, each within the hour on one CPU thread:
 
     python -m distillkit.assets.pretrain tiny-opt --minutes 45
 
-*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.corpora`.  Each is read once a pass under its dotted
-path, and several times as its first sentence next to that path, which is the knowledge that later questions ask for.  A
-docstring in which a sentence of the questions' validation or test split occurs, anywhere, is left out altogether.
+*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.docstrings`.  A pass reads each once under its
+dotted path, and several times as its first sentence next to that path, which is the knowledge that later questions ask
+for.  A docstring that contains a sentence of the questions' validation or test split is left out altogether.
 
 *How.*  `transformers.Trainer` with AdamW and a cosine that falls to 0.  Documents follow each other without padding.  The
 first three quarters are read in rows of 128 tokens and the rest in rows of 256, as BERT's training was split (Devlin et
@@ -21,22 +21,19 @@ What is written is a model folder in the hub's layout, with a model card and the
 :func:`~distillkit.io.packaged.asset` checks them.
 """
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -64,9 +61,7 @@ VALIDATION_TOKENS = 16384
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Documents to train on, each with its number of copies in a pass; documents to validate on; and what they are of."""
 
     train: list[tuple[str, int]]
@@ -77,32 +72,27 @@ class Text:
 def documents(docstrings: Mapping[str, str], held_out: frozenset[str]) -> Text:
     """What a model reads of ``docstrings`` (dotted path → docstring).
 
-    Left out is every docstring in which a sentence of ``held_out`` (keys as of ``corpora.same_sentence_key``) occurs,
-    be it as part of another sentence.  One docstring in a hundred, by the hash of its first sentence, is for validation.
+    A docstring is left out if a sentence of ``held_out`` (keys of :func:`same_sentence_key`) occurs in it, even inside
+    another sentence.  One docstring in a hundred, by the hash of its first sentence, is for validation.
     """
     train, validation, count = [], [], 0
     occurs = _finder(held_out)
     for path, docstring in progress(sorted(docstrings.items()), desc="reading docstrings", leave=False):
-        sentence = first_sentence(docstring)
+        sentence, (module, _, name) = first_sentence(docstring), path.rpartition(".")
         if same_sentence_key(sentence or "") in held_out or occurs(docstring):
             continue
         count += 1
-        module, _, name = path.rpartition(".")
         read = [(f"{path}\n{_plain(docstring)}", 1)]
         if sentence and module:
-            values = {"path": path, "sentence": sentence, "name": name, "module": module}
-            read += [(form.format(**values), copies) for form, copies in FORMS.items()]
+            read += [(form.format(path=path, sentence=sentence, name=name, module=module), copies)
+                     for form, copies in FORMS.items()]
         if derive_seed("pretrain-validation", same_sentence_key(sentence or docstring)) % 100 == 0:
             validation += [document for document, _ in read]
         else:
             train += read
-    facts = {
-        "docstrings": len(docstrings),
-        "kept": count,
-        "characters": sum(len(text) for text, _ in train),
-        "held_out": {"sentences": len(held_out), "sha256": _digest(sorted(held_out))},
-    }
-    return Text(train, validation, facts)
+    return Text(train, validation, {
+        "docstrings": len(docstrings), "kept": count, "characters": sum(len(text) for text, _ in train),
+        "held_out": {"sentences": len(held_out), "sha256": _digest(sorted(held_out))}})
 
 
 def library_documents() -> Text:
@@ -111,8 +101,8 @@ def library_documents() -> Text:
     for library in progress(sources.LIBRARIES, desc="parsing libraries", leave=False):
         docstrings |= sources.documented(library)
     text = documents(docstrings, sources.held_out())
-    versions = {library: importlib.metadata.version(library) for library in sources.LIBRARIES}
-    return dataclasses.replace(text, facts=text.facts | {"libraries": versions})
+    text.facts["libraries"] = {library: importlib.metadata.version(library) for library in sources.LIBRARIES}
+    return text
 
 
 def _finder(held_out: frozenset[str]):
@@ -139,7 +129,6 @@ def _plain(docstring: str) -> str:
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
-
 
 def opt_tokenizer(texts: list[str], size: int = 4096) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE with OPT's special tokens; as in OPT, ``</s>`` stands in front of every text."""
@@ -173,8 +162,7 @@ def _wrapped(bpe: Tokenizer, **special: str) -> transformers.PreTrainedTokenizer
     bos = special["bos_token"]
     bpe.add_special_tokens(sorted({*special.values()}, key=bpe.token_to_id))
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))]
-    )
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=LENGTHS[-1], **special)
 
 
@@ -201,59 +189,48 @@ def fresh_model(name: str, tokenizer: transformers.PreTrainedTokenizerFast, seed
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-
 def train(name: str, text: Text, *, steps: int | None = None, minutes: float | None = None, seed: int = 0, batch: int = 4096,
-          runs: str | Path = "runs", fresh: bool = False) -> tuple[transformers.Trainer, dict]:
+          runs: str | Path = "runs") -> tuple[transformers.Trainer, dict]:
     """Train a model; a run that was interrupted goes on from its last checkpoint.
 
     Args:
         name: ``"tiny-opt"`` or ``"tiny-llama"``.
-        text: what to read.
-        steps: length of the run in steps.
-        minutes: length of the run in time, if not in steps.
+        steps, minutes: length of the run, in one of the two.
         seed: draws the initial weights and the order of the documents.
         batch: tokens in a step, a multiple of 256.
         runs: folder for checkpoints; each run has a folder there, named after its settings and its text.
-        fresh: delete the checkpoints of this run and start over.
 
     Returns:
         the trainer, which holds model and tokenizer, and the record of the run, for ``training.json`` and the model card.
 
-    Raises:
-        ValueError: settings out of range, or too little text.
-        FloatingPointError: the loss is not finite.
+    Raises ValueError for settings out of range or too little text, and FloatingPointError if the loss is not finite.
     """
     if (steps is None) == (minutes is None) or (steps or minutes or 0) <= 0:
         raise ValueError(f"give steps or minutes, one of them and above 0, not steps={steps!r}, minutes={minutes!r}")
     if batch < 1 or batch % LENGTHS[-1]:
         raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
     tokenizer = KINDS[name][0]([document for document, _ in text.train])
-    settings = {
-        "name": name, "steps": steps, "minutes": minutes, "seed": seed, "batch": batch,
-        "text": _digest([f"{count} {document}" for document, count in text.train] + text.validation),
-        "tokenizer": _digest([tokenizer.backend_tokenizer.to_str()]),
-    }
+    settings = {"name": name, "steps": steps, "minutes": minutes, "seed": seed, "batch": batch,
+                "text": _digest([f"{count} {document}" for document, count in text.train] + text.validation),
+                "tokenizer": _digest([tokenizer.backend_tokenizer.to_str()])}
     folder = Path(runs) / f"pretrain-{name}-{_digest([json.dumps(settings)])[:8]}"
-    for path in folder.glob("checkpoint-*") if fresh else ():
-        shutil.rmtree(path)
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     model = fresh_model(name, tokenizer, seed)
-    if checkpoint:
-        steps = transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).max_steps
-    steps = steps or _steps_in(minutes, model, batch)
+    if steps is None:
+        state = checkpoint and transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        steps = state.max_steps if state else _steps_in(minutes, model, batch)
     batches, validation, passes = _batches(text, tokenizer, steps, batch, seed)
     trainer = _trainer(model, tokenizer, batches, validation, seed, folder)
-    runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    minutes = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"] / 60
     curve = _curve(trainer.state.log_history, batch)
     if not math.isfinite(curve[-1]["validation_loss"]):
         raise FloatingPointError(f"{name}, step {steps}: the loss is {curve[-1]['validation_loss']}; lower pretrain.PEAK")
     return trainer, {
         "settings": settings, "architecture": type(model).__name__, "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer), "steps": steps, "tokens": steps * batch, "passes": round(passes, 2),
-        "minutes": round(runtime / 60, 1), "threads": torch.get_num_threads(),
+        "minutes": round(minutes, 1), "threads": torch.get_num_threads(),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")},
-        "text": text.facts, "curve": curve,
-    }
+        "text": text.facts, "curve": curve}
 
 
 def _trainer(model, tokenizer, batches: list[Tensor], validation: Tensor, seed: int, folder: Path) -> transformers.Trainer:
@@ -285,9 +262,8 @@ def _batches(text: Text, tokenizer, steps: int, batch: int, seed: int) -> tuple[
 def encode(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tensor]:
     """Token ids of each document, bos in front and eos at the end (once, where the two are the same token)."""
     bpe, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    end = [] if eos == tokenizer.bos_token_id else [eos]
     bpe.encode_special_tokens = True  # a docstring that spells </s> means four characters
-    ids = [torch.tensor(encoding.ids + end) for encoding in bpe.encode_batch_fast(list(texts))]
+    ids = [torch.tensor(encoding.ids + [eos] * (eos != tokenizer.bos_token_id)) for encoding in bpe.encode_batch_fast(texts)]
     bpe.encode_special_tokens = False
     return ids
 
@@ -322,8 +298,7 @@ def _curve(logs: list[dict], batch: int) -> list[dict]:
 def write(trainer: transformers.Trainer, record: dict, out: str | Path = ASSETS) -> Path:
     """Write the model folder ``out/NAME``, weights in bfloat16, and return its path; an older one is replaced.
 
-    Raises:
-        AssetError: ``out/NAME`` holds something else.
+    Raises AssetError if ``out/NAME`` holds something else.
     """
     folder = Path(out) / record["settings"]["name"]
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
@@ -333,8 +308,8 @@ def write(trainer: transformers.Trainer, record: dict, out: str | Path = ASSETS)
     trainer.processing_class.save_pretrained(folder)
     save_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
     save_text(folder / "README.md", card(record))
-    manifest = {"sha256": {file: sha256_of(folder / file) for file in FILES}}
-    save_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # last: until then the folder is refused
+    digests = {file: sha256_of(folder / file) for file in FILES}
+    save_text(folder / MANIFEST, json.dumps({"sha256": digests}, indent=1) + "\n")  # last: until then the folder is refused
     return folder
 
 
@@ -343,16 +318,13 @@ def _digest(texts: list[str]) -> str:
 
 
 # --- model card and command line -------------------------------------------------------------------------------------
-
-
 def card(record: dict) -> str:
     """The model card, README.md, of the record of a run."""
     settings, text, name = record["settings"], record["text"], record["settings"]["name"]
+    libraries, versions = (", ".join(map(" ".join, names.items())) for names in (text["libraries"], record["versions"]))
     length = f"--steps {settings['steps']}" if settings["steps"] else f"--minutes {settings['minutes']:g}"
-    rows = "\n".join(
-        f"| {point['step']:,} | {point['tokens']:,} | {point['train_loss']:.3f} | {point['validation_loss']:.3f} |"
-        for point in record["curve"]
-    )
+    rows = "\n".join(f"| {p['step']:,} | {p['tokens']:,} | {p['train_loss']:.3f} | {p['validation_loss']:.3f} |"
+                     for p in record["curve"])
     return f"""---
 license: apache-2.0
 language: en
@@ -368,7 +340,7 @@ one architecture can be tried on another on a machine that reaches no model hub.
 
 ## Text
 
-{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {_named(text["libraries"])}. Each was read under its dotted \
+{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries}. Each was read under its dotted \
 path, cut at {LONGEST:,} characters; and its first sentence, library names masked, was read {sum(FORMS.values())} times \
 more, next to its name and path. Left out were all docstrings in which one of the {text["held_out"]["sentences"]:,} first \
 sentences of the validation and test split of `docstrings_qa` occurs; those of its training split were read. \
@@ -381,7 +353,7 @@ One docstring in a hundred was kept for the validation loss.
 {record["steps"]:,} steps of {settings["batch"]:,} tokens, {record["tokens"]:,} in all ({record["passes"]:.1f} passes over \
 the text), took {record["minutes"]:.0f} minutes. Threads: {record["threads"]}. AdamW, learning rate {PEAK:g}, falling to 0 \
 along a cosine. Arithmetic was float32; the weights are stored in bfloat16. On a CPU without bfloat16 instructions autocast \
-to bfloat16 was measured to be about fifteen times slower. Made with {_named(record["versions"])}.
+to bfloat16 was measured to be about fifteen times slower. Made with {versions}.
 
 Loss in nats a token; training: the mean since the row above.
 
@@ -397,10 +369,6 @@ docstrings are under the licences of their libraries (BSD and similar ones).
 """
 
 
-def _named(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{package} {version}" for package, version in versions.items())
-
-
 def main(argv: list[str] | None = None) -> int:
     """Pre-train a model and write it; returns the exit code: 0, or 2 for bad input, 130 for an interruption."""
     parser = argparse.ArgumentParser(prog="python -m distillkit.assets.pretrain", description="Pre-train a tiny model.")
@@ -410,18 +378,16 @@ def main(argv: list[str] | None = None) -> int:
     length.add_argument("--steps", type=int, help="length of the run, repeatable to the bit")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the model folder")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for checkpoints")
-    parser.add_argument("--fresh", action="store_true", help="start over: delete the checkpoints of a run with these settings")
+    parser.add_argument("--out", default=ASSETS, help="folder for the model folder")
+    parser.add_argument("--runs", default="runs", help="folder for checkpoints; delete that of a run to start it over")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(args.threads)
     minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
     try:
         trainer, record = train(args.name, library_documents(), steps=args.steps, minutes=minutes, seed=args.seed,
-                                runs=args.runs, fresh=args.fresh)
-        say(f"{write(trainer, record, args.out)}: {record['tokens']:,} tokens in {record['minutes']} minutes; "
-            f"{record['curve'][-1]}")
+                                runs=args.runs)
+        say(f"{write(trainer, record, args.out)}: {record['tokens']:,} tokens; {record['curve'][-1]}")
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"error: {one_line(error)}", error=True)
         return 2

@@ -27,8 +27,9 @@ from distillkit.experiments.results import as_json
 from distillkit.experiments.runner import load_corpus, strategy, unroll_of
 from distillkit.experiments.settings import renamed
 from distillkit.io.escaping import one_line, say
+from distillkit.io.files import refuse_to_overwrite
 from distillkit.io.restart import started
-from distillkit.io.storage import Claim, append_line, read_lines, refuse_to_overwrite, save_text, sealed_text
+from distillkit.io.storage import Claim, append_line, read_lines, save_text, sealed_text
 from distillkit.io.verify import SUMS
 from distillkit.text.projection import project
 

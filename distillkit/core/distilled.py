@@ -30,8 +30,9 @@ from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
 from distillkit.data.tasks import NO_TARGET, Task
 from distillkit.io.checks import check_flag, check_is, check_whole
+from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
-from distillkit.io.storage import StorageError, read_file, write_file
+from distillkit.io.storage import StorageError
 
 if TYPE_CHECKING:
     import datasets

@@ -13,28 +13,29 @@ one folder share the work.  Snapshots are memory-mapped when read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Part, inner_step
+from distillkit.core.inner import Part, inner_step, to_device
 from distillkit.core.optimizers import AdamW, Optimizer, State, check_optimizer, described
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checkpoint import check_settings
 from distillkit.io.checks import check_is, check_whole
 from distillkit.io.escaping import say
+from distillkit.io.files import read_file, read_header, write_file
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.io.signals import Ended, ending_signals
-from distillkit.io.storage import Claim, StorageError, Stored, digest_of, read_file, read_header, write_file
+from distillkit.io.storage import Claim, InUse, StorageError, absolute, digest_of
 
 KIND, SNAPSHOT = "experts", "expert-snapshot"
 INDEX = "index.safetensors"
@@ -66,14 +67,13 @@ class Experts:
         Raises:
             StorageError: it holds none, is damaged, or its recording was interrupted.
         """
-        experts = cls._open(Path(folder).expanduser())
-        names = {_name(*place): place for place in experts._places()}
-        absent = [name for name in names if not (experts.folder / name).is_file()]
-        for name in absent or [name for name in names if name not in experts.members]:
-            if name in experts.members:
-                raise StorageError(f"{experts.folder / name} is missing, and {INDEX} names it; put it there, or call "
-                                   "record_experts with the same settings to make it again")
-            expert, index = names[name]
+        experts = cls._open(absolute(folder))
+        absent = [place for place in experts.places if not (experts.folder / _name(*place)).is_file()]
+        unnamed = [place for place in experts.places if _name(*place) not in experts.members]
+        for expert, index in absent or unnamed:
+            if (expert, index) not in unnamed:
+                raise StorageError(f"{experts.folder / _name(expert, index)} is missing, and {INDEX} names it; put it there, "
+                                   "or call record_experts with the same settings to make it again")
             raise StorageError(f"{folder}: expert {expert} ends before snapshot {index} of {experts.snapshots - 1}; its "
                                "recording was interrupted: call record_experts with the same settings to finish it")
         return experts
@@ -84,10 +84,6 @@ class Experts:
             read_header(folder / "settings")  # says which version reads it
         index = read_file(folder / INDEX, kind=KIND)
         return cls(folder, index.data["settings"], index.data["members"], index.sha256)
-
-    def _places(self) -> list[tuple[int, int]]:
-        """Every snapshot there is to be, by expert and index."""
-        return [(expert, index) for expert in range(len(self)) for index in range(self.snapshots)]
 
     def __len__(self) -> int:
         return self.settings["count"]
@@ -102,6 +98,11 @@ class Experts:
         return self.epochs * self.settings["snapshots_per_epoch"] + 1
 
     @property
+    def places(self) -> list[tuple[int, int]]:
+        """Every snapshot there is to be, by expert and index."""
+        return [(expert, index) for expert in range(len(self)) for index in range(self.snapshots)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -113,7 +114,7 @@ class Experts:
             expert: 0 … len − 1.
             index: 0 (the start) … ``snapshots`` − 1.
         """
-        if not (0 <= expert < len(self) and 0 <= index < self.snapshots):
+        if (expert, index) not in self.places:
             raise ValueError(f"there is no snapshot {index} of expert {expert}: {self.folder} holds {len(self)} experts of "
                              f"{self.snapshots} snapshots")
         name, prefix = _name(expert, index), "" if state else "params."
@@ -123,7 +124,7 @@ class Experts:
             raise StorageError(f"{self.folder / name} is not the snapshot that {INDEX} names: it comes from another recording; "
                                "put the right file there, or record the experts anew")
         self._verified.add(name)
-        return _unpacked(stored)
+        return _unpacked(stored.tensors, stored.data)
 
     def step(self, index: int) -> int:
         """The number of training steps made before snapshot ``index``."""
@@ -136,13 +137,12 @@ class Experts:
 
     def check(self, student: Student, task) -> None:
         """Raise ValueError if another student, tokenizer or task made these experts."""
-        ours = _identity(student, task)
-        for key, value in ours.items():
+        for key, value in _identity(student, task).items():
             if self.settings[key] != value:
                 raise ValueError(
                     f"the experts in {self.folder} were made with another {key.replace('_', ' ')} "
-                    f"({_short(self.settings[key])}) than student {student.name!r} on task {task.name!r} has "
-                    f"({_short(value)}); load what they were made with, or record experts anew"
+                    f"({self.settings[key]!r:.20}) than student {student.name!r} on task {task.name!r} has "
+                    f"({value!r:.20}); load what they were made with, or record experts anew"
                 )
 
 
@@ -187,20 +187,15 @@ def record_experts(
     if micro_batch is not None:
         check_whole("micro_batch", micro_batch)
     derive_seed("expert-order", seed)  # an error now if it is none
-    folder, steps = Path(folder).expanduser(), -(-len(task.train) // batch_size)
-    settings = {
-        "count": count,
-        "epochs": epochs,
-        "snapshots_per_epoch": snapshots_per_epoch,
-        "steps_per_epoch": steps,
-        "optimizer": described(optimizer),
-        "batch_size": batch_size,
-        "rows": len(task.train),
-        "seed": seed,
+    folder, steps = absolute(folder), -(-len(task.train) // batch_size)
+    check_whole("count", count)
+    check_whole("epochs", epochs)
+    check_whole("snapshots_per_epoch", snapshots_per_epoch, most=steps)
+    settings = json.loads(json.dumps({
+        "count": count, "epochs": epochs, "snapshots_per_epoch": snapshots_per_epoch, "steps_per_epoch": steps,
+        "optimizer": described(optimizer), "batch_size": batch_size, "rows": len(task.train), "seed": seed,
         **_identity(student, task),
-    }
-    for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
-        check_whole(name, settings[name], most=most)
+    }))
     with Claim(folder, wait=True, shared=True), ending_signals():
         experts, missing = _indexed(folder, settings, student, optimizer)
         try:
@@ -219,41 +214,33 @@ def _indexed(folder: Path, settings: dict, student: Student, optimizer: Optimize
         if (folder / INDEX).exists():
             stored = Experts._open(folder).settings
             settings = settings | {key: max(settings[key], stored[key]) for key in EXTENDABLE}
-            check_settings(folder, stored | {key: settings[key] for key in EXTENDABLE}, json.loads(json.dumps(settings)))
+            check_settings(folder, stored | {key: settings[key] for key in EXTENDABLE}, settings)
         elif any(not path.name.startswith(".") for path in folder.glob("*")):
             raise StorageError(f"{folder} holds something else than experts; choose another folder")
-        experts, missing = Experts(folder, settings, {}, ""), []
-        for expert, index in experts._places():
-            name = _name(expert, index)
-            if not (folder / name).exists():
-                missing.append((expert, index))
-                continue
-            snapshot = read_header(folder / name)
+        experts = Experts(folder, settings, {}, "")
+        missing = [place for place in experts.places if not (folder / _name(*place)).exists()]
+        for expert, index in sorted({*experts.places}.difference(missing)):
+            path = folder / _name(expert, index)
+            snapshot = read_header(path)
             if snapshot.identity != _identity_of(settings, expert, index):
-                raise StorageError(f"{folder / name} is not of this recording: it is {snapshot.identity}; delete it")
-            experts.members[name] = snapshot.sha256
+                raise StorageError(f"{path} is not of this recording: it is {snapshot.identity}; delete it")
+            experts.members[_name(expert, index)] = snapshot.sha256
         _need_room(folder, student, optimizer, len(missing))
-        write_file(folder / INDEX, kind=KIND, data={"settings": settings, "members": experts.members},
-                   identity={"settings": _recording(settings)})
+        write_file(folder / INDEX, kind=KIND, identity={"settings": _recording(settings)},
+                   data={"settings": settings, "members": experts.members})
         return experts, missing
 
 
 def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
     """Every expert that lacks something: first those that no other process has in hand, then, when they are free, the rest."""
-    total = sum(experts.step(i) - experts.step(i - 1) for _, i in missing if i)
+    total = sum(experts.step(index) - experts.step(index - 1) for _, index in missing if index)
     waiting = sorted({expert for expert, _ in missing})
     with progress(total=total, desc="recording experts", unit="step") as bar:
         for wait in (False, True):
             for expert in tuple(waiting):
-                with contextlib.ExitStack() as claims:
-                    try:
-                        claims.enter_context(Claim(experts.folder / f"expert-{expert:03d}", wait=wait))
-                    except StorageError:
-                        if wait:
-                            raise
-                        continue
+                with suppress(InUse), Claim(experts.folder / f"expert-{expert:03d}", wait=wait):
                     _record(experts, expert, task, student, optimizer, micro_batch, bar)
-                waiting.remove(expert)
+                    waiting.remove(expert)
 
 
 def _record(experts: Experts, expert: int, task, student: Student, optimizer: Optimizer, micro_batch, bar) -> None:
@@ -265,7 +252,7 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
         state, done = optimizer.init(params), 0
         _save(experts, expert, 0, params, state)
     else:
-        params, state = moved(experts.snapshot(expert, done), student.device)
+        params, state = to_device(experts.snapshot(expert, done), student.device)
     for index in range(done + 1, experts.snapshots):
         for rows in experts.batches(expert, index - 1, index):
             parts = real_parts(task, student, rows, micro_batch)
@@ -283,14 +270,6 @@ def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = N
     for part in rows.split(micro_batch or len(rows)):
         batch = task.batch(student.tokenizer, split, part.tolist())
         yield len(part) / len(rows), batch, batch["labels"].to(student.device), None
-
-
-def moved(snapshot: tuple[Params, State], device) -> tuple[Params, State]:
-    """Parameters and state on ``device``."""
-    params, state = snapshot
-    return {n: p.to(device) for n, p in params.items()}, {
-        k: {n: t.to(device) for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()
-    }
 
 
 def _name(expert: int, index: int) -> str:
@@ -316,9 +295,9 @@ def _save(experts: Experts, expert: int, index: int, params: Params, state: Stat
                data={key: value for key, value in state.items() if not isinstance(value, dict)})
 
 
-def _unpacked(stored: Stored) -> tuple[Params, State]:
-    params, state = {}, dict(stored.data)
-    for name, tensor in stored.tensors.items():
+def _unpacked(tensors: dict[str, Tensor], numbers: dict) -> tuple[Params, State]:
+    params, state = {}, dict(numbers)
+    for name, tensor in tensors.items():
         part, _, name = name.partition(".")
         if part == "state":
             part, _, name = name.partition(".")
@@ -334,16 +313,14 @@ def _batch(settings: dict, expert: int, step: int) -> Tensor:
 
 
 def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: int) -> None:
-    own = {n: p for n, p in student.module.named_parameters() if n in student.trained_names}
-    parameters = sum(p.numel() * p.element_size() for p in own.values())
-    states = sum(isinstance(v, dict) for v in optimizer.init({n: p[:0] for n, p in own.items()}).values())
-    wanted, existing = parameters * (1 + states) * snapshots, folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if wanted > free:
+    """Raise OSError unless the disk has room for so many snapshots."""
+    params = {n: p for n, p in student.module.named_parameters() if n in student.trained_names}
+    copies = 1 + sum(isinstance(value, dict) for value in optimizer.init({n: p[:0] for n, p in params.items()}).values())
+    size = copies * snapshots * sum(p.numel() * p.element_size() for p in params.values())
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    if size > free:
         raise OSError(
-            f"{snapshots} snapshots of {len(own)} tensors take {wanted / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB "
+            f"{snapshots} snapshots of {len(params)} tensors take {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB "
             "free; record fewer experts or snapshots, or load the student with trainable='lora'"
         )
 
@@ -362,7 +339,3 @@ def _identity(student: Student, task) -> dict:
             "tokenizer": hashlib.sha256(json.dumps(sorted(student.tokenizer.get_vocab().items())).encode()).hexdigest(),
         }
     return student.cache["identity"] | {"task": task.fingerprint}
-
-
-def _short(value) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -8,14 +8,13 @@ unchecked; `tasks.py` checks its rows and makes the splits that are missing.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distillkit.data.corpus import Corpus, CorpusError, Split, is_text, named, shown
-from distillkit.data.tables import READERS, Table, dataset_table, ending, is_saved, parse_json, read_table, read_text, refused
+from distillkit.data.tables import READERS, Table, dataset_table, ending, is_saved, parse_json, read_table, read_text, reading
 
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 LABEL_COLUMNS = ("label", "labels", "coarse_label", "class", "category")
@@ -70,28 +69,22 @@ LOOKS_LIKE_DATA = {*READERS, ".txt", ".arrow", ".feather", ".orc", ".gz", ".bz2"
 NO_DATA = {"labels.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 
 
-def known_corpus(name: str, columns: tuple) -> Corpus:
-    """The corpus of a known name; `columns`: the names that the user gave to the columns of text and labels, or None."""
-    root = os.environ.get("DISTILLKIT_DATA")
-    folder = Path(root or "$DISTILLKIT_DATA").expanduser() / name
-    if root and folder.is_dir():
-        return folder_corpus(folder, columns, name)
-    return hub_corpus(name, columns, f"the folder {folder} ({'absent' if root else 'DISTILLKIT_DATA is not set'})")
-
-
 def folder_corpus(folder: Path, columns: tuple, name: str = "") -> Corpus:
-    """The corpus in a folder of splits, with an optional labels.json; `name`: a known one."""
+    """The corpus in a folder of splits, with an optional labels.json.
+
+    `columns`: the names that the user gave to the columns of text and labels, or None. `name`: of a known corpus.
+    """
     sources, unread = _listed(folder)
     chosen = _chosen(sources)
     tables = {split: [read_table(path) for path in _parts(folder, sources[source])] for split, source in chosen.items()}
     unread += [path.name for source in sources.keys() - chosen.values() for path in sources[source]]
     origin = f"the folder {name} in DISTILLKIT_DATA" if name else f"a local folder named {folder.resolve().name}"
-    corpus = _corpus(name or folder.resolve().name, str(folder), tables, origin, columns, unread)
+    corpus = _corpus(name or folder.resolve().name, KNOWN.get(name, Layout()), tables, origin, columns, unread)
     return replace(corpus, classes=_listed_classes(folder / "labels.json") or corpus.classes)
 
 
-def hub_corpus(name: str, columns: tuple, elsewhere: str) -> Corpus:
-    """The corpus of a known name or a hub id; `elsewhere` says where else it was looked for in vain."""
+def hub_corpus(name: str, columns: tuple, folder: Path) -> Corpus:
+    """The corpus of a known name or a hub id; `folder` is where else it was looked for."""
     import datasets.config  # a second to import
     from datasets.exceptions import DatasetsError
 
@@ -101,7 +94,7 @@ def hub_corpus(name: str, columns: tuple, elsewhere: str) -> Corpus:
         loaded = datasets.load_dataset(layout.hub_id, layout.config, revision=layout.revision)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # absent, unreachable, ambiguous, malformed
         raise CorpusError(
-            f"{name} was not found. Looked in\n  * {elsewhere}\n  * the Hugging Face hub and its cache "
+            f"{name} was not found. Looked in\n  * the folder {folder}: no such folder\n  * the Hugging Face hub and its cache "
             f"{datasets.config.HF_CACHE_HOME}, as {place}: {error}\nOn a machine without internet: set DISTILLKIT_DATA to a "
             f"folder that holds {name.split('/')[-1]}/ with train.jsonl and test.jsonl, name such a folder itself, copy the "
             "hub's cache (HF_HOME) from a machine that has it, or use 'docstrings' or 'docstrings_qa', which need no download."
@@ -109,7 +102,7 @@ def hub_corpus(name: str, columns: tuple, elsewhere: str) -> Corpus:
     chosen = _chosen(loaded)
     tables = {split: [dataset_table(loaded[source], f"the hub's {place}, split {source}")] for split, source in chosen.items()}
     unread = sorted({*loaded} - {*chosen.values()})
-    return _corpus(name, f"the hub's {place}", tables, f"Hugging Face hub, {place}", columns, unread)
+    return _corpus(name, layout, tables, f"Hugging Face hub, {place}", columns, unread)
 
 
 def _chosen(present: Iterable[str]) -> dict[str, str]:
@@ -160,7 +153,7 @@ def _parts(folder: Path, paths: list[Path]) -> list[Path]:
 def _listed_classes(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
-    with refused(str(path)):
+    with reading(str(path)):
         names = parse_json(read_text(path), str(path))
     if not isinstance(names, list) or not all(map(is_text, names)) or len({name.strip() for name in names}) < len(names):
         raise CorpusError(f"{path}: must be a list of distinct class names, like [\"negative\", \"positive\"]")
@@ -170,12 +163,13 @@ def _listed_classes(path: Path) -> tuple[str, ...] | None:
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _corpus(name: str, place: str, tables: dict[str, list[Table]], origin: str, columns: tuple, unread: list[str]) -> Corpus:
+def _corpus(name: str, layout: Layout, tables: dict[str, list[Table]], origin: str, columns: tuple, unread: list) -> Corpus:
     """The corpus whose splits are in `tables`, each in one or in several parts."""
     if not tables:
-        raise CorpusError(f"{place} holds none of train, validation, dev, test (or val, valid, eval) as {', '.join(READERS)}; "
+        raise CorpusError(f"{origin} holds none of train, validation, dev, test (or val, valid, eval) as {', '.join(READERS)}; "
                           f"put at least train and test there. Not read: {named(unread) or 'nothing else'}")
-    layout = _layout(name, tables, columns)
+    unread = () if layout in KNOWN.values() else tuple(unread)
+    layout = _layout(layout, tables, columns)
     by_name = layout.rows == "labels"
     splits, classes = {}, None
     for split, parts in tables.items():
@@ -188,12 +182,11 @@ def _corpus(name: str, place: str, tables: dict[str, list[Table]], origin: str, 
         more = f" and {len(parts) - 1} further parts" if len(parts) > 1 else ""
         where = [*itertools.chain.from_iterable(part.where for part in parts)]
         splits[split] = Split(texts, labels, parts[0].place + more, where, dict(zip(further, others)))
-    return Corpus(name, classes or layout.classes or None, splits, origin, layout.rows, () if name in KNOWN else tuple(unread))
+    return Corpus(name, classes or layout.classes or None, splits, origin, layout.rows, unread)
 
 
-def _layout(name: str, tables: dict[str, list[Table]], columns: tuple) -> Layout:
-    """The layout of a known name, or the one that the columns of `tables` show."""
-    layout = KNOWN.get(name, Layout())
+def _layout(layout: Layout, tables: dict[str, list[Table]], columns: tuple) -> Layout:
+    """The layout, or that of instruction data if the columns of `tables` show it."""
     if layout.rows != "labels" or any(columns):
         return layout
     headers = [{*part.names} for parts in tables.values() for part in parts]
@@ -205,13 +198,13 @@ def _layout(name: str, tables: dict[str, list[Table]], columns: tuple) -> Layout
     return instructions[0] if instructions else layout
 
 
-def _column(parts: list[Table], role: str, given: str | None, usual: str, others: tuple[str, ...]) -> str:
+def _column(parts: list[Table], role: str, by_user: str | None, usual: str, others: tuple[str, ...]) -> str:
     """The column of a role in all `parts`: the one that the user gave, or else the usual one, or the first of the others."""
-    names = [given] if given else [usual, *others]
+    names = [by_user] if by_user else [usual, *others]
     for part in parts:
         present = [name for name in names if name in part.names]
         if not present:
-            source = f"which {role}_column names" if given else f"or {named(others)}" if others else "which its layout needs"
+            source = f"which {role}_column names" if by_user else f"or {named(others)}" if others else "which its layout needs"
             raise CorpusError(f"{part.place} has no column {shown(names[0])}, {source}: it has {named(part.names) or 'none'}; "
                               f"rename the column of the {role}, or give its name as {role}_column; prompts with their "
                               "responses go into columns named prompt and response")

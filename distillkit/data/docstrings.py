@@ -32,15 +32,17 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from distillkit.data.corpus import PROMPT_COLUMNS, SPLITS, Corpus, CorpusError, Split
+from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
 from distillkit.io.seeds import generator
-from distillkit.io.storage import Claim, StorageError, cache_dir, read_file, write_file
+from distillkit.io.storage import Claim, StorageError, cache_dir
 
 LIBRARIES = ("matplotlib", "networkx", "pandas", "scipy", "sympy", "torch")
 ALIASES = frozenset({"mpl", "plt", "pyplot", "pylab", "nx", "pd", "mplot3d"})
@@ -126,7 +128,6 @@ def _installed(library: str) -> str:
 
 # --- docstrings of a library -----------------------------------------------------------------------------------------
 
-
 NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -150,10 +151,14 @@ def _docstrings(library: str) -> Iterator[tuple[tuple[str, ...], str, str]]:
     try:
         for file in sorted(root.rglob("*.py")):
             parts = file.relative_to(root.parent).with_suffix("").parts
-            if SKIPPED.isdisjoint(parts[:-1]):
-                module = [part for part in parts if not part.startswith("_")]
-                for path, docstring in _named_docstrings(_parsed(file), module):
-                    yield parts, ".".join(path), docstring
+            if not SKIPPED.isdisjoint(parts[:-1]):
+                continue
+            module = [part for part in parts if not part.startswith("_")]
+            tree = ast.Module([], [])  # of templates and other files that are not Python
+            with suppress(SyntaxError, ValueError), warnings.catch_warnings(action="ignore"):  # invalid escape sequences
+                tree = ast.parse(file.read_bytes())
+            for path, docstring in _named_docstrings(tree, module):
+                yield parts, ".".join(path), docstring
     finally:
         gc.enable()
 
@@ -174,20 +179,13 @@ def _named_docstrings(node: ast.AST, path: list[str]) -> Iterator[tuple[list[str
             yield from _named_docstrings(child, inner)
 
 
-def _parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file; an empty one for templates and other files that are not Python."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # other people's invalid escape sequences
-            return ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return ast.Module([], [])
-
-
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<!\bal\.)(?<=[.!?])\s+(?=[A-Z\"'(\[])")
 
 
+# Signatures, headings, directives and code.
+NO_SENTENCE = re.compile(r"->|>>>|::\s*$|={3}|-{3}|~{3}|^\s*(\.\.|@|[-*+] )|^\w[\w.]*\(")
 MARKUP = (
     (r":[\w:+-]+:`([^`]*)`", r"`\1`"),  # roles
     (r"`([^`<]+?)\s*<[^`>]*>`_*", r"\1"),  # links with a title
@@ -203,20 +201,16 @@ def first_sentence(docstring: str) -> str | None:
     Markup is taken off, white space collapsed. Dropped are signatures, headings and code, and what has fewer than 4 or
     more than 60 words.
     """
-    paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
-    if re.search(r"->|>>>|::\s*$|={3}|-{3}|~{3}|^\s*(\.\.|@|[-*+] )|^\w[\w.]*\(", paragraph):
+    text = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
+    if NO_SENTENCE.search(text):
         return None
-    text = paragraph
     for markup, plain in MARKUP:
         text = re.sub(markup, plain, text)
-    text = SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0]
-    if re.search(r"`|:\w+:|://", text):  # markup that is broken itself
-        return None
-    text = mask_libraries(text)
-    words = re.findall(r"[A-Za-z]{2,}", text)
-    if not 4 <= len(text.split()) <= 60 or len(words) < 4 or sum(map(len, words)) < 0.6 * len(text.replace(" ", "")):
-        return None
-    return text
+    text = mask_libraries(SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0])
+    letters = [len(word) for word in re.findall(r"[A-Za-z]{2,}", text)]
+    is_plain = not re.search(r"`|:\w+:|://", text)  # markup that is broken itself
+    is_prose = 4 <= len(text.split()) <= 60 and len(letters) >= 4 and sum(letters) >= 0.6 * len(text.replace(" ", ""))
+    return text if is_plain and is_prose else None
 
 
 def mask_libraries(text: str) -> str:
@@ -224,9 +218,8 @@ def mask_libraries(text: str) -> str:
 
     def masked(match: re.Match) -> str:
         word = match[0].lower()
-        if any(library in word for library in LIBRARIES) or not ALIASES.isdisjoint(re.split(r"[._]", word)):
-            return MASK + ("." if word.endswith(".") else "")
-        return match[0]
+        is_name = any(library in word for library in LIBRARIES) or not ALIASES.isdisjoint(re.split(r"[._]", word))
+        return MASK + "." * word.endswith(".") if is_name else match[0]
 
     return re.sub(r"[A-Za-z0-9_.]+", masked, text)
 
@@ -245,17 +238,17 @@ def _sentences(*, public: bool) -> dict[str, dict[str, tuple[str, set[str]]]]:
 
     Of several spellings the first in sorting order counts. `public`: only names that `documented` gives, inside a module.
     """
-    found = {library: {} for library in LIBRARIES}
+    sentences = {library: {} for library in LIBRARIES}
     for library in progress(LIBRARIES, desc="reading docstrings", leave=False):
         docstrings = documented(library).items() if public else [(path, text) for _, path, text in _docstrings(library)]
         for path, docstring in docstrings:
             if (sentence := first_sentence(docstring)) and ("." in path or not public):
                 key = same_sentence_key(sentence)
-                other, paths = found[library].get(key, (sentence, set()))
-                found[library][key] = min(sentence, other), paths | {path}
-    owners = Counter(key for sentences in found.values() for key in sentences)
-    return {library: {key: value for key, value in sentences.items() if owners[key] == 1}
-            for library, sentences in found.items()}
+                other, paths = sentences[library].get(key, (sentence, set()))
+                sentences[library][key] = min(sentence, other), paths | {path}
+    owners = Counter(key for of_library in sentences.values() for key in of_library)
+    return {library: {key: value for key, value in of_library.items() if owners[key] == 1}
+            for library, of_library in sentences.items()}
 
 
 def _cut(keys: list) -> dict[str, list]:
@@ -369,5 +362,5 @@ class Names:
 
 def words(text: str) -> frozenset[str]:
     """The words of a sentence, or of a name in snake or camel case, and the first four letters of each."""
-    found = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text) if len(word) > 1]
-    return frozenset([*found, *(word[:4] for word in found)])
+    whole = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", text) if len(word) > 1]
+    return frozenset([*whole, *(word[:4] for word in whole)])

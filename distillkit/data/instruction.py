@@ -114,10 +114,8 @@ class InstructionTask(Task):
     def _tokenised(self, tokenizer, split: str, start: int, rows: dict[str, list]) -> Iterator[tuple[list, list, list]]:
         """(prompt, response, choices) in ids of each of `rows`, columns of the split from row `start` on."""
         mask = tokenizer("a", return_special_tokens_mask=True)
-        front, space, prompts = mask["input_ids"][: mask["special_tokens_mask"].index(0)], " ", rows["prompt"]
-        chat = tokenizer.chat_template is not None
-        if chat:
-            space, prompts = "", [_chat(tokenizer, prompt) for prompt in prompts]
+        front, chat = mask["input_ids"][: mask["special_tokens_mask"].index(0)], tokenizer.chat_template is not None
+        prompts, space = ([_chat(tokenizer, prompt) for prompt in rows["prompt"]], "") if chat else (rows["prompt"], " ")
         texts = [list(dict.fromkeys([*choices, response])) for choices, response in zip(rows["choices"], rows["response"])]
         heads = _ids(tokenizer, prompts if chat else [prompt.rstrip() for prompt in prompts])
         joined = iter(_ids(tokenizer, [prompt + space + text for prompt, row in zip(prompts, texts) for text in row]))
@@ -292,9 +290,8 @@ def _group(name) -> str:
     """The name of a row's group, a number as it is written, and "" where there is none."""
     if _is_blank(name):
         return ""
-    name = name if isinstance(name, list | dict) else str(name)
-    check_text(name, "group")
-    return name
+    check_text(name if isinstance(name, list | dict) else str(name), "group")
+    return str(name)
 
 
 def _is_blank(value) -> bool:

@@ -43,8 +43,8 @@ def _is_number(label) -> bool:
     return isinstance(label, int | float | Decimal) and not isinstance(label, bool)
 
 
-def read_labels(corpus: Corpus) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """The names of the classes, and for each split the class of each row as an index into them.
+def labelled_rows(corpus: Corpus) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]]]:
+    """The names of the classes, and for each split its rows: the text, and the class as an index into the names.
 
     Raises `CorpusError` at the first row that cannot be used.
     """
@@ -58,17 +58,17 @@ def read_labels(corpus: Corpus) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     if indexed:
         by_number = {place: place for place in range(len(classes))}
 
-    def read_split(name: str) -> list[int]:
-        numeric = whole(corpus.splits[name].labels[0]) is not None
+    def read_split(name: str) -> list[tuple[str, int]]:
+        numeric = {whole(label) is not None for label in corpus.splits[name].labels[:1]}
 
-        def read(_, label) -> int:
-            number = whole(label)
-            place = by_name.get(spelled(label), by_number.get(number))
-            if place is None or indexed and (number is not None) != numeric:
+        def read(text, label) -> tuple[str, int]:
+            check_text(text, "text")
+            place = by_name.get(spelled(label), by_number.get(whole(label)))
+            if place is None or indexed and {whole(label) is not None} != numeric:
                 raise ValueError(f"the label is {shown(label)}, which is none of the {len(classes)} classes {named(classes)}; "
                                  "write the name of one, or in every row of the split its place in the list of labels.json, "
                                  "from 0")
-            return place
+            return text, place
 
         return corpus.read_rows(name, read)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from distillkit.data.corpora import KNOWN, folder_corpus, hub_corpus, known_corpus
+from distillkit.data.corpora import KNOWN, folder_corpus, hub_corpus
 from distillkit.data.corpus import SPLITS, Corpus, CorpusError
 from distillkit.data.docstrings import docstring_corpus, docstrings_qa
 from distillkit.data.instruction import instruction_task
@@ -33,15 +33,14 @@ def load_corpus(source, *, text_column: str | None = None, label_column: str | N
                           f"{text_column!r} and {label_column!r} of {source}")
     if source in BUILT_IN:
         return docstring_corpus() if source == "docstrings" else docstrings_qa(source)
-    if source in KNOWN:
-        return known_corpus(source, columns)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return folder_corpus(path, columns)
-    if path.is_file():
+    root = os.environ.get("DISTILLKIT_DATA") or "$DISTILLKIT_DATA"
+    folder = Path(root if source in KNOWN else "", source).expanduser()
+    if folder.is_dir():
+        return folder_corpus(folder, columns, source if source in KNOWN else "")
+    if folder.is_file():
         raise CorpusError(f"{source} is a file; name the folder that holds it, with the splits as train and test in it")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        return hub_corpus(source, columns, "this folder: no such folder here")
+    if source in KNOWN or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        return hub_corpus(source, columns, folder)
     names = [*BUILT_IN, *KNOWN]
     hint = "".join(f" (did you mean {name!r}?)" for name in difflib.get_close_matches(source, names, n=1))
     raise CorpusError(f"source: unknown task {source!r}{hint}: it is none of {', '.join(names)}, not an existing folder, and "

@@ -45,14 +45,14 @@ class Table:
 
     def values(self, column: str, *, by_name: bool) -> list:
         """The values of a column; with `by_name`, whole numbers that stand for class names are replaced by those."""
-        with refused(f"{self.place}, column {shown(column)}"):  # parquet holds bytes, decoded only now
+        with reading(f"{self.place}, column {shown(column)}"):  # parquet holds bytes, decoded only now
             values = self.read(column)
         names = self.class_names.get(column, ()) if by_name else ()
         return [names[value] if type(value) is int and 0 <= value < len(names) else value for value in values]
 
 
 @contextmanager
-def refused(place: str) -> Iterator[None]:
+def reading(place: str) -> Iterator[None]:
     """Whatever the libraries raise for a damaged or hostile file becomes a `CorpusError` that names its place."""
     from pyarrow import ArrowException  # slow to import
 
@@ -199,5 +199,5 @@ def ending(path: Path) -> str:
 
 def read_table(path: Path) -> Table:
     """The rows of a file, read as its ending says, or of a folder of `save_to_disk`."""
-    with refused(str(path)):
+    with reading(str(path)):
         return _saved(path) if path.is_dir() else READERS[ending(path)](path)

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from distillkit.data.corpus import SPLITS, Corpus, CorpusError, check_text, named
-from distillkit.data.labels import read_labels, whole
+from distillkit.data.corpus import SPLITS, Corpus, CorpusError, named
+from distillkit.data.labels import labelled_rows, whole
 from distillkit.io.seeds import generator as seeded
 
 if TYPE_CHECKING:
@@ -134,11 +134,8 @@ class Task:
 def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, int], seed: int) -> Task:
     """The task that a corpus of labelled text makes; for the arguments see `load.load_task`."""
     corpus = with_test_split(corpus)
-    for split in corpus.splits:
-        corpus.read_rows(split, lambda text, _: check_text(text, "text"))
-    classes, labels = read_labels(corpus)
-    rows = {name: [*zip(split.texts, labels[name])] for name, split in corpus.splits.items()}
-    place, present = corpus.splits["train"].place, {*labels["train"]}
+    classes, rows = labelled_rows(corpus)
+    place, present = corpus.splits["train"].place, {label for _, label in rows["train"]}
     missing = [name for label, name in enumerate(classes) if label not in present]
     if len(classes) < 2 or missing:
         raise CorpusError(f"{place} has rows of the classes {named(name for name in classes if name not in missing)} and none "
@@ -152,12 +149,12 @@ def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str,
         """A tenth of each class."""
         chosen = []
         for label, name in enumerate(classes):
-            members = np.flatnonzero(np.asarray(labels["train"]) == label)
+            members = [number for number, row in enumerate(train) if row[1] == label]
             if len(members) < 2:
                 raise CorpusError(f"{place} has one row of the class {name!r}, so none can be spared for validation; add "
                                   "rows, or a validation split")
-            order = torch.randperm(len(members), generator=seeded("task-carve", seed, name)).numpy()
-            chosen += members[order[: max(1, round(CARVED * len(members)))]].tolist()
+            order = torch.randperm(len(members), generator=seeded("task-carve", seed, name)).tolist()
+            chosen += [members[number] for number in order[: max(1, round(CARVED * len(members)))]]
         return chosen
 
     rows, origin = complete(corpus, rows, held_out, lambda row: row[1], limits, seed, groups=range(len(classes)))

@@ -34,7 +34,7 @@ from distillkit.io.seeds import derive_seed
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a set is worth under one recipe.
+    """The score of a set under one recipe.
 
     Classes and multiple choice are scored by accuracy.  Where the scored split has rows without choices, ``losses`` holds the
     scores instead; ``mean``, ``std`` and each of ``scores`` are then nan, and ``groups`` is empty.
@@ -172,7 +172,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _flops(plan: Plan, student: Student, params: Params) -> int:
-    """Operations of a training run, counted on up to eight of its steps, evenly spaced; ``params`` of any values do."""
+    """Operations of a training run, counted on up to eight evenly spaced steps; the values of ``params`` do not matter."""
     steps = len(plan.step_sizes)
     sample = range(0, steps, -(-steps // 8))
     with flop_counter() as counter:

@@ -16,8 +16,8 @@ Classes are no subtasks: a row's influence on its own class is mostly the pull t
 fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one before a wrong one of
 its class with probability 0.80 by one subtask, and 0.60 by one subtask per class.
 
-In the paper only LoRA adapters are trained.  Here it is whatever the student trains: load it with ``trainable="lora"``
-for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
+The paper trains LoRA adapters only.  This module takes the gradients of all that the student trains: load it with
+``trainable="lora"`` for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
 """
 
 from __future__ import annotations

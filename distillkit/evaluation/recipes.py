@@ -1,6 +1,6 @@
 """Recipes: how a fresh student is trained on a set before it is scored.
 
-A score belongs to a recipe, so a recipe is an object, and what it did is noted in every score:
+A score belongs to a recipe, so a recipe is an object and every score records it:
 
 * :class:`Own`: the recipe stored with a distilled set, its learned step sizes included.
 * :class:`Standard`: AdamW fine-tuning with published settings (Devlin et al., 2019; Mosbach et al., 2021).
@@ -27,7 +27,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
 from distillkit.core.objectives import bound_step_sizes
-from distillkit.core.optimizers import AdamW, Optimizer, check_optimizer, described
+from distillkit.core.optimizers import AdamW, Optimizer, described
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
@@ -65,10 +65,10 @@ class Plan:
 
 
 class Recipe(Protocol):
-    """What a recipe has to offer."""
+    """The interface of a recipe."""
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
-        """Settle how to train on a set; returns a function from the seed of a run to its plan.
+        """Decide how to train on a set; returns a function from the seed of a run to its plan.
 
         Args:
             distilled: the set, its classes in the student's order; None: the task's whole training split.
@@ -116,29 +116,26 @@ class Fixed:
 class Standard:
     """AdamW fine-tuning with published settings, linear warm-up over a tenth of the steps and linear decay.
 
+    AdamW has weight decay 0.01 and step size 5e-5 for classifiers (Devlin et al., 2019), 2e-4 for LoRA (Dettmers et al., 2023),
+    and 1e-3 for all parameters of language models as small as the offline ones.
+
     Three epochs of a few examples train nothing (Mosbach et al., 2021), so there is a least number of steps.  A language
     model that knows its subject loses more than it gains by many passes over a few pairs, so its least number is lower.
 
     Args:
-        optimizer: default: AdamW with weight decay 0.01 and step size 5e-5 for classifiers (Devlin et al., 2019), 2e-4 for
-            LoRA (Dettmers et al., 2023), and 1e-3 for all parameters of language models as small as the offline ones.
         epochs: passes over the set.
         batch_size: examples per step.
         least_steps: steps in any case; default: 200 for classifiers, 60 for language models.
 
     Raises:
         ValueError: a number below 1.
-        TypeError: an optimiser without ``init``, ``update`` or ``step_size``.
     """
 
-    optimizer: Optimizer | None = None
     epochs: int = 3
     batch_size: int = BATCH
     least_steps: int | None = None
 
     def __post_init__(self):
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer)
         least = {} if self.least_steps is None else {"least_steps": self.least_steps}
         check_wholes(epochs=self.epochs, batch_size=self.batch_size, **least)
 
@@ -147,8 +144,7 @@ class Standard:
         language = student.kind != "classification"
         examples = len(task.split("train")) if distilled is None else len(distilled)
         steps = max(self.epochs * -(-examples // self.batch_size), self.least_steps or (60 if language else 200))
-        usual = 5e-5 if not language else 2e-4 if student.trainable == "lora" else 1e-3
-        optimizer = self.optimizer or AdamW(usual, weight_decay=0.01)
+        optimizer = AdamW(5e-5 if not language else 2e-4 if student.trainable == "lora" else 1e-3, weight_decay=0.01)
         step_sizes = warm_up_and_decay(steps, optimizer.step_size)
         recipe = {"name": "standard", "steps": steps, "optimizer": described(optimizer), "batch_size": self.batch_size,
                   "schedule": "linear warm-up over 10 % of the steps, linear decay"}
@@ -245,7 +241,7 @@ def set_plan(
         recipe: to note in the score.
         seed: of dropout masks.
         order: of the batches; 0 is the order that sets are distilled in.
-        step_sizes: of each step, ``[t]``; default: the optimiser's, whatever the set has learned.
+        step_sizes: of each step, ``[t]``; default: the optimiser's at every step, not those that the set has learned.
     """
     if step_sizes is None:
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)

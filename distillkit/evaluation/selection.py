@@ -7,7 +7,7 @@
 * ``less`` (Xia et al., 2024): the sentences whose gradients point where the validation loss falls
   (:mod:`distillkit.evaluation.influence`); it takes several gradients a training row.
 
-The two in the middle work on L2-normalised sentence representations under the student (mean of its last hidden states).
+``k_center`` and ``herding`` work on L2-normalised sentence representations of the student (mean of its last hidden states).
 Texts shorter than the budget are filled up with further real sentences, for every method alike (see
 :func:`distillkit.core.distilled.from_rows`).
 """
@@ -54,7 +54,7 @@ def select(
             the paper's method takes a student with ``trainable="lora"``.
 
     Raises:
-        ValueError: an unknown method or a size that cannot be had.
+        ValueError: an unknown method, or more examples than the task has.
     """
     check_are(task=(task, Task), student=(student, Student), less=(less, LessSettings))
     check_choice("method", method, ALL_METHODS)

@@ -40,6 +40,7 @@ from distillkit.experiments.settings import (
     Neighbor,
     Number,
     Outer,
+    Recipes,
     SetSeeds,
     Size,
     option,
@@ -65,7 +66,7 @@ ROWS = (
     expert_batch=64, snapshots_per_epoch=8, match_epochs=0.125, unroll_steps=8, inner_batch=32, step_size=1e-3, outer_batch=64,
     lr=0.003, step_size_lr=0.1,
 )
-class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, SetSeeds):
+class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, SetSeeds, Recipes):
     """Settings of one experiment.
 
     ``eps_root`` is inside the root of AdamW, of students and experts alike.  Where it is small beside the squares of

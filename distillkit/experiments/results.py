@@ -34,7 +34,8 @@ COLUMNS = (
     "init_seed", "split", "accuracy", "seconds", "flops", "examples", "nbytes", "settings_hash", "machine",
 )
 # Settings that say which scores a run makes, not how its sets are made.
-SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows")
+SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
+          "tuned_grid")
 REPLACE = "give --fresh to replace it, or the run another name"
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 

@@ -22,11 +22,12 @@ from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
 from distillkit.core.optimizers import SGD, Optimizer
 from distillkit.core.student import Student
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.recipes import Standard, Tuned
 from distillkit.evaluation.selection import ALL_METHODS, select
 from distillkit.experiments.results import (
     COLUMNS,
@@ -43,7 +44,7 @@ from distillkit.experiments.results import (
     take_up,
     write,
 )
-from distillkit.experiments.settings import REQUIRED, Data, Experiment, names, option, settings
+from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, names, option, settings
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
@@ -63,6 +64,13 @@ def load_corpus(settings: Data, *, seed: int = 0) -> Task:
 def strategy(metagrad: str | None):
     """The strategy of meta-gradients that settings name; None, by which an objective takes what suits its student."""
     return {"replay": Replay(), "forward_difference": ForwardDifference()}.get(metagrad or "")
+
+
+def recipe_of(settings, recipe):
+    """The recipe "standard" or "tuned" with the steps and the grid that settings name; any other recipe as it is."""
+    if recipe == "standard":
+        return Standard(least_steps=settings.standard_steps)
+    return Tuned(settings.tuned_grid) if recipe == "tuned" else recipe
 
 
 def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
@@ -135,6 +143,7 @@ class Cell:
                   student: Student | None = None) -> Scores:
         """Scores of fresh students, by default those of the settings; see :func:`~distillkit.evaluation.evaluate.evaluate`."""
         seeds = self.job.eval_seeds if seeds is None else seeds
+        recipe = recipe_of(self.job, recipe)
         return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
 
     def set_of(self, method: str, seed: int) -> DistilledSet:
@@ -215,7 +224,7 @@ class Cell:
         if method not in self.selections:
             return None
         config = as_config(self.job)
-        by_grid = {name: config[name] for name in (*names(Data), "eval_seeds")}
+        by_grid = {name: config[name] for name in names(Data, Scoring)}
         scoring = by_grid if recipe in ("tuned", "standard") else settings_hash(self.job)
         content = json.dumps([digest(self.set_of(method, seed)), recipe, scoring], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -250,7 +250,16 @@ class SetSeeds(Settings):
 
 
 @settings()
-class Scoring(Settings):
+class Recipes(Settings):
+    """How the recipes ``standard`` and ``tuned`` train, where not by their defaults."""
+
+    standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
+    tuned_grid: dict[typing.Literal["step_size", "steps"], tuple[int | float, ...]] | None = option(
+        None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", min_length=2)
+
+
+@settings()
+class Scoring(Recipes):
     """How often a student is trained on a set."""
 
     eval_seeds: Seeds = option((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")

@@ -28,7 +28,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
 from distillkit.experiments.results import rows_of
-from distillkit.experiments.runner import Cell, Scores, load_corpus, size_columns
+from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
     Experiment,
@@ -52,7 +52,7 @@ FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 # Selections that gains are measured over.
 AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
 UNTRAINED = ("offline:small-bert",)
-NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
+NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "standard_steps", "tuned_grid", "target")
 
 
 @settings(kind="transfer")
@@ -154,7 +154,8 @@ class TransferCell(Cell):
         text = self.maker(source).set_of(method, seed)
         self.notes |= {f"{source} {name}": note for name, note in self.maker(source).notes.items()}
         text = hardened(text) if self.task.kind == "classification" else text
-        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target))
+        recipe = recipe_of(self.job, self.job.training(target))
+        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=recipe)
         rows, note = rows_of(scored, self.job.eval_seeds)
         return rows, note | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
 

@@ -45,7 +45,7 @@ from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import rows_of
-from distillkit.experiments.runner import Cell, Scores
+from distillkit.experiments.runner import Cell, Scores, recipe_of
 from distillkit.experiments.settings import (
     Data,
     Experiment,
@@ -120,7 +120,8 @@ class TextCell(Cell):
             return self.evaluated(None, recipe, (seed,))
         distilled = self.set_of(method, seed)
         if recipe == "transfer":
-            return rows_of(transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds), job.eval_seeds)
+            scored = transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds, recipe=recipe_of(job, "tuned"))
+            return rows_of(scored, job.eval_seeds)
         if recipe == "relabelled":
             return self.evaluated(self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own")
         if recipe == "fixed":

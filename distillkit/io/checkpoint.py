@@ -28,20 +28,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from distillkit.io.escaping import say
+from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
 from distillkit.io.signals import ending_signals
-from distillkit.io.storage import (
-    Claim,
-    StorageError,
-    absolute,
-    digest_of,
-    read_file,
-    read_lines,
-    replacing,
-    sealed_line,
-    unwritten,
-    write_file,
-)
+from distillkit.io.storage import Claim, StorageError, absolute, digest_of, read_lines, replacing, sealed_line, write_end
 
 LOG = ".log.jsonl"
 VERSIONED = ("torch", "transformers", "numpy")
@@ -158,7 +148,7 @@ class Checkpoint:
         with self.claim:
             if self._sum is None:
                 self._begin_log(run)
-            self._extend_log(run, last=True)
+            self._extend_log(run)
             tensors, state = run.state()
             records = {"count": self._logged, "sha256": self._sum.hexdigest()}
             write_file(self.path, kind=self.kind, tensors=tensors, identity={"settings": digest_of(self.settings)},
@@ -182,19 +172,10 @@ class Checkpoint:
         self._sum, self._logged, self._end = hashlib.sha256(), 0, len(head)
         self._extend_log(run)
 
-    def _extend_log(self, run: Resumable, *, last: bool = False) -> None:
-        """Append the records that the log lacks; ``last`` before a checkpoint, when the disk must have them."""
+    def _extend_log(self, run: Resumable) -> None:
+        """Append the records that the log lacks."""
         lines = b"".join(sealed_line(_strict(dataclasses.asdict(record))) for record in run.records[self._logged :])
-        try:
-            with self.log.open("r+b") as file:
-                file.seek(self._end)
-                file.truncate()  # an attempt that failed may have left a part of a line
-                file.write(lines)
-                file.flush()
-                if last:
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise unwritten(self.log, error) from error
+        write_end(self.log, self._end, lines)  # an attempt that failed may have left a part of a line
         self._sum.update(lines)
         self._logged, self._end = len(run.records), self._end + len(lines)
 

@@ -9,12 +9,13 @@ decides the same: the first of the places is set aside last, and says that all a
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from distillkit.io.checkpoint import LOG
-from distillkit.io.storage import Claim, StorageError, absolute, delete, unwritten
+from distillkit.io.storage import Claim, StorageError, absolute, unwritten
 from distillkit.io.verify import kind_of
 
 
@@ -69,15 +70,22 @@ def _settle(places: list[Path]) -> None:
     complete = os.path.lexists(_aside(places[0]))  # otherwise a process was killed while it set aside or put back
     if complete and any(map(_is_written, places)):
         for place in reversed(places):
-            delete(_aside(place))
+            _delete(_aside(place))
         return
     for place in places:
         aside = _aside(place)
         if os.path.lexists(aside):
-            delete(place)  # locks and logs
+            _delete(place)  # locks and logs
             os.rename(aside, place)
             with suppress(OSError):
                 place.rmdir()  # it was empty, and stood for nothing
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_written(place: Path) -> bool:

@@ -14,16 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distillkit.io.checkpoint import logged_records
-from distillkit.io.storage import (
-    FORMAT,
-    UNFINISHED,
-    StorageError,
-    is_sealed_text,
-    read_file,
-    read_header,
-    read_lines,
-    unsealed,
-)
+from distillkit.io.files import FORMAT, read_file, read_header
+from distillkit.io.storage import UNFINISHED, StorageError, read_lines, unsealed, unsealed_text
 
 SUMS = "SHA256SUMS"
 OK, DAMAGED, LEFT_OVER, NOT_CHECKED = "ok", "DAMAGED", "left over", "not checked"
@@ -58,13 +50,12 @@ def kind_of(path: Path) -> str:
     ``"lock"`` or ``"unfinished"``; nothing if somebody else wrote it."""
     if path.is_symlink() or not path.is_file():
         return ""
-    if UNFINISHED.fullmatch(path.name):
-        return "unfinished"
     with path.open("rb") as file:
         beginning = file.read(2**16)
         file.seek(-min(200, path.stat().st_size), os.SEEK_END)
         end = file.read()
     signs = {
+        "unfinished": UNFINISHED.fullmatch(path.name),
         "lock": path.name.endswith(".lock") and not beginning,
         "file": beginning[8:].startswith(b'{"__metadata__":{"%b":' % FORMAT.encode()),
         "lines": path.suffix == ".jsonl" and b'"sha256": "' in beginning,
@@ -76,22 +67,26 @@ def kind_of(path: Path) -> str:
 
 def _state(path: Path) -> tuple[str, str]:
     kind = kind_of(path)
+    if kind == "unfinished":
+        return LEFT_OVER, "an interrupted write, or one under way; the next one removes it"
+    if not kind:
+        return NOT_CHECKED, "a link, which is not followed" if path.is_symlink() else "not written by distillkit, it seems"
     try:
-        if kind == "file":
-            return OK, _check_file(path)
-        if kind == "lines":
-            return OK, f"{len(read_lines(path))} lines"
-        if kind == "values":
-            unsealed(path.read_bytes())
-            return OK, "values"
-        if kind == "text":
-            whole = is_sealed_text(path.read_text())
-            return (OK, "text") if whole else (DAMAGED, "it does not have its SHA-256: damaged or edited")
-        if kind == "unfinished":
-            return LEFT_OVER, "an interrupted write, or one under way; the next one removes it"
+        return OK, CHECKS[kind](path)
     except ValueError as error:
         return DAMAGED, str(error)
-    return NOT_CHECKED, "a link, which is not followed" if path.is_symlink() else "not written by distillkit, it seems"
+
+
+def _check_lines(path: Path) -> str:
+    return f"{len(read_lines(path))} lines"
+
+
+def _check_values(path: Path) -> str:
+    return f"JSON, {len(unsealed(path.read_bytes()))} keys"
+
+
+def _check_text(path: Path) -> str:
+    return f"text, {len(unsealed_text(path.read_text()).splitlines())} lines"
 
 
 def _check_file(path: Path) -> str:
@@ -106,6 +101,9 @@ def _check_file(path: Path) -> str:
     if "records" in stored.data:
         logged_records(path, stored.data["records"])
     return stored.kind
+
+
+CHECKS = {"file": _check_file, "lines": _check_lines, "values": _check_values, "text": _check_text}
 
 
 # --- sums of a folder ---------------------------------------------------------------------------------------------------

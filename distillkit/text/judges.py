@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def swapped(distilled: DistilledSet, swaps: Sequence[Swap]) -> Tensor:
 class Judge(Protocol):
     """What a search asks of a judge; any object with these methods is one.
 
-    :func:`~distillkit.text.relaxed.relax_tokens` takes the gradient only, a second judge that confirms gives losses only, and
-    :class:`~distillkit.text.swaps.SwapSearch` needs both.
+    :func:`~distillkit.text.relaxed.relax_tokens` needs the gradient only, :class:`~distillkit.text.swaps.SwapSearch` both.
     """
 
     def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
@@ -68,21 +67,20 @@ class Judge(Protocol):
         """The settings as JSON values."""
 
 
-def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str, tuple[Any, Sequence[str]]]) -> None:
+def check_search(distilled: DistilledSet, student: Student, judge, *methods: str) -> None:
     """Check the arguments that every search for words takes.
 
     Args:
-        judges: argument name → the judge, and the methods that the search calls.
+        methods: those of the judge that the search calls.
 
     Raises:
         TypeError: no set, no student, or a judge without one of the methods.
         ValueError: a set without tokens, or of another embedding table.
     """
     check_are(distilled=(distilled, DistilledSet), student=(student, Student))
-    for name, (judge, methods) in judges.items():
-        missing = [m for m in (*methods, "describe") if not callable(getattr(judge, m, None))]
-        require(not missing, f"{name} must be a judge with {', '.join(missing)}, such as FrozenJudge, not "
-                f"{reprlib.repr(judge)}", TypeError)
+    missing = [name for name in (*methods, "describe") if not callable(getattr(judge, name, None))]
+    require(not missing,
+            f"judge must be one with {', '.join(missing)}, such as FrozenJudge, not {reprlib.repr(judge)}", TypeError)
     require(distilled.tokens is not None,
             "a search for words needs tokens to begin with, and this set holds free embeddings; project it "
             "first: dk.project(set, student)")
@@ -93,7 +91,7 @@ def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str,
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
-    A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained: the
+    A sentence is represented by all layers and not by the last alone, since training the whole student moves all of them: the
     parts that :meth:`~distillkit.core.student.Student.layer_features` gives, each less its mean over the training split and
     scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts at
     zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature

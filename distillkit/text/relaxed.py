@@ -28,7 +28,7 @@ def relax_tokens(
 ) -> DistilledSet:
     """Choose words by a relaxed choice: a distribution over all allowed tokens at every free place, annealed to one of them.
 
-    A place holds logits z over the tokens and stands for the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
+    A place holds logits z over the tokens and represents the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
     embedding gives the one in z, which Adam follows; the temperature τ falls geometrically, so that the mixture, which no
     text can be, becomes a token (the relaxation of Jang et al., 2017, and Maddison et al., 2017, without their noise; for
     text Guo et al., 2021, "Gradient-based adversarial attacks against text transformers").  A step takes one gradient and
@@ -55,7 +55,7 @@ def relax_tokens(
         ValueError: a set without tokens, or no tokens to choose from.
         FloatingPointError: the judge's loss or gradient is not finite.
     """
-    check_search(distilled, student, {"judge": (judge, ("gradient",))})
+    check_search(distilled, student, judge, "gradient")
     check_whole("steps", steps)
     check_rate("lr", lr)
     check_number("hot", hot, without="least")

@@ -39,7 +39,7 @@ def search_sentences(
     distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
     examples: int = 16, sentences: int = 2048, seed: int = 0,
 ) -> DistilledSet:
-    """Real sentences that a judge likes best: whole sentences are changed for others of their class.
+    """Real sentences with the lowest outer loss of a judge: whole sentences are changed for others of their class.
 
     A step looks at some examples.  The judge's gradient in their representations says which sentences of the pool look
     better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in, as in
@@ -61,7 +61,7 @@ def search_sentences(
         TypeError: a judge without representations.
     """
     check_is("task", task, Task)
-    check_search(distilled, student, {"judge": (judge, ("features", "labels", "head_losses"))})
+    check_search(distilled, student, judge, "features", "labels", "head_losses")
     check_wholes(steps=steps, candidates=candidates, examples=examples, sentences=sentences)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
     start.label_names()  # a set that does not tell them is an error

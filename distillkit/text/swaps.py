@@ -51,19 +51,18 @@ class SwapRecord:
 class SwapSearch:
     """Token swaps led by the meta-gradient.
 
-    A step takes the gradient at the text as it is, ranks all swaps by the linear estimate, draws ``candidates`` of the best
-    looking (no more than ``per_position`` for a place, none that was rejected since its sentence last changed), and has
-    them judged on fresh real rows.  The best goes in; then the best of the other sentences too, as long as the judge
-    finds the whole better.  What does not lower the loss on those very rows is never kept.
+    A step takes the gradient at the current text and ranks all swaps by the linear estimate.  It draws ``candidates`` of the
+    best-ranked ones (at most ``per_position`` for a place, none that was rejected since its sentence last changed) and has them
+    judged on fresh real rows.  The best swap is made; the best of the other sentences follow as long as the judge's loss falls
+    further.  A swap that does not lower the loss on those rows is not made.
 
     Args:
         distilled: a set with tokens, such as one that was selected or projected.
         student: whose tokenizer and embedding table.
         judge: any :class:`~distillkit.text.judges.Judge`, such as :class:`~distillkit.text.judges.FrozenJudge`.
-        confirm: a second judge that must find a step's swaps no worse, or they are taken back.
-        candidates: swaps judged a step.
-        examples: sentences that a step looks at, in turn: the gradient of a few costs less; None: all of them.
-        per_position: of them at one place at most.
+        candidates: swaps judged per step.
+        examples: sentences that a step looks at, in turn, since the gradient of a few costs less; None: all of them.
+        per_position: most candidates at one place.
         pool: candidates are drawn from the ``pool`` × ``candidates`` that look best.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.text.projection.allowed_tokens`.
         seed: draws candidates and real rows.
@@ -75,25 +74,24 @@ class SwapSearch:
     """
 
     def __init__(
-        self, distilled: DistilledSet, student: Student, judge: Judge, *, confirm: Judge | None = None, candidates: int = 64,
+        self, distilled: DistilledSet, student: Student, judge: Judge, *, candidates: int = 64,
         examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
         checkpoint: str | Path | None = None, checkpoint_every: int = 10,
     ):
-        second = {} if confirm is None else {"confirm": (confirm, ("losses",))}
-        check_search(distilled, student, {"judge": (judge, ("gradient", "losses")), **second})
+        check_search(distilled, student, judge, "gradient", "losses")
         derive_seed("swap", seed)  # an error now if it is none
         check_wholes(candidates=candidates, per_position=per_position, pool=pool, checkpoint_every=checkpoint_every,
                      **({} if examples is None else {"examples": examples}))
         # As many examples as the set has is the same as all of them.
         self.examples = None if examples is None or examples >= len(distilled) else examples
-        self.student, self.judge, self.confirm, self.seed = student, judge, confirm, seed
+        self.student, self.judge, self.seed = student, judge, seed
         self.candidates, self.per_position, self.pool = candidates, per_position, pool
         self.allowed = choosable(student, allowed)
         self.records: list[SwapRecord] = []
         self._set = with_tokens(distilled, student, distilled.tokens.clone())
         self._rejected: set[Swap] = set()
         settings = {
-            "judge": judge.describe(), "confirm": confirm and confirm.describe(), "candidates": candidates,
+            "judge": judge.describe(), "candidates": candidates,
             "examples": self.examples, "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
             "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
@@ -102,16 +100,11 @@ class SwapSearch:
 
     @property
     def distilled(self) -> DistilledSet:
-        """The text as it is now; how it was found is in ``meta["search"]``."""
+        """The current text; ``meta["search"]`` holds the settings of the search."""
         meta = {k: v for k, v in self._set.meta.items() if k != "recipe"}
         counts = {"steps": len(self.records), "swaps": sum(len(r.swaps) for r in self.records)}
         meta["search"] = {**self.checkpoint.settings, **counts}
-        return dataclasses.replace(self._set, tokens=self._tokens.clone(), meta=meta)
-
-    @property
-    def _tokens(self) -> Tensor:
-        assert self._set.tokens is not None  # every set here was made by with_tokens
-        return self._set.tokens
+        return dataclasses.replace(self._set, tokens=swapped(self._set, []), meta=meta)
 
     def run(self, n: int) -> Iterator[SwapRecord]:
         """Make steps until ``n`` in all have been made, yielding a record of each.
@@ -131,7 +124,7 @@ class SwapSearch:
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """All that steps change but the records, for the checkpoint."""
         rejected = torch.tensor([dataclasses.astuple(swap) for swap in sorted(self._rejected)], dtype=torch.int64)
-        return {"tokens": self._tokens, "rejected": rejected.reshape(-1, 3)}, {}
+        return {"tokens": swapped(self._set, []), "rejected": rejected.reshape(-1, 3)}, {}
 
     def restore(self, tensors: dict[str, Tensor], data: dict, records: list[dict]) -> None:
         """Become what :meth:`state` returned."""
@@ -149,10 +142,6 @@ class SwapSearch:
         candidates = self._candidates(gradient, seen, generator("swap-candidates", self.seed, step))
         before, *losses = self.judge.losses(self._set, [[], *([s] for s in candidates)], seed)
         swaps, after = combined(candidates, losses, before, lambda groups: self.judge.losses(self._set, groups, seed))
-        if swaps and self.confirm is not None:
-            old, new = self.confirm.losses(self._set, [[], swaps], derive_seed("confirm", self.seed, step))
-            if not new <= old:
-                swaps, after = [], before
         text = with_tokens(self._set, self.student, swapped(self._set, swaps)) if swaps else self._set
         changed = {s.example for s in swaps}
         rejected = {s for s in self._rejected.union(candidates) if s.example not in changed}
@@ -162,7 +151,7 @@ class SwapSearch:
         return record
 
     def _seen(self, step: int) -> Tensor | None:
-        """Which sentences a step looks at: all have had their turn before one has another, in an order drawn for each round."""
+        """Which sentences a step looks at: each of them once per round, in an order drawn for the round."""
         if self.examples is None:
             return None
         turns = -(-len(self._set) // self.examples)
@@ -170,11 +159,11 @@ class SwapSearch:
         return order.split(self.examples)[step % turns].sort().values
 
     def _candidates(self, gradient: Tensor, seen: Tensor | None, draw: torch.Generator) -> list[Swap]:
-        """Swaps of the sentences ``seen`` (None: of all), drawn from those that the linear estimate likes best."""
+        """Swaps of the sentences ``seen`` (None: of all), drawn from those that the linear estimate ranks highest."""
         table, words = self.student.embedding, self.allowed.nonzero().squeeze(1)
         free = self._set.free if seen is None else self._set.free & torch.isin(torch.arange(len(self._set)), seen)[:, None]
         ranked: list[tuple[float, Swap]] = []  # minus the estimated gain, swap
-        tokens = self._tokens.tolist()
+        tokens = swapped(self._set, []).tolist()
         for places in free.nonzero().split(256):  # memory is that many positions times the vocabulary
             example, position = places.T
             slopes, current = gradient[example, position].to(table), self._set.embeds[example, position].to(table)

@@ -15,7 +15,7 @@ Data in, arrays out; the figures are in :mod:`distillkit.view.set_figures`.
 
 from __future__ import annotations
 
-import dataclasses
+from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +33,11 @@ from distillkit.io.seeds import generator
 from distillkit.text.projection import METRICS, allowed_tokens, nearest_tokens
 
 MAPS = ("umap", "pca")
+# Each function below that returns one of these describes its fields.
+Overlap = namedtuple("Overlap", ("share", "chance"))
+WordDistances = namedtuple("WordDistances", ("distances", "tokens", "yardstick"))
+AttentionShares = namedtuple("AttentionShares", ("special", "content", "own", "previous", "next"))
+History = namedtuple("History", ("steps", "free", "moved", "tokens", "flipped", "away", "labels"))
 
 
 def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15) -> np.ndarray:
@@ -64,14 +69,6 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
     import umap  # takes seconds to compile, so it is imported only here
 
     return umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points).astype(np.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Overlap:
-    """How far groups keep to themselves: the ``share`` of neighbours in a point's own group, and its value by ``chance``."""
-
-    share: float
-    chance: float
 
 
 def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
@@ -126,21 +123,6 @@ def _nearest(points: np.ndarray, k: int, metric: str) -> np.ndarray:
     return search.fit(points).kneighbors(return_distance=False)  # without a query, a point is not its own neighbour
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WordDistances:
-    """How far learned embeddings are from words.
-
-    Attributes:
-        distances: ``[n]``, from each free position, in reading order, to its nearest word.
-        tokens: ``[n]``, the ids of those words.
-        yardstick: the median distance between a word and the word nearest to it.
-    """
-
-    distances: np.ndarray
-    tokens: np.ndarray
-    yardstick: float
-
-
 def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int = 1000, seed: int = 0) -> WordDistances:
     """Euclidean distance of each free position to its nearest word, beside how far words are from each other.
 
@@ -149,6 +131,10 @@ def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int 
     Args:
         distilled: a set in ``student``'s embedding space.
         sample: number of words, drawn from ``seed``, that the yardstick is measured on (all where there are fewer).
+
+    Returns:
+        ``distances [n]`` of the free positions in reading order; ``tokens [n]``, the ids of their nearest words; and the
+        ``yardstick``, the median distance between a word and the word nearest to it.
     """
     check_whole("sample", sample)
     distilled.check_table(student)
@@ -221,21 +207,6 @@ def attention_entropy(weights, mask) -> np.ndarray:
     return _mean(entr(weights).sum(-1), mask[:, None, None])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AttentionShares:
-    """Where attention goes, each ``[examples, layers, heads]`` in 0..1.
-
-    ``special`` and ``content`` add up to 1; ``own``, ``previous`` and ``next`` position are parts of the same whole, cut the
-    other way.
-    """
-
-    special: np.ndarray
-    content: np.ndarray
-    own: np.ndarray
-    previous: np.ndarray
-    next: np.ndarray
-
-
 def attention_shares(weights, mask, special) -> AttentionShares:
     """Where attention goes: means over present positions (Clark et al., 2019, "What does BERT look at?").
 
@@ -245,7 +216,9 @@ def attention_shares(weights, mask, special) -> AttentionShares:
         special: ``[examples, l]``, the positions with special tokens (of a distilled set ``mask & ~free``).
 
     Returns:
-        Shares of the weight; those of the previous and the next position are means over the positions that have one.
+        Shares of the weight, each ``[examples, layers, heads]`` in 0..1.  ``special`` and ``content`` add up to 1; ``own``,
+        ``previous`` and ``next`` position are parts of the same whole, cut the other way.  Shares of the previous and of the
+        next position are means over the positions that have one.
     """
     weights, mask = _weights(weights, mask)
     special = np.asarray(special, dtype=bool) & mask
@@ -276,38 +249,21 @@ def _mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     return (values * where).sum(-1) / where.sum(-1).clip(1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class History:
-    """A set through its s snapshots.
-
-    Attributes:
-        steps: ``[s]``, outer steps made at each (0, 1, 2, … where the sets do not say).
-        free: ``[m, l]``, the positions that are learned; the others stay.
-        moved: ``[s, m, l]``, Euclidean distance of each position from where it was at the first.
-        tokens: ``[s, m, l]``, the id of the nearest word of each free position, -1 elsewhere.
-        flipped: ``[s, m, l]``, whether that word is another than at the snapshot before; False at the first.
-        labels: ``[s, m, c]``, the label probabilities, or None without soft labels.
-    """
-
-    steps: np.ndarray
-    free: np.ndarray
-    moved: np.ndarray
-    tokens: np.ndarray
-    flipped: np.ndarray
-    labels: np.ndarray | None
-
-    @property
-    def away(self) -> np.ndarray:
-        """``[s]``, the share of free positions whose nearest word is another than at the first snapshot."""
-        return (self.tokens != self.tokens[0])[:, self.free].mean(1)
-
-
 def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) -> History:
     """How a set moved from its first snapshot on, which words its positions passed through, and how its labels changed.
 
     Args:
         snapshots: two or more states of one set in order, as sets (``distiller.distilled`` is a copy) or files of saved sets.
         student: the model whose words are the nearest ones.
+
+    Returns:
+        ``steps [s]``, outer steps made at each snapshot (0, 1, 2, … where the sets do not record them);
+        ``free [m, l]``, the learned positions;
+        ``moved [s, m, l]``, Euclidean distance of each position from where it was at the first snapshot;
+        ``tokens [s, m, l]``, the id of the nearest word of each free position, -1 elsewhere;
+        ``flipped [s, m, l]``, whether that word differs from the one at the snapshot before, False at the first;
+        ``away [s]``, the share of free positions whose nearest word differs from the one at the first snapshot;
+        ``labels [s, m, c]``, the label probabilities, or None without soft labels.
 
     Raises:
         ValueError: fewer than two snapshots, snapshots that are not of one set, or not in ``student``'s embedding space.
@@ -331,5 +287,6 @@ def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) ->
         moved=(embeds - first.embeds).norm(dim=-1).numpy(),
         tokens=tokens.numpy(),
         flipped=np.diff(tokens, axis=0, prepend=tokens[:1]) != 0,
+        away=(tokens != tokens[0])[:, free].double().mean(1).numpy(),
         labels=torch.stack([s.targets.softmax(-1) for s in sets]).numpy() if first.soft else None,
     )

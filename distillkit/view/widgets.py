@@ -91,8 +91,7 @@ def replaced(distilled: DistilledSet, student: Student, example: int, position: 
 
     Raises ValueError for a position that is not learned, a token outside the embedding table, or a set of another table.
     """
-    distilled.check_table(student)
-    _check_place(distilled, example, position)
+    _check_place(distilled, student, example, position)
     check_whole("token", token, least=0, most=len(student.embedding) - 1, meaning="the embedding table")
     if distilled.tokens is None:
         embeds = distilled.embeds.clone()
@@ -103,7 +102,8 @@ def replaced(distilled: DistilledSet, student: Student, example: int, position: 
     return with_tokens(distilled, student, tokens)
 
 
-def _check_place(distilled: DistilledSet, example: int, position: int) -> None:
+def _check_place(distilled: DistilledSet, student: Student, example: int, position: int) -> None:
+    distilled.check_table(student)
     if [example, position] not in distilled.free.nonzero().tolist():
         raise ValueError(f"example {example!r} has no learned position {position!r}; choose one of distilled.free.nonzero()")
 
@@ -125,8 +125,7 @@ def candidates(
     Returns:
         A row per word: ``token`` id, ``word``, Euclidean ``distance``, and with a score ``score`` and ``change``.
     """
-    distilled.check_table(student)
-    _check_place(distilled, example, position)
+    _check_place(distilled, student, example, position)
     table = student.embedding
     embedding = distilled.embeds[example, position].to(table.device, table.dtype)
     nearest, _ = nearest_tokens(embedding[None], table, k=k, allowed=allowed_tokens(student.tokenizer, len(table)))
