@@ -93,9 +93,11 @@ def test_store_all_is_the_derivative(world, name, what):
         assert abs(difference - float(gradient.flatten()[entry])) <= 1e-6 * float(gradient.abs().max())
 
 
-@pytest.mark.parametrize("name", ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"])
-@pytest.mark.parametrize("trainable", ["full", "head", "lora"])
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize(("name", "trainable", "optimizer"), [
+    *((name, trainable, "adamw") for name in ("bert-base-uncased", "distilbert-base-uncased", "roberta-base")
+      for trainable in ("full", "head", "lora")),
+    *(("bert-base-uncased", "full", optimizer) for optimizer in OPTIMIZERS if optimizer != "adamw"),
+])
 @pytest.mark.parametrize("unroll", [{}, {"batch_size": 3, "dropout": True}], ids=["whole", "batches, dropout"])
 def test_replay_equals_store_all(world, name, trainable, optimizer, unroll):
     task, students = world

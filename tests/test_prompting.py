@@ -12,7 +12,7 @@ import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.cli.main import main
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores, log_likelihoods
+from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
 from distillkit.experiments.kinds import table_of
@@ -50,7 +50,8 @@ def test_classes_become_words_to_choose_from(task, asked):
 def test_without_demonstrations_it_is_multiple_choice(readers, asked, name):
     student = readers[name]
     found = few_shot(asked, student)
-    assert (found.mean, found.normalized[0]) == pytest.approx(choice_accuracy(student, student.init(0), asked, "test"))
+    plain, by_length = answered(student, student.init(0), asked, "test")
+    assert (found.mean, found.normalized[0]) == pytest.approx((plain.mean(), by_length.mean()))
     assert found.k == 0 and found.dropped == (0,) and len(found.scores) == 1 and np.isnan(found.std)
 
 

@@ -19,8 +19,8 @@ import torch
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
+from distillkit.core.estimate import recommend
 from distillkit.core.loading import load_student
-from distillkit.core.metagrad import recommend
 from distillkit.core.model_files import inventory
 from distillkit.data.corpora import KNOWN
 from distillkit.data.load import load_task
@@ -155,7 +155,7 @@ def _student(source: str, role: str, task) -> Iterator[str]:
 
 def _derivatives(student, task) -> str:
     first, second = (_derivative(student, task, order) for order in (1, 2))
-    strategy, reason = recommend(student)
+    strategy, reason = recommend(student, task if first == "ok" else None)
     return (f"  attention {student.attention}: first derivatives {first}, second {second}; use {type(strategy).__name__} "
             f"({reason})")
 

@@ -18,6 +18,7 @@ from distillkit.applications.transfer import transfer as transferred
 from distillkit.cli.work import SETTINGS, Work, settings_of
 from distillkit.core.distilled import KIND, DistilledSet
 from distillkit.core.distiller import Distiller, digest
+from distillkit.core.estimate import announce
 from distillkit.core.experts import Experts, record_experts
 from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
@@ -99,21 +100,24 @@ def distil(work: Work, args: argparse.Namespace) -> None:
         task, student = _world(work)
         start = DistilledSet.from_real(task, student, **work.size(work.seed))
         objective = _objective(work, task, student, folder)
-        if not ranks.leads:
-            ranks.shared(objective).serve(start)
-            return
+        if ranks.leads:
+            announce(start, objective, work.outer_steps)
         # A recording that starts over must not take away what is read here.
         matched = Claim(folder / "experts", wait=True, shared=True) if work.objective == "trajectory" else nullcontext()
-        spread = ranks.shared(objective) if ranks.size > 1 else nullcontext(objective)
         outputs = [folder / part for part in ("checkpoint", "set", "text")]
-        with spread as shared, matched, started(Claim(folder), *outputs, fresh=args.fresh):
-            _learn(work, folder, start, shared, student)
+        with matched, started(Claim(folder), *outputs, fresh=args.fresh) if ranks.leads else nullcontext():
+            ranks.wait()
+            _learn(work, folder, start, ranks.shared(objective), student, ranks.leads)
 
 
-def _learn(work: Work, folder: Path, start, objective, student) -> None:
+def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> None:
     """Distil, write the set and its nearest words, and show them."""
     distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
-                          checkpoint_every=work.checkpoint_every)
+                          checkpoint_every=work.checkpoint_every, writes=leads)
+    if not leads:
+        for _ in distiller.run(work.outer_steps):
+            pass
+        return
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
     with distiller.checkpoint.claim:

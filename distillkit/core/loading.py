@@ -44,8 +44,10 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
     """Load a :class:`Student`: a sequence classifier for a classification task, a language model for an instruction task.
 
     Any architecture will do whose logits from embeddings prove to be those from tokens, whatever the padding.  An output head
-    that shares its weights with the input embeddings becomes a trainable copy, as the input embeddings are frozen.  A warning
-    names unknown words in more than 5 % of the corpus, and tensors of the checkpoint's body that its configuration leaves out.
+    that shares its weights with the input embeddings becomes a trainable copy, as the input embeddings are frozen.  Tested are
+    BERT, DistilBERT, RoBERTa, MPNet, ModernBERT, DeBERTa, ELECTRA and ALBERT as classifiers, and OPT, Llama, GPT-2, Qwen,
+    Mistral, Gemma 2 and 3, Phi-3 and GPT-NeoX as classifiers and as language models.  A warning names unknown words in more
+    than 5 % of the corpus, and tensors of the checkpoint's body that its configuration leaves out.
 
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:small-bert"`` (random weights),

@@ -346,7 +346,7 @@ class Truncated:
 # --- which strategy, and how good it is ------------------------------------------------------------------------------
 
 
-def recommend(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
+def suited(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
     """The strategy that suits a student, and why in a sentence.
 
     Raises:

@@ -28,7 +28,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.objectives import TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
-from distillkit.evaluation.scoring import choice_accuracy
+from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.results import rounded
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
@@ -86,7 +86,8 @@ class InstructionCell(Cell):
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":
-            plain, by_length = choice_accuracy(self.student, self.student.init(seed), self.task, "test")
+            right = answered(self.student, self.student.init(seed), self.task, "test")
+            plain, by_length = (float(column.mean()) for column in right)
             score = {"init_seed": seed, "accuracy": rounded(plain), "normalized": rounded(by_length)}
             return [score | {"examples": 0, "nbytes": 0, "seconds": 0.0}], {}
         return self.evaluated(None if method == "full" else self.set_of(method, seed), recipe, (seed,))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest
+from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.metagrad import ForwardDifference, Replay
@@ -183,6 +184,8 @@ class Cell:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
         distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
+        if not self.notes and not distiller.step:  # the first set that this experiment distils
+            announce(start, objective, steps or self.job.outer_steps)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass
         records = distiller.records
