@@ -517,7 +517,7 @@ def test_doctor_explains_a_model_that_can_be_nothing(standin_hub, capsys, tmp_pa
         shutil.copy(file, tmp_path)
     assert call("doctor", "--student", tmp_path) == 2
     out, err = capsys.readouterr()
-    assert "as classifier: none (" in out and "no points between them" in out and "cannot be a student" in err
+    assert "as classifier: none (" in out and "as language model: none (" in out and "cannot be a student" in err
 
 
 def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
