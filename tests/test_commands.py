@@ -181,17 +181,17 @@ def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
         assert "tiny/set" in capsys.readouterr().err and contents(copy) == before
 
 
-def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monkeypatch, capsys):
+def test_a_folder_of_the_users_is_not_touched(tmp_path, standin_hub, monkeypatch, capsys):
     (tmp_path / "Documents" / "thesis").mkdir(parents=True)
     (tmp_path / "Documents" / "thesis" / "chapter.tex").write_text("precious")
     (tmp_path / "package.json").write_text('{"name": "package"}')
     settings = {"corpus": TINY[1], "student": TINY[3], "max_length": 12, "length": 8, "rows": ["random/tuned"]}
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("Documents", "package"):
+    for name, fresh in (("Documents", ["--fresh"]), ("package", ["--fresh"]), ("Documents", [])):
         (tmp_path / "doc.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
-        assert call("run", "doc.yaml", "--fresh", "--work", ".", "--results", ".") == 2
-        assert "distillkit did not write it" in capsys.readouterr().err
+        assert call("run", "doc.yaml", *fresh, "--work", ".", "--results", ".") == 2
+        assert "distillkit did not write" in capsys.readouterr().err
     (tmp_path / "doc.yaml").unlink()
     assert contents(tmp_path) == before
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -30,11 +28,7 @@ from distillkit.io.verify import DAMAGED, NOT_CHECKED
 from distillkit.io.verify import verify as states
 from distillkit.io.version import __version__
 
-# Rows by which a model is tried.
-EXAMPLES = {
-    "classifier": [{"text": f"a sentence of class {c}", "label": c} for c in ("one", "two")],
-    "language model": [{"prompt": f"the number before {c} is", "response": f"not {c}"} for c in ("one", "two")],
-}
+ROLES = {"classifier": "docstrings", "language model": "docstrings_qa"}  # what a model is tried as, and on which corpus
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -71,10 +65,10 @@ def _versions() -> Iterator[str]:
     for needed in map(Requirement, importlib.metadata.requires("distillkit") or () if "distillkit" in installed else ()):
         version, optional = installed.get(needed.name.lower().replace("_", "-")), needed.marker is not None
         if version is None:
-            state = "absent, optional" if optional else "absent, NEEDED: pip install it"
+            state = "optional" if optional else "NEEDED: pip install it"
         else:
             state = "ok" if needed.specifier.contains(version, prereleases=True) else "TOO OLD OR TOO NEW"
-        yield f"  {needed.name} {version or ''}: {state} ({needed.specifier or 'any'})"
+        yield f"  {needed.name} {version or 'absent'}: {state} ({needed.specifier or 'any'})"
 
 
 def _machine() -> Iterator[str]:
@@ -120,18 +114,15 @@ def _files(source: str) -> Iterator[str]:
 def _model(source: str) -> Iterator[str]:
     """What a model is as a classifier and as a language model, or why it is none; an error where it is neither."""
     errors = []
-    for role, rows in EXAMPLES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for split in ("train", "validation", "test"):
-                (Path(folder) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            task = load_task(folder, max_length=16)
+    for role, corpus in ROLES.items():
+        task = load_task(corpus, max_length=16, limit=12)
         try:
             yield from _student(source, role, task)
         except ValueError as error:
             errors.append(error)
             yield f"student {source} as {role}: none ({error})"
-    if len(errors) == len(EXAMPLES):
-        raise errors[0]
+    if len(errors) == len(ROLES):
+        raise errors[-1]
 
 
 def _student(source: str, role: str, task) -> Iterator[str]:

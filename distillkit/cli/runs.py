@@ -15,6 +15,7 @@ from distillkit.io.checks import check_choice
 from distillkit.io.escaping import say
 from distillkit.io.restart import started
 from distillkit.io.storage import save_text
+from distillkit.io.verify import kind_of as written_by_kit
 from distillkit.view import figures as plots
 from distillkit.view.gallery import regenerate
 
@@ -46,6 +47,10 @@ def _compute(path: Path, args: argparse.Namespace, folder: Path, rows=(), seeds=
     try:
         experiment = run_class(job, folder, args.work, fresh=args.fresh, committed=args.results)
         say(experiment.headline())
+        files = [path for path in experiment.work.rglob("*") if path.is_file()]
+        if files and not any(map(written_by_kit, files)):
+            raise ValueError(f"{experiment.work} holds {files[0].name}, which distillkit did not write; give the run another "
+                             "name, or another --work")
         with started(experiment.claim, experiment.path, experiment.work, fresh=args.fresh):
             result = experiment(rows, seeds)
     except (ValueError, FloatingPointError) as error:
@@ -67,8 +72,6 @@ def is_finished(path: Path) -> bool:
 def table(args: argparse.Namespace) -> None:
     """``python -m distillkit table``."""
     path = args.results / f"{args.name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no result {path}")
     result = read_result(path)
     try:
         say(table_of(result))

@@ -24,7 +24,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import SGD, AdamW, Momentum
 from distillkit.evaluation.evaluate import Evaluation
-from distillkit.experiments.results import as_json
+from distillkit.experiments.results import as_config, as_json
 from distillkit.experiments.runner import load_corpus, strategy, unroll_of
 from distillkit.experiments.settings import renamed
 from distillkit.io.escaping import one_line, say
@@ -58,8 +58,7 @@ def _world(work: Work, student: str | None = None):
 
 def _save_settings(work: Work, folder: Path) -> None:
     """Write down the settings that replay a step, those of the steps before it included."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(work).items()}
-    save_text(folder / SETTINGS, sealed_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True)))
+    save_text(folder / SETTINGS, sealed_text(yaml.safe_dump(as_config(work), sort_keys=False, allow_unicode=True)))
 
 
 def experts(work: Work, args: argparse.Namespace) -> None:
