@@ -132,8 +132,11 @@ class Experts:
 
     def batches(self, expert: int, first: int, last: int) -> Iterator[Tensor]:
         """The training rows of each step between two snapshots."""
+        size, per_epoch = self.settings["batch_size"], self.settings["steps_per_epoch"]
         for step in range(self.step(first), self.step(last)):
-            yield _batch(self.settings, expert, step)
+            epoch, place = divmod(step, per_epoch)
+            draw = generator("expert-order", self.settings["seed"], expert, epoch)
+            yield torch.randperm(self.settings["rows"], generator=draw)[place * size :][:size]
 
     def check(self, student: Student, task) -> None:
         """Raise ValueError if another student, tokenizer or task made these experts."""
@@ -255,10 +258,9 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
             parts = real_parts(task, student, rows, micro_batch)
             params, state, *_ = inner_step(student, optimizer, params, state, parts, optimizer.step_size)
             bar.update()
-        tensors = [params, *(v for v in state.values() if isinstance(v, dict))]
-        if not all(bool(t.isfinite().all()) for named in tensors for t in named.values()):
-            raise FloatingPointError(f"expert {expert} is not finite after {experts.step(index)} steps at step size "
-                                     f"{optimizer.step_size}; lower it, or clip gradients (clip_norm)")
+        require(all(bool(tensor.isfinite().all()) for tensor in _flat(params, state).values()),
+                f"expert {expert} is not finite after {experts.step(index)} steps at step size {optimizer.step_size}; lower "
+                "it, or clip gradients (clip_norm)", FloatingPointError)
         _save(experts, expert, index, params, state)
 
 
@@ -282,31 +284,24 @@ def _identity_of(settings: dict, expert: int, index: int) -> dict:
     return {"expert": expert, "index": index, "settings": _recording(settings)}
 
 
+def _flat(params: Params, state: State) -> dict[str, Tensor]:
+    """All tensors of a snapshot by name: ``params.NAME``, and such as ``m.NAME`` for the optimiser's."""
+    parts = {"params": params} | {key: value for key, value in state.items() if isinstance(value, dict)}
+    return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+
+
 def _save(experts: Experts, expert: int, index: int, params: Params, state: State) -> None:
-    tensors = {f"params.{n}": p for n, p in params.items()}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            tensors |= {f"state.{key}.{n}": t for n, t in value.items()}
-    write_file(experts.folder / _name(expert, index), kind=SNAPSHOT, tensors=tensors,
+    write_file(experts.folder / _name(expert, index), kind=SNAPSHOT, tensors=_flat(params, state),
                identity=_identity_of(experts.settings, expert, index),
                data={key: value for key, value in state.items() if not isinstance(value, dict)})
 
 
 def _unpacked(tensors: dict[str, Tensor], numbers: dict) -> tuple[Params, State]:
-    params, state = {}, dict(numbers)
+    parts: dict[str, dict] = {"params": {}}
     for name, tensor in tensors.items():
         part, _, name = name.partition(".")
-        if part == "state":
-            part, _, name = name.partition(".")
-        (params if part == "params" else state.setdefault(part, {}))[name] = tensor
-    return params, state
-
-
-def _batch(settings: dict, expert: int, step: int) -> Tensor:
-    epoch, place = divmod(step, settings["steps_per_epoch"])
-    draw = generator("expert-order", settings["seed"], expert, epoch)
-    order = torch.randperm(settings["rows"], generator=draw)
-    return order[place * settings["batch_size"] :][: settings["batch_size"]]
+        parts.setdefault(part, {})[name] = tensor
+    return parts.pop("params"), numbers | parts
 
 
 def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: int) -> None:

@@ -69,7 +69,7 @@ def kind_of(path: Path) -> str:
 def _state(path: Path) -> tuple[str, str]:
     kind = kind_of(path)
     if kind == "unfinished":
-        return LEFT_OVER, "an interrupted write, or one under way; the next one removes it"
+        return LEFT_OVER, "by a write, or a run that starts over; the next one clears it away, or puts it back"
     if not kind:
         return NOT_CHECKED, "a link, which is not followed" if path.is_symlink() else "not written by distillkit, it seems"
     try:
