@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
+from distillkit.cli import runs
 from distillkit.experiments import runner
 from distillkit.experiments.classification import ROW_NAMES, ClassificationCell, ClassificationJob, table
 from distillkit.experiments.results import COLUMNS, VERSIONED, frame, read, settings_hash, with_tables
 from distillkit.experiments.results import write as write_result
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
+from distillkit.io.storage import StorageError
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
          "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0], "standard_steps": 2,
@@ -345,7 +347,7 @@ def test_fresh_forgets(copied, scored, tmp_path):
 
 def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     """With the settings and the finished rows of the small run in the place of the shipped ones."""
-    monkeypatch.setattr(runner, "CONFIGS", copied)
+    monkeypatch.setattr(runs, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
     assert command_line.main(["demo", *places(copied)]) == 0
     assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
@@ -353,13 +355,14 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     assert "| embeddings | own |" in capsys.readouterr().out
 
 
-def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(copied):
+def test_a_demo_begins_anew_where_nothing_is_left_to_do(copied):
     path = copied / "results" / "small.json"
-    assert command_line._done_with(path) and not command_line._done_with(copied / "absent.json")
+    assert runs.is_finished(path) and not runs.is_finished(copied / "absent.json")
     rewrite(copied, drop("random/tuned"))
-    assert not command_line._done_with(path), "it goes on"
+    assert not runs.is_finished(path), "it goes on"
     path.write_bytes(path.read_bytes()[:-9])
-    assert command_line._done_with(path)
+    with pytest.raises(StorageError, match="small.json is damaged.*--fresh"):
+        runs.is_finished(path)
 
 
 def test_table_of_a_result(copied, capsys, finished):
@@ -369,7 +372,7 @@ def test_table_of_a_result(copied, capsys, finished):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["run", "no-such-settings"], "no configuration 'no-such-settings': neither a file nor one of .*quickstart"),
-    (["table", "no-such-result"], r"no result .*no-such-result\.json"),
+    (["table", "no-such-result"], r".*No such file .*no-such-result\.json"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
     import re

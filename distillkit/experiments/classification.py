@@ -35,6 +35,7 @@ from distillkit.experiments.settings import (
     Inner,
     Outer,
     Scoring,
+    Seeds,
     SetSeed,
     Size,
     option,
@@ -56,7 +57,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     """Settings of one experiment."""
 
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
-    full_seeds: tuple[int, ...] = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
+    full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 

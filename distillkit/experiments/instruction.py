@@ -38,6 +38,7 @@ from distillkit.experiments.settings import (
     Expert,
     Inner,
     Neighbor,
+    Number,
     Outer,
     Recipes,
     SetSeeds,
@@ -70,7 +71,7 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     gradients, Adam's first steps depend on little but their signs, whose derivative is next to nothing.
     """
 
-    max_start_epoch: float | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
+    max_start_epoch: Number | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
