@@ -37,7 +37,6 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,11 +48,13 @@ from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
+from distillkit.evaluation.scoring import mean_and_std
 from distillkit.io.seeds import derive_seed
 from distillkit.io.signals import ending_signals
 
 START = timedelta(minutes=30)  # for all processes to have started
 DRIFT = 1e-5  # relative difference between ranks that rounding does not explain
+COMPARED = ("outer step", "settings or corpus", "embeddings", "step sizes", "labels")
 _blocks = itertools.count()
 
 
@@ -66,11 +67,11 @@ class Team:
 
     Attributes:
         rank, size: this process's number, and how many there are.
-        loss: why the run cannot go on, once a rank has been missed.
+        failure: why the run cannot go on, once a rank has been missed.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, timeout: float = 30):
-        self.rank, self.size, self.loss = rank, size, ""
+        self.rank, self.size, self.failure = rank, size, ""
         self._store, self._timeout, self._meetings, self._attentive = store, timeout, 0, False
 
     @property
@@ -103,10 +104,11 @@ class Team:
         total = self.sum(torch.cat([by_seed.flatten(), means * len(part.scores) / len(seeds)]))
         scores, normalized, losses = total[: by_seed.numel()].view(by_seed.shape).tolist()
         seconds, *groups = total[by_seed.numel() :].tolist()
+        mean, std = mean_and_std(scores)
         return dataclasses.replace(
             part,
-            mean=float(np.mean(scores)),
-            std=float(np.std(scores, ddof=1)) if len(seeds) > 1 else float("nan"),
+            mean=mean,
+            std=std,
             scores=tuple(scores),
             groups=dict(zip(part.groups, groups, strict=True)),
             seconds=seconds,
@@ -145,8 +147,8 @@ class Team:
 
     def check(self, *_) -> None:
         """Raise RankLost if a rank has been missed and this process waits for it (also as a signal handler)."""
-        if self.loss and self._attentive:
-            raise self._lost(self.loss)
+        if self.failure and self._attentive:
+            raise self._lost(self.failure)
 
     def _meet(self) -> None:
         """Wait until all ranks have come here, in a loop that signals can end: gloo's own waiting cannot be interrupted."""
@@ -168,18 +170,17 @@ class Team:
     def listen(self, store: dist.Store, ended: threading.Event) -> None:
         """Give signs of life until ``ended``, and note a rank that gives none; runs in a thread of its own."""
         beats, heard = [-1] * self.size, [0.0] * self.size
-        while not (ended.wait(self._timeout / 15) or self.loss):
+        while not (ended.wait(self._timeout / 15) or self.failure):
             try:
-                store.add(f"beat {self.rank}", 1)
-                for rank, count in enumerate([store.add(f"beat {rank}", 0) for rank in range(self.size)]):
-                    if count != beats[rank]:
-                        beats[rank], heard[rank] = count, time.monotonic()
+                for rank, last in enumerate(beats):
+                    beats[rank] = store.add(f"beat {rank}", int(rank == self.rank))
+                    heard[rank] = heard[rank] if beats[rank] == last else time.monotonic()
             except RuntimeError as error:
-                self.loss = str(error)
+                self.failure = str(error)
             silence = time.monotonic() - min(heard)
             if silence > self._timeout:
-                self.loss = f"no sign of life of process {heard.index(min(heard))} for {silence:.0f} seconds"
-        if self.loss:
+                self.failure = f"no sign of life of process {heard.index(min(heard))} for {silence:.0f} seconds"
+        if self.failure:
             _thread.interrupt_main(signal.SIGURG)  # runs `check` in the main thread
 
 
@@ -256,7 +257,9 @@ class Shared:
         states[rank] = torch.tensor([seed, settings, *norms], dtype=torch.float64)
         flat = self.team.sum(torch.cat([states.flatten(), *(total.flatten() for total in sums)]))
         states, loss, *gradients = map(Tensor.view, flat.split([math.prod(shape) for shape in shapes]), shapes)
-        _compare(states, ("outer step", "settings or corpus", "embeddings", "step sizes", "labels"))
+        for rank, column in ((states - states[0]).abs() > DRIFT * states[0].abs()).nonzero().tolist():
+            raise ValueError(f"process {rank} differs from process 0 in its {COMPARED[column]}; start all processes with the "
+                             "same arguments and versions, and with a checkpoint that all of them can read")
         embeds, step_sizes, *targets = (gradient.to(distilled.embeds.dtype) for gradient in gradients)
         return MetaGradient(float(loss), embeds, targets[0] if targets else None, step_sizes)
 
@@ -277,12 +280,3 @@ class _Share(Shared):
     @property
     def metagrad(self):
         return self.objective.metagrad
-
-
-def _compare(states: Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError unless the rows of ``states``, one of each rank, are equal but for rounding."""
-    for rank, state in enumerate(states):
-        for name, value, expected in zip(names, state.tolist(), states[0].tolist()):
-            if abs(value - expected) > DRIFT * abs(expected):
-                raise ValueError(f"process {rank} differs from process 0 in its {name}; start all processes with the same "
-                                 "arguments and versions, and with a checkpoint that all of them can read")

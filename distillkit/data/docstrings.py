@@ -182,8 +182,6 @@ def _named_docstrings(node: ast.AST, path: list[str]) -> Iterator[tuple[list[str
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<!\bal\.)(?<=[.!?])\s+(?=[A-Z\"'(\[])")
-
-
 # Signatures, headings, directives and code.
 NO_SENTENCE = re.compile(r"->|>>>|::\s*$|={3}|-{3}|~{3}|^\s*(\.\.|@|[-*+] )|^\w[\w.]*\(")
 MARKUP = (
@@ -208,7 +206,7 @@ def first_sentence(docstring: str) -> str | None:
         text = re.sub(markup, plain, text)
     text = mask_libraries(SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0])
     letters = [len(word) for word in re.findall(r"[A-Za-z]{2,}", text)]
-    is_plain = not re.search(r"`|:\w+:|://", text)  # markup that is broken itself
+    is_plain = not re.search(r"`|:\w+:|://", text)  # no broken markup
     is_prose = 4 <= len(text.split()) <= 60 and len(letters) >= 4 and sum(letters) >= 0.6 * len(text.replace(" ", ""))
     return text if is_plain and is_prose else None
 
