@@ -21,7 +21,9 @@ import distillkit as dk
 from distillkit.applications.publish import save_published
 from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
-from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
+from distillkit.cli.looks import _hub
+from distillkit.cli.steps import SCORES
+from distillkit.cli.work import SETTINGS, STEPS, Work, settings_of
 from distillkit.core.experts import record_experts
 from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
@@ -180,17 +182,17 @@ def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
         assert f"{message} {copy / 'tiny' / 'set'}" in capsys.readouterr().err and contents(copy) == before
 
 
-def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monkeypatch, capsys):
+def test_a_folder_of_the_users_is_not_touched(tmp_path, standin_hub, monkeypatch, capsys):
     (tmp_path / "Documents" / "thesis").mkdir(parents=True)
     (tmp_path / "Documents" / "thesis" / "chapter.tex").write_text("precious")
     (tmp_path / "package.json").write_text('{"name": "package"}')
     settings = {"corpus": TINY[1], "student": TINY[3], "max_length": 12, "length": 8, "rows": ["random/tuned"]}
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("Documents", "package"):
+    for name, fresh in (("Documents", ["--fresh"]), ("package", ["--fresh"]), ("Documents", [])):
         (tmp_path / "doc.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
-        assert call("run", "doc.yaml", "--fresh", "--work", ".", "--results", ".") == 2
-        assert "distillkit did not write it" in capsys.readouterr().err
+        assert call("run", "doc.yaml", *fresh, "--work", ".", "--results", ".") == 2
+        assert "distillkit did not write" in capsys.readouterr().err
     (tmp_path / "doc.yaml").unlink()
     assert contents(tmp_path) == before
 
@@ -223,7 +225,7 @@ def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatc
 
 def test_flags_win_over_the_file_over_the_folder(tmp_path):
     def settled(*argv):
-        return commands.settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))
+        return settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))[0]
 
     assert settled() == Work()
     (tmp_path / "work").mkdir()
@@ -261,7 +263,7 @@ def test_an_experiment_and_the_command_line_share_their_settings():
     ("name: 2024-01-01", "name must be a valid string, not datetime.date"),
     ("objective: magic", "objective must be 'bptt' or 'trajectory', not 'magic'"),
     ("recipe: mine", "recipe must be 'own', 'standard' or 'tuned'"),
-    ("seeds: []", r"seeds must have at least 1 item, not \[\]"),
+    ("seeds: []", r"seeds must name at least one seed"),
     ("limit: many", "limit must be a valid integer, not 'many'"),
     ("limit: {test: 0}", "limit must be greater than or equal to 1, not 0"),
     ("limit: {tset: 9}", "limit must be 'train', 'validation' or 'test', not 'tset'"),
@@ -276,7 +278,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["distil", "--config", "nowhere.yaml"], "no file of settings nowhere.yaml"),
+    (["distil", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     (["evaluate"], "no set .*work/set; make one with: python -m distillkit distil"),
     (["verify", "nowhere"], "no file or folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
@@ -398,7 +400,7 @@ def test_help_teaches(command, capsys):
     for line in re.findall(r"python -m distillkit (.*?)(?:   .*)?$", out.split("example:")[1], re.MULTILINE):
         command_line.parser().parse_args(line.split()), "an example that parses"
     assert f"python -m distillkit {command}" in out.split("example:")[1]
-    for flag in STEPS.get(command, ("", (), ""))[1]:
+    for flag in STEPS[command].flags if command in STEPS else ():
         assert re.search(rf"--{flag.replace('_', '-')} .*\n?.*\w", out)
 
 
@@ -521,7 +523,7 @@ def test_doctor_explains_a_model_that_can_be_nothing(standin_hub, capsys, tmp_pa
         shutil.copy(file, tmp_path)
     assert call("doctor", "--student", tmp_path) == 2
     out, err = capsys.readouterr()
-    assert "as classifier: none (" in out and "no points between them" in out and "cannot be a student" in err
+    assert "as classifier: none (" in out and "as language model: none (" in out and "cannot be a student" in err
 
 
 def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
@@ -532,8 +534,8 @@ def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert commands._hub().startswith("NOT reachable (http://127.0.0.1:9: ")
+    assert next(_hub()).startswith("hub: NOT reachable (http://127.0.0.1:9: ")
 
 
 def test_every_setting_is_a_flag_of_some_step():
-    assert {f.name for f in dataclasses.fields(Work)} == {name for _, names, _ in STEPS.values() for name in names}
+    assert {f.name for f in dataclasses.fields(Work)} == {name for step in STEPS.values() for name in step.flags}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import distillkit as dk
+from distillkit.core.estimate import announce
 from distillkit.io.memory import LiveBytes
 
 
@@ -59,3 +60,13 @@ def test_memory_that_runs_out_names_what_to_lower(world):
     with pytest.warns(UserWarning, match="in parts of about 1"), pytest.raises(torch.OutOfMemoryError) as caught:
         dk.meta_gradient(start, goal)
     assert all(name in str(caught.value) for name in ("micro_batch", "length", "max_length", "Replay", "Truncated", "lora"))
+
+
+def test_a_long_run_begins_with_its_prediction(world, capsys):
+    task, student = world
+    start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+    goal = dk.BPTT(task, student, dk.Unroll(2), batch_size=8)
+    announce(start, goal, 5)
+    assert capsys.readouterr().err == "", "measuring takes as long as two steps"
+    announce(start, goal, 50)
+    assert "minutes" in capsys.readouterr().err.splitlines()[-1]
