@@ -72,9 +72,12 @@ def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task
     for name in names:
         check_choice(f"a class of {task.name!r}", name, task.classes)
     new = tuple(dict.fromkeys(names.values()))
+    if len(new) < 2:
+        raise ValueError(f"a task needs two classes or more, not {', '.join(new) or 'none'}")
     label = {task.classes.index(old): new.index(name) for old, name in names.items()}
     rows = {split: [(text, label[y]) for text, y in _pairs(task, split) if y in label] for split in SPLITS}
-    return _task(f"{task.name}[{', '.join(new)}]", new, rows, task, f"{task.origin}; of it the classes {', '.join(names)}")
+    return task_of_rows(f"{task.name}[{', '.join(new)}]", new, rows, max_length=task.max_length,
+                        origin=f"{task.origin}; of it the classes {', '.join(names)}")
 
 
 def united(*tasks: Task) -> Task:
@@ -90,17 +93,12 @@ def united(*tasks: Task) -> Task:
     classes = _all_classes(task.classes for task in tasks)
     label = [[classes.index(name) for name in task.classes] for task in tasks]
     rows = {split: [(text, label[k][y]) for k, task in enumerate(tasks) for text, y in _pairs(task, split)] for split in SPLITS}
-    return _task(" + ".join(t.name for t in tasks), classes, rows, tasks[0], " + ".join(t.origin for t in tasks))
+    return task_of_rows(" + ".join(task.name for task in tasks), classes, rows, max_length=tasks[0].max_length,
+                        origin=" + ".join(task.origin for task in tasks))
 
 
 def _pairs(task: Task, split: str) -> Iterable[tuple[str, int]]:
     return zip(task.split(split)["text"][:], task.labels(split).tolist(), strict=True)
-
-
-def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: str) -> Task:
-    if len(classes) < 2:
-        raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
-    return task_of_rows(name, classes, rows, max_length=like.max_length, origin=origin)
 
 
 def _all_classes(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
@@ -435,22 +433,18 @@ class _Run:
     def parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:
         """A step on task k: its real rows, and of each past task what is replayed, in equal shares of ``weight``."""
         rows = self.tasks[k].balanced_rows("train", self.batch_size, draw) + _starts(self.tasks, "train")[k]
-        past = self.memory[:k]
+        past, device, dtype = self.memory[:k], self.student.device, self.student.dtype
         parts = [self._real(1.0 - weight if past else 1.0, rows)]
         for examples in past:
             chosen = torch.randperm(len(examples), generator=draw)[: max(1, self.memory_batch // len(past))]
-            if len(chosen):
-                parts.append(self._replayed(weight / len(past), examples, chosen))
+            if isinstance(examples, Tensor):
+                parts += [self._real(weight / len(past), examples[chosen])] if len(chosen) else []
+                continue
+            targets = examples.targets.to(device, dtype if examples.soft else None)
+            tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
+            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
+            parts.append((weight / len(past), *part))
         return parts
-
-    def _replayed(self, share: float, examples: DistilledSet | Tensor, chosen: Tensor) -> Part:
-        if isinstance(examples, Tensor):
-            return self._real(share, examples[chosen])
-        device, dtype = self.student.device, self.student.dtype
-        targets = examples.targets.to(device, dtype if examples.soft else None)
-        tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
-        ((_, inputs, labels, seed),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
-        return share, inputs, labels, seed
 
     def _real(self, share: float, rows: Tensor) -> Part:
         batch = self.whole.batch(self.student.tokenizer, "train", rows)
