@@ -20,7 +20,9 @@ import distillkit as dk
 from distillkit.applications.publish import save_published
 from distillkit.cli import main as command_line
 from distillkit.cli import steps as commands
-from distillkit.cli.steps import SCORES, SETTINGS, STEPS, Work
+from distillkit.cli.looks import _hub
+from distillkit.cli.steps import SCORES
+from distillkit.cli.work import SETTINGS, STEPS, Work, settings_of
 from distillkit.core.experts import record_experts
 from distillkit.experiments import results
 from distillkit.experiments.instruction import InstructionJob
@@ -172,24 +174,24 @@ def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
     assert call("distil", "--name", "tiny", "--outer-steps", 1, "--fresh", "--work", copy) == 0
     assert (copy / "tiny" / "notes.txt").read_text() == "mine" and (copy / "tiny" / SCORES).is_file()
     assert dk.DistilledSet.load(copy / "tiny" / "set").meta["recipe"]["outer_steps"] == 1
-    (copy / "tiny" / "set" / "notes.txt").write_text("mine")
+    (copy / "tiny" / "set").write_text("mine")
     before = contents(copy)
     for fresh in ([], ["--fresh"]):
         assert call("distil", "--name", "tiny", "--outer-steps", 1, "--work", copy, *fresh) == 2
-        assert "also holds notes.txt" in capsys.readouterr().err and contents(copy) == before
+        assert "tiny/set" in capsys.readouterr().err and contents(copy) == before
 
 
-def test_fresh_does_not_touch_a_folder_of_the_users(tmp_path, standin_hub, monkeypatch, capsys):
+def test_a_folder_of_the_users_is_not_touched(tmp_path, standin_hub, monkeypatch, capsys):
     (tmp_path / "Documents" / "thesis").mkdir(parents=True)
     (tmp_path / "Documents" / "thesis" / "chapter.tex").write_text("precious")
     (tmp_path / "package.json").write_text('{"name": "package"}')
     settings = {"corpus": TINY[1], "student": TINY[3], "max_length": 12, "length": 8, "rows": ["random/tuned"]}
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("Documents", "package"):
+    for name, fresh in (("Documents", ["--fresh"]), ("package", ["--fresh"]), ("Documents", [])):
         (tmp_path / "doc.yaml").write_text(yaml.safe_dump(settings | {"name": name}))
-        assert call("run", "doc.yaml", "--fresh", "--work", ".", "--results", ".") == 2
-        assert "distillkit did not write it" in capsys.readouterr().err
+        assert call("run", "doc.yaml", *fresh, "--work", ".", "--results", ".") == 2
+        assert "distillkit did not write" in capsys.readouterr().err
     (tmp_path / "doc.yaml").unlink()
     assert contents(tmp_path) == before
 
@@ -222,7 +224,7 @@ def test_a_signal_is_its_exit_code_and_the_same_command_goes_on(copy, monkeypatc
 
 def test_flags_win_over_the_file_over_the_folder(tmp_path):
     def settled(*argv):
-        return commands.settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))
+        return settings_of(command_line.parser().parse_args(["distil", "--work", str(tmp_path), *map(str, argv)]))[0]
 
     assert settled() == Work()
     (tmp_path / "work").mkdir()
@@ -260,7 +262,7 @@ def test_an_experiment_and_the_command_line_share_their_settings():
     ("name: 2024-01-01", "name must be a valid string, not datetime.date"),
     ("objective: magic", "objective must be 'bptt' or 'trajectory', not 'magic'"),
     ("recipe: mine", "recipe must be 'own', 'standard' or 'tuned'"),
-    ("seeds: []", r"seeds must have at least 1 item, not \[\]"),
+    ("seeds: []", r"seeds must name at least one seed"),
     ("limit: many", "limit must be a valid integer, not 'many'"),
     ("limit: {test: 0}", "limit must be greater than or equal to 1, not 0"),
     ("limit: {tset: 9}", "limit must be 'train', 'validation' or 'test', not 'tset'"),
@@ -275,7 +277,7 @@ def test_bad_settings_are_exit_code_2(tmp_path, capsys, text, message):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["distil", "--config", "nowhere.yaml"], "no file of settings nowhere.yaml"),
+    (["distil", "--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
     (["evaluate"], "no set .*work/set; make one with: python -m distillkit distil"),
     (["verify", "nowhere"], "no file or folder nowhere"),
     (["verify", "."], r"nothing of distillkit's is stored below \."),
@@ -397,7 +399,7 @@ def test_help_teaches(command, capsys):
     for line in re.findall(r"python -m distillkit (.*?)(?:   .*)?$", out.split("example:")[1], re.MULTILINE):
         command_line.parser().parse_args(line.split()), "an example that parses"
     assert f"python -m distillkit {command}" in out.split("example:")[1]
-    for flag in STEPS.get(command, ("", (), ""))[1]:
+    for flag in STEPS[command].flags if command in STEPS else ():
         assert re.search(rf"--{flag.replace('_', '-')} .*\n?.*\w", out)
 
 
@@ -430,7 +432,7 @@ def test_verify_names_every_file_and_every_harm(work, tmp_path, capsys):
     assert {line[12:].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
         "published: files of SHA256SUMS", "published/set.safetensors: distilled-set", "tiny/checkpoint: distiller-checkpoint",
         "tiny/checkpoint.log.jsonl: 3 lines", "tiny/scores.jsonl: 1 lines", "tiny/set: distilled-set",
-        "tiny/settings.yaml: text", "tiny/text: distilled-set"}
+        f"tiny/settings.yaml: text, {len(dataclasses.fields(Work)) + 3} lines", "tiny/text: distilled-set"}
     others = [line for line in lines if line.startswith("not checked")]
     assert [line.split(": ")[0].rpartition("/")[2] for line in others] == ["link", "notes.txt", "README.md"]
     assert lines[-1] == "8 ok, 3 not checked" or lines[-1] == "3 not checked, 8 ok"
@@ -515,7 +517,7 @@ def test_doctor_explains_a_model_that_can_be_nothing(standin_hub, capsys, tmp_pa
         shutil.copy(file, tmp_path)
     assert call("doctor", "--student", tmp_path) == 2
     out, err = capsys.readouterr()
-    assert "as classifier: none (" in out and "no points between them" in out and "cannot be a student" in err
+    assert "as classifier: none (" in out and "as language model: none (" in out and "cannot be a student" in err
 
 
 def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
@@ -526,8 +528,8 @@ def test_doctor_asks_a_hub_that_is_not_there(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert commands._hub().startswith("NOT reachable (http://127.0.0.1:9: ")
+    assert next(_hub()).startswith("hub: NOT reachable (http://127.0.0.1:9: ")
 
 
 def test_every_setting_is_a_flag_of_some_step():
-    assert {f.name for f in dataclasses.fields(Work)} == {name for _, names, _ in STEPS.values() for name in names}
+    assert {f.name for f in dataclasses.fields(Work)} == {name for step in STEPS.values() for name in step.flags}

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.experiments import runner
 from distillkit.experiments.instruction import ROWS, InstructionCell, InstructionJob, instruction_table
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import by_set, paired_difference, read, write
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
@@ -84,7 +85,7 @@ def test_only_some_rows(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines, sets = instruction_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines and lines[2 + len(ROWS)] == ""
+    assert table_of(result).splitlines() == lines and lines[2 + len(ROWS)] == ""
     scores = sets.loc["nacd/own"]
     (line,) = (line for line in lines if line.startswith(("| nacd | own |", "| nacd † | own |")))
     assert f"| {scores.mean():.3f} ± {scores.std():.3f} |" in line
@@ -137,7 +138,7 @@ def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_onl
     ({"rows": ["nacd/mine"]}, "a row must be one of .* not 'nacd/mine'"),
     ({"fraction": 0}, "fraction must be greater than 0, not 0"),
     ({"outer_steps": 0}, "outer_steps must be greater than or equal to 1, not 0"),
-    ({"seeds": []}, r"seeds must have at least 1 item, not .."),
+    ({"seeds": []}, r"seeds must name at least one seed"),
     ({"kind": "other"}, "kind must be one of instruction, not 'other'"),
     ({"name": "a/b"}, "name must match pattern"),
 ])

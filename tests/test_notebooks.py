@@ -456,23 +456,16 @@ def test_another_scale_is_written_elsewhere(scratch, tmp_path):
     assert executed["cells"][0]["outputs"][0]["text"] == ["gpu 1\n"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scale", "gpu"], "need --into"),
-        (["--reduced"], "need --into"),
-        (["--check", "--into", "x"], "does not go with"),
-    ],
-)
-def test_refresh_refuses_what_would_spoil_the_stored_outputs(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("arguments", [["--scale", "gpu"], ["--reduced"], ["--check", "--into", "x"]], ids=" ".join)
+def test_refresh_refuses_what_would_spoil_the_stored_outputs(arguments, capsys):
+    with pytest.raises(SystemExit) as refusal:
         refresh.parse(arguments)
-    assert message in capsys.readouterr().err
+    assert refusal.value.code == 2 and "--into" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_refresh_names_a_notebook_that_is_not_there(scratch):
     path = scratch("print(1)")
-    with pytest.raises(SystemExit, match="no notebook named 77_nothing; there are: 00_scratch"):
+    with pytest.raises(SystemExit, match="77_nothing.*00_scratch"):
         refresh.find(["77_nothing"], path.parent)
 
 

@@ -11,10 +11,11 @@ import yaml
 import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, order_deviation, prompting_table
 from distillkit.experiments.results import by_set, frame
 from distillkit.experiments.runner import Run
@@ -244,7 +245,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines, scores = prompting_table(result).splitlines(), frame(result)
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    assert table_of(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
     for name in ("random/2", "swaps/2"):
         (line,) = (line for line in lines if line.startswith(f"| {name[:-2]} | 2 |"))
         by_order = scores[scores["row"] == name].pivot(index="set_seed", columns="order", values="accuracy").to_numpy()
@@ -262,7 +263,7 @@ def test_the_table(finished):
     ({"rows": ["zero-shot/3"]}, "a row is a source and its demonstrations"),
     ({"orders": 0}, "orders must be"),
     ({"lr": 0}, "lr must be"),
-    ({"seeds": []}, "seeds must have at least 1 item"),
+    ({"seeds": []}, "seeds must name at least one seed"),
     ({"templates": []}, "templates must have at least 1 item"),
 ])
 def test_settings_that_cannot_be(changes, message):

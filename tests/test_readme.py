@@ -9,7 +9,7 @@ import pytest
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
-from distillkit.cli.main import draw
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ def test_its_tables_are_the_committed_results(page):
     names = [marker[3] for marker in MARKED.finditer(text)]
     assert PAGES[page] <= set(names)
     assert all((RESULTS / f"{name}.json").is_file() for name in names)
-    assert with_tables(text, RESULTS, marker="table", draw=draw) == text, "run: python -m distillkit readme"
+    assert with_tables(text, RESULTS, marker="table", draw=table_of) == text, "run: python -m distillkit readme"
     drawn = with_tables(text, RESULTS, marker="benchmark", draw=benchmark.tables)
     assert drawn == text, "run: python tests/benchmarks/metagrad.py --readme"
 

@@ -185,7 +185,7 @@ def test_a_cell_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
 
 def test_cells_of_other_settings_are_refused(copied, capsys, scored):
     assert command(copied, SLIDES | {"base": BASE | {"lr": 0.5}}) == 2
-    assert "with other settings (lr: 0.08 there, 0.5 here)" in capsys.readouterr().err and scored == []
+    assert "with other settings: lr is 0.08 there and 0.5 here" in capsys.readouterr().err and scored == []
     wider = SLIDES | {"product": SLIDES["product"] | {"corpus": ["ag_news", "rotten_tomatoes", "sst2"]}}
     assert command(copied, wider, "--rows", "random/tuned") == 0 and len(scored) == 2, "a grid may grow"
 

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.experiments import runner
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import by_set, frame, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import kind_of
@@ -62,7 +63,7 @@ def test_what_is_made_is_not_made_again(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, part, whole = finished
     lines = text_grid_table(whole).splitlines()
-    assert draw(whole).splitlines() == lines and lines[0] == "| examples a class | text | rotten_tomatoes | ag_news |"
+    assert table_of(whole).splitlines() == lines and lines[0] == "| examples a class | text | rotten_tomatoes | ag_news |"
     sets = by_set(whole, cell="ag_news,1")
     (line,) = (line for line in lines if line.startswith("| 1 | swaps from sentences |"))
     mean, _ = paired_difference(sets, "swaps from sentences/fixed", "herding/fixed")

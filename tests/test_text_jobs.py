@@ -5,9 +5,10 @@ import pytest
 import torch
 import yaml
 
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments import runner
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import by_set, paired_difference, read
 from distillkit.experiments.runner import Run
 from distillkit.experiments.ways_to_text import RECIPES, ROWS, STARTS, TEXTS, WAYS, TextCell, TextJob, hardened, text_table
@@ -94,7 +95,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result = finished
     lines, sets = text_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines
+    assert table_of(result).splitlines() == lines
     for method in WAYS:
         (line,) = (line for line in lines if line.startswith(f"| {method} |"))
         for recipe in (recipe for recipe in RECIPES if f"{method}/{recipe}" in MADE):
@@ -119,7 +120,7 @@ def test_recovery_by_hand():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rows": ["swaps/own"]}, "a row must be one of"),
     ({"candidates": 0}, "candidates must be"),
-    ({"seeds": []}, "seeds must have at least 1 item"),
+    ({"seeds": []}, "seeds must name at least one seed"),
     ({"neighbor_weight": 0}, "neighbor_weight must be a number above 0"),
     ({"label_lr": -1}, "label_lr must be"),
     ({"label_rates": [0.1]}, "label_rates"),

@@ -5,9 +5,10 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.cli.main import draw, main
+from distillkit.cli.main import main
 from distillkit.experiments import runner
 from distillkit.experiments import transfer as transfer_jobs
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import by_set, paired_difference, read
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
@@ -114,7 +115,7 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
 def test_the_table(finished):
     _, result, _ = finished
     lines, sets = transfer_table(result).splitlines(), by_set(result)
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    assert table_of(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
     gains = " | ".join("{:+.3f} ± {:.3f}".format(*paired_difference(sets, f"{PAIR}/swaps", f"{PAIR}/{other}"))
                        for other in ("random", "k_center"))
     scores = sets.loc[f"{PAIR}/swaps"]
@@ -159,7 +160,7 @@ def test_the_settings_that_come_with_the_kit(path):
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be a number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
-    ({"eval_seeds": []}, "eval_seeds must have at least 1 item"),
+    ({"eval_seeds": []}, "eval_seeds must name at least one seed"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
     ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),

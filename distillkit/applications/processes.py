@@ -43,7 +43,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.estimate import members
-from distillkit.core.objectives import bound_step_sizes, meta_gradient
+from distillkit.core.objectives import Wrapper, bound_step_sizes, meta_gradient
 from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
@@ -218,7 +218,7 @@ def team(timeout: float = 30) -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-class Shared:
+class Shared(Wrapper):
     """An objective whose meta-gradient the whole team forms; made by :meth:`Team.shared`.
 
     All else is the wrapped objective's, its recipe too: a checkpoint belongs to a run and not to a number of processes.
@@ -226,9 +226,6 @@ class Shared:
 
     def __init__(self, objective, team: Team):
         self.objective, self.team = objective, team
-
-    def __getattr__(self, name: str):
-        return getattr(self.objective, name)
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[tuple[DistilledSet, int]]:
         """The outer step as one piece, which is taken apart where the meta-gradient is formed."""
@@ -268,7 +265,7 @@ class Shared:
 
 
 @dataclasses.dataclass(eq=False)
-class _Share(Shared):
+class _Share(Wrapper):
     """The members of an outer step that are one rank's turn."""
 
     objective: Any
@@ -276,7 +273,3 @@ class _Share(Shared):
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator:
         return itertools.islice(self.objective.problems(distilled, seed), self.team.rank, None, self.team.size)
-
-    @property
-    def metagrad(self):
-        return self.objective.metagrad

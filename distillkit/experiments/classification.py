@@ -27,7 +27,7 @@ import pandas as pd
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import by_row, frame, markdown, read, spread, take_up
+from distillkit.experiments.results import by_row, frame, markdown, number, read, spread, take_up
 from distillkit.experiments.runner import Cell, Grid, Scores
 from distillkit.experiments.settings import (
     Data,
@@ -35,6 +35,7 @@ from distillkit.experiments.settings import (
     Inner,
     Outer,
     Scoring,
+    Seeds,
     SetSeed,
     Size,
     option,
@@ -56,7 +57,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     """Settings of one experiment."""
 
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
-    full_seeds: tuple[int, ...] = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
+    full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 
@@ -112,17 +113,13 @@ class ClassificationCell(Cell):
 
 def table(result: Mapping) -> str:
     """The result as a Markdown table."""
+    rows = by_row(result).join(frame(result).groupby("row")["accuracy"].apply(spread).rename("score"))
+    marks = {score["row"]: f" (committed, {score['committed']})" for score in result["scores"] if "committed" in score}
     lines = []
-    committed = frame(result).groupby("row").first().get("committed", {})
-    for row in by_row(result).itertuples():
+    for row in rows.itertuples():
         method, recipe = row.Index.split("/")
-        if math.isnan(row.mean):
-            lines.append([method, recipe, None, None, "not run", None, None])
-            continue
-        mark = f" (committed, {committed[row.Index]})" if isinstance(committed.get(row.Index), str) else ""
-        deviation = "" if math.isnan(row.std) else f" ± {row.std:.3f}"
-        lines.append([f"{method}{mark}", recipe, f"{row.examples:,.0f}", f"{row.nbytes:,.0f}", f"{row.mean:.3f}{deviation}",
-                      f"{row.size:.0f}", f"{row.seconds:.1f}"])
+        lines.append([method + marks.get(row.Index, ""), recipe, number(row.examples, ",.0f"), number(row.nbytes, ",.0f"),
+                      "not run" if math.isnan(row.mean) else row.score, number(row.size, ".0f"), number(row.seconds, ".1f")])
     heads = ["method", "recipe", "examples", "bytes", "accuracy (mean ± sd)", "seeds", "seconds to train"]
     return markdown(heads, lines, "ll")
 

@@ -39,7 +39,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import by_row, by_set, markdown, rounded, spread
+from distillkit.experiments.results import by_row, by_set, markdown, number, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -93,7 +93,6 @@ class ContinualJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
 
 class ContinualCell(Cell):
     """An experiment on merging, streams and updates."""
-
 
     def __init__(self, job: ContinualJob, work: Path, results: Path):
         self.job, corpus = job, load_corpus(job)
@@ -188,7 +187,7 @@ def _nbytes(task: Task, memory: DistilledSet | Sequence[int]) -> int:
 def continual_table(result: Mapping) -> str:
     """The result as Markdown tables: merging, the stream, and the update."""
     values = {value: by_set(result, value) for value in ("accuracy", "forgetting", "new", "rest")}
-    names, sizes, tables = [*values["accuracy"].index], by_row(result), []
+    names, sizes = [*values["accuracy"].index], by_row(result)
 
     def score(name: str, value: str = "accuracy") -> str:
         return (spread(values[value].loc[name]) or "not run") if name in names else ""
@@ -196,19 +195,16 @@ def continual_table(result: Mapping) -> str:
     def sets(*rows: str) -> str:
         return str(max(values["accuracy"].reindex([*rows]).count(axis=1)))
 
-    def add(heads: list[str], lines: list[list[str]]) -> None:
-        if lines:
-            tables.append(markdown(heads, lines))
-
     methods = dict.fromkeys(name.split("/")[0] for name in names if name.endswith(("/own", "/tuned")))
-    pairs = {method: (f"{method}/own", f"{method}/tuned") for method in methods}
-    add(["trained on", "own, rescaled", "AdamW, tuned", "sets"],
-        [[method, *map(score, pair), sets(*pair)] for method, pair in pairs.items()])
-    streams = {name: ["" if np.isnan(size) else f"{size:,.0f}" for size in sizes.loc[name, ["examples", "nbytes"]]]
-               for name in names if name.endswith("/stream")}
-    add(["memory", "examples", "bytes", "average accuracy", "forgetting", "sets"],
-        [[name.split("/")[0], *size, score(name), score(name, "forgetting"), sets(name)] for name, size in streams.items()])
-    add(["set", "the new", "the rest", "sets"],
-        [[f"{name.split('/')[0]} the update", score(name, "new"), score(name, "rest"), sets(name)]
-         for name in names if name.endswith("/update")])
-    return "\n\n".join(tables)
+    merging = [[method, score(f"{method}/own"), score(f"{method}/tuned"), sets(f"{method}/own", f"{method}/tuned")]
+               for method in methods]
+    stream = [[name.split("/")[0], number(sizes["examples"][name], ",.0f") or "", number(sizes["nbytes"][name], ",.0f") or "",
+               score(name), score(name, "forgetting"), sets(name)] for name in names if name.endswith("/stream")]
+    update = [[f"{name.split('/')[0]} the update", score(name, "new"), score(name, "rest"), sets(name)]
+              for name in names if name.endswith("/update")]
+    tables = {
+        ("trained on", "own, rescaled", "AdamW, tuned", "sets"): merging,
+        ("memory", "examples", "bytes", "average accuracy", "forgetting", "sets"): stream,
+        ("set", "the new", "the rest", "sets"): update,
+    }
+    return "\n\n".join(markdown(heads, lines) for heads, lines in tables.items() if lines)

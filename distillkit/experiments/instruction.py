@@ -30,7 +30,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, paired_difference, rounded, spread
+from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, paired_difference, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
@@ -38,6 +38,7 @@ from distillkit.experiments.settings import (
     Expert,
     Inner,
     Neighbor,
+    Number,
     Outer,
     Recipes,
     SetSeeds,
@@ -70,7 +71,7 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     gradients, Adam's first steps depend on little but their signs, whose derivative is next to nothing.
     """
 
-    max_start_epoch: float | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
+    max_start_epoch: Number | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
@@ -133,12 +134,9 @@ def instruction_table(result: Mapping) -> str:
               and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
     for row in rows.itertuples():
         method, recipe = row.Index.split("/")
-        if row.Index not in scored.index:
-            lines.append([method, recipe, None, "not run", None, None, None])
-            continue
-        share = row.mean / rows["mean"].get(FULL, math.nan)
-        lines.append([method + " †" * (row.Index in marked), recipe, f"{row.examples:,.0f}", spread(sets.loc[row.Index]),
-                      f"{by_length[row.Index]:.3f}", f"{row.size:.0f}", "" if math.isnan(share) else f"{share:.0%}"])
+        lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
+                      spread(sets.loc[row.Index]) or "not run", number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
+                      number(row.mean / rows["mean"].get(FULL, math.nan), ".0%")])
     heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of full data"]
     note = ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
             "fine-tuning.")
@@ -155,7 +153,7 @@ def _differences(sets) -> str:
     for name in learned:
         way = paired_difference(sets, name, RANDOM)[0] / whole_way if whole_way else math.nan
         lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected),
-                      "" if math.isnan(way) else f"{way:.0%}"])
+                      number(way, ".0%")])
     table = markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)
     return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
             f"column is the share of the way from random selection to the full data.\n\n{table}")

@@ -1,5 +1,6 @@
 """The kinds of experiments by name: what describes one, what runs it, and the table that it is shown as."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from distillkit.experiments.classification import (
@@ -28,3 +29,9 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
     "text_grid": (TextGridJob, partial(Run, TextCell), text_grid_table),
     "transfer": (TransferJob, partial(Run, TransferCell), transfer_table),
 }
+
+
+def table_of(result: Mapping) -> str:
+    """A result of any kind as Markdown."""
+    *_, table = KINDS[result["config"].get("kind", "classification")]
+    return table(result)

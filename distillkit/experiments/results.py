@@ -32,6 +32,7 @@ from scipy.stats import t
 
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
+from distillkit.io.checkpoint import first_difference
 from distillkit.io.storage import StorageError, save_text, sealed, unsealed
 
 COLUMNS = (
@@ -41,8 +42,8 @@ COLUMNS = (
 # Settings that say which scores a run makes, not how its sets are made.
 SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
           "tuned_grid")
-REPLACE = "give --fresh to replace it, or the run another name"
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+REPLACE = "give --fresh to replace it, or the run another name"
 
 
 def take_up(path: Path | None, job, cells: Mapping[str, Settings]) -> dict:
@@ -95,17 +96,8 @@ def check_same_settings(where, config: Mapping, settings: Settings) -> None:
     """
     defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
     stored = {**json.loads(json.dumps(defaults)), **config, "rows": list(getattr(settings, "rows", ()))}
-    if change := difference(stored, as_config(settings)):
-        raise ValueError(f"{where} is of a run with other settings ({change}); {REPLACE}")
-
-
-def difference(stored: Mapping, current: Mapping) -> str | None:
-    """The first key in which two mappings differ, in words; None where they are equal."""
-    for key in {**current, **stored}:
-        if (key in stored, stored.get(key)) != (key in current, current.get(key)):
-            then, now = (repr(values[key]) if key in values else "absent" for values in (stored, current))
-            return f"{key}: {then} there, {now} here"
-    return None
+    if difference := first_difference(stored, as_config(settings)):
+        raise ValueError(f"{where} is of a run with other settings: {difference}; {REPLACE}")
 
 
 def write(path: Path, result: Mapping) -> None:
@@ -201,6 +193,11 @@ def spread(values: pd.Series, digits: int = 3) -> str:
     values = values.dropna()
     deviation = f" ± {round(values.std(), 6):.{digits}f}" if len(values) > 1 else ""
     return f"{round(values.mean(), 6):.{digits}f}{deviation}" if len(values) else ""
+
+
+def number(value: float, form: str) -> str | None:
+    """A number for a table, as :func:`format` takes ``form``; None, an empty cell, for nan."""
+    return None if math.isnan(value) else format(value, form)
 
 
 def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:

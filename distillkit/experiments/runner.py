@@ -37,7 +37,6 @@ from distillkit.experiments.results import (
     SCORES,
     as_config,
     check_same_settings,
-    difference,
     new_cell,
     processor,
     read,
@@ -47,6 +46,7 @@ from distillkit.experiments.results import (
     write,
 )
 from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, check_keys, names, option, settings
+from distillkit.io.checkpoint import first_difference
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
@@ -341,8 +341,8 @@ class Run:
         job = self.cells[key]
         cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed)
         if stored := self.result["cells"].get(key):
-            if change := difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
-                raise ValueError(f"{self.path} is the result of a run with another corpus ({change}); {REPLACE}")
+            if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
+                raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
             cell.notes |= stored["notes"]
         return cell
 

@@ -22,12 +22,13 @@ from typing import Any, ClassVar, Literal
 import pydantic
 import yaml
 
-from distillkit.io.checks import check_choice
+from distillkit.io.checks import check_choice, check_seeds
 from distillkit.io.escaping import one_line
 
 LARGEST = 1_000_000  # bytes of a file of settings
 REQUIRED = dataclasses.MISSING
 Whole = typing.Annotated[int, pydantic.Field(strict=True, ge=1)]
+Number = pydantic.StrictInt | pydantic.StrictFloat  # 2 stays 2: the hash of settings tells it from 2.0
 
 
 def option(default, description: str, **limits) -> Any:
@@ -48,6 +49,14 @@ def positive(default, description: str) -> Any:
 def filled(default, description: str) -> Any:
     """A list of one or more values."""
     return option(default, description, min_length=1)
+
+
+def _check_seeds(value, field: pydantic.ValidationInfo):
+    check_seeds(field.field_name, value)
+    return value
+
+
+Seeds = typing.Annotated[tuple[pydantic.StrictInt, ...], pydantic.AfterValidator(_check_seeds)]
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -198,7 +207,7 @@ class Expert(Settings):
     expert_step_size: float = positive(1e-3, "step size of an expert's AdamW")
     expert_batch: int = whole(32, "rows per step of an expert")
     snapshots_per_epoch: int = whole(1, "snapshots of an expert's path per epoch")
-    match_epochs: float = positive(1.0, "epochs of an expert's path that training on the set has to match")
+    match_epochs: Number = option(1, "epochs of an expert's path that training on the set has to match", gt=0)
 
 
 @settings()
@@ -237,7 +246,7 @@ class SetSeed(Settings):
 class SetSeeds(Settings):
     """Several sets of everything."""
 
-    seeds: tuple[int, ...] = filled((0, 1, 2), "one set of everything for each seed")
+    seeds: Seeds = option((0, 1, 2), "one set of everything for each seed")
 
 
 @settings()
@@ -253,7 +262,7 @@ class Recipes(Settings):
 class Scoring(Recipes):
     """How often a student is trained on a set."""
 
-    eval_seeds: tuple[int, ...] = filled((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
+    eval_seeds: Seeds = option((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
 
 
 def names(*parts: type[Settings]) -> tuple[str, ...]:
@@ -306,4 +315,4 @@ _Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE
 
 def renamed(error: Exception, names: Mapping[str, str]) -> str:
     """The message of ``error``, in which the argument it begins with, or that differs, is called as ``names`` says."""
-    return re.sub(r"^\w+|(?<=settings: )\w+", lambda match: names.get(match[0], match[0]), str(error))
+    return re.sub(r"^\w+|(?<=settings: )[\w.]+", lambda match: names.get(match[0], match[0]), str(error))

@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 
 from distillkit.io.checks import check_choice
-from distillkit.io.escaping import markdown, one_line
+from distillkit.io.escaping import markdown, visible
 from distillkit.view.figures import METHOD_COLOURS, _figure, plain, style
 from distillkit.view.measures import AttentionShares, History
 
@@ -229,4 +229,4 @@ LATEX = {
 
 def _latex(text: str) -> str:
     """``text`` as LaTeX sets it letter by letter; ``[`` and ``*`` stand in braces, as behind ``\\\\`` they are options."""
-    return "".join(LATEX.get(c, c) for c in one_line(text))
+    return visible(" ".join(text.split())).translate(str.maketrans(LATEX))
