@@ -36,8 +36,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
-from distillkit.core.objectives import Objective, bound_step_sizes, fitted, meta_gradient
-from distillkit.core.problem import MetaGradient
+from distillkit.core.objectives import Objective, fitted, meta_gradient
+from distillkit.core.problem import MetaGradient, bound_step_sizes
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
