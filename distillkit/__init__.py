@@ -32,11 +32,12 @@ _HOMES = {
     "core.optimizers": ("SGD", "AdamW", "Momentum"),
     "core.inner": ("Unroll",),
     # how a gradient flows back through it
-    "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated", "recommend"),
+    "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated"),
     "core.problem": ("MetaGradient",),
     # what a set is learned by, and the outer loop
     "core.objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
     "core.experts": ("Experts", "record_experts"),
+    "core.estimate": ("Estimate", "estimate", "recommend"),
     "core.distiller": ("Distiller", "StepRecord"),
     # honest scores, and real examples to compare with
     "evaluation.evaluate": ("Evaluation", "evaluate"),

@@ -100,7 +100,7 @@ CALLS = {
     "Distiller": (distil, {"distilled": None, "objective": None, "n": None}, {
         "distilled": THING, "objective": THING, "lr": RATE, "label_lr": RATE, "step_size_lr": RATE, "n": WHOLE.filter(bool),
         "learn": st.sampled_from([None, "embeds", (), ("labels",), 3, ([],)]), "schedule": THING, "regularizers": THING,
-        "seed": SEED, "checkpoint_every": WHOLE, "nonfinite": CHOICE}),
+        "seed": SEED, "checkpoint_every": WHOLE, "nonfinite": CHOICE, "writes": FLAG}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {}),
@@ -113,7 +113,10 @@ CALLS = {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
-    "recommend": (dk.recommend, {"student": None}, {"student": THING}),
+    "recommend": (dk.recommend, dict.fromkeys(("student", "task")), {
+        "student": THING, "task": THING, "unroll": THING, "distilled": THING, "outer_steps": WHOLE}),
+    "estimate": (dk.estimate, {"distilled": None, "objective": None, "steps": 1}, {
+        "distilled": THING, "objective": THING, "steps": WHOLE}),
     "corpus_tokens": (dk.corpus_tokens, dict.fromkeys(("task", "student")), {
         "task": THING, "student": THING, "least": WHOLE}),
     "FrozenJudge": (dk.FrozenJudge, dict.fromkeys(("task", "student")), {
@@ -143,8 +146,8 @@ CALLS = {
     "derive_seed": (dk.derive_seed, {"purpose": "test"}, {"purpose": st.one_of(st.integers(), SEED)}),
 }
 # Made by other names, and only read.
-RESULTS = {"Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student", "Task",
-           "Wording"}
+RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
+           "Task", "Wording"}
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
@@ -180,8 +183,8 @@ def test_a_bad_value_is_named(made, name, argument, data):
 def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated", "LessSettings",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
-                 "search_step_size", "Distiller", "retokenize", "recommend", "corpus_tokens", "FrozenJudge", "StudentJudge",
-                 "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
+                 "search_step_size", "Distiller", "retokenize", "recommend", "estimate", "corpus_tokens", "FrozenJudge",
+                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 

@@ -10,7 +10,7 @@ import torch
 
 import distillkit as dk
 from distillkit.evaluation import recipes
-from distillkit.evaluation.recipes import Plan, as_recipe, warm_up_and_decay
+from distillkit.evaluation.recipes import as_recipe, warm_up_and_decay
 from distillkit.evaluation.scoring import classified
 from distillkit.io.seeds import derive_seed
 
@@ -276,37 +276,7 @@ def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, monkeypatch):
     assert "test" in events[chosen:] and "validation" not in events[chosen:]
 
 
-# --- recipes of one's own --------------------------------------------------------------------------------------------
-
-
-class Backwards:
-    """A recipe that nobody told the kit of: two steps of SGD on the examples from last to first, one at a time."""
-
-    def plan(self, distilled, task, student):
-        rows = torch.tensor([[len(distilled) - 1], [len(distilled) - 2]])
-        made = dk.Fixed(dk.Unroll(2)).plan(distilled, task, student)(0)
-
-        def feed(t):
-            batch = {"inputs_embeds": distilled.embeds[rows[t]].to(student.dtype), "attention_mask": distilled.mask[rows[t]]}
-            return [(1.0, batch, distilled.targets[rows[t]].to(student.dtype), None)]
-
-        return lambda seed: Plan(dk.SGD(2.0), made.step_sizes * 20, feed, {"name": "backwards", "seed": seed})
-
-
-def test_a_recipe_from_outside_trains_as_it_says(task, minilm):
-    found, _ = a_set(task, minilm, per_class=1)
-    got = dk.evaluate(found, task, minilm, seeds=(3,), recipe=Backwards())
-    assert got.recipe == {"name": "backwards", "seed": 3} and str(got).endswith("backwards)") and got.flops > 0
-    params = minilm.init(derive_seed("evaluate-init", 3))
-    for row in (1, 0):
-        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-        batch = {"inputs_embeds": found.embeds[[row]], "attention_mask": found.mask[[row]]}
-        loss = -(found.targets[row].softmax(-1) * minilm.logits(leaves, batch).log_softmax(-1)).sum()
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        params = {n: p.detach() - 2.0 * g for (n, p), g in zip(leaves.items(), grads)}
-    assert got.scores == (classified(minilm, params, task, "test").mean(),)
-    assert dk.transfer(dk.select(task, minilm, "random", per_class=1, length=8), task, minilm, seeds=(0,),
-                       recipe=Backwards()).recipe["name"] == "backwards"
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("own", dk.Own()), ("standard", dk.Standard()), ("tuned", dk.Tuned())])

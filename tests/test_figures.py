@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from distillkit.cli.main import main
-from distillkit.experiments.results import read, write
+from distillkit.experiments.results import by_set, paired_difference, read, write
 from distillkit.experiments.runner import CONFIGS
-from distillkit.experiments.table import by_set, paired_difference
 from distillkit.view import figures as plots
 from distillkit.view import gallery
 from example_results import result_of

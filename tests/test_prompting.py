@@ -12,12 +12,12 @@ import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.cli.main import draw, main
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores, log_likelihoods
+from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, order_deviation, prompting_table
+from distillkit.experiments.results import by_set, frame
 from distillkit.experiments.runner import Run
-from distillkit.experiments.table import by_set, frame
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),
@@ -49,7 +49,8 @@ def test_classes_become_words_to_choose_from(task, asked):
 def test_without_demonstrations_it_is_multiple_choice(readers, asked, name):
     student = readers[name]
     found = few_shot(asked, student)
-    assert (found.mean, found.normalized[0]) == pytest.approx(choice_accuracy(student, student.init(0), asked, "test"))
+    plain, by_length = answered(student, student.init(0), asked, "test")
+    assert (found.mean, found.normalized[0]) == pytest.approx((plain.mean(), by_length.mean()))
     assert found.k == 0 and found.dropped == (0,) and len(found.scores) == 1 and np.isnan(found.std)
 
 
@@ -213,8 +214,9 @@ def job(**changes):
 
 def test_every_score_is_made(finished):
     _, result = finished
+    orders = {"zero-shot/0": (0,)}
     assert [(score["row"], score["set_seed"], score["order"]) for score in result["scores"]] == [
-        (row, seed, order) for row in SMALL["rows"] for seed in (0, 1) for order in ((0,) if row == "zero-shot/0" else (0, 1))]
+        (row, seed, order) for row in sorted(SMALL["rows"]) for seed in (0, 1) for order in orders.get(row, (0, 1))]
     for score in result["scores"]:
         assert score["questions"] == 10 and score["shots"] == int(score["row"][-1])
         assert all(0 <= score[measure] <= 1 for measure in ("accuracy", "normalized", "calibrated"))

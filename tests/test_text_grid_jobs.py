@@ -5,11 +5,10 @@ import yaml
 
 from distillkit.cli.main import draw, main
 from distillkit.experiments import runner
-from distillkit.experiments.results import read
+from distillkit.experiments.results import by_set, frame, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import kind_of
-from distillkit.experiments.table import by_set, frame, paired_difference
-from distillkit.experiments.text_grid import TextGridJob, text_grid_table
+from distillkit.experiments.ways_to_text import TextGridJob, text_grid_table
 
 BASE = {
     "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1], "eval_seeds": [0], "judge_steps": 5,
@@ -40,10 +39,11 @@ def finished(standin_home, tmp_path_factory):
 
 def test_cells_rows_and_seeds_may_be_made_one_by_one(finished):
     _, part, whole = finished
-    assert [(s["cell"], s["row"], s["set_seed"]) for s in part["scores"]] == [("ag_news,2", row, 1) for row in SETTINGS["rows"]]
+    assert [(s["cell"], s["row"], s["set_seed"]) for s in part["scores"]] == [
+        ("ag_news,2", row, 1) for row in sorted(SETTINGS["rows"])]
     cells = [f"{corpus},{size}" for size in (1, 2) for corpus in ("rotten_tomatoes", "ag_news")]
     assert [(s["cell"], s["row"], s["set_seed"]) for s in whole["scores"]] == [
-        (cell, row, seed) for cell in cells for row in SETTINGS["rows"] for seed in (0, 1)]
+        (cell, row, seed) for cell in sorted(cells) for row in sorted(SETTINGS["rows"]) for seed in (0, 1)]
     for score in whole["scores"]:
         corpus, size = score["cell"].split(",")
         assert (score["corpus"], score["per_class"]) == (corpus, int(size))
@@ -81,8 +81,8 @@ def test_shipped_settings():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must be a list"),
-    ({"per_class": [0]}, "per_class must be a whole number"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
+    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must have at least 1 item"),
+    ({"per_class": [0]}, "rotten_tomatoes,0: per_class must"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
     ({"corpora": {"sst2": {"corpus": "imdb"}}}, "sst2: unknown setting 'corpus'"), ({"rows": ["best/fixed"]}, "a row must be"),
 ])
 def test_bad_settings_are_named(tmp_path, capsys, change, message):

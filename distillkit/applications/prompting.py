@@ -28,7 +28,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, special_frame
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.tasks import Task

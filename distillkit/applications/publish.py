@@ -14,6 +14,8 @@ in a card they stand as character references: no HTML, mark-up, link or formula 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -30,6 +32,7 @@ from distillkit.core.loading import MINILM_HUB_ID, MINILM_SHA256
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
+from distillkit.io.checks import require
 from distillkit.io.escaping import markdown as escaped
 from distillkit.io.files import read_header
 from distillkit.io.storage import StorageError, absolute, replacing, save_text, unwritten
@@ -74,8 +77,8 @@ def save_published(
 ) -> Path:
     """Write ``folder`` as it would stand on the hub: card, Dataset, safetensors, sums.  An earlier one is replaced.
 
-    Every file is replaced in one atomic step.  Meanwhile ``SHA256SUMS`` lists the earlier files and the new ones, so that the
-    folder can be read at every moment, and after a kill.
+    Every file is replaced in one atomic step, and the set has its own SHA-256 in it.  Meanwhile ``SHA256SUMS`` lists the
+    earlier table and the new one, so that the folder can be read at every moment, and after a kill.
 
     Args:
         evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": score}``.
@@ -88,36 +91,32 @@ def save_published(
         ValueError: ``task`` or ``student`` is another than the set was made with.
         StorageError: something else stands at ``folder``, or in it; or it cannot be written.
     """
-    folder = absolute(folder)
+    folder, table = absolute(folder), io.BytesIO()
     text = card(distilled, folder.name, evaluations=evaluations, task=task, student=student, license=license,
                 corpus_license=corpus_license)
-    with tempfile.TemporaryDirectory() as scratch:
-        fresh = Path(scratch)
-        try:
-            earlier = _lines_of_earlier(folder)
-            distilled.save(fresh / SET)
-            (fresh / ROWS).parent.mkdir()
-            rows(distilled).to_parquet(fresh / ROWS)
-            lines = "".join(f"{sha256_of(fresh / name)}  {name}\n" for name in CHECKED)
-            save_text(folder / SUMS, earlier + lines)
-            for name in CHECKED:
-                with replacing(folder / name) as file:
-                    file.write((fresh / name).read_bytes())
-        except OSError as error:
-            raise unwritten(folder, error) from error
+    try:
+        earlier = _lines_of_earlier(folder)
+        rows(distilled).to_parquet(table)
+    except OSError as error:
+        raise unwritten(folder, error) from error
+    line = f"{hashlib.sha256(table.getbuffer()).hexdigest()}  {ROWS}\n"
+    save_text(folder / SUMS, earlier + line)
+    with replacing(folder / ROWS) as file:
+        file.write(table.getbuffer())
+    distilled.save(folder / SET)
     save_text(folder / CARD, text)
-    save_text(folder / SUMS, lines)
+    save_text(folder / SUMS, f"{line}{sha256_of(folder / SET)}  {SET}\n")
     return folder
 
 
 def _lines_of_earlier(folder: Path) -> str:
-    """The sums of the set that is published in a folder; StorageError if something else is there."""
+    """The sums of the table that is published in a folder; StorageError if something else is there."""
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return ""
-    if not (folder / SUMS).is_file() or {*read_sums(folder)} - {*CHECKED}:
-        raise StorageError(f"will not overwrite {folder}: it is no published set of this version of distillkit; choose another "
-                           "folder, or delete this one yourself")
-    return (folder / SUMS).read_text()
+    sums = read_sums(folder) if (folder / SUMS).is_file() else {"": set()}
+    require({*sums} <= {*CHECKED}, f"will not overwrite {folder}: it is no published set of this version of distillkit; choose "
+            "another folder, or delete this one yourself", StorageError)
+    return "".join(f"{digest}  {ROWS}\n" for digest in sorted(sums[ROWS]))
 
 
 def load_published(folder: str | Path) -> DistilledSet:
@@ -129,7 +128,7 @@ def load_published(folder: str | Path) -> DistilledSet:
     folder = absolute(folder)
     if (folder / "set").is_dir():
         read_header(folder / "set")  # says which version reads it
-    check_sums(folder, CHECKED)
+    check_sums(folder, [ROWS])
     return DistilledSet.load(folder / SET)
 
 

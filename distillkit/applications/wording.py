@@ -26,7 +26,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from distillkit.core.distilled import DistilledSet, special_frame
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods

@@ -26,7 +26,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -216,19 +215,19 @@ def train(name: str, text: Text, *, steps: int | None = None, minutes: float | N
     folder = Path(runs) / f"pretrain-{name}-{_digest([json.dumps(settings)])[:8]}"
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     model = fresh_model(name, tokenizer, seed)
-    if steps is None:
-        state = checkpoint and transformers.TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        steps = state.max_steps if state else _steps_in(minutes, model, batch)
+    state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
+    steps = steps or (state.max_steps if state else _steps_in(minutes, model, batch))
     batches, validation, passes = _batches(text, tokenizer, steps, batch, seed)
     trainer = _trainer(model, tokenizer, batches, validation, seed, folder)
-    minutes = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"] / 60
+    seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    seconds *= steps / max(1, steps - (state.global_step if state else 0))  # of the whole run, at the pace of its last start
     curve = _curve(trainer.state.log_history, batch)
     if not math.isfinite(curve[-1]["validation_loss"]):
         raise FloatingPointError(f"{name}, step {steps}: the loss is {curve[-1]['validation_loss']}; lower pretrain.PEAK")
     return trainer, {
         "settings": settings, "architecture": type(model).__name__, "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer), "steps": steps, "tokens": steps * batch, "passes": round(passes, 2),
-        "minutes": round(minutes, 1), "threads": torch.get_num_threads(),
+        "minutes": round(seconds / 60, 1), "threads": torch.get_num_threads(),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")},
         "text": text.facts, "curve": curve}
 
@@ -381,7 +380,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default=ASSETS, help="folder for the model folder")
     parser.add_argument("--runs", default="runs", help="folder for checkpoints; delete that of a run to start it over")
     args = parser.parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(args.threads)
     minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
     try:

@@ -269,6 +269,7 @@ def distil(work: Work, args: argparse.Namespace) -> None:
     """``python -m distillkit distil``; under ``torchrun`` with ``--inits`` spread over its processes."""
     from distillkit.applications.processes import team
     from distillkit.core.distilled import DistilledSet
+    from distillkit.core.estimate import announce
     from distillkit.io.restart import started
     from distillkit.io.storage import Claim
 
@@ -277,18 +278,17 @@ def distil(work: Work, args: argparse.Namespace) -> None:
         task, student = _world(work)
         start = DistilledSet.from_real(task, student, **work.size(work.seed))
         objective = _objective(work, task, student, folder)
-        if not ranks.leads:
-            ranks.shared(objective).serve(start)
-            return
+        if ranks.leads:
+            announce(start, objective, work.outer_steps)
         # A recording that starts over must not take away what is read here.
         matched = Claim(folder / "experts", wait=True, shared=True) if work.objective == "trajectory" else nullcontext()
-        spread = ranks.shared(objective) if ranks.size > 1 else nullcontext(objective)
         made = [folder / part for part in ("checkpoint", "set", "text")]
-        with spread as shared, matched, started(Claim(folder), *made, fresh=args.fresh):
-            _learn(work, folder, start, shared, student)
+        with matched, started(Claim(folder), *made, fresh=args.fresh) if ranks.leads else nullcontext():
+            ranks.wait()
+            _learn(work, folder, start, ranks.shared(objective), student, ranks.leads)
 
 
-def _learn(work: Work, folder: Path, start, objective, student) -> None:
+def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> None:
     """Distil, write what came of it, and show it."""
     from distillkit.core.distilled import KIND
     from distillkit.core.distiller import Distiller
@@ -296,7 +296,11 @@ def _learn(work: Work, folder: Path, start, objective, student) -> None:
     from distillkit.text.projection import project
 
     distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
-                          checkpoint_every=work.checkpoint_every)
+                          checkpoint_every=work.checkpoint_every, writes=leads)
+    if not leads:
+        for _ in distiller.run(work.outer_steps):
+            pass
+        return
     for part in ("set", "text"):  # now, and not after the last step
         refuse_to_overwrite(folder / part, KIND)
     with distiller.checkpoint.claim:
@@ -549,8 +553,8 @@ def _model(source: str) -> Iterator[str]:
 
 def _student(source: str, role: str, task) -> Iterator[str]:
     """What a student is, which derivatives each kind of attention has, tried on a sentence, and its adapters."""
+    from distillkit.core.estimate import recommend
     from distillkit.core.loading import load_student
-    from distillkit.core.metagrad import recommend
 
     for attention in ("eager", "sdpa"):
         try:
@@ -566,18 +570,14 @@ def _student(source: str, role: str, task) -> Iterator[str]:
                    f"embeddings [{', '.join(map(str, student.embedding.shape))}], {student.max_positions} positions, on "
                    f"{student.device}")
         first, second = (_tried(lambda order=order, s=student: _derivative(s, task, order)) for order in (1, 2))
-        yield f"  attention {attention}: first derivatives {first}, second {second}; use {_named(recommend(student))}"
+        strategy, reason = recommend(student, task if first == "ok" else None)
+        yield f"  attention {attention}: first derivatives {first}, second {second}; use {type(strategy).__name__} ({reason})"
     try:
         adapters = load_student(source, task, trainable="lora")
     except ValueError as error:
         yield f"  LoRA: none ({error})"
     else:
         yield f"  LoRA: {sum(p.numel() for n, p in adapters.init(0).items() if '.lora_' in n):,} parameters in adapters"
-
-
-def _named(advice: tuple) -> str:
-    strategy, why = advice
-    return f"{type(strategy).__name__} ({why})"
 
 
 def _derivative(student, task, order: int) -> bool:

@@ -34,7 +34,7 @@ from distillkit.core.objectives import check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
 from distillkit.core.problem import bound_step_sizes
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
+from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
@@ -103,6 +103,8 @@ class Distiller:
         nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
             ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
             initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
+        writes: whether this process writes checkpoint and log.  Of several processes on one run, rank 0 does; another one
+            reads the checkpoint, and where it ends early and nobody holds the file any more, it saves its last complete step.
 
     Attributes:
         checkpoint: the :class:`~distillkit.io.checkpoint.Checkpoint`, with its ``path``, ``log`` and ``claim``.
@@ -127,25 +129,26 @@ class Distiller:
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
         nonfinite: str = "stop",
+        writes: bool = True,
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
         if learn is LEARNABLE and not distilled.soft:
             learn = tuple(n for n in LEARNABLE if n != "targets")
-        if isinstance(learn, str) or not isinstance(learn, Sequence) or not learn or any(n not in LEARNABLE for n in learn):
-            raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
-        if "targets" in learn and not distilled.soft:
-            raise ValueError("hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
+        names = isinstance(learn, Sequence) and not isinstance(learn, str) and learn and all(n in LEARNABLE for n in learn)
+        require(names, f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
+        require(distilled.soft or "targets" not in learn,
+                "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
         for name, rate, values in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
             if rate is not None or name == "lr":
                 check_rate(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
-        if not callable(schedule):
-            raise TypeError(f"schedule must be a function of the progress in 0..1, not {schedule!r}")
-        if not isinstance(regularizers, list | tuple) or not all(callable(term) for term in regularizers):
-            raise TypeError(f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}")
+        require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
+        require(isinstance(regularizers, list | tuple) and all(callable(term) for term in regularizers),
+                f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}", TypeError)
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         self.learn = tuple(n for n in LEARNABLE if n in learn)
@@ -157,7 +160,7 @@ class Distiller:
                   "step_sizes": _inverse_softplus(self._first_step_sizes)}
         self._state = RunState(values, {}, [])
         self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=self._describe(), every=checkpoint_every,
-                                     activity="distilling")
+                                     activity="distilling", writes=writes)
         self.checkpoint.resume(self)
 
     @property

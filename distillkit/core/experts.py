@@ -29,7 +29,7 @@ from distillkit.core.optimizers import AdamW, Optimizer, State, check_optimizer,
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checkpoint import check_settings
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checks import check_are, check_whole, check_wholes, require
 from distillkit.io.escaping import say
 from distillkit.io.files import read_file, read_header, write_file
 from distillkit.io.progress import progress
@@ -114,15 +114,15 @@ class Experts:
             expert: 0 … len − 1.
             index: 0 (the start) … ``snapshots`` − 1.
         """
-        if (expert, index) not in self.places:
-            raise ValueError(f"there is no snapshot {index} of expert {expert}: {self.folder} holds {len(self)} experts of "
-                             f"{self.snapshots} snapshots")
+        require((expert, index) in self.places, f"there is no snapshot {index} of expert {expert}: {self.folder} holds "
+                f"{len(self)} experts of {self.snapshots} snapshots")
         name, prefix = _name(expert, index), "" if state else "params."
         stored = read_file(self.folder / name, kind=SNAPSHOT, identity=_identity_of(self.settings, expert, index),
                            prefix=prefix, verify=name not in self._verified)
-        if stored.sha256 != self.members.get(name, stored.sha256):  # while it is recorded, the index is behind
-            raise StorageError(f"{self.folder / name} is not the snapshot that {INDEX} names: it comes from another recording; "
-                               "put the right file there, or record the experts anew")
+        # While it is recorded, the index is behind.
+        require(stored.sha256 == self.members.get(name, stored.sha256), f"{self.folder / name} is not the snapshot that "
+                f"{INDEX} names: it comes from another recording; put the right file there, or record the experts anew",
+                StorageError)
         self._verified.add(name)
         return _unpacked(stored.tensors, stored.data)
 
@@ -132,8 +132,11 @@ class Experts:
 
     def batches(self, expert: int, first: int, last: int) -> Iterator[Tensor]:
         """The training rows of each step between two snapshots."""
+        size, per_epoch = self.settings["batch_size"], self.settings["steps_per_epoch"]
         for step in range(self.step(first), self.step(last)):
-            yield _batch(self.settings, expert, step)
+            epoch, place = divmod(step, per_epoch)
+            draw = generator("expert-order", self.settings["seed"], expert, epoch)
+            yield torch.randperm(self.settings["rows"], generator=draw)[place * size :][:size]
 
     def check(self, student: Student, task) -> None:
         """Raise ValueError if another student, tokenizer or task made these experts."""
@@ -179,17 +182,13 @@ def record_experts(
         ValueError: settings that cannot be, or others than the folder's, naming which.
         OSError: the disk has less room than the trajectories will take.
     """
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(task=(task, Task), student=(student, Student))
     student = student.for_task(task)
     check_optimizer(optimizer)
     check_whole("batch_size", batch_size, most=len(task.split("train")))
-    if micro_batch is not None:
-        check_whole("micro_batch", micro_batch)
+    check_wholes(count=count, epochs=epochs, micro_batch=1 if micro_batch is None else micro_batch)
     derive_seed("expert-order", seed)  # an error now if it is none
     folder, steps = absolute(folder), -(-len(task.train) // batch_size)
-    check_whole("count", count)
-    check_whole("epochs", epochs)
     check_whole("snapshots_per_epoch", snapshots_per_epoch, most=steps)
     settings = json.loads(json.dumps({
         "count": count, "epochs": epochs, "snapshots_per_epoch": snapshots_per_epoch, "steps_per_epoch": steps,
@@ -215,15 +214,16 @@ def _indexed(folder: Path, settings: dict, student: Student, optimizer: Optimize
             stored = Experts._open(folder).settings
             settings = settings | {key: max(settings[key], stored[key]) for key in EXTENDABLE}
             check_settings(folder, stored | {key: settings[key] for key in EXTENDABLE}, settings)
-        elif any(not path.name.startswith(".") for path in folder.glob("*")):
-            raise StorageError(f"{folder} holds something else than experts; choose another folder")
+        else:
+            require(all(path.name.startswith(".") for path in folder.glob("*")),
+                    f"{folder} holds something else than experts; choose another folder", StorageError)
         experts = Experts(folder, settings, {}, "")
         missing = [place for place in experts.places if not (folder / _name(*place)).exists()]
         for expert, index in sorted({*experts.places}.difference(missing)):
             path = folder / _name(expert, index)
             snapshot = read_header(path)
-            if snapshot.identity != _identity_of(settings, expert, index):
-                raise StorageError(f"{path} is not of this recording: it is {snapshot.identity}; delete it")
+            require(snapshot.identity == _identity_of(settings, expert, index),
+                    f"{path} is not of this recording: it is {snapshot.identity}; delete it", StorageError)
             experts.members[_name(expert, index)] = snapshot.sha256
         _need_room(folder, student, optimizer, len(missing))
         write_file(folder / INDEX, kind=KIND, identity={"settings": _recording(settings)},
@@ -258,10 +258,9 @@ def _record(experts: Experts, expert: int, task, student: Student, optimizer: Op
             parts = real_parts(task, student, rows, micro_batch)
             params, state, *_ = inner_step(student, optimizer, params, state, parts, optimizer.step_size)
             bar.update()
-        tensors = [params, *(v for v in state.values() if isinstance(v, dict))]
-        if not all(bool(t.isfinite().all()) for named in tensors for t in named.values()):
-            raise FloatingPointError(f"expert {expert} is not finite after {experts.step(index)} steps at step size "
-                                     f"{optimizer.step_size}; lower it, or clip gradients (clip_norm)")
+        require(all(bool(tensor.isfinite().all()) for tensor in _flat(params, state).values()),
+                f"expert {expert} is not finite after {experts.step(index)} steps at step size {optimizer.step_size}; lower "
+                "it, or clip gradients (clip_norm)", FloatingPointError)
         _save(experts, expert, index, params, state)
 
 
@@ -285,31 +284,24 @@ def _identity_of(settings: dict, expert: int, index: int) -> dict:
     return {"expert": expert, "index": index, "settings": _recording(settings)}
 
 
+def _flat(params: Params, state: State) -> dict[str, Tensor]:
+    """All tensors of a snapshot by name: ``params.NAME``, and such as ``m.NAME`` for the optimiser's."""
+    parts = {"params": params} | {key: value for key, value in state.items() if isinstance(value, dict)}
+    return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+
+
 def _save(experts: Experts, expert: int, index: int, params: Params, state: State) -> None:
-    tensors = {f"params.{n}": p for n, p in params.items()}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            tensors |= {f"state.{key}.{n}": t for n, t in value.items()}
-    write_file(experts.folder / _name(expert, index), kind=SNAPSHOT, tensors=tensors,
+    write_file(experts.folder / _name(expert, index), kind=SNAPSHOT, tensors=_flat(params, state),
                identity=_identity_of(experts.settings, expert, index),
                data={key: value for key, value in state.items() if not isinstance(value, dict)})
 
 
 def _unpacked(tensors: dict[str, Tensor], numbers: dict) -> tuple[Params, State]:
-    params, state = {}, dict(numbers)
+    parts: dict[str, dict] = {"params": {}}
     for name, tensor in tensors.items():
         part, _, name = name.partition(".")
-        if part == "state":
-            part, _, name = name.partition(".")
-        (params if part == "params" else state.setdefault(part, {}))[name] = tensor
-    return params, state
-
-
-def _batch(settings: dict, expert: int, step: int) -> Tensor:
-    epoch, place = divmod(step, settings["steps_per_epoch"])
-    draw = generator("expert-order", settings["seed"], expert, epoch)
-    order = torch.randperm(settings["rows"], generator=draw)
-    return order[place * settings["batch_size"] :][: settings["batch_size"]]
+        parts.setdefault(part, {})[name] = tensor
+    return parts.pop("params"), numbers | parts
 
 
 def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: int) -> None:
@@ -318,11 +310,8 @@ def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: 
     copies = 1 + sum(isinstance(value, dict) for value in optimizer.init({n: p[:0] for n, p in params.items()}).values())
     size = copies * snapshots * sum(p.numel() * p.element_size() for p in params.values())
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-    if size > free:
-        raise OSError(
-            f"{snapshots} snapshots of {len(params)} tensors take {size / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB "
-            "free; record fewer experts or snapshots, or load the student with trainable='lora'"
-        )
+    require(size <= free, f"{snapshots} snapshots of {len(params)} tensors take {size / 1e9:.1f} GB, and {folder} has "
+            f"{free / 1e9:.1f} GB free; record fewer experts or snapshots, or load the student with trainable='lora'", OSError)
 
 
 def _identity(student: Student, task) -> dict:

@@ -119,9 +119,13 @@ def _of_part(student: Student, theta: Params, inputs, part: Part, differentiable
 
 
 def half_of(examples: int, *, dropout: bool) -> int:
-    """Half of the examples that did not fit into memory, with a warning; raises the error being handled for a single one."""
+    """Half of the examples that did not fit into memory, with a warning; for a single one an error that says what to lower."""
     if examples == 1:
-        raise
+        raise torch.OutOfMemoryError(
+            "out of memory with one example at a time (micro_batch=1): lower the set's length, the task's max_length or the "
+            "steps of the unroll; give metagrad=Replay(every=4) or Truncated(window=2), which store less; or train less of the "
+            "student (trainable='lora' or 'head')"
+        )
     half = examples // 2
     warnings.warn(f"out of memory with {examples} examples at a time: they are computed again in parts of about {half}, which "
                   f"changes the gradient by rounding only{' (and the masks of dropout)' if dropout else ''}; set "

@@ -334,7 +334,7 @@ class Truncated:
         return dataclasses.replace(windowed, step_sizes=d_step_sizes)
 
 
-def recommend(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
+def suited(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
     """The strategy that suits a student, and why in a sentence.
 
     Raises:

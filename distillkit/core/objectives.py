@@ -26,7 +26,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, real_parts
 from distillkit.core.inner import Unroll, half_of, inner_step, to_device
-from distillkit.core.metagrad import recommend
+from distillkit.core.metagrad import suited
 from distillkit.core.optimizers import State, optimizer_from
 from distillkit.core.problem import MetaGradient, Problem, equal_step_sizes, inner_problem
 from distillkit.core.student import Params, Student
@@ -85,7 +85,7 @@ class BPTT:
         student: what trains on the set.
         unroll: how it trains.
         metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
-            :func:`~distillkit.core.metagrad.recommend` names for the student.
+            :func:`~distillkit.core.estimate.recommend` names for the student.
         batch_size: real examples per outer step.
         micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
@@ -275,7 +275,7 @@ def _check_parts(objective) -> None:
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
     if objective.metagrad is None:
-        object.__setattr__(objective, "metagrad", recommend(objective.student)[0])
+        object.__setattr__(objective, "metagrad", suited(objective.student)[0])
     require(callable(objective.metagrad),
             f"metagrad must be a strategy such as Replay() or ForwardDifference(), not {objective.metagrad!r}", TypeError)
 
@@ -374,7 +374,7 @@ def meta_gradient(
 
 
 def _in_halves(objective, examples: int):
-    """``objective`` with half as many examples alive at a time; raises the error that is being handled where one is left."""
+    """``objective`` with half as many examples alive at a time; where one is left, an error that says what to lower."""
     if not dataclasses.is_dataclass(objective):
         raise
     wrapped = getattr(objective, "objective", None)  # as in ThroughProjection

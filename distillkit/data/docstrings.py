@@ -30,7 +30,7 @@ import json
 import re
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -182,8 +182,6 @@ def _named_docstrings(node: ast.AST, path: list[str]) -> Iterator[tuple[list[str
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<!\bal\.)(?<=[.!?])\s+(?=[A-Z\"'(\[])")
-
-
 # Signatures, headings, directives and code.
 NO_SENTENCE = re.compile(r"->|>>>|::\s*$|={3}|-{3}|~{3}|^\s*(\.\.|@|[-*+] )|^\w[\w.]*\(")
 MARKUP = (
@@ -208,7 +206,7 @@ def first_sentence(docstring: str) -> str | None:
         text = re.sub(markup, plain, text)
     text = mask_libraries(SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0])
     letters = [len(word) for word in re.findall(r"[A-Za-z]{2,}", text)]
-    is_plain = not re.search(r"`|:\w+:|://", text)  # markup that is broken itself
+    is_plain = not re.search(r"`|:\w+:|://", text)  # no broken markup
     is_prose = 4 <= len(text.split()) <= 60 and len(letters) >= 4 and sum(letters) >= 0.6 * len(text.replace(" ", ""))
     return text if is_plain and is_prose else None
 
@@ -320,8 +318,6 @@ class Names:
     """The names of one library. A name's features are its words, their beginnings, and its module."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        from sklearn.feature_extraction.text import CountVectorizer  # slow to import, and only needed to build
-
         modules = {}
         for path in sorted(paths):
             module, _, name = path.rpartition(".")
@@ -330,8 +326,10 @@ class Names:
         self.spelled = np.array([name.replace("_", "").lower() for name in self.names])
         self.features = [words(name) | {module} for name, module in modules.items()]
         self.size = np.array([len(features) for features in self.features])
-        self.vectorizer = CountVectorizer(analyzer=sorted)
-        self.table = self.vectorizer.fit_transform(self.features)  # [names, features], 0 or 1
+        self.places = defaultdict(list)  # feature -> the names that have it
+        for place, features in enumerate(self.features):
+            for feature in features:
+                self.places[feature].append(place)
 
     def choices(self, sentence: str, name: str) -> list[str] | None:
         """`name` and three wrong ones by the rule in the module's docstring; None where there are none that are fair."""
@@ -353,7 +351,8 @@ class Names:
 
     def shared(self, features: frozenset[str]) -> np.ndarray:
         """For each name, how many of `features` it has."""
-        return (self.table @ self.vectorizer.transform([features]).T).toarray()[:, 0].astype(float)
+        places = [place for feature in features for place in self.places.get(feature, ())]
+        return np.bincount(np.array(places, dtype=int), minlength=len(self.names))
 
     def unlike(self, chosen: list[int]) -> np.ndarray:
         """For each name, whether it differs from those chosen by more than case and underscores."""

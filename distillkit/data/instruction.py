@@ -116,25 +116,23 @@ class InstructionTask(Task):
         mask = tokenizer("a", return_special_tokens_mask=True)
         front, chat = mask["input_ids"][: mask["special_tokens_mask"].index(0)], tokenizer.chat_template is not None
         prompts, space = ([_chat(tokenizer, prompt) for prompt in rows["prompt"]], "") if chat else (rows["prompt"], " ")
-        texts = [list(dict.fromkeys([*choices, response])) for choices, response in zip(rows["choices"], rows["response"])]
+        texts = [[*choices, response] for choices, response in zip(rows["choices"], rows["response"])]
         heads = _ids(tokenizer, prompts if chat else [prompt.rstrip() for prompt in prompts])
         joined = iter(_ids(tokenizer, [prompt + space + text for prompt, row in zip(prompts, texts) for text in row]))
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for number, (head, prompt, row) in enumerate(zip(heads, prompts, texts)):
-            tails = {text: next(joined)[len(head) :] for text in row}
-            response, choices = tails[rows["response"][number]] + end, [tails[text] for text in rows["choices"][number]]
+            tails = [next(joined)[len(head) :] for _ in row]
             special = front if not chat or head[: len(front)] == front else []
             body = head[len(special) :] if chat else head
-            room = self.max_length - len(special) - max(map(len, [response, *choices]))
+            room = self.max_length - len(special) - max(map(len, [*tails[:-1], tails[-1] + end]))
             where = f"{self.name}, split {split}, row {start + number} (counted from 0; {self.origin})"
             if room < 1:
                 raise CorpusError(f"{where}: the longest of the response and the choices leaves no token of the prompt within "
                                   f"max_length={self.max_length}; use {self.max_length - room + 1} or more, or shorten it")
-            empty = [text for text, ids in [(prompt, body), *tails.items()] if not ids]
-            if empty:
+            if empty := [text for text, ids in zip([prompt, *row], [body, *tails]) if not ids]:
                 raise CorpusError(f"{where}: this tokenizer makes no token of {empty[0][:40]!r}; drop the row or use another "
                                   "tokenizer")
-            yield special + body[-room:], response, choices
+            yield special + body[-room:], tails[-1] + end, tails[:-1]
 
 
 def _chat(tokenizer, prompt: str) -> str:

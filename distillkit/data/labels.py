@@ -52,18 +52,17 @@ def labelled_rows(corpus: Corpus) -> tuple[tuple[str, ...], dict[str, list[tuple
     _warn_of_case(classes)
     numbers = {whole(label) for split in corpus.splits.values() for label in split.labels} - {None}
     values = [whole(name) for name in classes]
-    by_name = {name: place for place, name in enumerate(classes)}
-    by_number = {value: place for place, value in enumerate(values)} if None not in values else {}
-    indexed = bool(corpus.classes) and numbers.isdisjoint(values)
-    if indexed:
-        by_number = {place: place for place in range(len(classes))}
+    indexed = bool(corpus.classes) and numbers.isdisjoint(values)  # numbers are places in the list, not names
+    places: dict[str | int, int] = {name: place for place, name in enumerate(classes)}
+    if indexed or None not in values:
+        places |= {number: place for place, number in enumerate(range(len(classes)) if indexed else values)}
 
     def read_split(name: str) -> list[tuple[str, int]]:
         numeric = {whole(label) is not None for label in corpus.splits[name].labels[:1]}
 
         def read(text, label) -> tuple[str, int]:
             check_text(text, "text")
-            place = by_name.get(spelled(label), by_number.get(whole(label)))
+            place = places.get(spelled(label), places.get(whole(label)))
             if place is None or indexed and {whole(label) is not None} != numeric:
                 raise ValueError(f"the label is {shown(label)}, which is none of the {len(classes)} classes {named(classes)}; "
                                  "write the name of one, or in every row of the split its place in the list of labels.json, "

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distillkit.data.corpora import KNOWN, folder_corpus, hub_corpus
-from distillkit.data.corpus import SPLITS, Corpus, CorpusError
+from distillkit.data.corpus import SPLITS, Corpus, CorpusError, is_text
 from distillkit.data.docstrings import docstring_corpus, docstrings_qa
 from distillkit.data.instruction import instruction_task
 from distillkit.data.tasks import SHORTEST, Task, classification_task
@@ -27,8 +27,8 @@ def load_corpus(source, *, text_column: str | None = None, label_column: str | N
     source, columns = os.fspath(source) if isinstance(source, os.PathLike) else source, (text_column, label_column)
     if not isinstance(source, str) or not source:
         raise CorpusError(f"source must name a task by a string or a path, not by {source!r}")
-    if columns != (None, None) and (text_column == label_column or source in BUILT_IN
-                                    or not all(isinstance(name, str | None) and name != "" for name in columns)):
+    named = [name for name in columns if name is not None]
+    if named and (source in BUILT_IN or len({*map(str, named)}) < len(named) or not all(map(is_text, named))):
         raise CorpusError(f"text_column and label_column must name two columns of a corpus that is not built in, not "
                           f"{text_column!r} and {label_column!r} of {source}")
     if source in BUILT_IN:

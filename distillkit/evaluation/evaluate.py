@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillkit.core.distilled import DistilledSet
@@ -151,15 +152,12 @@ def evaluate(
 
 def _accuracies(task: Task, split: str, outcomes: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     """The accuracies of an :class:`Evaluation` from the result of :func:`answered` for each run."""
-    plain, by_length = (np.stack(right) for right in zip(*outcomes, strict=True))  # [seeds, rows]
-    scores = {"scores": tuple(plain.mean(1).tolist())}
-    if task.kind == "classification":
-        names, group = task.classes, np.array(task.classes)[task.labels(split)]
-    else:
-        group = np.array(task.split(split)["group"][:])
-        names, scores["normalized"] = dict.fromkeys(group.tolist()), tuple(by_length.mean(1).tolist())
-    shares = np.stack([plain[:, group == name].mean(1) for name in names], 1).mean(0)
-    return scores | {"groups": dict(zip(names, shares.tolist(), strict=True))}
+    plain, by_length = (np.stack(right).astype(float) for right in zip(*outcomes, strict=True))  # [seeds, rows]
+    classes = task.kind == "classification"
+    group = np.array(task.classes)[task.labels(split)] if classes else np.array(task.split(split)["group"][:])
+    shares = pd.DataFrame(plain.T).groupby(group, sort=False).mean().mean(axis=1)
+    return {"scores": tuple(plain.mean(1).tolist()), "groups": shares.reindex(task.classes or shares.index).to_dict(),
+            "normalized": None if classes else tuple(by_length.mean(1).tolist())}
 
 
 def flop_counter() -> FlopCounterMode:

@@ -83,7 +83,7 @@ class Own:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
-        distilled = _a_set(distilled, self)
+        distilled = _checked_set(distilled, self)
         require("recipe" in distilled.meta,
                 "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
                 "or 'standard'")
@@ -108,7 +108,7 @@ class Fixed:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`."""
-        distilled, recipe = _a_set(distilled, self), {"name": "unroll", **self.unroll.recipe()}
+        distilled, recipe = _checked_set(distilled, self), {"name": "unroll", **self.unroll.recipe()}
         return lambda seed: set_plan(distilled, student, self.unroll, recipe, seed=seed)
 
 
@@ -189,7 +189,7 @@ class Tuned:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; the seed also decides the order of the examples."""
-        distilled, grid = _a_set(distilled, self), self.grid or GRIDS[student.kind]
+        distilled, grid = _checked_set(distilled, self), self.grid or GRIDS[student.kind]
         scores = self._scores(distilled, task, student, grid)
         # A loss that is not a number is the worst.
         means = {p: np.round(np.nan_to_num(np.mean(values), nan=-np.inf, neginf=-np.inf), 6) for p, values in scores.items()}
@@ -264,7 +264,7 @@ def warm_up_and_decay(steps: int, step_size: float) -> Tensor:
     return step_size * torch.minimum(t / warm, (steps + 1 - t) / (steps + 1 - warm))
 
 
-def _a_set(distilled: DistilledSet | None, recipe: Recipe) -> DistilledSet:
+def _checked_set(distilled: DistilledSet | None, recipe: Recipe) -> DistilledSet:
     if distilled is None:
         raise ValueError(f"the full training split is trained on by recipe='standard' only, not {recipe!r}")
     return distilled

@@ -66,12 +66,6 @@ def answered(
     return questions.are_right(split, rows, picks(plain)), questions.are_right(split, rows, picks(by_length))
 
 
-def choice_accuracy(student: Student, params: Params, task: Task, split: str) -> tuple[float, float]:
-    """Share of a split's multiple-choice rows that ``params`` answer rightly, plainly and by length."""
-    plain, by_length = answered(student, params, task, split)
-    return float(plain.mean()), float(by_length.mean())
-
-
 def classified(
     student: Student, params: Params, task: Task, split: str, rows: Rows | None = None, batch_size: int = 256
 ) -> np.ndarray:

@@ -9,7 +9,7 @@
 
 ``k_center`` and ``herding`` work on L2-normalised sentence representations of the student (mean of its last hidden states).
 Texts shorter than the budget are filled up with further real sentences, for every method alike (see
-:func:`distillkit.core.distilled.from_rows`).
+:meth:`distillkit.core.distilled.DistilledSet.from_rows`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, examples_per_class, from_rows
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import examples_per_class
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.influence import LESS, LessSettings, influence
@@ -71,7 +72,7 @@ def select(
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
             rows = [pool[pick(x[pool], k)] for pool in task.rows_by_class("train")]
-        selected = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
+        selected = DistilledSet.from_rows(task, student, rows, length=length, fill=fill, seed=seed)
     selected.meta["selection"] = {"method": method, "seed": seed, **settings}
     return selected
 

@@ -8,20 +8,39 @@ The rows, all scored on the same test split with the same fresh seeds:
 * ``embeddings``: the distilled set, under its own recipe and, if asked for, under the others.
 * ``projected``: its nearest-token text.
 * ``full``: the whole training split, standard fine-tuning.
+
+A grid (:class:`GridJob`) has many cells, which differ from the common settings in a few: how many examples per class, how many
+tokens an example, how many inner steps (*scaling*), or which corpus and which student (the *slides'* table).  All cells stand
+in one result; the same command continues it, also from that result alone, and may be given single cells, rows or seeds.  A
+cell whose corpus or model cannot be had here is skipped, with the reason printed, and says *not run*.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import read
-from distillkit.experiments.runner import Cell, Scores
-from distillkit.experiments.settings import Data, Experiment, Inner, Outer, Scoring, SetSeed, Size, option, settings, whole
-from distillkit.experiments.table import by_row, frame, markdown
-from distillkit.text.projection import project
+from distillkit.experiments.results import by_row, frame, markdown, read, spread, take_up
+from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.settings import (
+    Data,
+    Experiment,
+    Inner,
+    Outer,
+    Scoring,
+    SetSeed,
+    Size,
+    option,
+    settings,
+    whole,
+)
 
 LEARNED_LABELS = "real + learned labels"
 ROW_NAMES = (
@@ -57,8 +76,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
 class ClassificationCell(Cell):
     """An experiment on classification, or a cell of a grid of them."""
 
-    job: ClassificationJob
-    texts, selections = ("projected",), METHODS
+    texts, selections, projected = ("projected",), METHODS, {"projected": "embeddings"}
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -66,22 +84,17 @@ class ClassificationCell(Cell):
             self._committed(row)  # a missing one is an error now, not after all other rows
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
-        if (row := f"{method}/{recipe}") in self.job.committed_rows:
-            return self._committed(row)
-        if method == "full":
-            return self.evaluated(None, recipe, self.job.full_seeds)
-        return self.evaluated(self.set_of(method, seed), recipe)
+        row = f"{method}/{recipe}"
+        return self._committed(row) if row in self.job.committed_rows else super().score(method, recipe, seed)
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         return None if f"{method}/{recipe}" in self.job.committed_rows else super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method == "projected":
-            return project(self.set_of("embeddings", seed), self.student)
-        if method == LEARNED_LABELS:
-            return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
-                               learn=("targets", "step_sizes"))
-        return self.distil(method, seed, self.start(seed), self.objective())
+        if method != LEARNED_LABELS:
+            return super().create(method, seed)
+        return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
+                           learn=("targets", "step_sizes"))
 
     def _committed(self, row: str) -> Scores:
         path = self.results / f"{self.job.committed}.json"
@@ -112,3 +125,83 @@ def table(result: Mapping) -> str:
                       f"{row.size:.0f}", f"{row.seconds:.1f}"])
     heads = ["method", "recipe", "examples", "bytes", "accuracy (mean ± sd)", "seeds", "seconds to train"]
     return markdown(heads, lines, "ll")
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------------
+
+BASE = "base"  # the name of the cell that differs in nothing
+
+
+@settings(kind="scaling")
+class GridJob(Grid):
+    """Settings of a grid of experiments on classification; kinds differ in the table they are shown as."""
+
+    product: Mapping | None = option(None, "{setting: values}; every combination is a cell, or one with its variations")
+    around: Mapping | None = option(None, "{setting: values} varied one at a time from what base says, which is a cell too")
+
+    kinds, cell_job, of_grid = ("scaling", "slides"), ClassificationJob, (*Grid.of_grid, "committed", "committed_rows")
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by a name such as ``corpus=imdb,student=roberta-base``."""
+        axes, around = self.product or {}, self.around or {}
+        for key, chosen in {"product": axes, "around": around}.items():
+            self.check(key, chosen)
+            for setting, values in chosen.items():
+                if not isinstance(values, list | tuple) or not values:
+                    raise ValueError(f"{key}: {setting} must be a list of values, not {values!r}")
+        if self.kind == "slides" and not {"corpus", "student"} <= axes.keys():
+            raise ValueError("the slides' table is of a product of corpus and student; give both")
+        defaults, named = {f.name: f.default for f in dataclasses.fields(ClassificationJob)}, {}
+        changes = [{}, *({key: value} for key, values in around.items() for value in values)]
+        for values, change in itertools.product(itertools.product(*axes.values()), changes):
+            if all(self.base.get(key, defaults[key]) == value for key, value in change.items()):
+                change = {}  # the base itself
+            cell = {**dict(zip(axes, values, strict=True)), **change}
+            named.setdefault(",".join(f"{k}={v}" for k, v in cell.items()) or BASE, cell)
+        return named
+
+
+def committed(config: str | Path, folder: str | Path) -> dict:
+    """The result in ``folder`` of the grid that a file of settings describes; one without cells where there is none yet."""
+    job = GridJob.from_yaml(config)
+    return take_up(Path(folder) / f"{job.name}.json", job, job.cells())
+
+
+def scaling_table(result: Mapping) -> str:
+    """A scaling grid as a Markdown table: a line for each cell, its seeds together."""
+    job, scores = GridJob(**result["config"]), frame(result)
+    scores["place"] = scores["cell"].map(without_seed)
+    lines = {}
+    for key, cell in job.cells().items():
+        of_cell = scores[scores["place"] == without_seed(key)]
+        means, sizes = of_cell.groupby("row")["accuracy"].mean(), of_cell[of_cell["method"] == "embeddings"]["nbytes"]
+        lines[without_seed(key)] = [
+            without_seed(key), str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
+            f"{sizes.iloc[0]:,}" if len(sizes) else "",
+            *(f"{means[row]:.3f}" if row in means else "not run" for row in job.rows), str(of_cell["cell"].nunique())]
+    heads = ["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"]
+    return markdown(heads, [*lines.values()])
+
+
+def without_seed(key: str) -> str:
+    """The name of a cell without its set seed."""
+    return ",".join(part for part in key.split(",") if not part.startswith("seed=")) or BASE
+
+
+def slides_table(result: Mapping) -> str:
+    """The slides' table in Markdown: a line for each corpus and way of training, a column for each student.
+
+    Mean over sets; of a single one with the spread over its initialisations.
+    """
+    config, scores, lines = result["config"], frame(result), []
+    for corpus, row in itertools.product(config["product"]["corpus"], config["rows"]):
+        line = [corpus, row]
+        for student in config["product"]["student"]:
+            keys = [key for key, cell in result["cells"].items()
+                    if (cell["config"]["corpus"], cell["config"]["student"]) == (corpus, student)]
+            chosen = scores[scores["cell"].isin(keys) & (scores["row"] == row)]
+            score = chosen["accuracy"] if chosen["cell"].nunique() == 1 else pd.Series(chosen["accuracy"].mean())
+            line.append(spread(score) or "not run")
+        lines.append(line)
+    machines = ", ".join(sorted(scores["machine"].dropna().unique())) or "nothing has been run yet"
+    return f"{markdown(['corpus', 'trained on', *config['product']['student']], lines, 'll')}\n\nMade on: {machines}."

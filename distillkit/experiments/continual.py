@@ -39,7 +39,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import rounded
+from distillkit.experiments.results import by_row, by_set, markdown, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -56,7 +56,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_row, by_set, markdown, spread
 
 REAL = ("random", "k_center")
 MEMORIES = ("none", "distilled", *REAL, "bytes")
@@ -95,7 +94,6 @@ class ContinualJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
 class ContinualCell(Cell):
     """An experiment on merging, streams and updates."""
 
-    job: ContinualJob
 
     def __init__(self, job: ContinualJob, work: Path, results: Path):
         self.job, corpus = job, load_corpus(job)
@@ -119,10 +117,6 @@ class ContinualCell(Cell):
             rows, notes[task.name] = self._trained(distilled, task, student, "own")
             scores += [row | {"task": task.name} for row in rows]
         return scores, notes
-
-    def columns(self, method: str, recipe: str) -> dict:
-        columns = super().columns(method, recipe)
-        return columns | {"per_class": None, "length": None} if method == "bytes" else columns
 
     def _trained(self, distilled: DistilledSet, task: Task, student: Student, recipe: str) -> Scores:
         if recipe != "own":

@@ -25,12 +25,12 @@ from collections.abc import Mapping
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import record_experts
 from distillkit.core.loading import load_student
-from distillkit.core.objectives import TrajectoryMatching
+from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
-from distillkit.evaluation.scoring import choice_accuracy
+from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.results import rounded
+from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, paired_difference, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
@@ -47,8 +47,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_row, by_set, gain, markdown, paired_difference, spread
-from distillkit.text.projection import project
 
 LEARNED = ("nacd", "bptt")
 ROWS = (
@@ -81,11 +79,12 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
 class InstructionCell(Cell):
     """An experiment on instruction tuning."""
 
-    job: InstructionJob
+    projected = {f"{method} text": method for method in LEARNED}
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":
-            plain, by_length = choice_accuracy(self.student, self.student.init(seed), self.task, "test")
+            right = answered(self.student, self.student.init(seed), self.task, "test")
+            plain, by_length = (float(column.mean()) for column in right)
             score = {"init_seed": seed, "accuracy": rounded(plain), "normalized": rounded(by_length)}
             return [score | {"examples": 0, "nbytes": 0, "seconds": 0.0}], {}
         return self.evaluated(None if method == "full" else self.set_of(method, seed), recipe, (seed,))
@@ -99,11 +98,12 @@ class InstructionCell(Cell):
         return load_student(self.job.student, self.task, trainable="lora")
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method.endswith(" text"):
-            return project(self.set_of(method.removesuffix(" text"), seed), self.student)
-        if method == "nacd":
-            return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
-        return self.distil(method, seed, self.start(seed), self.objective(**self._training()))
+        if method != "nacd":
+            return super().create(method, seed)
+        return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
+
+    def objective(self, *args, **unroll) -> BPTT:
+        return super().objective(*args, **self._training(), **unroll)
 
     def matching(self, seed: int) -> TrajectoryMatching:
         """Trajectory matching against experts of this seed, which are recorded at its first use."""
@@ -122,32 +122,27 @@ class InstructionCell(Cell):
         return {"optimizer": AdamW(self.job.step_size, eps_root=self.job.eps_root), "micro_batch": self.job.micro_batch}
 
 
+RANDOM, FULL = "random/standard", "full/standard"
+
+
 def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
-    sets, by_length, sizes, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
-    scored = sets.dropna(how="all").index
-    full = sets.loc["full/standard"].mean() if "full/standard" in scored else math.nan
-    marked = [name for name in scored if name.endswith("/own") and _only_its_own(sets, name.split("/")[0])]
-    for name in sets.index:
-        method, recipe = name.split("/")
-        if name not in scored:
+    sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
+    scored = sets.dropna(how="all")
+    marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
+              and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
+    for row in rows.itertuples():
+        method, recipe = row.Index.split("/")
+        if row.Index not in scored.index:
             lines.append([method, recipe, None, "not run", None, None, None])
             continue
-        share = "" if math.isnan(full) else f"{sets.loc[name].mean() / full:.0%}"
-        lines.append([method + " †" * (name in marked), recipe, f"{sizes['examples'][name]:,.0f}", spread(sets.loc[name]),
-                      f"{by_length[name]:.3f}", str(sets.loc[name].count()), share])
+        share = row.mean / rows["mean"].get(FULL, math.nan)
+        lines.append([method + " †" * (row.Index in marked), recipe, f"{row.examples:,.0f}", spread(sets.loc[row.Index]),
+                      f"{by_length[row.Index]:.3f}", f"{row.size:.0f}", "" if math.isnan(share) else f"{share:.0%}"])
     heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of full data"]
     note = ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
             "fine-tuning.")
-    return markdown(heads, lines, "ll") + (note if marked else "") + _differences(sets.loc[scored])
-
-
-def _only_its_own(sets, method: str) -> bool:
-    own, standard, random = f"{method}/own", f"{method}/standard", "random/standard"
-    if not {own, standard, random} <= {*sets.dropna(how="all").index}:
-        return False
-    (gain_own, half_own), (gain_standard, half_standard) = (paired_difference(sets, row, random) for row in (own, standard))
-    return gain_own > half_own and gain_standard <= half_standard
+    return markdown(heads, lines, "ll") + (note if marked else "") + _differences(scored)
 
 
 def _differences(sets) -> str:
@@ -156,13 +151,11 @@ def _differences(sets) -> str:
     selected = [name for name in sets.index if name.split("/")[0] in ALL_METHODS]
     if not learned or not selected:
         return ""
-    lines = []
+    lines, (whole_way, _) = [], paired_difference(sets, FULL, RANDOM)
     for name in learned:
-        way = ""
-        if {"random/standard", "full/standard"} <= {*sets.index}:
-            part, whole_way = (paired_difference(sets, row, "random/standard")[0] for row in (name, "full/standard"))
-            way = f"{part / whole_way:.0%}"
-        lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected), way])
+        way = paired_difference(sets, name, RANDOM)[0] / whole_way if whole_way else math.nan
+        lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected),
+                      "" if math.isnan(way) else f"{way:.0%}"])
     table = markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)
     return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
             f"column is the share of the way from random selection to the full data.\n\n{table}")

@@ -2,15 +2,20 @@
 
 from functools import partial
 
-from distillkit.experiments.classification import ClassificationCell, ClassificationJob, table
+from distillkit.experiments.classification import (
+    ClassificationCell,
+    ClassificationJob,
+    GridJob,
+    scaling_table,
+    slides_table,
+    table,
+)
 from distillkit.experiments.continual import ContinualCell, ContinualJob, continual_table
-from distillkit.experiments.grid import GridJob, scaling_table, slides_table
 from distillkit.experiments.instruction import InstructionCell, InstructionJob, instruction_table
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, prompting_table
 from distillkit.experiments.runner import Run
-from distillkit.experiments.text_grid import TextGridJob, text_grid_table
 from distillkit.experiments.transfer import TransferCell, TransferJob, transfer_table
-from distillkit.experiments.ways_to_text import TextCell, TextJob, text_table
+from distillkit.experiments.ways_to_text import TextCell, TextGridJob, TextJob, text_grid_table, text_table
 
 KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=False), table(result))
     "classification": (ClassificationJob, partial(Run, ClassificationCell), table),

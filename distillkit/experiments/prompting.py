@@ -31,14 +31,13 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import rounded
-from distillkit.experiments.runner import Cell, Scores, size_columns
+from distillkit.experiments.results import by_set, frame, gain, markdown, rounded
+from distillkit.experiments.runner import Scores, size_columns
 from distillkit.experiments.settings import (
     Data,
     Experiment,
     Inner,
     Outer,
-    Search,
     SetSeeds,
     Size,
     filled,
@@ -46,20 +45,15 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.table import by_set, frame, gain, markdown
-from distillkit.experiments.ways_to_text import swapped
+from distillkit.experiments.ways_to_text import Swaps, TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
-from distillkit.text.projection import project
-from distillkit.text.sentences import nearest_sentences
 
-REAL = ("random", "k_center")
-LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")
-SOURCES = ("zero-shot", *REAL, *LEARNED, "wrong labels")
+SOURCES = ("zero-shot", "random", "k_center", "embeddings", "projection", "nearest sentences", "swaps", "wrong labels")
 
 
 @settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
-class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
+class PromptingJob(Experiment, Data, Size, Inner, Outer, Swaps, SetSeeds):
     """Settings of one experiment; the student is a language model, and rows are ``source/k``, such as ``zero-shot/0``."""
 
     orders: int = whole(4, "orders of the demonstrations, for each set and each k")
@@ -78,10 +72,10 @@ class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
                 raise ValueError(f"a row is a source and its demonstrations, as in random/4 or zero-shot/0, not {row!r}")
 
 
-class PromptingCell(Cell):
+class PromptingCell(TextCell):
     """An experiment on prompts: the student distils and selects as a classifier, and reads prompts as a language model."""
 
-    job: PromptingJob
+    texts, selections = (), ()
 
     @functools.cached_property
     def reader(self) -> Student:
@@ -140,18 +134,13 @@ class PromptingCell(Cell):
         return self.notes["template"]["chosen"]
 
     def create(self, source: str, seed: int) -> DistilledSet:
-        if source == "projection":
-            return project(self.set_of("embeddings", seed), self.student)
-        if source == "nearest sentences":
-            return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
-        if source == "swaps":
-            return swapped(self, source, self.set_of("k_center", seed), seed)
-        start, objective = self.start(seed), self.objective()
-        learned = self.distil(source, seed, start, objective)
-        # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
-        before, after = (evaluate(distilled, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
-                         for distilled, recipe in ((start, objective.unroll), (learned, "own")))
-        self.notes[f"{source} {seed}"] |= {"trained on the start": round(before, 6), "trained on the set": round(after, 6)}
+        learned = super().create(source, seed)
+        if source == "embeddings":
+            # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
+            trained = {"start": (self.start(seed), self.objective().unroll), "set": (learned, "own")}
+            for name, (distilled, recipe) in trained.items():
+                score = evaluate(distilled, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
+                self.notes[f"{source} {seed}"][f"trained on the {name}"] = rounded(score)
         return learned
 
 
@@ -167,9 +156,8 @@ def prompting_table(result: Mapping) -> str:
         line = [source, f"{k} ({chosen['dropped'].sum():.0f} left out)" if chosen["dropped"].any() else k]
         for measure in measures:
             deviation = order_deviation(chosen, measure)
-            compared = source not in ("zero-shot", "random") and f"random/{k}" in sets[measure].index
             line += [f"{sets[measure].loc[name].mean():.3f}" + ("" if np.isnan(deviation) else f" ({deviation:.3f})"),
-                     gain(sets[measure], name, f"random/{k}") if compared else ""]
+                     "" if source in ("zero-shot", "random") else gain(sets[measure], name, f"random/{k}")]
         lines.append([*line, f"{chosen['context'].mean():.0f}", str(chosen["set_seed"].nunique())])
     heads = ["demonstrations", "k", "accuracy (sd over orders)", "minus random", "calibrated", "minus random", "tokens", "sets"]
     return markdown(heads, lines) + _template(result)

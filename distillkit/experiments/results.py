@@ -6,7 +6,10 @@ the corpus by name and hash, the machine, the versions and the date; its ``notes
 (losses, seconds and text of a set) and by ``row seed`` (accuracy by class, and how the students were trained).
 
 ``scores`` is one tidy table with a row for each trained and scored student; :data:`COLUMNS` are its columns, and an experiment
-may add others.  A field that is not known is left out.  Tables are computed from it (:mod:`distillkit.experiments.table`).
+may add others.  A field that is not known is left out.  All printed tables, intervals and figures are computed from it by
+pandas.  Sets and initialisations are different sources of spread: :func:`by_set` gives a row's score for each set, the mean
+over its initialisations, from which spreads over sets come; :func:`by_row` describes all students of a row together.
+Differences are paired by set seed, with a 95 % interval by Student's t.  Means and deviations have six digits, as scores have.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
+from scipy.stats import t
 
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
@@ -40,14 +45,14 @@ REPLACE = "give --fresh to replace it, or the run another name"
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 
 
-def take_up(path: Path, job, cells: Mapping[str, Settings]) -> dict:
-    """The result at ``path`` to go on with, or an empty one of ``job``, whose cells are ``cells``.
+def take_up(path: Path | None, job, cells: Mapping[str, Settings]) -> dict:
+    """The result at ``path`` to go on with, or else an empty one of ``job``, whose cells are ``cells``.
 
     Raises:
         ValueError: a cell was made with other settings, which the message names; or the file holds no table of scores.
     """
     config = as_config(job)
-    if not path.is_file():
+    if path is None or not path.is_file():
         return {"config": config, "cells": {}, "scores": []}
     stored = read(path)
     if not {"cells", "scores"} <= stored.keys():
@@ -105,11 +110,10 @@ def difference(stored: Mapping, current: Mapping) -> str | None:
 
 def write(path: Path, result: Mapping) -> None:
     """Write a result, all or nothing, with the SHA-256 of its content; StorageError if it cannot be written."""
-    text = json.dumps(sealed(result), indent=1)
-    if rows := result.get("scores"):  # a line each, so that a change of the file shows which scores changed
-        lines = ",\n  ".join(json.dumps(row) for row in rows)
-        text = json.dumps(sealed(result) | {"scores": []}, indent=1).replace('"scores": []', f'"scores": [\n  {lines}\n ]', 1)
-    save_text(path, text + "\n")
+    values = {key: [] if key == "scores" else value for key, value in sealed(result).items()}
+    # A line for each score, so that a change of the file shows which scores changed.
+    rows = ",\n  ".join(map(json.dumps, result.get("scores", ())))
+    save_text(path, json.dumps(values, indent=1).replace('"scores": []', f'"scores": [\n  {rows}\n ]', 1) + "\n")
 
 
 def read(path: Path) -> dict:
@@ -117,8 +121,8 @@ def read(path: Path) -> dict:
     try:
         return unsealed(path.read_bytes())
     except ValueError as error:
-        remedy = "take it from a copy (a committed one: git checkout), or make it again with --fresh"
-        raise StorageError(f"{path} is damaged: {error}; {remedy}") from error
+        raise StorageError(f"{path} is damaged: {error}; take it from a copy (a committed one: git checkout), or make it again "
+                           "with --fresh") from error
 
 
 def rows_of(evaluation: Evaluation, seeds: Sequence[int]) -> tuple[list[dict], dict]:
@@ -135,14 +139,10 @@ def rows_of(evaluation: Evaluation, seeds: Sequence[int]) -> tuple[list[dict], d
 
 
 def as_json(evaluation: Evaluation) -> dict:
-    """An evaluation as JSON values, floats at six digits, null for what is not a number."""
+    """An evaluation as JSON values, floats at six digits but for the recipe's, null for what is not a number."""
     values = {key: value for key, value in dataclasses.asdict(evaluation).items() if value is not None}
-    for key, value in values.items():
-        if isinstance(value, float):
-            values[key] = rounded(value)
-        elif isinstance(value, tuple):
-            values[key] = [rounded(score) for score in value]
-    return values | {"groups": {name: rounded(score) for name, score in evaluation.groups.items()}}
+    six_digits = {"parse_float": lambda text: round(float(text), 6), "parse_constant": lambda _: None}
+    return json.loads(json.dumps(values), **six_digits) | {"recipe": values["recipe"]}
 
 
 def rounded(value: float) -> float | None:
@@ -153,6 +153,96 @@ def rounded(value: float) -> float | None:
 def processor() -> str:
     """The name of the GPU, or the kind of CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+
+
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+def frame(result: Mapping) -> pd.DataFrame:
+    """The scores of a result, with all columns of :data:`COLUMNS` and those it has besides."""
+    scores = pd.DataFrame(result["scores"])
+    return scores.reindex(columns=[*COLUMNS, *(name for name in scores.columns if name not in COLUMNS)])
+
+
+def classes_of(result: Mapping) -> list[str]:
+    """The classes, or kinds of questions, that a result tells apart."""
+    notes = (note for cell in result["cells"].values() for note in cell["notes"].values())
+    return [*next(note["groups"] for note in notes if "groups" in note)]
+
+
+def by_set(result: Mapping, value: str = "accuracy", cell: str | None = None) -> pd.DataFrame:
+    """Mean of a column over the initialisations of each set: a line for each row of the settings, a column for each set seed.
+
+    Args:
+        value: the column.
+        cell: of a grid, the cell; default all.
+    """
+    scores = frame(result)
+    chosen = scores if cell is None else scores[scores["cell"] == cell]
+    if value not in chosen or chosen[value].isna().all():
+        return pd.DataFrame(index=result["config"]["rows"])
+    return chosen.pivot_table(index="row", columns="set_seed", values=value).round(6).reindex(result["config"]["rows"])
+
+
+def by_row(result: Mapping, cell: str | None = None) -> pd.DataFrame:
+    """What there is to say of each row: ``mean`` and ``std`` (n − 1) over all its students, their number, and its first size.
+
+    The lines are the rows of the settings; ``mean`` is nan where a row has not run.
+    """
+    scores = frame(result)
+    groups = (scores if cell is None else scores[scores["cell"] == cell]).groupby("row")
+    first = groups[["method", "recipe", "examples", "nbytes", "seconds", "flops"]].first()
+    summary = groups["accuracy"].agg(["mean", "std", "size"]).round(6)
+    return first.join(summary).reindex(result["config"]["rows"])
+
+
+def spread(values: pd.Series, digits: int = 3) -> str:
+    """Mean ± standard deviation (n − 1) in words; of one value that alone, of none nothing."""
+    values = values.dropna()
+    deviation = f" ± {round(values.std(), 6):.{digits}f}" if len(values) > 1 else ""
+    return f"{round(values.mean(), 6):.{digits}f}{deviation}" if len(values) else ""
+
+
+def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:
+    """Mean of the differences between two rows at the same set seeds, and half the width of its 95 % interval (Student's t).
+
+    Args:
+        sets: as :func:`by_set` gives it.
+
+    Returns:
+        nan where the rows have no set in common; an infinite half width for a single one.
+    """
+    pair = sets.reindex([one, other])
+    differences = (pair.loc[one] - pair.loc[other]).dropna()
+    half = t.ppf(0.975, len(differences) - 1) * differences.sem() if len(differences) > 1 else math.inf
+    return float(differences.mean()), float(half)
+
+
+def beats(sets: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether one row is above another by more than half of the 95 % interval."""
+    mean, half = paired_difference(sets, one, other)
+    return mean > half
+
+
+def gain(sets: pd.DataFrame, one: str, other: str) -> str:
+    """:func:`paired_difference` in words; nothing where the rows have no set in common."""
+    mean, half = paired_difference(sets, one, other)
+    interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
+    return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> str:
+    """A Markdown table.
+
+    Args:
+        heads: titles of the columns.
+        lines: cells of each line; None is a cell with nothing but a space.
+        align: ``l`` or ``r`` for each of the first columns; the others are aligned to the right.
+    """
+    rule = "|".join("---" if place == "l" else "---:" for place in align.ljust(len(heads), "r"))
+    body = ("|".join(" " if cell is None else f" {cell} " for cell in cells) for cells in (heads, *lines))
+    first, *others = [f"|{line}|" for line in body]
+    return "\n".join([first, f"|{rule}|", *others])
 
 
 MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

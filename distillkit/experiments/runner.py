@@ -8,14 +8,17 @@ result that grows, several processes that share it, selections that need no seco
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest
+from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.metagrad import ForwardDifference, Replay
@@ -30,7 +33,6 @@ from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.recipes import Standard, Tuned
 from distillkit.evaluation.selection import ALL_METHODS, select
 from distillkit.experiments.results import (
-    COLUMNS,
     REPLACE,
     SCORES,
     as_config,
@@ -44,12 +46,12 @@ from distillkit.experiments.results import (
     take_up,
     write,
 )
-from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, names, option, settings
+from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, check_keys, names, option, settings
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
 from distillkit.io.storage import Claim
-from distillkit.text.projection import NeighborLoss
+from distillkit.text.projection import NeighborLoss, project
 
 CONFIGS = Path(__file__).parent / "configs"
 Scores = tuple[list[dict], dict]  # a row of the table for each student, and the note beside them
@@ -85,9 +87,32 @@ class Grid(Experiment):
 
     base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
 
-    def cells(self) -> dict[str, Any]:
-        """The settings of every cell by its name, in the order they are run."""
+    cell_job: ClassVar[type]  # settings of a cell
+    of_grid: ClassVar[tuple[str, ...]] = ("rows", "kind")  # settings of a cell that the grid gives
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("base", self.base)
+        self.cells()  # every one of them is checked before the first is run
+
+    def check(self, where: str, values) -> None:
+        """Raise ValueError unless ``values`` holds settings that a cell may have."""
+        check_keys(where, values, {*names(self.cell_job)} - {*self.of_grid})
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by the cell's name, in the order they are run."""
         raise NotImplementedError
+
+    def cells(self) -> dict[str, Any]:
+        """The settings of every cell by its name."""
+        cells = {}
+        for key, values in self.variations().items():
+            name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
+            try:
+                cells[key] = self.cell_job(name=name, rows=self.rows, **{**self.base, **values})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"cell {key}: {error}") from error
+        return cells
 
 
 class Cell:
@@ -106,6 +131,7 @@ class Cell:
     job: Any
     texts: ClassVar[Sequence[str]] = ()  # sets whose text goes into the notes
     selections: ClassVar[Sequence[str]] = ()  # methods whose equal sets are scored once
+    projected: ClassVar[Mapping[str, str]] = {}  # method of nearest tokens: the set that they are nearest to
 
     def __init__(self, job, work: Path, results: Path, task: Task | None = None, student: Student | None = None):
         self.job, self.work, self.results = job, work, results
@@ -115,17 +141,21 @@ class Cell:
                 self.task.check_choices(split)
         self.student = load_student(job.student, self.task, trainable=job.trainable) if student is None else student
         self.notes: dict[str, Any] = {}
-        self._sets: dict[tuple[str, int], DistilledSet] = {}
+        self.set_of = functools.cache(self._set_of)
 
     # What a kind of experiment says
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         """Train and score the students of one row and set seed."""
-        raise NotImplementedError
+        if method == "full":
+            return self.evaluated(None, recipe, getattr(self.job, "full_seeds", (seed,)))
+        return self.evaluated(self.set_of(method, seed), recipe)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        """Make the set of a method that is not a selection of real rows."""
-        raise NotImplementedError
+        """Make a set that is no selection of real rows: by default by BPTT, or the nearest tokens of another set."""
+        if method in self.projected:
+            return project(self.set_of(self.projected[method], seed), self.student)
+        return self.distil(method, seed, self.start(seed), self.objective())
 
     def selector(self, method: str) -> Student:
         """The student that a selection of real rows asks."""
@@ -133,7 +163,7 @@ class Cell:
 
     def columns(self, method: str, recipe: str) -> dict:
         """What the table says of the students of a row besides their scores."""
-        has_set = method not in ("full", "zero-shot", "none")
+        has_set = method not in ("full", "zero-shot", "none", "bytes")
         return {"source": self.job.student if has_set else None, "target": self.job.student, "method": method, "recipe": recipe,
                 **(size_columns(self.job) if has_set else {})}
 
@@ -146,14 +176,11 @@ class Cell:
         recipe = recipe_of(self.job, recipe)
         return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
 
-    def set_of(self, method: str, seed: int) -> DistilledSet:
+    def _set_of(self, method: str, seed: int) -> DistilledSet:
         """The set of a method and a seed: selected, read from ``work``, or made."""
-        if (method, seed) not in self._sets:
-            if method in ALL_METHODS:
-                self._sets[method, seed] = select(self.task, self.selector(method), method, **self.job.size(seed))
-            else:
-                self._sets[method, seed] = self.saved(method, seed, lambda: self.create(method, seed))
-        return self._sets[method, seed]
+        if method in ALL_METHODS:
+            return select(self.task, self.selector(method), method, **self.job.size(seed))
+        return self.saved(method, seed, lambda: self.create(method, seed))
 
     def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
         """A set that is read from ``work`` if an earlier run with the same settings has made it, else made.
@@ -169,10 +196,10 @@ class Cell:
             check_same_settings(self.work, read(path)["config"] | scores, self.job)
         else:
             write(path, {"config": current})
-        path, key = self.work / _file(name, seed), f"{name} {seed}"
-        if not path.exists() or (key not in self.notes and self.checkpoint(name, seed).exists()):
-            make().save(path)
-        distilled = DistilledSet.load(path)
+        set_path, key = self.work / _file(name, seed), f"{name} {seed}"
+        if not set_path.exists() or (key not in self.notes and self.checkpoint(name, seed).exists()):
+            make().save(set_path)
+        distilled = DistilledSet.load(set_path)
         if name in self.texts:
             self.notes[key] = self.notes.get(key, {}) | {"text": distilled.to_text().to_list()}
         return distilled
@@ -183,6 +210,8 @@ class Cell:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
         distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
+        if not self.notes and not distiller.step:  # the first set that this experiment distils
+            announce(start, objective, steps or self.job.outer_steps)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass
         records = distiller.records
@@ -261,7 +290,7 @@ class Run:
         self.path, self.committed = Path(folder) / f"{job.name}.json", Path(committed or folder)
         self.claim = Claim(self.work, wait=True, shared=True)
         self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
-        self.result = {"config": as_config(job), "cells": {}, "scores": []} if fresh else self._stored()
+        self.result = take_up(None if fresh else self.path, job, self.cells)
         self.cell = None if isinstance(job, Grid) else self._load(job.name)
 
     def headline(self) -> str:
@@ -317,51 +346,38 @@ class Run:
             cell.notes |= stored["notes"]
         return cell
 
-    def _stored(self) -> dict:
-        return take_up(self.path, self.job, self.cells)
-
     def _add(self, key: str, cell: Cell, row: str, seed: int) -> None:
         """Score a row and write it, beside what other processes have written meanwhile."""
         method, recipe = row.split("/")
         training = cell.training_hash(method, recipe, seed)
         scores, note = self._twin(training) or cell.score(method, recipe, seed)
-        columns = {"corpus": cell.task.name, **cell.columns(method, recipe), "split": "test", "training_hash": training,
-                   "settings_hash": settings_hash(cell.job), "machine": processor()}
         place = {"experiment": self.job.name, "cell": key, "row": row, "set_seed": seed}
+        columns = place | {"corpus": cell.task.name, **cell.columns(method, recipe), "split": "test", "training_hash": training,
+                           "settings_hash": settings_hash(cell.job), "machine": processor()}
+        rows = [columns | score | place for score in scores]
         notes = cell.notes | ({f"{row} {seed}": note} if note else {})
         if self.cell is None:  # curves of losses of dozens of cells would bury the scores
             notes = {name: {k: v for k, v in values.items() if k != "losses"} for name, values in notes.items()}
         with Claim(self.path, wait=True):  # beside the result, which other work folders may share
-            result = self._stored()
-            result["cells"].setdefault(key, new_cell(cell.job, cell.task))["notes"] |= notes
-            others = [score for score in result["scores"] if _place(score) != (key, row, seed)]
-            added = [_ordered(columns | score | place) for score in scores]
-            result["scores"] = sorted(others + added, key=self._position)
-            write(self.path, result)
-            self.result = result
-
-    def _position(self, score: Mapping) -> tuple[int, int, int]:
-        cells, rows = [*self.cells], self.job.rows
-        return (cells.index(score["cell"]) if score["cell"] in cells else len(cells),
-                rows.index(score["row"]) if score["row"] in rows else len(rows), score["set_seed"])
+            self.result = take_up(self.path, self.job, self.cells)
+            self.result["cells"].setdefault(key, new_cell(cell.job, cell.task))["notes"] |= notes
+            others = [score for score in self.result["scores"] if _place(score) != (key, row, seed)]
+            added = [{k: v for k, v in score.items() if v is not None} for score in rows]
+            self.result["scores"] = sorted(others + added, key=_place)
+            write(self.path, self.result)
 
     def _twin(self, training: str | None) -> Scores | None:
         """The scores of students that trained on the very same sentences in the same way."""
-        twins = [score for score in self.result["scores"] if training and score.get("training_hash") == training]
-        if not twins:
+        scores = self.result["scores"]
+        first = next((score for score in scores if training and score.get("training_hash") == training), None)
+        if first is None:
             return None
-        cell, row, seed = _place(twins[0])
-        same = [score for score in twins if _place(score) == (cell, row, seed)]
-        values = [{k: v for k, v in score.items() if k not in ("method", "recipe")} for score in same]
-        note = self.result["cells"][cell]["notes"].get(f"{row} {seed}", {})
-        return [score | {"same_set_as": f"{cell}: {row}, set {seed}"} for score in values], note
+        cell, row, seed = _place(first)
+        mark = {"same_set_as": f"{cell}: {row}, set {seed}"}
+        same = [{k: v for k, v in score.items() if k not in ("method", "recipe")} | mark
+                for score in scores if _place(score) == (cell, row, seed)]
+        return same, self.result["cells"][cell]["notes"].get(f"{row} {seed}", {})
 
 
 def _place(score: Mapping) -> tuple[str, str, int]:
     return score["cell"], score["row"], score["set_seed"]
-
-
-def _ordered(score: Mapping) -> dict:
-    """The known fields of a row of the table, the common columns first."""
-    columns = dict.fromkeys((*COLUMNS, *score))
-    return {name: score[name] for name in columns if score.get(name) is not None}

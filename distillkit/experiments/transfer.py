@@ -27,7 +27,7 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
-from distillkit.experiments.results import rows_of
+from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -39,7 +39,6 @@ from distillkit.experiments.settings import (
     option,
     settings,
 )
-from distillkit.experiments.table import by_set, gain, markdown, paired_difference, spread
 from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
 from distillkit.io.checks import check_choice, check_number, check_whole
 
@@ -73,24 +72,18 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_choice("kind of sets", self.sets.get("kind"), MAKERS)
         if len(self.by_name) != len(self.students):
             raise ValueError(f"two of the students have one short name: {', '.join(self.students)}")
-        for row in self.rows:
-            self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):
             raise ValueError(f"rows must hold at least one '<source> to <target>/<method>', not {self.rows!r}")
-        if self.recipe == "fixed":
-            for target in dict.fromkeys(target for source, target, _ in map(parsed, self.rows) if source):
+        for row in self.rows:
+            source, target, method = parsed(row)
+            for name in (target, source or target):
+                check_choice(f"row {row!r}: a student", name, self.by_name)
+            check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
+            if source and self.by_name[source] in UNTRAINED:
+                raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
+            if source:  # settings that cannot be are an error before anything runs
+                self.making(source)
                 self.training(target)
-
-    def _check_row(self, row: str) -> None:
-        source, target, method = parsed(row)
-        for name in (target, source or target):
-            check_choice(f"row {row!r}: a student", name, self.by_name)
-        check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
-        if not source:
-            return
-        if self.by_name[source] in UNTRAINED:
-            raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
-        self.making(source)  # settings that cannot be are an error before anything runs
 
     def training(self, target: str) -> str | Unroll:
         """What a target is trained by on every text: a recipe's name, or the fixed training."""
@@ -134,8 +127,6 @@ def parsed(row: str) -> tuple[str, str, str]:
 class TransferCell(Cell):
     """An experiment on transfer."""
 
-    job: TransferJob
-
     def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
@@ -143,8 +134,11 @@ class TransferCell(Cell):
         super().__init__(job, work, results, task, self.reader(parsed(job.rows[0])[1]))
 
     def _maker(self, source: str) -> Cell:
-        """The experiment whose sets are used."""
-        return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work / source, self.results, self.task)
+        """The experiment whose sets are used, with what is already known of them."""
+        cell, prefix = MAKERS[self.job.sets["kind"]][1], f"{source} "
+        maker = cell(self.job.making(source), self.work / source, self.results, self.task)
+        maker.notes |= {name.removeprefix(prefix): note for name, note in self.notes.items() if name.startswith(prefix)}
+        return maker
 
     def score(self, pair: str, method: str, seed: int) -> Scores:
         source, target, _ = parsed(pair)
@@ -190,7 +184,7 @@ def of_full(sets: pd.DataFrame) -> pd.Series:
     """Each row's mean score as a share of its target's on the full data; nan where either has not run.
 
     Args:
-        sets: as :func:`~distillkit.experiments.table.by_set` gives it.
+        sets: as :func:`~distillkit.experiments.results.by_set` gives it.
     """
     mean = sets.mean(axis=1)
     return mean / mean.reindex([f"{parsed(name)[1]}/full" for name in sets.index]).to_numpy()
@@ -214,10 +208,10 @@ def _verdict(sets: pd.DataFrame) -> str:
     scored, sentences = sets.dropna(how="all"), []
     for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
         for other, words in AGAINST.items() if method not in (*ALL_METHODS, "full") else ():
-            pairs = [name for name in scored.index if parsed(name)[2] == method and beside(name, other) in scored.index]
-            gains = [paired_difference(scored, name, beside(name, other)) for name in pairs]
-            above, surely = sum(mean > 0 for mean, _ in gains), sum(mean > half for mean, half in gains)
+            pairs = [(name, beside(name, other)) for name in scored.index
+                     if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:
+                above = sum(paired_difference(scored, *pair)[0] > 0 for pair in pairs)
                 sentences.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                                 f"{surely}.")
+                                 f"{sum(beats(scored, *pair) for pair in pairs)}.")
     return "\n\n" + " ".join(sentences) if sentences else ""

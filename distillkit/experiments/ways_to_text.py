@@ -24,7 +24,9 @@ the text with its own tokenizer; ``own`` for the embeddings; ``standard`` for th
 is AdamW at one step size and number of steps for every set of every size: no set gets a better one, and none is tuned, which
 for larger sets would take longer than all the rest.
 
-A grid (:mod:`distillkit.experiments.text_grid`) is one such experiment for each of several corpora and sizes.
+A grid (:class:`TextGridJob`) is one such experiment for each of several corpora and numbers of examples per class, with all its
+seeds, in one result.  The same command continues an interrupted run, and processes may share the seeds.  A cell whose corpus
+cannot be had here is skipped, with the reason printed, and says *not run*.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import rows_of
-from distillkit.experiments.runner import Cell, Scores, recipe_of
+from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
+from distillkit.experiments.runner import Cell, Grid, Scores, recipe_of
 from distillkit.experiments.settings import (
+    REQUIRED,
     Data,
     Experiment,
     Inner,
@@ -57,12 +60,12 @@ from distillkit.experiments.settings import (
     SetSeeds,
     Size,
     Target,
+    filled,
     option,
     positive,
     settings,
     whole,
 )
-from distillkit.experiments.table import by_set, gain, markdown, spread
 from distillkit.text.judges import FrozenJudge
 from distillkit.text.projection import ThroughProjection, corpus_tokens, project, relabel
 from distillkit.text.relaxed import relax_tokens
@@ -80,8 +83,15 @@ ROWS = (
 )
 
 
+@settings()
+class Swaps(Search):
+    """The search for words by swaps, on some of the examples."""
+
+    examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
+
+
 @settings(kind="text", rows=ROWS, metagrad="forward_difference", lr=0.12, neighbor_weight=0.1)
-class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, SetSeeds, Scoring):
+class TextJob(Experiment, Data, Size, Inner, Outer, Swaps, Neighbor, Target, SetSeeds, Scoring):
     """Settings of one experiment; relabelling, the searches and the fixed training are the same for every text."""
 
     label_steps: int = whole(40, "outer steps of relabelling")
@@ -91,7 +101,6 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
         None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")
-    examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
     relax_steps: int = whole(100, "steps of the relaxed choice of words")
     fixed_steps: int = whole(60, "steps of the training of rows with 'fixed'")
     fixed_step_size: float = positive(1e-4, "step size of that training, by AdamW")
@@ -106,8 +115,8 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
 class TextCell(Cell):
     """An experiment on ways to text, or a cell of a grid of them."""
 
-    job: TextJob
-    texts, selections = (*WAYS, *(f"{method} relabelled" for method in WAYS)), METHODS
+    texts = (*WAYS, *(f"{method} relabelled" for method in WAYS))
+    selections, projected = METHODS, {"projection": "embeddings"}
 
     @functools.cached_property
     def target(self) -> Student:
@@ -116,35 +125,33 @@ class TextCell(Cell):
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         job = self.job
-        if method == "full":
-            return self.evaluated(None, recipe, (seed,))
-        distilled = self.set_of(method, seed)
-        if recipe == "transfer":
-            scored = transfer(hardened(distilled), self.task, self.target, seeds=job.eval_seeds, recipe=recipe_of(job, "tuned"))
-            return rows_of(scored, job.eval_seeds)
+        if method == "full" or recipe == "own":
+            return super().score(method, recipe, seed)
         if recipe == "relabelled":
             return self.evaluated(self.saved(f"{method} relabelled", seed, lambda: self._relabelled(method, seed)), "own")
-        if recipe == "fixed":
-            fixed = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
-            return self.evaluated(hardened(distilled), fixed)
-        return self.evaluated(hardened(distilled) if recipe == "tuned" else distilled, recipe)
+        text = hardened(self.set_of(method, seed))
+        if recipe == "transfer":
+            scored = transfer(text, self.task, self.target, seeds=job.eval_seeds, recipe=recipe_of(job, "tuned"))
+            return rows_of(scored, job.eval_seeds)
+        fixed = Unroll(job.fixed_steps, optimizer=AdamW(job.fixed_step_size), batch_size=job.fixed_batch)
+        return self.evaluated(text, fixed if recipe == "fixed" else recipe)
 
     def columns(self, method: str, recipe: str) -> dict:
         return super().columns(method, recipe) | ({"target": self.job.target} if recipe == "transfer" else {})
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method == "projection":
-            return project(self.set_of("embeddings", seed), self.student)
         if method == "nearest sentences":
             return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
         if method in ("sentences", "relaxed tokens"):
             return self._searched(method, seed)
         if method in STARTS:
-            return swapped(self, method, self.set_of(STARTS[method], seed), seed, examples=self.job.examples)
-        objective = ThroughProjection(self.objective()) if method == "through projection" else self.objective()
-        terms = self.neighbor_terms() if method == "neighbor loss" else ()
-        learned = self.distil(method, seed, self.start(seed), objective, regularizers=terms)
-        return learned if method == "embeddings" else project(learned, self.student)
+            return self._swapped(method, seed)
+        if method == "neighbor loss":
+            learned = self.distil(method, seed, self.start(seed), self.objective(), regularizers=self.neighbor_terms())
+            return project(learned, self.student)
+        if method == "through projection":
+            return project(self.distil(method, seed, self.start(seed), ThroughProjection(self.objective())), self.student)
+        return super().create(method, seed)
 
     def _searched(self, method: str, seed: int) -> DistilledSet:
         """The sentences that a judge chooses, or its relaxed choice of words."""
@@ -161,6 +168,19 @@ class TextCell(Cell):
         self.note(method, seed, losses, time.perf_counter() - begun)
         return result
 
+    def _swapped(self, method: str, seed: int) -> DistilledSet:
+        """The text that token swaps find."""
+        job = self.job
+        search = SwapSearch(
+            self.set_of(STARTS[method], seed), self.student, FrozenJudge(self.task, self.student, steps=job.judge_steps),
+            candidates=job.candidates, seed=seed, examples=job.examples,
+            allowed=corpus_tokens(self.task, self.student, least=job.least), checkpoint=self.checkpoint(method, seed),
+        )
+        for _ in search.run(job.swap_steps):
+            pass
+        self.note(method, seed, [record.after for record in search.records], sum(record.seconds for record in search.records))
+        return search.distilled
+
     def _relabelled(self, method: str, seed: int) -> DistilledSet:
         job, rates = self.job, self.job.rates()
         if job.label_rates is not None:
@@ -169,19 +189,6 @@ class TextCell(Cell):
         optimizer = SGD(job.step_size) if job.label_adamw is None else AdamW(job.label_adamw, eps_root=1e-8)
         objective = self.objective(steps=job.label_unroll_steps, optimizer=optimizer)
         return relabel(hardened(self.set_of(method, seed)), objective, steps=job.label_steps, seed=seed, **rates)
-
-
-def swapped(cell: Cell, name: str, start: DistilledSet, seed: int, *, examples: int | None = None) -> DistilledSet:
-    """The text that token swaps find from ``start`` on, with the settings of a cell that has :class:`Search` among them."""
-    search = SwapSearch(
-        start, cell.student, FrozenJudge(cell.task, cell.student, steps=cell.job.judge_steps), candidates=cell.job.candidates,
-        seed=seed, examples=examples, allowed=corpus_tokens(cell.task, cell.student, least=cell.job.least),
-        checkpoint=cell.checkpoint(name, seed),
-    )
-    for _ in search.run(cell.job.swap_steps):
-        pass
-    cell.note(name, seed, [r.after for r in search.records], sum(r.seconds for r in search.records))
-    return search.distilled
 
 
 def hardened(distilled: DistilledSet) -> DistilledSet:
@@ -226,3 +233,51 @@ def _recovery(sets) -> str:
         shares.append(f"{name.split('/')[0]} {share}{' (one set)' if paired.shape[1] == 1 else ''}")
     about = "Recovery, (text − projection) / (embeddings − projection) with learned labels"
     return f"\n\n{about}: {', '.join(shares)}." if shares else ""
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------------
+
+AGAINST = ("k_center", "herding")  # selections that gains are measured over
+
+
+@settings(kind="text_grid")
+class TextGridJob(Grid):
+    """Settings of a grid."""
+
+    corpora: Mapping = option(REQUIRED, "{corpus: settings of its cells besides}")
+    per_class: tuple[int, ...] = filled(REQUIRED, "examples per class")
+
+    cell_job, of_grid = TextJob, (*Grid.of_grid, "corpus", "per_class")
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by a name such as ``ag_news,10``."""
+        if not self.corpora:
+            raise ValueError(f"corpora must hold a line 'corpus: {{}}' for each, not {self.corpora!r}")
+        for corpus, values in self.corpora.items():
+            self.check(corpus, values)
+        return {f"{corpus},{k}": {**more, "corpus": corpus, "per_class": k}
+                for k in self.per_class for corpus, more in self.corpora.items()}
+
+
+def text_grid_table(result: Mapping) -> str:
+    """The grid as a Markdown table: a line for each method and size that has a score, a column for each corpus, gains over
+    real sentences in brackets."""
+    config, lines, missing = result["config"], [], []
+    for k in config["per_class"]:
+        cells = [by_set(result, cell=f"{corpus},{k}") for corpus in config["corpora"]]
+        scored = {row for sets in cells for row in sets.dropna(how="all").index}
+        for row in (row for row in config["rows"] if row in scored):
+            lines.append([str(k), row.split("/")[0], *(_score(sets, row) for sets in cells)])
+        if not scored:
+            missing.append(str(k))
+    note = f"Mean ± sd over sets; in brackets the gain, paired by set, over {', '.join(AGAINST)}."
+    if missing:
+        note += f" Not run: {', '.join(missing)} a class."
+    return f"{markdown(['examples a class', 'text', *config['corpora']], lines, 'rl')}\n\n{note}"
+
+
+def _score(sets, row: str) -> str:
+    method, recipe = row.split("/")
+    others = () if method in (*AGAINST, "random") else AGAINST
+    gains = "; ".join(filter(None, (gain(sets, row, f"{other}/{recipe}") for other in others)))
+    return (spread(sets.loc[row]) or "not run") + (f" ({gains})" if gains else "")

@@ -21,12 +21,13 @@ import os
 import platform
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from distillkit.io.checks import require
 from distillkit.io.escaping import say
 from distillkit.io.files import read_file, write_file
 from distillkit.io.progress import progress
@@ -66,17 +67,19 @@ class Checkpoint:
         settings: all that decides what the run computes, as JSON.
         every: steps between checkpoints.
         activity: what the run does, for its progress bar and its messages.
+        writes: whether this process saves, logs and holds the lock; of several that make the same steps one does.  Another
+            one saves only where it ends early and that one is gone.
 
     Attributes:
-        writes: whether this process saves, logs and holds the lock; of several that make the same steps one does.
         claim: the lock on ``path``; a run takes it, and a ``with`` block may hold it longer.
     """
 
-    def __init__(self, path: str | Path | None, *, kind: str, settings: Mapping, every: int, activity: str):
+    def __init__(self, path: str | Path | None, *, kind: str, settings: Mapping, every: int, activity: str,
+                 writes: bool = True):
         self.path = None if path is None else absolute(path)
         self.kind, self.every, self.activity = kind, every, activity
         self.settings = json.loads(json.dumps(settings))
-        self.writes = path is not None
+        self.writes = writes and path is not None
         self.claim = nullcontext() if self.path is None else Claim(self.path)
         self._saved = self._logged = self._end = 0  # steps in the checkpoint, steps in the log, bytes in the log
         self._sum: Any = None  # of the log's records, once this process has begun to write it
@@ -100,13 +103,13 @@ class Checkpoint:
         try:
             check_settings(self.path, stored.data["settings"], self.settings)
             steps = stored.data["records"]["count"]
+            self._saved = steps
             if steps <= len(run.records):
                 return
             run.restore(stored.tensors, stored.data["state"], logged_records(self.path, stored.data["records"]))
         except (KeyError, TypeError) as error:
             raise StorageError(f"{self.path} is no checkpoint of this distillkit: it has no {error}; choose another "
                                "file") from error
-        self._saved = steps
         if stored.data["versions"] != versions():
             warnings.warn(f"{self.path} was made with {stored.data['versions']}, and goes on with {versions()}: what comes may "
                           "differ by rounding from an uninterrupted run", stacklevel=3)
@@ -143,8 +146,7 @@ class Checkpoint:
             ValueError: there is no ``path``.
             StorageError: another run works at ``path``, or it cannot be written.
         """
-        if self.path is None:
-            raise ValueError(f"this {type(run).__name__} has no checkpoint to save to; make it with checkpoint=FILE")
+        require(self.path, f"this {type(run).__name__} has no checkpoint to save to; make it with checkpoint=FILE")
         with self.claim:
             if self._sum is None:
                 self._begin_log(run)
@@ -157,27 +159,36 @@ class Checkpoint:
 
     def _end_early(self, run: Resumable, n: int) -> None:
         """Save what an early end would lose, and say how to go on."""
-        steps = len(run.records)
-        if self.writes and steps > self._saved:
-            self.save(run)
-        if self.writes and steps < n:
-            say(f"{self.activity} ended after step {steps} of {n}, which is saved in {self.path}; to go on, make a "
-                f"{type(run).__name__} with the same settings and call run({n})", error=True)
+        if self.path is None:
+            return
+        # Where another process writes, it holds the lock for as long as it lives, and saves the step itself.
+        with nullcontext() if self.writes else suppress(StorageError), self.claim:
+            if not self.writes:
+                self.resume(run)
+            if len(run.records) > self._saved:
+                self.save(run)
+            if len(run.records) < n:
+                say(f"{self.activity} ended after step {len(run.records)} of {n}, which is saved in {self.path}; to go on, "
+                    f"make a {type(run).__name__} with the same settings and call run({n})", error=True)
 
     def _begin_log(self, run: Resumable) -> None:
         """Write the log anew up to the last record: it may end with steps after the checkpoint, or with a torn line."""
         head = sealed_line({"kind": self.kind, "settings": self.settings, "versions": versions()})
-        with replacing(self.log) as file:
-            file.write(head)
-        self._sum, self._logged, self._end = hashlib.sha256(), 0, len(head)
-        self._extend_log(run)
+        lines = _sealed(run.records)
+        with replacing(self.log) as file:  # in one piece: the checkpoint needs the records at every moment
+            file.write(head + lines)
+        self._sum, self._logged, self._end = hashlib.sha256(lines), len(run.records), len(head) + len(lines)
 
     def _extend_log(self, run: Resumable) -> None:
         """Append the records that the log lacks."""
-        lines = b"".join(sealed_line(_strict(dataclasses.asdict(record))) for record in run.records[self._logged :])
+        lines = _sealed(run.records[self._logged :])
         write_end(self.log, self._end, lines)  # an attempt that failed may have left a part of a line
         self._sum.update(lines)
         self._logged, self._end = len(run.records), self._end + len(lines)
+
+
+def _sealed(records: list) -> bytes:
+    return b"".join(sealed_line(_strict(dataclasses.asdict(record))) for record in records)
 
 
 def logged_records(path: Path, records: Mapping) -> list[dict]:
@@ -188,17 +199,17 @@ def logged_records(path: Path, records: Mapping) -> list[dict]:
     """
     log = path.with_name(path.name + LOG)
     lines = read_lines(log)[1 : 1 + records["count"]]
-    if hashlib.sha256(b"".join(map(sealed_line, lines))).hexdigest() != records["sha256"]:
-        raise StorageError(f"{log} is not the log of {path}: it has {len(lines)} of its {records['count']} records, or those "
-                           "of another run; put the right log there, or start over")
+    total = hashlib.sha256(b"".join(map(sealed_line, lines))).hexdigest()
+    require(total == records["sha256"], f"{log} is not the log of {path}: it has {len(lines)} of its {records['count']} "
+            "records, or those of another run; put the right log there, or start over", StorageError)
     return lines
 
 
 def check_settings(path: Path, stored: Mapping, current: Mapping) -> None:
     """Raise ValueError unless the ``stored`` settings are the ``current`` ones; the message names the first difference."""
-    if difference := first_difference(stored, current):
-        raise ValueError(f"{path} holds a run with other settings: {difference}; go on with the same settings, or choose "
-                         "another checkpoint")
+    difference = first_difference(stored, current)
+    require(not difference, f"{path} holds a run with other settings: {difference}; go on with the same settings, or choose "
+            "another checkpoint")
 
 
 def first_difference(stored, current, name: str = "") -> str:

@@ -22,6 +22,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distillkit.io.checks import require
 from distillkit.io.storage import StorageError, absolute, replacing
 
 FORMAT, VERSION = "distillkit", 2
@@ -55,9 +56,8 @@ def write_file(path, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: Map
     path = absolute(path)
     refuse_to_overwrite(path, kind)
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise StorageError(f"cannot save {path}: the tensor {name!r} holds NaN or infinity; find out where they came "
-                               "from, and save what was there before them")
+        require(tensor.isfinite().all(), f"cannot save {path}: the tensor {name!r} holds NaN or infinity; find out where they "
+                "came from, and save what was there before them", StorageError)
     head = {"sha256": ZEROS, "format": FORMAT, "version": VERSION, "kind": kind, "identity": identity, "data": data}
     try:
         text = json.dumps(head, ensure_ascii=False, allow_nan=False)
@@ -66,9 +66,8 @@ def write_file(path, *, kind: str, tensors: Mapping[str, Tensor] = {}, data: Map
         raise StorageError(f"cannot save {path}: its data are not strict JSON ({error}); store finite numbers, strings, "
                            "lists and dictionaries, and put arrays into tensors") from error
     header = 8 + int.from_bytes(content[:8], "little")
-    if header > LARGEST_HEADER:
-        raise StorageError(f"cannot save {path}: its data take {header} bytes, more than {LARGEST_HEADER}; put them into "
-                           "tensors")
+    require(header <= LARGEST_HEADER, f"cannot save {path}: its data take {header} bytes, more than {LARGEST_HEADER}; put them "
+            "into tensors", StorageError)
     digest = hashlib.sha256(content).hexdigest()
     field = bytes(content[:header]).index(ZEROS.encode())  # the first thing the header says
     with replacing(path) as file:
@@ -94,15 +93,14 @@ def read_file(path, *, kind: str | None = None, identity: Mapping = {}, prefix: 
         summed = hashlib.sha256(header.replace(stored.sha256.encode(), ZEROS.encode(), 1))
         while verify and (block := file.read(2**20)):
             summed.update(block)
-        if verify and summed.hexdigest() != stored.sha256:
-            raise StorageError(f"{path} does not have its SHA-256: it was damaged or edited; delete it, and make or download "
-                               "it again")
-        if kind not in (None, stored.kind):
-            raise StorageError(f"{path} holds {stored.kind!r}, not {kind!r}; pass a file saved as {kind!r}")
+        require(not verify or summed.hexdigest() == stored.sha256, f"{path} does not have its SHA-256: it was damaged or "
+                "edited; delete it, and make or download it again", StorageError)
+        require(kind in (None, stored.kind), f"{path} holds {stored.kind!r}, not {kind!r}; pass a file saved as {kind!r}",
+                StorageError)
         for key, value in identity.items():
-            if stored.identity.get(key) != value:
-                raise StorageError(f"{path} is another one of its kind: its {key} is {stored.identity.get(key)!r}, not "
-                                   f"{value!r}; put the right file there, or make it again")
+            stored_value = stored.identity.get(key)
+            require(stored_value == value, f"{path} is another one of its kind: its {key} is {stored_value!r}, not {value!r}; "
+                    "put the right file there, or make it again", StorageError)
         try:
             with safe_open(path, framework="pt") as mapped:
                 tensors = {name: mapped.get_tensor(name) for name in mapped.keys() if name.startswith(prefix)}  # noqa: SIM118
@@ -129,22 +127,19 @@ def refuse_to_overwrite(path, kind: str) -> None:
         standing = repr(read_header(path).kind)
     except StorageError as error:
         standing = str(error)
-    if standing != repr(kind):
-        raise StorageError(f"will not overwrite {path} by {kind!r}: it holds {standing}; choose another name, or delete it "
-                           "yourself")
+    require(standing == repr(kind), f"will not overwrite {path} by {kind!r}: it holds {standing}; choose another name, or "
+            "delete it yourself", StorageError)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file at `path`, open for reading."""
-    remedy = "check the path, or make it again"
-    if path.is_symlink():
-        raise StorageError(f"{path} is a link, which is not followed; copy the file there")
-    if (path / "manifest.json").is_file():
-        raise StorageError(f"{path} is a folder that distillkit {LAST_READER_OF_FOLDERS} wrote, which is the last version that "
-                           f"reads it: pip install 'distillkit=={LAST_READER_OF_FOLDERS}.*', or make it again")
-    if not path.is_file():
-        raise StorageError(f"{path} is {'not a file' if os.path.lexists(path) else 'not there'}; {remedy}")
+    require(not path.is_symlink(), f"{path} is a link, which is not followed; copy the file there", StorageError)
+    require(not (path / "manifest.json").is_file(), f"{path} is a folder that distillkit {LAST_READER_OF_FOLDERS} wrote, which "
+            f"is the last version that reads it: pip install 'distillkit=={LAST_READER_OF_FOLDERS}.*', or make it again",
+            StorageError)
+    require(path.is_file(), f"{path} is {'not a file' if os.path.lexists(path) else 'not there'}; check the path, or make it "
+            "again", StorageError)
     try:
         with path.open("rb") as file:
             yield file
@@ -155,22 +150,20 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def _parsed(path: Path, file: BinaryIO) -> tuple[Stored, bytes]:
     """What the header of an open file says, and its bytes."""
     length = file.read(8)
-    if (size := int.from_bytes(length, "little")) > LARGEST_HEADER:
-        raise StorageError(f"{path} is no file of distillkit's, or damaged: its header would have {size} bytes, more than "
-                           f"{LARGEST_HEADER}; make or download it again")
+    size = int.from_bytes(length, "little")
+    require(size <= LARGEST_HEADER, f"{path} is no file of distillkit's, or damaged: its header would have {size} bytes, more "
+            f"than {LARGEST_HEADER}; make or download it again", StorageError)
     header = file.read(size)
     try:
         head = strict_json(strict_json(header)["__metadata__"][FORMAT])
         version, stored = head["version"], Stored(head["kind"], head["identity"], head["data"], head["sha256"], {})
         whole = isinstance(stored.identity, dict) and isinstance(stored.data, dict) and isinstance(stored.kind, str)
-        if head["format"] != FORMAT or not whole or not re.fullmatch("[0-9a-f]{64}", stored.sha256):
-            raise ValueError("its header does not say what distillkit's do")
+        require(head["format"] == FORMAT and whole and re.fullmatch("[0-9a-f]{64}", stored.sha256), "another header")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StorageError(f"{path} is no file of distillkit's, or damaged ({error!r}); check the path, or make or download it "
                            "again") from error
-    if version != VERSION:
-        raise StorageError(f"{path} has format version {version!r}, and this distillkit reads {VERSION}; update distillkit, or "
-                           "make the file again")
+    require(version == VERSION, f"{path} has format version {version!r}, and this distillkit reads {VERSION}; update "
+            "distillkit, or make the file again", StorageError)
     return stored, length + header
 
 

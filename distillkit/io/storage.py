@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.new")
+UNFINISHED = re.compile(r"\..+\.([0-9a-f]{16}\.new|aside)")  # being written; set aside by a run that starts over
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 REMEDIES = {

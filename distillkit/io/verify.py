@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distillkit.io.checkpoint import logged_records
+from distillkit.io.checks import require
 from distillkit.io.files import FORMAT, read_file, read_header
 from distillkit.io.storage import UNFINISHED, StorageError, read_lines, unsealed, unsealed_text
 
@@ -68,7 +69,7 @@ def kind_of(path: Path) -> str:
 def _state(path: Path) -> tuple[str, str]:
     kind = kind_of(path)
     if kind == "unfinished":
-        return LEFT_OVER, "an interrupted write, or one under way; the next one removes it"
+        return LEFT_OVER, "by a write, or a run that starts over; the next one clears it away, or puts it back"
     if not kind:
         return NOT_CHECKED, "a link, which is not followed" if path.is_symlink() else "not written by distillkit, it seems"
     try:
@@ -92,12 +93,10 @@ def _check_text(path: Path) -> str:
 def _check_file(path: Path) -> str:
     """The kind of a file that is whole, as are those it names; StorageError otherwise."""
     stored = read_file(path)
-    if "members" in stored.data:
-        for name, sha256 in stored.data["members"].items():
-            if not (path.parent / name).exists():
-                raise StorageError(f"{path} names {name}, which is missing; put it there, or make it again")
-            if read_header(path.parent / name).sha256 != sha256:
-                raise StorageError(f"{path.parent / name} is not the file that {path.name} names: it was exchanged")
+    for name, sha256 in stored.data.get("members", {}).items():
+        member = path.parent / name
+        require(member.exists(), f"{path} names {name}, which is missing; put it there, or make it again")
+        require(read_header(member).sha256 == sha256, f"{member} is not the file that {path.name} names: it was exchanged")
     if "records" in stored.data:
         logged_records(path, stored.data["records"])
     return stored.kind
@@ -112,9 +111,8 @@ CHECKS = {"file": _check_file, "lines": _check_lines, "values": _check_values, "
 def read_sums(folder: Path) -> dict[str, set[str]]:
     """What ``SHA256SUMS`` says of each file; two sums while a folder is published anew, of the earlier and the new file."""
     path = folder / SUMS
-    if path.is_symlink() or not path.is_file():
-        raise StorageError(f"{folder} has no plain file {SUMS}: it is no published set, or lost a file; check the path, or "
-                           "publish or download it again")
+    require(path.is_file() and not path.is_symlink(), f"{folder} has no plain file {SUMS}: it is no published set, or lost a "
+            "file; check the path, or publish or download it again", StorageError)
     sums = defaultdict(set)
     for line in path.read_bytes().decode("utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
@@ -130,12 +128,10 @@ def check_sums(folder: Path, names: Iterable[str]) -> None:
     sums, remedy = read_sums(folder), "publish or download it again"
     for name in names:
         path = folder / name
-        if name not in sums:
-            raise StorageError(f"{folder / SUMS} does not list {name}; {remedy}")
-        if path.is_symlink() or not path.is_file():
-            raise StorageError(f"{path} is missing or not a plain file; {remedy}")
-        if sha256_of(path) not in sums[name]:
-            raise StorageError(f"{path} does not have the SHA-256 of {SUMS}: it was damaged or edited; {remedy}")
+        require(name in sums, f"{folder / SUMS} does not list {name}; {remedy}", StorageError)
+        require(path.is_file() and not path.is_symlink(), f"{path} is missing or not a plain file; {remedy}", StorageError)
+        require(sha256_of(path) in sums[name],
+                f"{path} does not have the SHA-256 of {SUMS}: it was damaged or edited; {remedy}", StorageError)
 
 
 def sha256_of(path: Path) -> str:

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, embed
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import embed
 from distillkit.core.objectives import Objective, check_objective, meta_gradient, trained_loss
 from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student

@@ -20,8 +20,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, decode, embed
+from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
+from distillkit.core.examples import decode, embed
 from distillkit.core.objectives import Objective, Wrapper, check_objective
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task

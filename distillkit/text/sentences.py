@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, from_rows
+from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import sentence_features
@@ -118,7 +118,8 @@ def _changed(now: Tensor, changes: Sequence[Sentence]) -> Tensor:
 def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) -> DistilledSet:
     rows = task.balanced_rows("train", min(sentences, len(task.train)), generator("sentence-pool", seed)).numpy()
     labels = task.labels("train")[rows]
-    return from_rows(task, student, [rows[labels == c] for c in range(len(task.classes))], length=length, seed=seed)
+    by_class = [rows[labels == c] for c in range(len(task.classes))]
+    return DistilledSet.from_rows(task, student, by_class, length=length, seed=seed)
 
 
 def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, search: dict) -> DistilledSet:
@@ -160,6 +161,6 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
             near = pool[np.argsort(-(real[pool] @ x[example]), kind="stable")]
             chosen.append(int(next(row for row in near if row not in chosen)))
         rows.append(chosen)
-    sentences = from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
+    sentences = DistilledSet.from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
     sentences.meta["selection"] = {"method": "nearest sentences"}
     return sentences

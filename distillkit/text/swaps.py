@@ -27,8 +27,6 @@ from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import Judge, Swap, check_search, swapped
 from distillkit.text.projection import choosable, with_tokens
 
-KIND = "swap-search-checkpoint"
-
 
 @dataclasses.dataclass(frozen=True)
 class SwapRecord:
@@ -95,7 +93,8 @@ class SwapSearch:
             "examples": self.examples, "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
             "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
-        self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=settings, every=checkpoint_every, activity="swapping")
+        self.checkpoint = Checkpoint(
+            checkpoint, kind="swap-search-checkpoint", settings=settings, every=checkpoint_every, activity="swapping")
         self.checkpoint.resume(self)
 
     @property

@@ -20,7 +20,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distillkit.experiments.table import by_row, by_set, classes_of, frame, paired_difference, spread
+from distillkit.experiments.results import by_row, by_set, classes_of, frame, paired_difference, spread
 from distillkit.experiments.transfer import of_full, parsed, short_name
 
 _BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
@@ -96,8 +96,8 @@ def draw_bars(axes, bars: Sequence[tuple[str, str, pd.Series]]) -> None:
         axes.barh(place, values.mean(), color=METHOD_COLOURS[method], alpha=0.85, height=0.65)
         axes.plot(values, [place] * len(values), ".", color="black", ms=4, alpha=0.6)
         axes.text(max(values) + 0.012, place, spread(values, 2), va="center", fontsize=9)
-    axes.set(yticks=range(len(bars)), xlim=(0, 1))
-    axes.set_yticklabels([label for _, label, _ in bars], fontsize=9)
+    axes.set_yticks(range(len(bars)), [label for _, label, _ in bars], fontsize=9)
+    axes.set_xlim(0, 1)
     axes.grid(axis="y", visible=False)
 
 
@@ -169,9 +169,8 @@ def curves(
     for where, (title, x, y, lines) in zip(axes, panels, strict=True):
         for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
             where.plot(xs, ys, marker=marker, color=colour, label=name)
-        where.set(title=title, xlabel=x, ylabel=y)
-        where.set_xscale("log" if "x" in log else "linear")
-        where.set_yscale("log" if "y" in log else "linear")
+        where.set(title=title, xlabel=x, ylabel=y, xscale="log" if "x" in log else "linear",
+                  yscale="log" if "y" in log else "linear")
         if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
             where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if max(len(lines) for *_, lines in panels) > FEW:
@@ -216,11 +215,10 @@ def describe(figure: Figure) -> str:
             f"{line.get_label()}: {len(np.asarray(line.get_ydata()))} points" for line in axes.lines
             if not str(line.get_label()).startswith("_")
         ]
-        bars = len(axes.patches)
-        cells = [a.size for c in axes.collections if (a := c.get_array()) is not None]
-        parts = [f"{bars} bars"] * (bars > 0) + [f"{n} cells" for n in cells] + series
-        title = axes.get_title() or "untitled"
-        lines.append(f"panel {number}: {title} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | {'; '.join(parts)}")
+        bars = [f"{len(axes.patches)} bars"] if axes.patches else []
+        cells = [f"{values.size} cells" for meshes in axes.collections if (values := meshes.get_array()) is not None]
+        lines.append(f"panel {number}: {axes.get_title() or 'untitled'} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | "
+                     f"{'; '.join(bars + cells + series)}")
     return "\n".join(lines)
 
 
@@ -266,12 +264,7 @@ def _html_cell(value, left: bool) -> str:
 
 @style()
 def seeded(result: Mapping, title: str) -> Figure:
-    """Every row of a result that has run: a bar for the mean, a dot a set.
-
-    Args:
-        result: as the experiments on text or on instruction tuning write it.
-        title: of the figure.
-    """
+    """Every row that has run of a result on text or on instruction tuning: a bar for the mean, a dot a set."""
     sets = by_set(result).dropna(how="all")
     figure, (axes,) = _figure(7, 0.36 * len(sets) + 1.3)
     draw_bars(axes, [(name.split("/")[0], _row_label(name), sets.loc[name].dropna()) for name in sets.index])
@@ -286,7 +279,7 @@ def seeded_grid(result: Mapping) -> Figure:
     Rows that have run at one size only make no line and are left to the table, unless there is no more than one size.
 
     Args:
-        result: as :mod:`distillkit.experiments.text_grid` writes it.
+        result: as :class:`~distillkit.experiments.ways_to_text.TextGridJob` writes it.
     """
     sets = frame(result).groupby(["cell", "row", "set_seed"])["accuracy"].mean().reset_index()
     sets[["corpus", "size"]] = sets["cell"].str.rsplit(",", n=1, expand=True)
@@ -337,9 +330,8 @@ def differences(result: Mapping, against: Sequence[str]) -> Figure:
             color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
         )  # of a single set there is no interval
     axes.axvline(0, color="black", lw=1, ls=":")
-    axes.set(yticks=range(len(learned)), xlabel="difference of accuracy at the same seed (95 % interval)")
-    axes.set_yticklabels([_row_label(name) for name in learned], fontsize=9)
-    axes.set_ylim(len(learned) - 0.5, -0.5)
+    axes.set_yticks(range(len(learned)), [_row_label(name) for name in learned], fontsize=9)
+    axes.set(xlabel="difference of accuracy at the same seed (95 % interval)", ylim=(len(learned) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
     return figure
@@ -351,15 +343,14 @@ def metagrad_cost(result: dict) -> Figure:
     Args:
         result: what ``tests/benchmarks/metagrad.py`` writes; its first model is drawn.
     """
-    entry, lines = result["entries"][0], ({}, {})
-    for name in STRATEGIES_SHOWN:
-        rows = [row for row in entry["rows"] if row["contender"] == name and row.get("cost") is not None]
-        if rows:
-            lines[0][name] = [row["steps"] for row in rows], [row["cost"] for row in rows]
-            lines[1][name] = [row["steps"] for row in rows], [row["bytes"] / 1e6 for row in rows]
+    entry = result["entries"][0]
+    rows = pd.DataFrame(entry["rows"]).dropna(subset="cost")
+    groups = {name: rows[rows["contender"] == name] for name in STRATEGIES_SHOWN if name in {*rows["contender"]}}
     figure = curves([
-        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training", lines[0]),
-        ("Memory, copies of the parameters included", "inner steps T", "live MB", lines[1]),
+        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training",
+         {name: (group["steps"], group["cost"]) for name, group in groups.items()}),
+        ("Memory, copies of the parameters included", "inner steps T", "live MB",
+         {name: (group["steps"], group["bytes"] / 1e6) for name, group in groups.items()}),
     ], log="x")
     steps = sorted({row["steps"] for row in entry["rows"]})
     for axes in figure.axes:
@@ -397,13 +388,11 @@ def transfer_map(result: Mapping) -> Figure:
     for where, (value, word, title) in zip(axes, panels, strict=True):
         values, words = arranged(value).to_numpy(float), arranged(word).fillna("").to_numpy()
         sns.heatmap(values, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
-                    yticklabels=labels)
+                    yticklabels=labels if where is axes[0] else [])
         for place in np.ndindex(values.shape):
             where.text(place[1] + 0.5, place[0] + 0.5, words[place], ha="center", va="center", fontsize=9,
                        color="white" if values[place] > 0.45 else "0.1")
         where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
         where.tick_params(axis="y", rotation=0)
         where.grid(False)
-    for where in axes[1:]:
-        where.set_yticklabels([])
     return figure

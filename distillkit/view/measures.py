@@ -68,7 +68,7 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
         )
     import umap  # takes seconds to compile, so it is imported only here
 
-    return umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points).astype(np.float64)
+    return np.asarray(umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points), dtype=np.float64)
 
 
 def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:

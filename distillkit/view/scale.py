@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
 from distillkit.io.checks import check_choice
 
@@ -39,7 +40,7 @@ class Scale(SimpleNamespace):
             raise AssertionError(f"{text} (this did not hold at {self.scale} scale)")
 
 
-def scale(cpu: Mapping[str, object], gpu: Mapping[str, object]) -> Scale:
+def scale(cpu: Mapping[str, Any], gpu: Mapping[str, Any]) -> Scale:
     """Return the sizes that DISTILLKIT_SCALE names; those of ``cpu`` where it is not set.
 
     The notebooks share these names: ``corpus`` and ``student`` as `load_task` and `load_student` take them; ``corpus_limit``,

@@ -271,7 +271,8 @@ def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] |
     """
     steps = [record.step for record in records]
     terms = pandas.DataFrame([record.terms for record in records]).drop(columns="skipped", errors="ignore")
-    lines = {name: (steps, values.tolist()) for name, values in terms.items()}
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]]
+    lines = {str(name): (steps, values.tolist()) for name, values in terms.items()}
     if len(lines) > 1:
         lines["all, weighted"] = (steps, [record.loss for record in records])
     panels = [("Loss", "outer step", "loss", lines)]
@@ -373,7 +374,7 @@ def map_html(points, texts: Sequence[str], groups: Sequence[str], *, only: str |
     Raises:
         ValueError: points that are not finite ``[n, 2]``, another number of texts or groups, or an unknown group.
     """
-    points = check_array(points, dtype=float, ensure_min_features=2)
+    points = check_array(points, dtype="float64", ensure_min_features=2)
     check_consistent_length(points, texts, groups)
     names = list(dict.fromkeys(groups))
     if only is not None:
