@@ -36,8 +36,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
-from distillkit.core.objectives import bound_step_sizes, equal_step_sizes
 from distillkit.core.optimizers import AdamW, Optimizer
+from distillkit.core.problem import bound_step_sizes, equal_step_sizes
 from distillkit.core.student import Student
 from distillkit.data.corpus import SPLITS
 from distillkit.data.tasks import Task, task_of_rows

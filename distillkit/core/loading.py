@@ -92,8 +92,6 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     """``trainable``, ``dtype`` as torch has it and ``weights``, with their defaults."""
     require(getattr(task, "kind", None) in ("classification", "instruction"),
             f"task must be what load_task returns, not {task!r}", TypeError)
-    require(not source.startswith("offline:") or source in OFFLINE,
-            f"source {source!r} is no offline student; there are {', '.join(OFFLINE)}")
     if trainable is None:
         trainable = "lora" if task.kind == "instruction" and source not in OFFLINE else "full"
     if weights is None:
@@ -103,6 +101,8 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     check_choice("dtype", dtype, tuple(DTYPES))
     check_choice("weights", weights, WEIGHTS)
     check_choice("attention", attention, ("eager", "sdpa"))
+    require(not source.startswith("offline:") or source in OFFLINE,
+            f"source {source!r} is no offline student; there are {', '.join(OFFLINE)}")
     require(source != "offline:small-bert" or weights == "random",
             "offline:small-bert was never trained: leave weights alone, or load offline:distil-minilm")
     require(trainable != "lora" or weights == "pretrained",
