@@ -430,9 +430,10 @@ def test_verify_names_every_file_and_every_harm(work, tmp_path, capsys):
     (runs / "link").symlink_to(tmp_path)
     assert call("verify", runs) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line[12:].split(": ")[0].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
-        "published", "published/set.safetensors", "tiny/checkpoint", "tiny/checkpoint.log.jsonl", "tiny/scores.jsonl",
-        "tiny/set", "tiny/settings.yaml", "tiny/text"}
+    assert {line[12:].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
+        "published: files of SHA256SUMS", "published/set.safetensors: distilled-set", "tiny/checkpoint: distiller-checkpoint",
+        "tiny/checkpoint.log.jsonl: 3 lines", f"tiny/scores.jsonl: {len(scores(work))} lines", "tiny/set: distilled-set",
+        f"tiny/settings.yaml: text, {len(dataclasses.fields(Work)) + 3} lines", "tiny/text: distilled-set"}
     others = [line for line in lines if line.startswith("not checked")]
     assert [line.split(": ")[0].rpartition("/")[2] for line in others] == ["link", "notes.txt", "README.md"]
     assert lines[-1] == "8 ok, 3 not checked" or lines[-1] == "3 not checked, 8 ok"
