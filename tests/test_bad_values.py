@@ -103,7 +103,7 @@ CALLS = {
         "seed": SEED, "checkpoint_every": WHOLE, "nonfinite": CHOICE, "writes": FLAG}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
-    "Own": (dk.Own, {}, {}),
+    "Own": (dk.Own, {}, {"optimizer": st.sampled_from(["sgd", dk.SGD, 3])}),
     "Standard": (dk.Standard, {}, {"epochs": WHOLE, "batch_size": WHOLE, "least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"seeds": WHOLE, "rows": WHOLE, "grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},

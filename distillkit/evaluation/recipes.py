@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
-from distillkit.core.optimizers import AdamW, Optimizer, described
+from distillkit.core.optimizers import AdamW, Optimizer, check_optimizer, described
 from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
@@ -87,6 +87,10 @@ class Own:
     """
 
     optimizer: Optimizer | None = None
+
+    def __post_init__(self):
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
