@@ -193,7 +193,7 @@ def test_sums_lead_nowhere_else(text, tmp_path):
 
 def test_up_and_down_again(text, distilled, hub, score):
     _, calls = hub
-    url = dk.push_to_hub(text, "someone/six-examples", evaluations=[score])
+    url = dk.push_to_hub(text, "someone/six-examples", evaluations={"test split": score})
     assert calls == [("someone/six-examples", {"repo_type": "dataset", "private": True, "exist_ok": True})]
     same(text, dk.from_hub("someone/six-examples"))
     dk.push_to_hub(distilled, "someone/six-examples", private=False)
