@@ -119,8 +119,6 @@ def test_rows_needed_by_hand():
     assert costs.rows_needed(0.8, curve) == pytest.approx(1000)
     assert costs.rows_needed(0.81, curve) == math.inf
     assert costs.rows_needed(0.5, {1: 0.3, 2: 0.6, 4: 0.4, 8: 0.9}) == pytest.approx(2 ** (2 / 3)), "where it first does"
-    with pytest.raises(ValueError, match="no points"):
-        costs.rows_needed(0.5, {})
 
 
 def test_random_rows_are_balanced_and_real(task):
@@ -150,8 +148,6 @@ def test_gain_over_random_by_hand():
     assert math.isnan(costs.over_random(worse, "embeddings/own").of_the_way), "there is no way to go"
     with pytest.raises(ValueError, match="full/standard has 100 examples and random/tuned 2: that is no equal budget"):
         costs.over_random(ROWS, "full/standard")
-    with pytest.raises(ValueError, match="base must be one of random/tuned, .*, not 'k_center/tuned'"):
-        costs.over_random(ROWS, "embeddings/own", "k_center/tuned")
 
 
 def test_gain_of_evaluations():

@@ -129,15 +129,13 @@ def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
 
     Args:
         accuracy: the accuracy to reach.
-        curve: number of examples → accuracy when training on that many.
+        curve: number of examples → accuracy when training on that many; not empty.
 
     Returns:
         the number where the curve, linear in the logarithm of the number between its points, first reaches ``accuracy``; its
         smallest number where that is enough, infinity where its largest is not.
     """
     points = sorted(curve.items())
-    if not points:
-        raise ValueError("the curve has no points: measure the accuracy of some numbers of real examples first")
     if points[0][1] >= accuracy:
         return float(points[0][0])
     for (few, low), (many, high) in itertools.pairwise(points):
@@ -178,10 +176,9 @@ def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned
         base: the one that it is compared with.
 
     Raises:
-        ValueError: one of the two is missing, or they differ in their number of examples.
+        KeyError: one of the two is missing.
+        ValueError: they differ in their number of examples.
     """
-    check_choice("row", row, rows)
-    check_choice("base", base, rows)
     if rows[row]["examples"] != rows[base]["examples"]:
         raise ValueError(f"{row} has {rows[row]['examples']} examples and {base} {rows[base]['examples']}: that is no equal "
                          "budget")
