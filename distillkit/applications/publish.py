@@ -42,7 +42,6 @@ CARD, ROWS, SET = "README.md", "data/train.parquet", "set.safetensors"
 CHECKED = (ROWS, SET)
 NOT_RECORDED = "not recorded"
 SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
-SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))
 
 Scores = Mapping[str, Evaluation]
 
@@ -221,7 +220,6 @@ def card(
         "pretty_name": " ".join(title.split()),
         "tags": ["distillkit", "dataset-distillation"],
         "task_categories": ["text-generation" if "responses" in meta else "text-classification"],
-        "size_categories": [next(name for most, name in SIZES if len(distilled) < most)],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": ROWS}]}],
     }
     examples = "prompts with responses" if "responses" in meta else "labelled examples"
@@ -267,7 +265,6 @@ def _facts(distilled: DistilledSet, task, student, license: str | None, corpus_l
         "classes": ", ".join(meta.get("classes", ())),
         "size": f"{len(distilled)} examples of at most {distilled.embeds.shape[1]} tokens; {distilled.nbytes:,} bytes to "
                 "train on",
-        "budget of learning": _budget(meta.get("recipe", {})),
         "seeds": _seeds(meta),
     }
 
@@ -302,12 +299,6 @@ def _revision(student: Student | None) -> str | None:
 
     config = try_to_load_from_cache(student.name, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None
-
-
-def _budget(recipe: Mapping) -> str:
-    amounts = {"outer_steps": "outer steps", "outer_batch_size": "real examples each", "inits": "initialisations each",
-               "segments": "expert segments each", "steps": "inner steps"}
-    return ", ".join(f"{recipe[key]} {words}" for key, words in amounts.items() if recipe.get(key) is not None)
 
 
 def _seeds(meta: Mapping) -> str:
