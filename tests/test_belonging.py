@@ -148,7 +148,7 @@ ENTRANCES = {
     "outer_loss": lambda s, t, m: widgets.outer_loss(dk.FrozenJudge(t, m))(s),
     "Examples": lambda s, t, m: Examples(s, m),
     "card": lambda s, t, m: card(s, "a", student=dataclasses.replace(m, name=s.meta["student"])),
-    "continual": lambda s, t, m: merging.continual([t], m, [s], steps=1, seeds=(0,)),
+    "continual": lambda s, t, m: merging.continual([t, t], m, [s, s], steps=1, seeds=(0,)),
     "rescaled": lambda s, t, m: merging.rescaled(merging.with_recipe(s, UNROLL, m), t, m, factors=(1.0,), seeds=(0,)),
     "attention": lambda s, t, m: attention(m, s),
     "distance_to_words": lambda s, t, m: distance_to_words(s, m, sample=5),
@@ -339,7 +339,7 @@ def test_merged_sets_agree_on_names(by_name):
 def test_a_stream_replays_by_name(by_name, world, turned):
     one, two = by_name
     student = world[1]
-    found = [merging.continual([turned, turned], student, [s], steps=3, seeds=(0,)).accuracy for s in (one, two)]
+    found = [merging.continual([turned, turned], student, [s, s], steps=3, seeds=(0,)).accuracy for s in (one, two)]
     assert (found[0] == found[1]).all()
 
 
@@ -360,7 +360,7 @@ MEETINGS = {
     "nearest_sentences": lambda s, t, m: dk.nearest_sentences(s, t, m),
     "search_sentences": lambda s, t, m: dk.search_sentences(s, t, m, dk.FrozenJudge(t, m), steps=1, sentences=8),
     "Examples": lambda s, t, m: Examples(s, m),
-    "continual": lambda s, t, m: merging.continual([t, t], m, [s], steps=1, seeds=(0,)),
+    "continual": lambda s, t, m: merging.continual([t, t], m, [s, s], steps=1, seeds=(0,)),
 }
 
 
@@ -378,7 +378,7 @@ def test_a_student_for_other_names_is_refused(world, strangers, by_name, tmp_pat
     task, student = world
     for use in (lambda: dk.evaluate(None, strangers, student, seeds=(0,)), lambda: objective(strangers, student),
                 lambda: dk.record_experts(strangers, student, tmp_path / "experts"),
-                lambda: merging.continual([strangers], student, steps=1, seeds=(0,))):
+                lambda: merging.continual([strangers, strangers], student, steps=1, seeds=(0,))):
         with pytest.raises(ValueError, match=r"\['neg', 'pos'\].*\['negative', 'positive'\]"):
             use()
 

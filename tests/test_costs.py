@@ -44,7 +44,7 @@ def test_distilling_is_counted_on_the_step_itself(world):
 
 
 def test_an_attempt_that_ran_out_of_memory_is_made_once_and_does_not_count(world):
-    """Four steps of an objective that has room for two examples at a time cost what it costs in parts of two."""
+    """A step of an objective that has room for two examples at a time costs what it costs in parts of two."""
     task, student = world
     start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
     tried = []
@@ -58,10 +58,10 @@ def test_an_attempt_that_ran_out_of_memory_is_made_once_and_does_not_count(world
 
     goal = dk.BPTT(task, student, dk.Unroll(2), metagrad=cramped, batch_size=4)
     with pytest.warns(UserWarning, match="out of memory"):
-        cost = costs.distilling_flops(start, goal, 4, sample=4)
-    assert tried == [None, 2, 2, 2, 2]
+        cost = costs.distilling_flops(start, goal, 4)
+    assert tried == [None, 2]
     in_parts = dataclasses.replace(goal, metagrad=dk.Replay(), micro_batch=2, unroll=dk.Unroll(2, micro_batch=2))
-    assert cost == costs.distilling_flops(start, in_parts, 4, sample=4)
+    assert cost == costs.distilling_flops(start, in_parts, 4)
 
 
 def test_text_is_counted_as_it_would_be_sent():
@@ -93,8 +93,8 @@ def test_bytes_of_sets(world):
     assert costs.set_bytes(learned, dtype="float16") == 2 * numbers
     assert costs.set_bytes(learned, codec="lzma") < 4 * numbers
     text = dk.select(task, student, "random", per_class=1, length=8)
-    assert costs.set_bytes(text) == len("0\t" + text.meta["text"][0] + "\n1\t" + text.meta["text"][1])
-    assert costs.set_bytes(text.soften(), dtype="float16") == len("\n".join(text.meta["text"])) + 2 * 4
+    with pytest.raises(ValueError, match="this set is text: use text_bytes"):
+        costs.set_bytes(text)
     hard = dataclasses.replace(text, tokens=None)
     assert costs.set_bytes(hard) == 4 * m * l * d + 8 * m == hard.nbytes
     with pytest.raises(ValueError, match="dtype must be one of float32, float16, not 'bfloat16'"):
@@ -119,15 +119,13 @@ def test_rows_needed_by_hand():
     assert costs.rows_needed(0.8, curve) == pytest.approx(1000)
     assert costs.rows_needed(0.81, curve) == math.inf
     assert costs.rows_needed(0.5, {1: 0.3, 2: 0.6, 4: 0.4, 8: 0.9}) == pytest.approx(2 ** (2 / 3)), "where it first does"
-    with pytest.raises(ValueError, match="no points"):
-        costs.rows_needed(0.5, {})
 
 
 def test_random_rows_are_balanced_and_real(task):
     rows = costs.random_rows(task, 10)
     assert sorted(label for _, label in rows) == [0] * 5 + [1] * 5
     assert {*rows} <= {*zip(task.train["text"], task.train["label"])}
-    assert rows == costs.random_rows(task, 10) != costs.random_rows(task, 10, seed=1)
+    assert rows == costs.random_rows(task, 10)
 
 
 def row(method, mean, flops, examples=2, recipe="own"):
@@ -150,8 +148,6 @@ def test_gain_over_random_by_hand():
     assert math.isnan(costs.over_random(worse, "embeddings/own").of_the_way), "there is no way to go"
     with pytest.raises(ValueError, match="full/standard has 100 examples and random/tuned 2: that is no equal budget"):
         costs.over_random(ROWS, "full/standard")
-    with pytest.raises(ValueError, match="base must be one of random/tuned, .*, not 'k_center/tuned'"):
-        costs.over_random(ROWS, "embeddings/own", "k_center/tuned")
 
 
 def test_gain_of_evaluations():

@@ -10,6 +10,7 @@ import yaml
 
 import distillkit as dk
 from distillkit.applications import prompting
+from distillkit.applications.merging import renamed, with_classes
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
 from distillkit.cli.main import main
 from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods
@@ -21,14 +22,15 @@ from distillkit.experiments.results import by_set, frame
 from distillkit.experiments.runner import Run
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
-PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),
-         ("so clever that nobody missed the rest", "pos")]
+PAIRS = [("a dull and tired story", "bad"), ("it was warm , almost tender", "brilliant fun"),
+         ("what a stale flat day", "bad"), ("so clever that nobody missed the rest", "brilliant fun")]
+WORDS = {"neg": "bad", "pos": "brilliant fun"}
 ROWS = list(range(12))
 
 
 @pytest.fixture(scope="module")
 def asked(task):
-    return questions(task, template="{text}\nIt was", words=("bad", "brilliant fun"))
+    return questions(with_classes(task, WORDS), template="{text}\nIt was")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def readers(asked, standin_home):
 def test_classes_become_words_to_choose_from(task, asked):
     row, old = asked.test[3], task.test[3]
     assert row["prompt"] == f"{old['text']}\nIt was" and row["choices"] == ["bad", "brilliant fun"]
-    assert row["response"] == row["choices"][old["label"]] and row["group"] == task.classes[old["label"]]
+    assert row["response"] == row["choices"][old["label"]] and row["group"] == row["response"]
     assert asked.kind == "instruction" and asked.max_length > task.max_length and asked.fingerprint != task.fingerprint
 
 
@@ -84,7 +86,7 @@ def test_scores_by_hand(readers, asked):
 
     def by_hand(context, prompts):
         scores = np.empty((len(prompts), 2))
-        for (row, prompt), (column, word) in ((r, c) for r in enumerate(prompts) for c in enumerate(asked.words)):
+        for (row, prompt), (column, word) in ((r, c) for r in enumerate(prompts) for c in enumerate(asked.names)):
             head, whole = (student.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, f"{prompt} {word}"))
             read = student.tokenizer(context, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([special + read + whole])
@@ -97,8 +99,7 @@ def test_scores_by_hand(readers, asked):
     special = prompting.special_frame(student.tokenizer)[0]
     for order in range(2):
         chosen = prompting._order(["bad", "brilliant fun"] * 2, 4, prompting.generator("few-shot-order", 3, order))
-        words = dict(zip(("neg", "pos"), asked.words, strict=True))
-        context = "".join(f"{PAIRS[i][0]}\nIt was {words[PAIRS[i][1]]}\n" for i in chosen)
+        context = "".join(f"{PAIRS[i][0]}\nIt was {PAIRS[i][1]}\n" for i in chosen)
         plain = by_hand(context, [asked.test[row]["prompt"] for row in ROWS])
         empty = by_hand(context, [f"{nothing}\nIt was" for nothing in CONTENT_FREE])
         prior = np.log((np.exp(empty) / np.exp(empty).sum(1, keepdims=True)).mean(0))
@@ -110,11 +111,11 @@ def test_scores_by_hand(readers, asked):
 
 def test_embeddings_are_read_as_the_tokens_they_are(readers, task, asked, standin_hub):
     name = "facebook/opt-1.3b"
-    shots = dk.select(task, dk.load_student(name, task), "random", per_class=2, length=8)
+    shots = renamed(dk.select(task, dk.load_student(name, task), "random", per_class=2, length=8), WORDS)
     student, free = readers[name], dataclasses.replace(shots, tokens=None)
     for (_, read), row, kept, label in zip(prompting._demonstrations(asked, student, free, 5, "\n"), shots.tokens, shots.free,
                                            shots.meta["labels"], strict=True):
-        behind = student.tokenizer(f"\nIt was {asked.words[label]}\n", add_special_tokens=False)["input_ids"]
+        behind = student.tokenizer(f"\nIt was {asked.names[label]}\n", add_special_tokens=False)["input_ids"]
         assert torch.equal(read, prompting._embedded(student, row[kept][:5].tolist() + behind))
     text, embeddings = (few_shot(asked, student, s, k=2, rows=ROWS) for s in (shots, free))
     assert embeddings.rows == text.rows == 12 and len(embeddings.scores) == 4
@@ -165,8 +166,6 @@ def test_what_cannot_be(readers, asked, world):
     student = readers["gpt2"]
     with pytest.raises(ValueError, match="a template holds {text} once, not 'x'"):
         questions(task, template="x")
-    with pytest.raises(ValueError, match="words must be a different one for each of neg, pos"):
-        questions(task, words=("good", "good"))
     with pytest.raises(ValueError, match="asks questions already"):
         questions(asked)
     for this, reader in ((task, student), (asked, classifier)):
@@ -174,7 +173,7 @@ def test_what_cannot_be(readers, asked, world):
             few_shot(this, reader)
     with pytest.raises(ValueError, match="k must be a whole number from 0 to 4 .*, not 5"):
         few_shot(asked, student, PAIRS, k=5)
-    with pytest.raises(ValueError, match="class 'good', which is none of neg, pos"):
+    with pytest.raises(ValueError, match="class 'good', which is none of bad, brilliant fun"):
         few_shot(asked, student, [("x", "good")])
     with pytest.raises(ValueError, match="there must be questions to answer"):
         few_shot(asked, student, rows=[])

@@ -55,7 +55,7 @@ def test_soft_labels_travel_and_step_sizes_do_not(world, target):
     assert found.step_sizes is None and "recipe" not in found.meta
     score = dk.transfer(text, world[0], target, seeds=(0,))
     assert score.recipe["name"] == "tuned" and score.examples == 2
-    with pytest.raises(ValueError, match="leaves its recipe behind"):
+    with pytest.raises(ValueError, match="leaves its own behind"):
         dk.transfer(text, world[0], target, recipe="own")
 
 

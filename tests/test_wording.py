@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import distillkit as dk
+from distillkit.applications import wording
 from distillkit.applications.wording import describe_text, log_odds, perplexity, wording_table, words_of
 from distillkit.data.tasks import Task
 
@@ -24,38 +25,37 @@ def colours():
     return Task("colours", "classification", ("red", "blue"), rows, rows, rows, max_length=8, fingerprint="0" * 64, origin="")
 
 
-def test_log_odds_by_hand():
+def test_log_odds_by_hand(monkeypatch):
+    monkeypatch.setattr(wording, "STRENGTH", 8)
     one, other, prior = {"a": 3, "b": 1}, {"a": 1, "c": 3}, {"a": 4, "b": 2, "c": 2}
-    found = log_odds(one, other, prior, strength=8)
+    found = log_odds(one, other, prior)
     assert found.keys() == {"a", "b", "c"}
     # α = (4, 2, 2), α_0 = 8: a has 7 of 12 here and 5 of 12 there, b 3 and 2, c 2 and 5.
     for word, here, there in (("a", 7, 5), ("b", 3, 2), ("c", 2, 5)):
         ratio = math.log(here / (12 - here)) - math.log(there / (12 - there))
         assert found[word] == pytest.approx(ratio / math.sqrt(1 / here + 1 / there))
-    back = log_odds(other, one, prior, strength=8)
+    back = log_odds(other, one, prior)
     assert all(back[word] == pytest.approx(-z) for word, z in found.items())
 
 
-def test_a_strong_prior_takes_chance_away():
-    one, other, prior = {"a": 2, "b": 1}, {"b": 3}, {"a": 10, "b": 30}
-    weak, strong = (log_odds(one, other, prior, strength=s)["a"] for s in (1, 1000))
-    assert weak > strong > 0
+def test_a_strong_prior_takes_chance_away(monkeypatch):
+    one, other, prior, scores = {"a": 2, "b": 1}, {"b": 3}, {"a": 10, "b": 30}, []
     assert log_odds({"new": 1}, {"b": 1}, prior)["new"] > 0, "a word that the prior lacks is no error"
-
-
-@pytest.mark.parametrize(("one", "other", "strength"), [({}, {"a": 1}, 1), ({"a": 1}, {}, 1), ({"a": 1}, {"a": 1}, 0)])
-def test_nothing_to_compare(one, other, strength):
-    with pytest.raises(ValueError, match="log-odds compare counts with counts"):
-        log_odds(one, other, {"a": 1}, strength=strength)
+    for strength in (1, 1000):
+        monkeypatch.setattr(wording, "STRENGTH", strength)
+        scores.append(log_odds(one, other, prior)["a"])
+    assert scores[0] > scores[1] > 0
 
 
 def test_words():
     assert words_of("The red_rose, isn't  it? 3-D!") == ["the", "red_rose", "isn", "t", "it", "3", "d"]
 
 
-def test_a_description_by_hand(colours):
+def test_a_description_by_hand(colours, monkeypatch):
+    monkeypatch.setattr(wording, "TELLING", 0.38)  # eight sentences prove little against the prior
+    monkeypatch.setattr(wording, "TERMS", 2)
     texts = [("red rose apple sky", "red"), ("blue red zzz", "blue")]
-    found = describe_text(texts, colours, top=2, telling=0.38)  # eight sentences prove little against the prior
+    found = describe_text(texts, colours)
     assert found.words == 7 and found.distinct == pytest.approx(6 / 7)
     # red tells red and blue tells blue; that of blue in its own text is right, red beside it is the other's.
     assert found.own == pytest.approx(2 / 7) and found.other == pytest.approx(1 / 7)

@@ -28,7 +28,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import meta_gradient
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import flop_counter
-from distillkit.io.checks import check_choice, check_rate, check_whole
+from distillkit.io.checks import check_choice, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed, generator
 
 # Streams without a header: at the size of a distilled set a container would weigh more than its content.
@@ -45,31 +45,20 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 # --- compute ---------------------------------------------------------------------------------------------------------
 
 
-def distilling_flops(distilled: DistilledSet, objective, steps: int, *, sample: int = 1, seed: int = 0) -> int:
-    """Floating-point operations of ``steps`` outer steps, extrapolated from the first few, which are computed and counted.
+def distilling_flops(distilled: DistilledSet, objective, steps: int) -> int:
+    """Floating-point operations of ``steps`` outer steps, extrapolated from one, which is computed and counted.
 
     Args:
         distilled: the set at any step; its shape counts, and its values do not.
         objective: what the set is learned by.  An outer step is one meta-gradient; Adam's own arithmetic is not counted, nor
             is the recording of experts.
         steps: outer steps.
-        sample: how many steps to count; they differ in the lengths of the real sentences that they draw.
-        seed: the seed of the distillation.
     """
     check_whole("steps", steps)
-    check_whole("sample", sample)
-    total = 0
-
-    def go_on_with(smaller) -> None:
-        nonlocal objective
-        objective = smaller
-        counter.flop_counts.clear()  # an attempt that memory had no room for does not count
-
-    for step in range(sample):
-        with flop_counter() as counter:
-            meta_gradient(distilled, objective, seed=derive_seed("distil", seed, step), on_retry=go_on_with)
-        total += counter.get_total_flops()
-    return total * steps // sample
+    with flop_counter() as counter:
+        # An attempt that memory had no room for does not count.
+        meta_gradient(distilled, objective, seed=derive_seed("distil", 0, 0), on_retry=lambda _: counter.flop_counts.clear())
+    return counter.get_total_flops() * steps
 
 
 def break_even(distilling: float, full: float, distilled: float) -> float:
@@ -107,7 +96,7 @@ def text_bytes(rows: Iterable[tuple[str, int]], codec: str = "lzma") -> int:
 
 
 def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "none") -> int:
-    """Bytes of a distilled set under a compressor.
+    """Bytes of a set of learned embeddings under a compressor.
 
     Args:
         dtype: type of embeddings, soft labels and step sizes, ``"float32"`` or ``"float16"``.  To see whether the set trains
@@ -115,26 +104,21 @@ def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "
         codec: ``"none"``, ``"zlib"`` or ``"lzma"``.
 
     Returns:
-        for float32 embeddings without a codec ``distilled.nbytes``.  A set of tokens counts as its text, and not as the
-        four bytes per token of ``nbytes``.
+        for float32 embeddings without a codec ``distilled.nbytes``.
+
+    Raises:
+        ValueError: a set of tokens, whose text is what would be sent.
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("codec", codec, CODECS)
-    compress, as_text = CODECS[codec], distilled.tokens is not None
-    numbers = [] if as_text else [distilled.embeds]
-    numbers += [distilled.targets] if distilled.soft else []
-    numbers += [] if distilled.step_sizes is None else [distilled.step_sizes]
-    data = b"".join(tensor.detach().to(DTYPES[dtype]).numpy().tobytes() for tensor in numbers)
-    if not as_text:
-        return len(compress(data if distilled.soft else data + distilled.targets.numpy().tobytes()))
-    labels = [""] * len(distilled) if distilled.soft else [f"{label}\t" for label in distilled.targets.tolist()]
-    words = "\n".join(label + text for label, text in zip(labels, distilled.meta["text"], strict=True))
-    return len(compress(words.encode())) + (len(compress(data)) if data else 0)
+    require(distilled.tokens is None, "set_bytes counts learned embeddings, and this set is text: use text_bytes on its texts")
+    numbers = [value for value in (distilled.embeds, distilled.targets, distilled.step_sizes) if value is not None]
+    stored = [value.detach().to(DTYPES[dtype]) if value.is_floating_point() else value for value in numbers]
+    return len(CODECS[codec](b"".join(value.numpy().tobytes() for value in stored)))
 
 
 def as_float16(distilled: DistilledSet) -> DistilledSet:
     """The set with its numbers rounded to float16 and stored in their original type."""
-
     names = ["embeds"] + ["targets"] * distilled.soft + ["step_sizes"] * (distilled.step_sizes is not None)
     halves = {name: getattr(distilled, name).half().to(getattr(distilled, name).dtype) for name in names}
     return dataclasses.replace(distilled, **halves, meta={**distilled.meta})
@@ -145,15 +129,13 @@ def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
 
     Args:
         accuracy: the accuracy to reach.
-        curve: number of examples → accuracy when training on that many.
+        curve: number of examples → accuracy when training on that many; not empty.
 
     Returns:
         the number where the curve, linear in the logarithm of the number between its points, first reaches ``accuracy``; its
         smallest number where that is enough, infinity where its largest is not.
     """
     points = sorted(curve.items())
-    if not points:
-        raise ValueError("the curve has no points: measure the accuracy of some numbers of real examples first")
     if points[0][1] >= accuracy:
         return float(points[0][0])
     for (few, low), (many, high) in itertools.pairwise(points):
@@ -162,9 +144,9 @@ def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
     return math.inf
 
 
-def random_rows(task: Task, examples: int, seed: int = 0) -> list[tuple[str, int]]:
+def random_rows(task: Task, examples: int) -> list[tuple[str, int]]:
     """(text, label) of random training rows, the classes as equal as can be."""
-    chosen = task.balanced_rows("train", examples, generator("cost-rows", seed)).tolist()
+    chosen = task.balanced_rows("train", examples, generator("cost-rows", 0)).tolist()
     rows = task.train[chosen]
     return list(zip(rows["text"], rows["label"], strict=True))
 
@@ -194,10 +176,9 @@ def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned
         base: the one that it is compared with.
 
     Raises:
-        ValueError: one of the two is missing, or they differ in their number of examples.
+        KeyError: one of the two is missing.
+        ValueError: they differ in their number of examples.
     """
-    check_choice("row", row, rows)
-    check_choice("base", base, rows)
     if rows[row]["examples"] != rows[base]["examples"]:
         raise ValueError(f"{row} has {rows[row]['examples']} examples and {base} {rows[base]['examples']}: that is no equal "
                          "budget")
@@ -209,7 +190,7 @@ def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned
 # --- a table ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: int | None = None) -> str:
+def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: int) -> str:
     """The compute of some rows of a classification result as a Markdown table.
 
     Args:
@@ -226,7 +207,7 @@ def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: in
     for name in names:
         row = rows[name]
         cost = pays = ""
-        if distilling is not None and row["method"] in ("embeddings", "projected"):
+        if row["method"] in ("embeddings", "projected"):
             trainings = break_even(distilling, full["flops"], row["flops"])
             cost, pays = f"{distilling / 1e12:,.1f}", "never" if math.isinf(trainings) else f"{trainings:,}"
         lines.append(f"| {row['method']} | {row['recipe']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "

@@ -50,11 +50,7 @@ from distillkit.io.seeds import derive_seed, generator
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
-TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout")  # what of a recipe says how to train
-Memory = DistilledSet | Sequence[int]
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
+TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights")  # what of a recipe says how to train
 
 
 def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task:
@@ -89,7 +85,7 @@ def united(*tasks: Task) -> Task:
         raise ValueError("united takes tasks of classification, one at least")
     if len({task.max_length for task in tasks}) > 1:
         raise ValueError(f"max_length must be the same, not {[task.max_length for task in tasks]}; load the tasks with one")
-    classes = _all_classes(task.classes for task in tasks)
+    classes = tuple(dict.fromkeys(name for task in tasks for name in task.classes))
     label = [[classes.index(name) for name in task.classes] for task in tasks]
     rows = {split: [(text, label[k][y]) for k, task in enumerate(tasks) for text, y in _pairs(task, split)] for split in SPLITS}
     return task_of_rows(" + ".join(task.name for task in tasks), classes, rows, max_length=tasks[0].max_length,
@@ -98,13 +94,6 @@ def united(*tasks: Task) -> Task:
 
 def _pairs(task: Task, split: str) -> Iterable[tuple[str, int]]:
     return zip(task.split(split)["text"][:], task.labels(split).tolist(), strict=True)
-
-
-def _all_classes(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
-
-
-# --- sets ------------------------------------------------------------------------------------------------------------
 
 
 def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
@@ -124,11 +113,18 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     """
     if not sets or any(not s.meta.get("classes") for s in sets):
         raise ValueError("merge takes sets of labelled examples, one at least; this has none, or a set without classes")
-    _check_one_table(sets)
+    # Of the same student, embedding table and width, as far as they are known.
+    names = {str(s.meta.get("student")) for s in sets}
+    tables = {s.meta["table_sha256"] for s in sets if s.meta.get("table_sha256")}
+    widths = {s.embeds.shape[-1] for s in sets}
+    if max(len(names), len(tables), len(widths)) > 1:
+        raise ValueError(f"sets of different students or embedding tables ({reprlib.repr(sorted(names))}, {sorted(widths)} "
+                         "wide): embeddings belong to the table they were made with; go through text: dk.retokenize each for "
+                         "one student")
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
     check_number("foreign: the share of probability", foreign, most=1, without="most")
-    classes = _all_classes(s.meta["classes"] for s in sets)
+    classes = list(dict.fromkeys(name for s in sets for name in s.meta["classes"]))
     sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
     length = max(s.embeds.shape[1] for s in sets)
     meta = {key: " + ".join(s.meta.get(key, "unknown") for s in sets) for key in ("task", "task_fingerprint")}
@@ -145,18 +141,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
 
     tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
     parts = [part for s in sets for part in _parts(s)]
-    return _of_parts(parts, tensors | {"targets": torch.cat([s.targets for s in sets])}, meta | {"classes": list(classes)})
-
-
-def _check_one_table(sets: Sequence[DistilledSet]) -> None:
-    """Raise ValueError unless all sets have the same student, embedding table and width, as far as they are known."""
-    names = {str(s.meta.get("student")) for s in sets}
-    tables = {s.meta["table_sha256"] for s in sets if s.meta.get("table_sha256")}
-    widths = {s.embeds.shape[-1] for s in sets}
-    if max(len(names), len(tables), len(widths)) > 1:
-        raise ValueError(f"sets of different students or embedding tables ({reprlib.repr(sorted(names))}, {sorted(widths)} "
-                         "wide): embeddings belong to the table they were made with; go through text: dk.retokenize each for "
-                         "one student")
+    return _of_parts(parts, tensors | {"targets": torch.cat([s.targets for s in sets])}, meta | {"classes": classes})
 
 
 def _of_parts(parts: list[dict], tensors: dict[str, Any], meta: dict) -> DistilledSet:
@@ -173,7 +158,7 @@ def _parts(distilled: DistilledSet) -> list[dict]:
     return [{
         "source": distilled.meta.get("task", "unknown"),
         "examples": len(distilled),
-        "recipe": recipe and {key: recipe.get(key) for key in (*TRAINED_BY, "trainable", "weights")},
+        "recipe": recipe and {key: recipe.get(key) for key in TRAINED_BY},
         "step_sizes": None if distilled.step_sizes is None else distilled.step_sizes.tolist(),
     }]
 
@@ -217,15 +202,14 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
     return _of_parts(parts, tensors, meta)
 
 
-def replaced(merged: DistilledSet, source: str, new: DistilledSet, *, foreign: float = 0.0) -> DistilledSet:
+def replaced(merged: DistilledSet, source: str, new: DistilledSet) -> DistilledSet:
     """A merged set in which another set replaces one source, without distilling again.
 
     Args:
         merged, source: as :func:`without` takes them.
         new: takes its place, at the end; its classes may be old or new ones.
-        foreign: as in :func:`merge`.
     """
-    return merge(without(merged, source), new, foreign=foreign)
+    return merge(without(merged, source), new)
 
 
 def renamed(distilled: DistilledSet, names: Mapping[str, str]) -> DistilledSet:
@@ -253,12 +237,8 @@ def with_recipe(distilled: DistilledSet, unroll: Unroll, student: Student) -> Di
 
 
 def rescaled(
-    distilled: DistilledSet,
-    task: Task,
-    student: Student,
-    *,
-    factors: Sequence[float] = FACTORS,
-    seeds: Sequence[int] = tuple(range(TUNING_SEEDS)),
+    distilled: DistilledSet, task: Task, student: Student, *, factors: Sequence[float] = FACTORS,
+    seeds: Sequence[int] = range(TUNING_SEEDS),
 ) -> tuple[DistilledSet, dict[float, float]]:
     """The set with all its step sizes times the factor that is best on the validation split.
 
@@ -282,9 +262,6 @@ def rescaled(
     return sets[best], worth
 
 
-# --- streams ---------------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """The accuracies of a student on its way through a stream of tasks.
@@ -304,69 +281,49 @@ class Stream:
 
     @property
     def forgetting(self) -> np.ndarray:
-        """Mean over all tasks but the last of the best accuracy before the last task, less that at the end: ``[seeds]``.
-
-        F of Chaudhry et al., equation 3; nan for a single task.
-        """
-        before, end = self.accuracy[:, :-1, :-1], self.accuracy[:, -1, :-1]
-        return (before.max(1) - end).mean(-1) if before.size else np.full(len(self.accuracy), math.nan)
-
-    @property
-    def backward_transfer(self) -> np.ndarray:
-        """Mean over all tasks but the last of the accuracy at the end, less that just after the task: ``[seeds]``.
-
-        BWT of Lopez-Paz & Ranzato; nan for a single task.
-        """
-        just_after = self.accuracy.diagonal(axis1=1, axis2=2)[:, :-1]
-        gain = self.accuracy[:, -1, :-1] - just_after
-        return gain.mean(-1) if gain.size else np.full(len(self.accuracy), math.nan)
+        """Mean over earlier tasks of the best accuracy before the last, less that at the end (Chaudhry's F): ``[seeds]``."""
+        return (self.accuracy[:, :-1, :-1].max(1) - self.accuracy[:, -1, :-1]).mean(-1)
 
 
 def continual(
-    tasks: Sequence[Task],
-    student: Student,
-    memory: Sequence[Memory] | None = None,
-    *,
-    steps: int = 30,
-    batch_size: int = 16,
-    memory_batch: int = 16,
-    optimizer: Optimizer = OPTIMIZER,
-    step_sizes: Sequence[float] | None = None,
-    weights: Sequence[float] = (0.5,),
-    seeds: Sequence[int] = (0, 1, 2),
-    split: str = "test",
+    tasks: Sequence[Task], student: Student, memory: Sequence[DistilledSet | Sequence[int]] | None = None, *,
+    steps: int = 30, batch_size: int = 16, memory_batch: int = 16, optimizer: Optimizer = OPTIMIZER,
+    step_sizes: Sequence[float] | None = None, weights: Sequence[float] = (0.5,), seeds: Sequence[int] = (0, 1, 2),
 ) -> Stream:
     """Train one student on one task after the other, replaying a memory of the earlier ones.
 
     Args:
-        tasks: the stream; the student knows the classes of all from the start, and is never told which task a row is of.
+        tasks: the stream, two or more; the student knows the classes of all from the start, and never which task a row is of.
         student: loaded for ``united(*tasks)``.
-        memory: what is kept of each task but the last: a distilled or selected set, or rows of its training split; None:
-            nothing is kept.
+        memory: what is kept of each task: a distilled or selected set, or rows of its training split; None: nothing is kept.
+            That of the last task is never looked at.
         steps, batch_size: of training on each task's real rows.
         memory_batch: examples replayed in a step, of all past tasks together, the same for every kind of memory.
         optimizer: starts afresh with each task.
         step_sizes, weights: of the optimiser (default: its own), and share of the replayed examples in the loss.  Where
             there are several, the pair with the best average at the end of the stream on the *validation* split is taken,
             with initialisations of their own: the same grid for every memory is the same tuning for every memory.
-        seeds: of initialisations and batches.
-        split: to score on.
+        seeds: of initialisations and batches; each is scored on the test split.
 
     Raises:
         ValueError: a student of other classes, a memory of another number of tasks, a weight outside (0, 1).
     """
-    tasks = list(tasks)
+    if len(tasks) < 2 or memory is not None and len(memory) != len(tasks):
+        raise ValueError(f"a stream has two tasks or more, and a memory of each of them; these are {len(tasks)} tasks and "
+                         f"{len(memory or ())} memories")
     whole = united(*tasks)
     student = student.for_task(whole)
-    if memory is not None and len(memory) not in (len(tasks) - 1, len(tasks)):
-        raise ValueError(f"memory must hold something for each of the {len(tasks)} tasks (the last may be left out), not for "
-                         f"{len(memory)}")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("memory_batch", memory_batch)):
         check_whole(name, value)
     for weight in weights:
         check_number("weights: each share of the loss", weight, most=1, without="least and most")
-    starts = _starts(tasks, "train")
-    replayed = [_in_classes_of(whole, student, examples, start) for examples, start in zip(memory or (), starts)]
+    replayed = []  # sets for all classes, or rows of the united training split
+    for examples, start in zip(memory or (), _starts(tasks, "train")):
+        if isinstance(examples, DistilledSet):
+            examples.check_table(student)
+            replayed.append(examples.in_classes(whole.classes, "the stream", foreign=0.0))
+        else:
+            replayed.append(torch.as_tensor(examples, dtype=torch.long) + start)
     run = _Run(tasks, whole, student, replayed, steps, batch_size, memory_batch, optimizer)
     grid = list(itertools.product(step_sizes or (optimizer.step_size,), weights if replayed else weights[:1]))
     worth = dict.fromkeys(grid, 0.0)
@@ -374,7 +331,7 @@ def continual(
     for point in progress(grid, desc="tuning", unit="point", leave=False) if len(grid) > 1 else ():
         worth[point] = float(np.mean([run(seed, *point, "validation", last_only=True) for seed in tuning]))
     step_size, weight = max(grid, key=lambda point: round(worth[point], 6))
-    accuracy = np.stack([run(seed, step_size, weight, split) for seed in progress(seeds, desc="streams", leave=False)])
+    accuracy = np.stack([run(seed, step_size, weight, "test") for seed in progress(seeds, desc="streams", leave=False)])
     tried = [{"step_size": size, "weight": w, "validation": round(value, 6)} for (size, w), value in worth.items()]
     return Stream(accuracy, {"step_size": step_size, "weight": weight if replayed else None,
                              "tried": tried if len(grid) > 1 else []})
@@ -395,19 +352,11 @@ def _starts(tasks: Sequence[Task], split: str) -> list[int]:
     return list(itertools.accumulate((len(task.split(split)) for task in tasks), initial=0))
 
 
-def _in_classes_of(whole: Task, student: Student, examples: Memory, start: int) -> DistilledSet | Tensor:
-    """The memory of one task for the united task: a set for all classes, or rows of the united training split."""
-    if not isinstance(examples, DistilledSet):
-        return torch.as_tensor(examples, dtype=torch.long) + start
-    examples.check_table(student)
-    return examples.in_classes(whole.classes, "the stream", foreign=0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """One run through a stream, to be made with several seeds and settings."""
 
-    tasks: list[Task]
+    tasks: Sequence[Task]
     whole: Task
     student: Student
     memory: list[DistilledSet | Tensor]

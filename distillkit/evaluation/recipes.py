@@ -96,8 +96,8 @@ class Own:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
         distilled = _checked_set(distilled, self)
         require("recipe" in distilled.meta,
-                "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
-                "or 'standard'")
+                "recipe='own' asked for, but this set carries none (a selected set has none, and one that moves to another "
+                "model leaves its own behind); use 'tuned' or 'standard'")
         stored = distilled.meta["recipe"]
         require(stored.get("trainable", student.trainable) == student.trainable,
                 f"recipe='own' trains {stored.get('trainable')!r} parameters, the student was loaded with trainable="

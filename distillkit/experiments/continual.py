@@ -135,9 +135,9 @@ class ContinualCell(Cell):
         )
         remembered = [] if memory is None else memory[:-1]
         size = {"examples": sum(map(len, remembered)), "nbytes": sum(map(_nbytes, self.tasks, remembered))}
-        values = zip(job.eval_seeds, stream.average, stream.forgetting, stream.backward_transfer, strict=True)
-        rows = [{"init_seed": init, "accuracy": rounded(average), "forgetting": rounded(forgetting),
-                 "backward_transfer": rounded(backward), **size} for init, average, forgetting, backward in values]
+        values = zip(job.eval_seeds, stream.average, stream.forgetting, strict=True)
+        rows = [{"init_seed": init, "accuracy": rounded(average), "forgetting": rounded(forgetting), **size}
+                for init, average, forgetting in values]
         return rows, {"accuracy": stream.accuracy.mean(0).round(4).tolist(), "settings": stream.settings}
 
     def _memory(self, method: str, seed: int) -> Sequence[DistilledSet | Sequence[int]] | None:
