@@ -75,8 +75,8 @@ CALLS = {
         "batch_size": st.one_of(WHOLE, st.just(81))}),
     "TrajectoryMatching": (dk.TrajectoryMatching, dict.fromkeys(("task", "student", "unroll", "experts")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "experts": THING, "segments": WHOLE,
-        "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE, "distance": CHOICE,
-        "match": st.one_of(THING, st.just(lambda name: False))}),
+        "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE,
+        "distance": CHOICE}),
     "record_experts": (record_experts, {"task": None, "student": None, "folder": None}, {
         "task": THING, "student": THING, "count": WHOLE, "epochs": WHOLE, "optimizer": THING, "batch_size": WHOLE,
         "micro_batch": WHOLE, "snapshots_per_epoch": WHOLE, "seed": SEED}),
