@@ -114,7 +114,7 @@ CALLS = {
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
     "recommend": (dk.recommend, dict.fromkeys(("student", "task")), {
-        "student": THING, "task": THING, "unroll": THING, "distilled": THING, "outer_steps": WHOLE}),
+        "student": THING, "task": THING}),
     "estimate": (dk.estimate, {"distilled": None, "objective": None, "steps": 1}, {
         "distilled": THING, "objective": THING, "steps": WHOLE}),
     "corpus_tokens": (dk.corpus_tokens, dict.fromkeys(("task", "student")), {

@@ -187,15 +187,6 @@ class Distiller:
         check_whole("n", n, least=0)
         yield from self.checkpoint.steps(self, n)
 
-    def save(self) -> None:
-        """Write the checkpoint.
-
-        Raises:
-            ValueError: there is none.
-            StorageError: another run uses it, or it cannot be written.
-        """
-        self.checkpoint.save(self)
-
     def make_step(self, n: int) -> StepRecord:
         """Make one of ``n`` steps: all of it, or nothing where an exception ends it."""
         begun, step = time.perf_counter(), self.step + 1
@@ -213,7 +204,7 @@ class Distiller:
         values, adam = self._moved(grads, self.schedule(self.step / n))
         finite = all(tensor is None or bool(tensor.isfinite().all()) for tensor in (*grads.values(), *values.values()))
         require(finite and math.isfinite(loss), f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
-                f"{_rounded(current.step_sizes)}; lower lr or the inner step size", FloatingPointError)
+                f"{_rounded(_positive(self._state.values['step_sizes']))}; lower lr or the inner step size", FloatingPointError)
         sizes = _positive(values["step_sizes"])
         start = self._first_step_sizes
         if float(sizes.max()) > RUNAWAY * float(start.max()) or float(sizes.max()) * RUNAWAY < float(start.min()):
@@ -313,5 +304,5 @@ def _inverse_softplus(positive: Tensor) -> Tensor:
     return positive.detach().clone() + torch.log(-torch.expm1(-positive.detach()))
 
 
-def _rounded(sizes: Tensor | None) -> list[float]:
-    return [float(f"{size:.3g}") for size in (() if sizes is None else sizes.tolist())]
+def _rounded(sizes: Tensor) -> list[float]:
+    return [float(f"{size:.3g}") for size in sizes.tolist()]
