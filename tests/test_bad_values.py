@@ -75,8 +75,8 @@ CALLS = {
         "batch_size": st.one_of(WHOLE, st.just(81))}),
     "TrajectoryMatching": (dk.TrajectoryMatching, dict.fromkeys(("task", "student", "unroll", "experts")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "experts": THING, "segments": WHOLE,
-        "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE, "distance": CHOICE,
-        "match": st.one_of(THING, st.just(lambda name: False))}),
+        "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE,
+        "distance": CHOICE}),
     "record_experts": (record_experts, {"task": None, "student": None, "folder": None}, {
         "task": THING, "student": THING, "count": WHOLE, "epochs": WHOLE, "optimizer": THING, "batch_size": WHOLE,
         "micro_batch": WHOLE, "snapshots_per_epoch": WHOLE, "seed": SEED}),
@@ -100,7 +100,7 @@ CALLS = {
     "Distiller": (distil, {"distilled": None, "objective": None, "n": None}, {
         "distilled": THING, "objective": THING, "lr": RATE, "label_lr": RATE, "step_size_lr": RATE, "n": WHOLE.filter(bool),
         "learn": st.sampled_from([None, "embeds", (), ("labels",), 3, ([],)]), "schedule": THING, "regularizers": THING,
-        "seed": SEED, "checkpoint_every": WHOLE, "nonfinite": CHOICE, "writes": FLAG}),
+        "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {"optimizer": st.sampled_from(["sgd", dk.SGD, 3])}),
@@ -114,7 +114,7 @@ CALLS = {
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
     "recommend": (dk.recommend, dict.fromkeys(("student", "task")), {
-        "student": THING, "task": THING, "unroll": THING, "distilled": THING, "outer_steps": WHOLE}),
+        "student": THING, "task": THING}),
     "estimate": (dk.estimate, {"distilled": None, "objective": None, "steps": 1}, {
         "distilled": THING, "objective": THING, "steps": WHOLE}),
     "corpus_tokens": (dk.corpus_tokens, dict.fromkeys(("task", "student")), {

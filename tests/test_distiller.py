@@ -256,14 +256,12 @@ def test_a_foreign_file_is_no_checkpoint(start, goal, tmp_path):
         dk.Distiller(start, goal, checkpoint=tmp_path / "set")
 
 
-def test_saving_needs_a_file(start, goal, tmp_path):
-    with pytest.raises(ValueError, match="has no checkpoint to save to"):
-        dk.Distiller(start, goal).save()
+def test_a_checkpoint_between_its_times(start, goal, tmp_path):
     distiller = dk.Distiller(start, goal, checkpoint=tmp_path / "run")
     records = distiller.run(9)
     next(records)
     assert not (tmp_path / "run").exists()
-    distiller.save()
+    distiller.checkpoint.save(distiller)
     assert dk.Distiller(start, goal, checkpoint=tmp_path / "run").step == 1
 
 
@@ -336,7 +334,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, scripted, tmp_path, give
     good = distiller.distilled
     with pytest.raises(FloatingPointError, match="outer step 3: loss .* gradient norm .* step sizes .* lower lr"):
         next(records)
-    assert distiller.step == 2 and same(distiller.distilled, good)
+    again = dk.Distiller(start, scripted(script), schedule=constant, checkpoint=tmp_path / "run")
+    assert distiller.step == again.step == 2 and same(distiller.distilled, good) and same(again.distilled, good)
     assert all(getattr(good, n).isfinite().all() for n in VALUES)
 
 

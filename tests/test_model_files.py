@@ -439,31 +439,6 @@ def test_a_file_is_no_folder(task, folder):
         dk.load_student(folder / "model.safetensors", task)
 
 
-@pytest.mark.parametrize("bot", ["SFconvertbot", "somebody", None])
-def test_a_hub_model_of_pickles_is_read_as_the_hubs_bot_converted_it(world, folder, outside, made, tmp_path, monkeypatch, bot):
-    """From its pull request, which nobody else may have made."""
-    from types import SimpleNamespace
-
-    import huggingface_hub
-    from transformers import safetensors_conversion
-
-    task, expected = world
-    shutil.copytree(folder, tmp_path / "main")
-    bin_only(tmp_path / "main", made, outside)
-    revisions = {None: tmp_path / "main", "refs/pr/1": folder}
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, revision=None, **_: str(revisions[revision]))
-    pull = SimpleNamespace(author=bot, git_reference="refs/pr/1") if bot else None
-    monkeypatch.setattr(safetensors_conversion, "previous_pr", lambda *_, **__: pull)
-    if bot == "SFconvertbot":
-        student = dk.load_student("me/mine", task)
-        assert torch.equal(logits(student), logits(expected)) and student.name == "me/mine"
-    else:
-        with pytest.raises(ValueError, match="pickles"):
-            dk.load_student("me/mine", task)
-    assert not made.exists()
-
-
 def test_what_is_downloaded():
     """No pickles, no code, and of other people's folders nothing below the first level."""
     from huggingface_hub.utils import filter_repo_objects

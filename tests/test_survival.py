@@ -21,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import distillkit as dk
-from distillkit.core.distiller import NONFINITE, PATIENCE, constant
+from distillkit.core.distiller import constant
 from distillkit.core.experts import Experts, record_experts
 from distillkit.core.inner import loss_and_grads
 from distillkit.data import docstrings
@@ -362,43 +362,15 @@ def broken(monkeypatch, goal):
     return breaks
 
 
-@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": math.inf}, *({n: math.nan} for n in VALUES)])
-def test_a_step_that_is_not_finite_is_skipped_and_logged(start, goal, tmp_path, broken, bad):
-    broken({2: bad})
-    distiller = dk.Distiller(start, goal, schedule=constant, nonfinite="skip", checkpoint=tmp_path / "run")
-    records = distiller.run(3)
-    next(records)
-    before = distiller.distilled
-    with pytest.warns(UserWarning, match="skipped: outer step 2: loss .* lower lr"):
-        skipped = next(records)
-    assert skipped.terms["skipped"] == 1 and same(before, distiller.distilled)
-    assert "skipped" not in next(records).terms and not same(before, distiller.distilled)
-    assert list(records) == []
-    again = dk.Distiller(start, goal, schedule=constant, checkpoint=tmp_path / "run")  # the policy may be another
-    assert repr(again.records) == repr(distiller.records) and same(again.distilled, distiller.distilled)
-    skipped = [line.get("terms", {}).get("skipped") for line in read_lines(distiller.checkpoint.log)]
-    assert skipped == [None, None, 1.0, None]
-
-
-@pytest.mark.filterwarnings("ignore:skipped")
-def test_skipping_has_an_end(start, goal, broken):
-    broken({step: {"loss": math.nan} for step in range(2, 99)})
-    distiller = dk.Distiller(start, goal, nonfinite="skip")
-    with pytest.raises(FloatingPointError, match=f"{PATIENCE} steps in a row; the last: outer step {PATIENCE + 1}"):
-        finished(distiller, 50)
-    assert distiller.step == PATIENCE
-
-
-@pytest.mark.parametrize("policy", NONFINITE)
-def test_values_that_overflow_are_never_saved(start, goal, tmp_path, broken, policy):
+def test_values_that_overflow_are_never_saved(start, goal, tmp_path, broken):
     """A finite gradient, and a learning rate that throws the labels beyond what float32 can say."""
     broken({1: {"targets": -1.0}})
     high = dataclasses.replace(start, targets=torch.full_like(start.targets, 3.3e38))
-    distiller = dk.Distiller(high, goal, label_lr=3e37, nonfinite=policy, checkpoint=tmp_path / "run")
+    distiller = dk.Distiller(high, goal, label_lr=3e37, checkpoint=tmp_path / "run")
     before = distiller.distilled
-    with (pytest.raises(FloatingPointError, match="outer step 1") if policy == "stop" else pytest.warns(match="outer step 1")):
+    with pytest.raises(FloatingPointError, match="outer step 1"):
         finished(distiller, 1)
-    assert same(distiller.distilled, before) and (tmp_path / "run").exists() == (policy == "skip")
+    assert same(distiller.distilled, before) and not (tmp_path / "run").exists()
 
 
 def test_data_that_are_not_finite_stop_a_run(start, goal, tmp_path):

@@ -197,7 +197,7 @@ def test_rows_sum_to_one_and_padding_gets_nothing(task, standin_hub, name):
 def test_parameters_reach_the_attention_and_weights_stay(world, start):
     _, student = world
     before = {name: p.clone() for name, p in student.module.named_parameters()}
-    params = student.init(0, weights="random")
+    params = dataclasses.replace(student, weights="random").init(0)
     assert not np.allclose(views.attention(student, start), views.attention(student, start, params), atol=1e-3)
     own = {name: before[name] for name in params}
     assert np.array_equal(views.attention(student, start), views.attention(student, start, own))

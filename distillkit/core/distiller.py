@@ -21,7 +21,6 @@ import dataclasses
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from distillkit.core.objectives import check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
 from distillkit.core.problem import bound_step_sizes
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole, require
+from distillkit.io.checks import check_flag, check_is, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
@@ -42,16 +41,12 @@ KIND = "distiller-checkpoint"
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 ADAM = AdamW(betas=(0.9, 0.99))
 MOMENTS = ("m", "v")
-NONFINITE = ("stop", "skip")
-PATIENCE = 10  # steps skipped in a row that say the trouble is not the batch's
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
     """One outer step: its number (from 1), the loss before it, its terms by name (without their weights), the norm of the
-    embeddings' meta-gradient, the step sizes after it, and the seconds it took.
-
-    A step that was skipped has the term ``"skipped"``, and NaN or infinity for what was not finite."""
+    embeddings' meta-gradient, the step sizes after it, and the seconds it took."""
 
     step: int
     loss: float
@@ -100,9 +95,6 @@ class Distiller:
         checkpoint: file to save to, and to resume from where it exists; the same settings are demanded.  The records are
             in a log beside it (:mod:`distillkit.io.checkpoint`).
         checkpoint_every: outer steps between checkpoints; the last complete step is saved too when a run ends early.
-        nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
-            ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
-            initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
         writes: whether this process writes checkpoint and log.  Of several processes on one run, rank 0 does; another one
             reads the checkpoint, and where it ends early and nobody holds the file any more, it saves its last complete step.
 
@@ -128,7 +120,6 @@ class Distiller:
         seed: int = 0,
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
-        nonfinite: str = "stop",
         writes: bool = True,
     ):
         check_is("distilled", distilled, DistilledSet)
@@ -143,7 +134,6 @@ class Distiller:
             if rate is not None or name == "lr":
                 check_rate(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
-        check_choice("nonfinite", nonfinite, NONFINITE)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
@@ -152,7 +142,7 @@ class Distiller:
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.objective, self.schedule, self.seed, self.nonfinite = objective, schedule, seed, nonfinite
+        self.objective, self.schedule, self.seed = objective, schedule, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
         self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
@@ -197,18 +187,9 @@ class Distiller:
         check_whole("n", n, least=0)
         yield from self.checkpoint.steps(self, n)
 
-    def save(self) -> None:
-        """Write the checkpoint.
-
-        Raises:
-            ValueError: there is none.
-            StorageError: another run uses it, or it cannot be written.
-        """
-        self.checkpoint.save(self)
-
     def make_step(self, n: int) -> StepRecord:
         """Make one of ``n`` steps: all of it, or nothing where an exception ends it."""
-        begun, before, step = time.perf_counter(), self._state, self.step + 1
+        begun, step = time.perf_counter(), self.step + 1
         current = self._current()
         outer = meta_gradient(
             current, self.objective, seed=derive_seed("distil", self.seed, self.step), on_retry=self._use
@@ -220,15 +201,10 @@ class Distiller:
             terms[term.name], gradient = term(current)
             loss += weight * terms[term.name]
             grads["embeds"] = grads["embeds"] + weight * gradient.to(grads["embeds"])
-        values, adam = before.values, before.adam
-        finite = math.isfinite(loss) and all(g is None or bool(g.isfinite().all()) for g in grads.values())
-        if finite:
-            values, adam = self._moved(grads, self.schedule(self.step / n))
-            finite = all(bool(value.isfinite().all()) for value in values.values())
-        if not finite:
-            self._stop_or_skip(f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
-                               f"{_rounded(current.step_sizes)}; lower lr or the inner step size")
-            values, adam, terms = before.values, before.adam, terms | {"skipped": 1.0}
+        values, adam = self._moved(grads, self.schedule(self.step / n))
+        finite = all(tensor is None or bool(tensor.isfinite().all()) for tensor in (*grads.values(), *values.values()))
+        require(finite and math.isfinite(loss), f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
+                f"{_rounded(_positive(self._state.values['step_sizes']))}; lower lr or the inner step size", FloatingPointError)
         sizes = _positive(values["step_sizes"])
         start = self._first_step_sizes
         if float(sizes.max()) > RUNAWAY * float(start.max()) or float(sizes.max()) * RUNAWAY < float(start.min()):
@@ -238,7 +214,7 @@ class Distiller:
                 "size that search_step_size finds, or take more inner steps or an optimiser of the expert's kind"
             )
         record = StepRecord(step, loss, terms, norm, tuple(sizes.tolist()), time.perf_counter() - begun)
-        self._state = RunState(values, adam, [*before.records, record])
+        self._state = RunState(values, adam, [*self.records, record])
         return record
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
@@ -274,15 +250,6 @@ class Distiller:
             new, adam[name] = ADAM.update({name: value}, {name: gradient}, state, self.rates[name] * factor)
             values |= new
         return values, adam
-
-    def _stop_or_skip(self, message: str) -> None:
-        skipped = 1
-        while skipped <= self.step and "skipped" in self.records[-skipped].terms:
-            skipped += 1
-        if self.nonfinite == "skip" and skipped < PATIENCE:
-            warnings.warn(f"skipped: {message}", stacklevel=5)
-            return
-        raise FloatingPointError(message if self.nonfinite == "stop" else f"{skipped} steps in a row; the last: {message}")
 
     def _current(self) -> DistilledSet:
         # Not made anew: values were checked when they were made, and a step says itself what is not finite.
@@ -337,5 +304,5 @@ def _inverse_softplus(positive: Tensor) -> Tensor:
     return positive.detach().clone() + torch.log(-torch.expm1(-positive.detach()))
 
 
-def _rounded(sizes: Tensor | None) -> list[float]:
-    return [float(f"{size:.3g}") for size in (() if sizes is None else sizes.tolist())]
+def _rounded(sizes: Tensor) -> list[float]:
+    return [float(f"{size:.3g}") for size in sizes.tolist()]

@@ -56,22 +56,14 @@ class Estimate:
                 "inner steps")
 
 
-def recommend(
-    student: Student,
-    task: Task | None = None,
-    *,
-    unroll: Unroll | None = None,
-    distilled: DistilledSet | None = None,
-    outer_steps: int = 100,
-) -> tuple[Callable, str]:
+def recommend(student: Student, task: Task | None = None) -> tuple[Callable, str]:
     """The strategy that suits a student, and why in a sentence; with a task also what distilling with it will cost here.
 
     Args:
         student: what trains on the set.
-        task: to measure :class:`~distillkit.core.objectives.BPTT` on, with its default batch.  It takes a few seconds.
-        unroll: how the student trains; default ``Unroll(10)``.
-        distilled: the set to learn, whose shape counts; default: one example per class, or eight prompts.
-        outer_steps: to predict minutes for.
+        task: to measure 100 outer steps of :class:`~distillkit.core.objectives.BPTT` on, with its default batch and
+            ``Unroll(10)``, for a set of one example per class, or of eight prompts.  It takes a few seconds.  Another run:
+            :func:`estimate`.
 
     Raises:
         ValueError: no strategy suits: the student is in bfloat16.
@@ -81,12 +73,9 @@ def recommend(
     if task is None:
         return strategy, reason
     check_is("task", task, Task)
-    check_whole("outer_steps", outer_steps)
     size = {"per_class": 1} if task.classes else {"fraction": min(1.0, 8 / len(task.train))}
-    start = DistilledSet.from_real(task, student, **size) if distilled is None else distilled
-    unroll = Unroll(10) if unroll is None else unroll
-    objective = BPTT(task, student, unroll, metagrad=strategy, batch_size=min(64, len(task.train)))
-    return strategy, f"{reason}; {estimate(start, objective, outer_steps)}"
+    objective = BPTT(task, student, Unroll(10), metagrad=strategy, batch_size=min(64, len(task.train)))
+    return strategy, f"{reason}; {estimate(DistilledSet.from_real(task, student, **size), objective, 100)}"
 
 
 def estimate(distilled: DistilledSet, objective, steps: int) -> Estimate:

@@ -68,14 +68,10 @@ class Experts:
             StorageError: it holds none, is damaged, or its recording was interrupted.
         """
         experts = cls._open(absolute(folder))
-        absent = [place for place in experts.places if not (experts.folder / _name(*place)).is_file()]
-        unnamed = [place for place in experts.places if _name(*place) not in experts.members]
-        for expert, index in absent or unnamed:
-            if (expert, index) not in unnamed:
-                raise StorageError(f"{experts.folder / _name(expert, index)} is missing, and {INDEX} names it; put it there, "
-                                   "or call record_experts with the same settings to make it again")
-            raise StorageError(f"{folder}: expert {expert} ends before snapshot {index} of {experts.snapshots - 1}; its "
-                               "recording was interrupted: call record_experts with the same settings to finish it")
+        for name in (_name(*place) for place in experts.places):
+            require(name in experts.members and (experts.folder / name).is_file(),
+                    f"{experts.folder / name} is missing, or {INDEX} does not name it: the recording was interrupted, or "
+                    "the file was moved; put it there, or call record_experts with the same settings to finish", StorageError)
         return experts
 
     @classmethod

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distillkit.core import model_files
 from distillkit.core.probing import PROBED, probe, unsuitable
-from distillkit.core.student import WEIGHTS, Student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, require
 from distillkit.io.packaged import asset, sha256_of
@@ -77,7 +77,7 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
     module, trained_names, head = _with_trained_parts(module, task.kind, trainable, missing)
     student = Student(
         name=Path(source).name if "/" in source and Path(source).exists() else source, module=module, tokenizer=tokenizer,
-        embedding=embedding, kind=task.kind, num_classes=len(task.classes), max_positions=max_positions, trainable=trainable,
+        embedding=embedding, kind=task.kind, max_positions=max_positions, trainable=trainable,
         weights=weights, attention=attention, trained_names=trained_names, classes=tuple(task.classes),
         fresh_names=head if task.kind == "classification" else frozenset(), table_sha256=table_sha256,
     )
@@ -99,7 +99,7 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     check_choice("trainable", trainable, ("full", "head", "lora"))
     check_choice("dtype", dtype, tuple(DTYPES))
-    check_choice("weights", weights, WEIGHTS)
+    check_choice("weights", weights, ("pretrained", "random"))
     check_choice("attention", attention, ("eager", "sdpa"))
     require(not source.startswith("offline:") or source in OFFLINE,
             f"source {source!r} is no offline student; there are {', '.join(OFFLINE)}")

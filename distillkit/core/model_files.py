@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import functools
 import json
 import os
 import re
@@ -27,7 +26,6 @@ from typing import Any
 import huggingface_hub
 import transformers
 from huggingface_hub.errors import HFValidationError, HTTPError
-from transformers import safetensors_conversion
 
 from distillkit.io.checks import require
 
@@ -207,33 +205,16 @@ def _write(path: Path, content: dict) -> None:
 def snapshot(hub_id: str, remedy: str = "use an offline student or a folder saved with save_pretrained") -> Path:
     """The folder of a hub model in the Hugging Face cache, downloaded if need be; only the files in ``NAMES``.
 
-    A repository that holds pickles only is read from the pull request in which the hub's own bot has converted it, if there is
-    one.
-
     Raises:
         FileNotFoundError: there is no such model, or the hub does not answer and the cache does not have it.
     """
-    download = functools.partial(huggingface_hub.snapshot_download, hub_id, allow_patterns=list(NAMES))
     try:
-        folder = Path(download())
-        if not huggingface_hub.constants.HF_HUB_OFFLINE and not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
-            revision = _converted_revision(hub_id)
-            folder = Path(download(revision=revision)) if revision else folder
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(NAMES)))
     except (HTTPError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"unknown student {hub_id!r}: neither a local folder nor available from the Hugging Face hub or its cache "
             f"({in_brief(error)}); without internet {remedy}"
         ) from error
-    return folder
-
-
-def _converted_revision(hub_id: str) -> str | None:
-    with contextlib.suppress(HTTPError, OSError, IndexError):  # IndexError: a pull request of one commit
-        title = "Adding `safetensors` variant of this model"
-        pull = safetensors_conversion.previous_pr(huggingface_hub.HfApi(), hub_id, title, token=None)
-        if pull is not None and pull.author == "SFconvertbot":
-            return pull.git_reference
-    return None
 
 
 def inventory(source: str) -> tuple[list[str], list[str]]:

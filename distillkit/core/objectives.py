@@ -138,7 +138,7 @@ class TrajectoryMatching:
     (``unroll.steps``), and returns ‖θ_N − θ*_end‖² / ‖θ*_start − θ*_end‖², where the expert's end lies ``expert_epochs``
     later on its path.  A student that does not move has loss 1; one that arrives has loss 0.
 
-    The paper fixes this much; number of steps, segment length and which parameters are matched are this kit's choices.
+    The paper fixes this much; number of steps and segment length are this kit's choices.
 
     Args:
         task, student: what the experts were recorded with.
@@ -151,7 +151,6 @@ class TrajectoryMatching:
             point, for which it must be of the same kind.
         distance: ``"whole"``: one ratio of sums over all parameters, which the largest movers dominate; ``"tensor"``: the
             mean of the ratios of the single tensors that moved.
-        match: tells from a parameter's name whether it is matched; default: all that are trained.
         segments: expert segments whose meta-gradients are averaged in one outer step.
     """
 
@@ -165,7 +164,6 @@ class TrajectoryMatching:
     max_start_epoch: float | None = None
     student_state: str = "fresh"
     distance: str = "whole"
-    match: Callable[[str], bool] | None = None
     segments: int = 1
 
     def __post_init__(self):
@@ -187,9 +185,6 @@ class TrajectoryMatching:
         require(self.student_state == "fresh" or recorded == optimizer,
                 f"student_state='expert' hands over the state of {recorded}, which {optimizer} cannot use; give the unroll an "
                 f"{recorded}")
-        require(self.match is None or callable(self.match) and self._matched(),
-                f"match must be a function of a parameter's name, such as {self.student.trained_names[0]!r}, that is true for "
-                f"at least one of them, not {self.match!r}")
 
     @property
     def _length(self) -> int:
@@ -235,11 +230,8 @@ class TrajectoryMatching:
         fields = ("expert_epochs", "max_start_epoch", "student_state", "distance")
         recorded_elsewhere = ("parameters", "embedding", "tokenizer")
         experts = {k: v for k, v in self.experts.settings.items() if k not in recorded_elsewhere}
-        return _recipe(self, **{name: getattr(self, name) for name in fields}, matched=len(self._matched()),
-                       segments=self.segments, experts={**experts, "sha256": self.experts.sha256})
-
-    def _matched(self) -> list[str]:
-        return [n for n in self.student.trained_names if self.match is None or self.match(n)]
+        return _recipe(self, **{name: getattr(self, name) for name in fields}, segments=self.segments,
+                       experts={**experts, "sha256": self.experts.sha256})
 
     def _snapshot(self, expert: int, index: int, *, state: bool = True) -> tuple[Params, State]:
         """Parameters in the student's precision, and the optimiser's state if asked for, on the student's device."""
@@ -248,7 +240,7 @@ class TrajectoryMatching:
 
     def _distance(self, start: Params, end: Params) -> Callable[[Params], Tensor]:
         """The normalised squared distance to ``end`` as a function of the parameters."""
-        moves = {n: (start[n] - end[n]).square().sum() for n in self._matched()}
+        moves = {n: (start[n] - end[n]).square().sum() for n in self.student.trained_names}
         if self.distance == "whole":
             weights = dict.fromkeys(moves, 1 / cast("Tensor", sum(moves.values())))
         else:

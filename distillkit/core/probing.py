@@ -128,7 +128,7 @@ def _disagreement(student: Student, ids: Tensor, whole: Tensor, short: Tensor) -
         read = student.logits({}, {"input_ids": ids[None], "attention_mask": mask[:1]})
         near = student.logits({}, {"inputs_embeds": between[None], "attention_mask": mask[:1]})
         long_row, short_row = student.logits({}, batch)
-        last = student.next_token({}, batch) if language else None
+        last = student.log_likelihood({}, batch, ids[:1].expand(2, 1)) if language else None
     except FAILURES as error:
         return f"it does not run on points that are no rows of its embedding table ({in_brief(error)})"
     padded = torch.cat([long_row, short_row[:2]] if language else [long_row, short_row])
@@ -139,7 +139,7 @@ def _disagreement(student: Student, ids: Tensor, whole: Tensor, short: Tensor) -
     if not _alike(padded, torch.cat([whole[0], short[0]])):
         advice = "" if student.dtype == torch.float32 else "; try dtype='float32'"
         return f"padding changes its logits in {str(student.dtype).removeprefix('torch.')}{advice}"
-    if last is not None and not _alike(last, torch.stack([whole[0, -1], short[0, -1]]).log_softmax(-1)):
+    if last is not None and not _alike(last, torch.stack([whole[0, -1], short[0, -1]]).log_softmax(-1)[:, ids[:1]]):
         return "its logits of the last token alone (logits_to_keep) are not those of the whole text"
     return None
 

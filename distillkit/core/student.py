@@ -24,7 +24,6 @@ import dataclasses
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,12 +32,11 @@ import transformers
 from torch import Tensor
 
 from distillkit.data.tasks import NO_TARGET
-from distillkit.io.checks import check_choice, require
+from distillkit.io.checks import require
 from distillkit.io.seeds import generator
 
 Params = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
-WEIGHTS = ("pretrained", "random")
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,7 +49,6 @@ class Student:
         tokenizer: its fast tokenizer.
         embedding: the frozen input embedding table, ``[v, d]``.
         kind: ``"classification"`` or ``"instruction"``, as its task.
-        num_classes: c, the width of a classifier's logits; 0 for a language model.
         max_positions: longest input in tokens.
         trainable: ``"full"``, ``"head"`` or ``"lora"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
@@ -72,7 +69,6 @@ class Student:
     tokenizer: transformers.PreTrainedTokenizerBase
     embedding: Tensor
     kind: str
-    num_classes: int
     max_positions: int
     trainable: str
     weights: str
@@ -119,7 +115,7 @@ class Student:
                 f"{task.name!r} is {task.kind} with the classes {reprlib.repr(list(task.classes))}; load it for this task")
         return self if self.classes == tuple(task.classes) else dataclasses.replace(self, classes=tuple(task.classes))
 
-    def init(self, seed: int, *, weights: str | None = None) -> Params:
+    def init(self, seed: int) -> Params:
         """Parameters to start a training run from: pretrained body, a classifier's head fresh (or all fresh).
 
         Fresh parameters are drawn as the architecture itself initialises them, on the CPU and in float32 from ``seed``, so
@@ -127,18 +123,15 @@ class Student:
 
         Args:
             seed: any integer; the same seed gives the same parameters.
-            weights: overrides the student's own ``weights``.
 
         Returns:
             name → detached tensor on the student's device; new tensors, never views of the module's weights.
         """
-        weights = weights or self.weights
-        check_choice("weights", weights, WEIGHTS)
         parameters, draw = dict(self.module.named_parameters()), generator("student-init", seed)
         params = {name: parameters[name].detach().clone() for name in self.trained_names}
         adapters = [name for name in params if ".lora_" in name]
         fresh = {name: _fresh_adapter(name, params[name], draw) for name in adapters}
-        names = tuple(n for n in params if n not in fresh and (weights == "random" or n in self.fresh_names))
+        names = tuple(n for n in params if n not in fresh and (self.weights == "random" or n in self.fresh_names))
         if names and names not in self.cache:
             model = self.module.get_base_model() if self.trainable == "lora" else self.module
             self.cache[names] = _blank(model, names)
@@ -179,10 +172,6 @@ class Student:
         responses = responses.to(self.device)
         logits = self._outputs(params, batch, responses, logits_to_keep=responses.shape[1]).logits
         return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none", ignore_index=NO_TARGET)
-
-    def next_token(self, params: Params, batch: Batch) -> Tensor:
-        """Log-probability ``[b, v]`` of each token to be the one after the prompt."""
-        return self._outputs(params, batch, logits_to_keep=1).logits[:, -1].log_softmax(-1)
 
     def loss(self, params: Params, batch: Batch, targets: Tensor, *, dropout_seed: int | None = None) -> Tensor:
         """Mean cross-entropy of a batch; of a language model, mean over examples of the mean over response tokens.
@@ -233,18 +222,6 @@ class Student:
         mask = (mask.flip(1) if self.causal else mask).unsqueeze(-1)
         means = [(states * mask).sum(1) / mask.sum(1) for states in hidden]
         return torch.stack(means if self.causal else means + [states[:, 0] for states in hidden], 1)
-
-    def save_adapter(self, params: Params, folder: str | Path) -> None:
-        """Write trained LoRA parameters as a plain peft adapter, for ``peft.PeftModel.from_pretrained``.
-
-        Raises:
-            ValueError: the student was not loaded with ``trainable="lora"``.
-        """
-        require(self.trainable == "lora",
-                f"there is no adapter to save: the student trains {self.trainable!r} parameters, not 'lora'")
-        trained = copy.deepcopy(self.module)
-        trained.load_state_dict(params, strict=False)
-        trained.save_pretrained(str(folder))
 
     def _outputs(self, params: Params, batch: Batch, responses: Tensor | None = None, **options) -> Any:
         """The module's outputs at ``params``."""

@@ -270,7 +270,7 @@ def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] |
     ``records`` holds at least one record; ``scores`` maps a step to its score.
     """
     steps = [record.step for record in records]
-    terms = pandas.DataFrame([record.terms for record in records]).drop(columns="skipped", errors="ignore")
+    terms = pandas.DataFrame([record.terms for record in records])
     lines: dict[str, tuple[Sequence[float], Sequence[float]]]
     lines = {str(name): (steps, values.tolist()) for name, values in terms.items()}
     if len(lines) > 1:
