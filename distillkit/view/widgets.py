@@ -45,6 +45,8 @@ Score = Callable[[DistilledSet], float]
 
 _SHADES = [to_hex(colour) for colour in sns.color_palette("crest", 64)]
 CELL, LABEL, GAP = 15, 96, 40  # pixels of an attention map: a cell's side, room for words, between panels
+MOST = 24  # positions of an attention map, the first ones
+EVERY = 5  # steps between two pictures of a distillation
 WIDTH, HEIGHT, EDGE = 720, 440, 12  # pixels of a flat map
 
 
@@ -140,13 +142,13 @@ def candidates(
     return choices
 
 
-def outer_loss(judge, *, seed: int = 0) -> Score:
-    """The score of a judge: its outer loss on the real rows that ``seed`` draws, the same for every set; lower is better."""
+def outer_loss(judge) -> Score:
+    """The score of a judge: its outer loss on real rows, the same for every set; lower is better."""
 
     def score(distilled: DistilledSet) -> float:
         if distilled.tokens is None:  # a copy, because the judge marks the embeddings for gradients
-            return judge.gradient(dataclasses.replace(distilled, embeds=distilled.embeds.clone()), seed)[0]
-        return judge.losses(distilled, [[]], seed)[0]
+            return judge.gradient(dataclasses.replace(distilled, embeds=distilled.embeds.clone()), 0)[0]
+        return judge.losses(distilled, [[]], 0)[0]
 
     return score
 
@@ -192,8 +194,7 @@ def prompt_explorer(distilled: DistilledSet, student: Student, *, score: Score |
 
 
 def attention_panels(
-    weights: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Sequence[str]]], example: int, layer: int, head: int, *,
-    most: int = 24,
+    weights: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Sequence[str]]], example: int, layer: int, head: int
 ) -> list[tuple[str, np.ndarray, list[str]]]:
     """One head's attention in one example of several sets, as :func:`~distillkit.view.set_figures.attention_maps` draws it.
 
@@ -201,14 +202,13 @@ def attention_panels(
         weights: name → ``[examples, layers, heads, l, l]``, as :func:`~distillkit.view.measures.attention` returns them.
         words: name → for each example the words of its positions.
         example, layer, head: counted from 0.
-        most: number of positions, the first ones.
 
     Returns:
-        For each name its title, weights ``[n, n]`` and n words, n at most ``most``.
+        For each name its title, weights ``[n, n]`` and n words, n at most :data:`MOST`.
     """
     panels = []
     for name, values in weights.items():
-        shown = list(words[name][example][:most])
+        shown = list(words[name][example][:MOST])
         panels.append((name, values[example, layer, head, : len(shown), : len(shown)], shown))
     return panels
 
@@ -237,7 +237,7 @@ def attention_html(panels: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> s
 
 
 def attention_explorer(
-    student: Student, params: Params | None, distilled: DistilledSet, real: DistilledSet, *, most: int = 24
+    student: Student, params: Params | None, distilled: DistilledSet, real: DistilledSet
 ) -> ipywidgets.VBox:
     """Attention on real beside distilled text, with a slider for example, layer and head.
 
@@ -245,7 +245,6 @@ def attention_explorer(
         student, params: the model whose attention is shown; params None: the weights the student was loaded with.
         distilled: a set in ``student``'s embedding space; its words are the nearest ones.
         real: as many examples of real text, such as the set it was distilled from.
-        most: number of positions, the first ones.
 
     Raises ValueError for sets of different sizes.
     """
@@ -259,26 +258,20 @@ def attention_explorer(
     head = ipywidgets.IntSlider(description="head", value=1, min=1, max=weights["real"].shape[2])
 
     def draw():
-        return attention_html(attention_panels(weights, words, example.value, layer.value - 1, head.value - 1, most=most))
+        return attention_html(attention_panels(weights, words, example.value, layer.value - 1, head.value - 1))
 
     return _explorer([example, layer, head], draw)
 
 
-def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] | None = None) -> Figure:
-    """The terms of the loss at every step, and the scores at those steps where one was taken.
-
-    ``records`` holds at least one record; ``scores`` maps a step to its score.
-    """
+def progress_figure(records: Sequence[StepRecord]) -> Figure:
+    """The terms of the loss at every step; ``records`` holds at least one."""
     steps = [record.step for record in records]
     terms = pandas.DataFrame([record.terms for record in records]).drop(columns="skipped", errors="ignore")
     lines: dict[str, tuple[Sequence[float], Sequence[float]]]
     lines = {str(name): (steps, values.tolist()) for name, values in terms.items()}
     if len(lines) > 1:
         lines["all, weighted"] = (steps, [record.loss for record in records])
-    panels = [("Loss", "outer step", "loss", lines)]
-    if scores:
-        panels.append(("Score", "outer step", "score", {"of the set as it was": ([*scores], [*scores.values()])}))
-    return curves(panels)
+    return curves([("Loss", "outer step", "loss", lines)])
 
 
 def text_html(distilled: DistilledSet, student: Student) -> str:
@@ -290,14 +283,12 @@ def text_html(distilled: DistilledSet, student: Student) -> str:
 
 
 class Monitor(ipywidgets.VBox):
-    """The widget of :func:`monitor`: ``stop`` is the button, ``task`` the running distillation, ``scores`` those so far."""
+    """The widget of :func:`monitor`: ``stop`` is the button, ``task`` the running distillation."""
 
-    def __init__(self, distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5):
-        check_whole("every", every)
+    def __init__(self, distiller: Distiller, steps: int):
         if distiller.checkpoint.path is None:
             raise ValueError("a distillation that can be stopped needs a checkpoint: give its Distiller a checkpoint")
-        self.distiller, self.steps, self.score, self.every = distiller, steps, score, every
-        self.scores: dict[int, float] = {}
+        self.distiller, self.steps = distiller, steps
         self.task: asyncio.Task | None = None
         self.stop = ipywidgets.ToggleButton(description="stop", tooltip="after this step, with a checkpoint")
         self.status = ipywidgets.HTML(f"step {distiller.step} of {steps}")
@@ -329,21 +320,19 @@ class Monitor(ipywidgets.VBox):
 
     def _show(self, record: StepRecord) -> None:
         self.status.value = f"step {record.step} of {self.steps}: loss {record.loss:.3f}, {record.seconds:.1f} s"
-        if record.step % self.every == 0 or record.step == self.steps:
-            if self.score is not None:
-                self.scores[record.step] = self.score(self.distiller.distilled)
+        if record.step % EVERY == 0:
             self._draw()
 
     def _draw(self) -> None:
         if self.distiller.records:
             png = io.BytesIO()
-            progress_figure(self.distiller.records, self.scores).savefig(png, format="png")
+            progress_figure(self.distiller.records).savefig(png, format="png")
             self._picture.value, self._picture.layout.display = png.getvalue(), None
             self._text.value = text_html(self.distiller.distilled, self.distiller.objective.student)
 
 
-def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5) -> Monitor:
-    """Start a distillation in the kernel's own event loop, and show its loss, score and text while it runs.
+def monitor(distiller: Distiller, steps: int) -> Monitor:
+    """Start a distillation in the kernel's own event loop, and show its loss and text while it runs.
 
     Cells run between its steps, so the notebook stays usable, but a slider waits for the step to end.
 
@@ -351,14 +340,12 @@ def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, eve
         distiller: with a ``checkpoint``.  After a stop, or in another session, a Distiller with that file goes on to the
             very set that an uninterrupted run gives.
         steps: in all, as :meth:`~distillkit.core.distiller.Distiller.run` counts them.
-        score: from a set to a number, such as its accuracy on the validation split; taken every ``every`` steps.
-        every: steps between pictures.
 
     Raises:
         ValueError: a distiller without ``checkpoint``.
         RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
     """
-    loop, box = asyncio.get_running_loop(), Monitor(distiller, steps, score=score, every=every)
+    loop, box = asyncio.get_running_loop(), Monitor(distiller, steps)
     box.task = loop.create_task(box.run())
     return box
 
