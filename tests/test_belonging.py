@@ -154,7 +154,6 @@ ENTRANCES = {
     "distance_to_words": lambda s, t, m: distance_to_words(s, m),
     "history": lambda s, t, m: history([s, s], m),
     "candidates": lambda s, t, m: widgets.candidates(s, m, 0, 1, k=1),
-    "replaced": lambda s, t, m: widgets.replaced(s, m, 0, 1, 7),
     "prompt_explorer": lambda s, t, m: widgets.prompt_explorer(s, m, k=1),
     "attention_explorer": lambda s, t, m: widgets.attention_explorer(m, None, s, s),
 }

@@ -35,7 +35,6 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, StepRecord
 from distillkit.core.student import Params, Student
-from distillkit.io.checks import check_choice, check_whole
 from distillkit.io.escaping import LONGEST, one_line
 from distillkit.text.projection import allowed_tokens, nearest_tokens, project, with_tokens
 from distillkit.view.figures import curves, html_table, text_table
@@ -88,13 +87,8 @@ def _words(distilled: DistilledSet, student: Student) -> list[list[str]]:
     return [cast("list[str]", student.tokenizer.convert_ids_to_tokens(row[mask].tolist())) for row, mask in rows]
 
 
-def replaced(distilled: DistilledSet, student: Student, example: int, position: int, token: int) -> DistilledSet:
-    """The set with ``token`` at one learned position; the other positions keep their embeddings or tokens.
-
-    Raises ValueError for a position that is not learned, a token outside the embedding table, or a set of another table.
-    """
-    _check_place(distilled, student, example, position)
-    check_whole("token", token, least=0, most=len(student.embedding) - 1, meaning="the embedding table")
+def _replaced(distilled: DistilledSet, student: Student, example: int, position: int, token: int) -> DistilledSet:
+    """The set with ``token`` at one learned position; the other positions keep their embeddings or tokens."""
     if distilled.tokens is None:
         embeds = distilled.embeds.clone()
         embeds[example, position] = student.embedding[token]
@@ -102,12 +96,6 @@ def replaced(distilled: DistilledSet, student: Student, example: int, position: 
     tokens = distilled.tokens.clone()
     tokens[example, position] = token
     return with_tokens(distilled, student, tokens)
-
-
-def _check_place(distilled: DistilledSet, student: Student, example: int, position: int) -> None:
-    distilled.check_table(student)
-    if [example, position] not in distilled.free.nonzero().tolist():
-        raise ValueError(f"example {example!r} has no learned position {position!r}; choose one of distilled.free.nonzero()")
 
 
 def candidates(
@@ -126,8 +114,12 @@ def candidates(
 
     Returns:
         A row per word: ``token`` id, ``word``, Euclidean ``distance``, and with a score ``score`` and ``change``.
+
+    Raises ValueError for a position that is not learned, or a set of another table.
     """
-    _check_place(distilled, student, example, position)
+    distilled.check_table(student)
+    if [example, position] not in distilled.free.nonzero().tolist():
+        raise ValueError(f"example {example!r} has no learned position {position!r}; choose one of distilled.free.nonzero()")
     table = student.embedding
     embedding = distilled.embeds[example, position].to(table.device, table.dtype)
     nearest, _ = nearest_tokens(embedding[None], table, k=k, allowed=allowed_tokens(student.tokenizer, len(table)))
@@ -137,7 +129,7 @@ def candidates(
     words = [one_line(word) for word in student.tokenizer.convert_ids_to_tokens(ids)]
     choices = pandas.DataFrame({"token": ids, "word": words, "distance": distances})
     if score is not None:
-        choices["score"] = [score(replaced(distilled, student, example, position, token)) for token in ids]
+        choices["score"] = [score(_replaced(distilled, student, example, position, token)) for token in ids]
         choices["change"] = choices["score"] - score(distilled)
     return choices
 
@@ -359,13 +351,11 @@ def map_html(points, texts: Sequence[str], groups: Sequence[str], *, only: str |
         only: a group; the points of the others are drawn faint and behind it.
 
     Raises:
-        ValueError: points that are not finite ``[n, 2]``, another number of texts or groups, or an unknown group.
+        ValueError: points that are not finite ``[n, 2]``, or another number of texts or groups.
     """
     points = check_array(points, dtype="float64", ensure_min_features=2)
     check_consistent_length(points, texts, groups)
     names = list(dict.fromkeys(groups))
-    if only is not None:
-        check_choice("only", only, names)
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)).as_hex(), strict=True))
     span = np.ptp(points, axis=0)
     share = (points - points.min(0)) / np.where(span > 0, span, 1)
