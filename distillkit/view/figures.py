@@ -40,6 +40,7 @@ LABELS = {
     "zero-shot": "no training",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
+SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
 DPI = 150
 LONGEST = 200  # characters of a label or title
 WINDOW = 10  # steps of a running mean
@@ -307,15 +308,14 @@ def _row_label(name: str, with_recipe: bool = True) -> str:
 
 
 @style()
-def differences(result: Mapping, against: Sequence[str]) -> Figure:
+def differences(result: Mapping) -> Figure:
     """How much better learned sets are than selected ones, seed by seed: mean and 95 % interval of the paired differences.
 
     Args:
-        result: of an experiment on instruction tuning.
-        against: rows to compare with, as ``method/recipe``; those that have not run are left out.
+        result: of an experiment on instruction tuning; of :data:`SELECTED`, what has not run is left out.
     """
     sets = by_set(result).dropna(how="all")
-    others = [name for name in against if name in sets.index]
+    others = [name for name in SELECTED if name in sets.index]
     learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
     figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
     for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
