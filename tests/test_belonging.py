@@ -151,10 +151,9 @@ ENTRANCES = {
     "continual": lambda s, t, m: merging.continual([t, t], m, [s, s], steps=1, seeds=(0,)),
     "rescaled": lambda s, t, m: merging.rescaled(merging.with_recipe(s, UNROLL, m), t, m, factors=(1.0,), seeds=(0,)),
     "attention": lambda s, t, m: attention(m, s),
-    "distance_to_words": lambda s, t, m: distance_to_words(s, m, sample=5),
+    "distance_to_words": lambda s, t, m: distance_to_words(s, m),
     "history": lambda s, t, m: history([s, s], m),
     "candidates": lambda s, t, m: widgets.candidates(s, m, 0, 1, k=1),
-    "replaced": lambda s, t, m: widgets.replaced(s, m, 0, 1, 7),
     "prompt_explorer": lambda s, t, m: widgets.prompt_explorer(s, m, k=1),
     "attention_explorer": lambda s, t, m: widgets.attention_explorer(m, None, s, s),
 }

@@ -48,7 +48,7 @@ learned = dataclasses.replace(real, embeds=real.embeds + noise, tokens=None)
     "flat = widgets.map_explorer(points, texts, ['neg', 'pos', 'neg'] * 7)\nflat.add_class('the-map')",
     "goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)\n"
     "distiller = dk.Distiller(real, goal, checkpoint='run', checkpoint_every=10**6)\n"
-    "running = widgets.monitor(distiller, 10**5, every=10**5)\nrunning.add_class('the-monitor')",
+    "running = widgets.monitor(distiller, 10**5)\nrunning.add_class('the-monitor')",
 ]
 
 

@@ -133,10 +133,9 @@ def test_a_notebook_shows_a_figure_as_a_picture():
 
 def test_curves():
     lines = {"a": ([1, 2], [3.0, 4.0]), "b": ([1, 2], [1.0, 0.1])}
-    figure = plots.curves([("left", "x", "y", lines), ("right", "x", "y", {"a": lines["a"]})], log="y")
+    figure = plots.curves([("left", "x", "y", lines), ("right", "x", "y", {"a": lines["a"]})])
     assert [axes.get_title() for axes in figure.axes] == ["left", "right"]
     assert [len(axes.lines) for axes in figure.axes] == [2, 1]
-    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
     assert "b: 2 points" in plots.describe(figure)
     assert all(axes.get_legend() for axes in figure.axes) and not figure.legends
 
@@ -151,9 +150,8 @@ def test_many_curves_are_named_once_below():
 
 
 def test_points():
-    figure = plots.points("swaps", "promised", "done", {"a": ([1, 2, 3], [1.0, 2.0, 0.5])}, diagonal=True)
+    figure = plots.points("swaps", "promised", "done", {"a": ([1, 2, 3], [1.0, 2.0, 0.5])})
     (axes,) = figure.axes
     assert axes.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 2.0], [3, 0.5]]
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("swaps", "promised", "done")
     assert "a: 3 points" in plots.describe(figure) and "y = x" in plots.describe(figure)
-    assert "y = x" not in plots.describe(plots.points("", "", "", {"a": ([1], [1])}))

@@ -49,7 +49,7 @@ def test_pca_is_the_plane_of_largest_variance():
     assert np.allclose(views.flat_map(torch.tensor(points), method="pca"), flat)
 
 
-def test_umap_is_imported_when_asked_for_and_told_seed_and_neighbours(monkeypatch):
+def test_umap_is_imported_when_asked_for_and_told_the_seed(monkeypatch):
     """The real one compiles for half a minute; notebook 05 runs it, twice, and compares."""
     told = []
 
@@ -61,17 +61,16 @@ def test_umap_is_imported_when_asked_for_and_told_seed_and_neighbours(monkeypatc
             return points[:, :2].astype(np.float32)
 
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
-    flat = views.flat_map(cloud(10), seed=3, neighbors=8)
-    assert told == [{"n_neighbors": 8, "random_state": 3, "n_jobs": 1}] and flat.dtype == np.float64
-    assert np.array_equal(flat, cloud(10)[:, :2].astype(np.float32))
+    flat = views.flat_map(cloud(17), seed=3)
+    assert told == [{"n_neighbors": 15, "random_state": 3, "n_jobs": 1}] and flat.dtype == np.float64
+    assert np.array_equal(flat, cloud(17)[:, :2].astype(np.float32))
 
 
 @pytest.mark.parametrize(
     ("points", "options", "message"),
     [
         (cloud(), {"method": "tsne"}, "method must be one of umap, pca, not 'tsne'"),
-        (cloud(16), {}, "neighbors=15 needs at least 17 points, not 16; ask for fewer"),
-        (cloud(16), {"neighbors": 1}, "neighbors must be a whole number of at least 2, not 1"),
+        (cloud(16), {}, "UMAP needs at least 17 points, not 16"),
         (cloud(1), {"method": "pca"}, "n_components=2 must be between 0 and .*=1"),
         (cloud()[0], {"method": "pca"}, "Expected 2D array"),
         (np.where(np.eye(4), np.nan, 1.0)[:, :3], {"method": "pca"}, "NaN"),
@@ -151,8 +150,6 @@ def test_distance_to_words(world, start):
     direction = torch.nn.functional.normalize(torch.ones(student.width), dim=0)
     away = moved(start, 1e-3 * direction)
     assert views.distance_to_words(away, student).distances == pytest.approx(1e-3, rel=1e-3)
-    few = [views.distance_to_words(start, student, sample=5, seed=seed).yardstick for seed in (0, 0, 1)]
-    assert few[0] == few[1] != few[2]
 
 
 # Attention
@@ -236,8 +233,6 @@ def test_entropy_of_uniform_attention_is_the_logarithm_of_the_length():
     found = views.attention_entropy(weights, mask)
     assert found.shape == (2, 1, 2)
     assert found[:, 0, 0] == pytest.approx([math.log(4), math.log(3)]) and found[:, 0, 1].tolist() == [0, 0]
-    causal = views.attention_entropy(views.uniform_attention(mask[:1], causal=True), mask[:1])
-    assert float(causal.item()) == pytest.approx(np.mean([math.log(n) for n in (1, 2, 3, 4)]))
 
 
 def test_shares_by_hand():
@@ -268,7 +263,7 @@ def test_weights_that_do_not_fit_the_mask():
 # History
 
 
-def test_history_by_hand(world, start, tmp_path):
+def test_history_by_hand(world, start):
     """The first free position goes to another word and back, the second to a third word; the rest stays."""
     _, student = world
     first, second = start.free[0].nonzero().squeeze(1)[:2].tolist()
@@ -298,17 +293,13 @@ def test_history_by_hand(world, start, tmp_path):
     assert found.moved[:, 0, first] == pytest.approx([0, way, 0]) and found.moved.sum(2)[:, 1].tolist() == [0, 0, 0]
     assert np.allclose(found.labels, torch.stack([s.targets.softmax(-1) for s in states]))
 
-    saved = [state.save(tmp_path / str(i)) for i, state in enumerate(states)]
-    again = views.history(saved, student)
-    assert all(np.array_equal(*values) for values in zip(again, found, strict=True))
-
 
 def test_history_of_hard_labels_and_without_recipes(world, start):
     _, student = world
     hard = dataclasses.replace(start, targets=torch.tensor(start.meta["labels"]))
     found = views.history([hard, hard], student)
     assert found.labels is None and found.steps.tolist() == [0, 1] and not found.moved.any()
-    assert len(view_plots.movement(found).axes) == 2
+    assert len(view_plots.movement(found, 0.7).axes) == 2
 
 
 def test_histories_that_cannot_be(world, start):

@@ -100,35 +100,42 @@ def test_candidates_are_the_nearest_words_by_brute_force(world, learned):
     assert choices["word"].tolist() == student.tokenizer.convert_ids_to_tokens(choices["token"].tolist())
 
 
+def replaced(distilled, student, example, position, token):
+    """The set that a score sees for a token, which comes before the set as it is."""
+    scored = []
+    widgets.candidates(distilled, student, example, position, k=1, more=[token], score=lambda s: scored.append(s) or 0.0)
+    return scored[-2]
+
+
 def test_a_replacement_changes_one_position_and_nothing_else(world, real, learned):
     student = world[1]
     for before in (real, learned):
         embeds = before.embeds.clone()
-        after = widgets.replaced(before, student, 2, 4, 50)
+        after = replaced(before, student, 2, 4, 50)
         differs = (after.embeds != before.embeds).any(-1)
         assert differs.nonzero().tolist() == [[2, 4]] and torch.equal(after.embeds[2, 4], student.embedding[50])
         assert torch.equal(before.embeds, embeds), "the argument is left alone"
-    after = widgets.replaced(real, student, 2, 4, 50)
+    after = replaced(real, student, 2, 4, 50)
     assert after.tokens[2, 4] == 50 and after.meta["text"][2] == student.tokenizer.decode(after.tokens[2, 1:9])
     assert after.meta["text"][:2] == real.meta["text"][:2]
-    assert widgets.replaced(learned, student, 2, 4, 50).tokens is None
+    assert replaced(learned, student, 2, 4, 50).tokens is None
 
 
 def test_scores_are_the_judges_own(world, real, judge):
     """The same losses as the judge gives for swaps of tokens, which it takes by another route."""
     from distillkit.text.judges import Swap
 
-    choices = widgets.candidates(real, world[1], 0, 2, k=4, score=widgets.outer_loss(judge, seed=3))
-    before, *after = judge.losses(real, [[], *([Swap(0, 2, token)] for token in choices["token"])], 3)
+    choices = widgets.candidates(real, world[1], 0, 2, k=4, score=widgets.outer_loss(judge))
+    before, *after = judge.losses(real, [[], *([Swap(0, 2, token)] for token in choices["token"])], 0)
     assert choices["score"].tolist() == pytest.approx(after) and len(set(after)) > 2
     assert choices["change"].tolist() == pytest.approx([loss - before for loss in after], abs=1e-6)
 
 
 def test_scores_of_embeddings_are_those_of_the_replaced_set(world, learned, judge):
-    score = widgets.outer_loss(judge, seed=1)
+    score = widgets.outer_loss(judge)
     choices = widgets.candidates(learned, world[1], 1, 5, k=2, score=score)
-    sets = [widgets.replaced(learned, world[1], 1, 5, token) for token in choices["token"]]
-    by_hand = [judge.gradient(one, 1)[0] for one in sets]
+    sets = [replaced(learned, world[1], 1, 5, token) for token in choices["token"]]
+    by_hand = [judge.gradient(one, 0)[0] for one in sets]
     assert choices["score"].tolist() == by_hand and not learned.embeds.requires_grad
     assert choices["change"][0] == pytest.approx(by_hand[0] - score(learned))
 
@@ -137,13 +144,6 @@ def test_scores_of_embeddings_are_those_of_the_replaced_set(world, learned, judg
 def test_a_position_that_is_not_learned(world, real, place):
     with pytest.raises(ValueError, match=f"example {place[0]} has no learned position {place[1]}"):
         widgets.candidates(real, world[1], *place)
-    with pytest.raises(ValueError, match=f"example {place[0]} has no learned position {place[1]}"):
-        widgets.replaced(real, world[1], *place, 7)
-
-
-def test_a_token_that_the_table_does_not_have(world, real):
-    with pytest.raises(ValueError, match="token .*1000000"):
-        widgets.replaced(real, world[1], 0, 1, 10**6)
 
 
 def test_the_prompt_explorer_shows_what_its_functions_say(world, learned, judge):
@@ -206,10 +206,10 @@ def shades(source):
 
 def test_a_panel_is_one_head_of_one_example(weights, real):
     words = {name: [[f"w{i}" for i in range(10)]] * 4 for name in weights}
-    panels = widgets.attention_panels(weights, words, 2, 1, 0, most=6)
+    panels = widgets.attention_panels(weights, words, 2, 1, 0)
     assert [title for title, *_ in panels] == ["real", "distilled"]
     for title, values, names in panels:
-        assert np.array_equal(values, weights[title][2, 1, 0, :6, :6]) and names == words[title][2][:6]
+        assert np.array_equal(values, weights[title][2, 1, 0]) and names == words[title][2]
     figure = view_plots.attention_maps(panels)  # on paper
     assert [axes.get_title() for axes in figure.axes[:2]] == ["real", "distilled"]
     with pytest.raises(IndexError):
@@ -233,18 +233,18 @@ def test_the_attention_explorer_shows_what_its_functions_say(world, real, learne
     weights = {"real": views.attention(student, real, params), "distilled": views.attention(student, learned, params)}
     tokens = {"real": real.tokens, "distilled": dk.project(learned, student).tokens}
     words = {name: [student.tokenizer.convert_ids_to_tokens(row.tolist()) for row in ids] for name, ids in tokens.items()}
-    explorer = widgets.attention_explorer(student, params, learned, real, most=7)
+    explorer = widgets.attention_explorer(student, params, learned, real)
     pages = set()
     for layer in (1, 2):
         for head in (1, 2):
             control(explorer, "layer").value, control(explorer, "head").value = layer, head
-            panels = widgets.attention_panels(weights, words, 0, layer - 1, head - 1, most=7)
+            panels = widgets.attention_panels(weights, words, 0, layer - 1, head - 1)
             assert shown(explorer).value == widgets.attention_html(panels)
             pages.add(shown(explorer).value)
     control(explorer, "example").value = 3
     assert shown(explorer).value not in pages and len(pages) == 4
     assert len(passes) == 2, "one pass for each set, however the sliders are moved"
-    assert len(shades(shown(explorer).value)[0]) == 2 * 7 * 7
+    assert len(shades(shown(explorer).value)[0]) == 2 * 10 * 10
 
 
 def test_absent_positions_are_not_drawn(world):
@@ -293,12 +293,12 @@ def test_a_stop_leaves_a_checkpoint_that_goes_on_to_the_same_set(distillation, t
     for _ in whole.run(6):
         pass
     stopped = distillation("stopped")
+    box = widgets.Monitor(stopped, 6)
 
-    def press(distilled):
-        box.stop.value = distilled.meta["recipe"]["outer_steps"] == 3
-        return 0.5
+    def press(change):
+        box.stop.value = change.new.startswith("step 3 of 6: loss")
 
-    box = widgets.Monitor(stopped, 6, score=press, every=1)
+    box.status.observe(press, "value")
     asyncio.run(box.run())
     assert stopped.step == 3 and box.status.value.startswith("stopped at step 3 of 6")
     assert not same(stopped.distilled, whole.distilled)
@@ -311,11 +311,10 @@ def test_a_stop_leaves_a_checkpoint_that_goes_on_to_the_same_set(distillation, t
     assert [r.loss for r in resumed.records] == [r.loss for r in whole.records]
 
 
-def test_the_monitor_shows_loss_score_and_text(distillation, world):
+def test_the_monitor_shows_loss_and_text(distillation, world):
     distiller = distillation("run")
-    box = widgets.Monitor(distiller, 4, score=lambda s: 0.25 * s.meta["recipe"]["outer_steps"], every=2)
+    box = widgets.Monitor(distiller, 4)
     asyncio.run(box.run())
-    assert box.scores == {2: 0.5, 4: 1.0}
     picture = next(w for w in descendants(box) if type(w).__name__ == "Image")
     assert PIL.Image.open(io.BytesIO(picture.value)).format == "PNG"
     assert shown(box).value == widgets.text_html(distiller.distilled, world[1])
@@ -323,12 +322,11 @@ def test_the_monitor_shows_loss_score_and_text(distillation, world):
     assert all(plots.html.escape(row["text"]) in shown(box).value for row in rows)
 
 
-def test_the_progress_figure_has_every_term_and_the_scores(distillation):
+def test_the_progress_figure_has_every_term(distillation):
     distiller = distillation("figure")
     records = list(distiller.run(2))
-    assert plots.describe(widgets.progress_figure(records, {2: 0.5})).splitlines() == [
+    assert plots.describe(widgets.progress_figure(records)).splitlines() == [
         "panel 1: Loss | x: outer step | y: loss | outer: 2 points; neighbor: 2 points; all, weighted: 2 points",
-        "panel 2: Score | x: outer step | y: score | of the set as it was: 1 points",
     ]
     (axes,) = widgets.progress_figure(records).axes
     assert list(axes.lines[0].get_ydata()) == [r.terms["outer"] for r in records]
@@ -353,19 +351,24 @@ def test_others_get_their_turn_between_two_steps(distillation):
     assert distillation("turns").step == distiller.step
 
 
-def test_an_error_is_shown_in_the_widget(distillation):
-    def score(distilled):
-        raise RuntimeError("the scorer <broke>")
+def test_an_error_is_shown_in_the_widget(distillation, monkeypatch):
+    distiller = distillation("error")
+
+    def run_and_break(steps):
+        raise RuntimeError("the student <broke>")
+        yield
+
+    monkeypatch.setattr(distiller, "run", run_and_break)
 
     async def run():
-        box = widgets.monitor(distillation("error"), 3, score=score, every=1)
+        box = widgets.monitor(distiller, 3)
         with pytest.raises(RuntimeError, match="broke"):
             await box.task
         await asyncio.sleep(0)
         return box
 
     box = asyncio.run(run())
-    assert "the scorer &lt;broke&gt;" in box.status.value and box.stop.disabled
+    assert "the student &lt;broke&gt;" in box.status.value and box.stop.disabled
 
 
 def test_a_monitor_that_cannot_be(distillation, world):
@@ -373,8 +376,6 @@ def test_a_monitor_that_cannot_be(distillation, world):
     distiller.checkpoint.path = None
     with pytest.raises(ValueError, match="give its Distiller a checkpoint"):
         widgets.Monitor(distiller, 3)
-    with pytest.raises(ValueError, match="every .*0"):
-        widgets.Monitor(distillation("unused"), 3, every=0)
     with pytest.raises(RuntimeError, match="no running event loop"):
         widgets.monitor(distillation("unused"), 3)
 
@@ -416,8 +417,6 @@ def test_a_group_is_singled_out(world):
     assert [e[0].text for e in drawn if e.get("fill-opacity") == "0.85"] == ["b"] == [drawn[-1][0].text]
     control(explorer, "show").label = "all"
     assert shown(explorer).value == widgets.map_html(points, texts, groups)
-    with pytest.raises(ValueError, match="only .*'z'"):
-        widgets.map_html(points, texts, groups, only="z")
 
 
 @pytest.mark.parametrize(

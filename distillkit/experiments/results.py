@@ -176,13 +176,12 @@ def by_set(result: Mapping, value: str = "accuracy", cell: str | None = None) ->
     return chosen.pivot_table(index="row", columns="set_seed", values=value).round(6).reindex(result["config"]["rows"])
 
 
-def by_row(result: Mapping, cell: str | None = None) -> pd.DataFrame:
+def by_row(result: Mapping) -> pd.DataFrame:
     """What there is to say of each row: ``mean`` and ``std`` (n − 1) over all its students, their number, and its first size.
 
     The lines are the rows of the settings; ``mean`` is nan where a row has not run.
     """
-    scores = frame(result)
-    groups = (scores if cell is None else scores[scores["cell"] == cell]).groupby("row")
+    groups = frame(result).groupby("row")
     first = groups[["method", "recipe", "examples", "nbytes", "seconds", "flops"]].first()
     summary = groups["accuracy"].agg(["mean", "std", "size"]).round(6)
     return first.join(summary).reindex(result["config"]["rows"])

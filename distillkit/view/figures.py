@@ -40,8 +40,10 @@ LABELS = {
     "zero-shot": "no training",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
+SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
 DPI = 150
 LONGEST = 200  # characters of a label or title
+WINDOW = 10  # steps of a running mean
 FEW = 4  # lines that a legend inside a panel leaves room for
 
 
@@ -74,14 +76,14 @@ def _figure(width: float, height: float, columns: int = 1, ratios: Sequence[floa
     return figure, axes
 
 
-def draw_curve(axes, losses: Sequence[float], window: int = 10) -> None:
-    """Outer loss at each step (faint) and its running mean over ``window`` steps."""
+def draw_curve(axes, losses: Sequence[float]) -> None:
+    """Outer loss at each step (faint) and its running mean over :data:`WINDOW` steps."""
     steps = np.arange(1, len(losses) + 1)
     colour = METHOD_COLOURS["embeddings"]
     axes.plot(steps, losses, color=colour, alpha=0.25, lw=1, label="each step")
-    if len(losses) >= window:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
-        axes.plot(steps[window - 1 :], mean, color=colour, lw=2, label=f"mean of {window} steps")
+    if len(losses) >= WINDOW:
+        mean = np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
+        axes.plot(steps[WINDOW - 1 :], mean, color=colour, lw=2, label=f"mean of {WINDOW} steps")
     axes.set(xlabel="outer step", ylabel="loss on real text", title="Learning the set")
     axes.legend(frameon=False)
 
@@ -156,22 +158,18 @@ def soft_labels(before, after, classes: Sequence[str]) -> Figure:
 
 
 @style()
-def curves(
-    panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]], log: str = ""
-) -> Figure:
+def curves(panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]]) -> Figure:
     """Lines in panels side by side; where a panel has more than four, the lines are named once, below them.
 
     Args:
         panels: for each its title, the labels of x and y, and {name of a line: (x values, y values)}.
-        log: the axes with a logarithmic scale: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
     """
     figure, axes = _figure(5 * len(panels), 3.4, len(panels))
     for where, (title, x, y, lines) in zip(axes, panels, strict=True):
         for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
             where.plot(xs, ys, marker=marker, color=colour, label=name)
-        where.set(title=title, xlabel=x, ylabel=y, xscale="log" if "x" in log else "linear",
-                  yscale="log" if "y" in log else "linear")
-        if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
+        where.set(title=title, xlabel=x, ylabel=y)
+        if all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
             where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if max(len(lines) for *_, lines in panels) > FEW:
         _legend_below(figure)
@@ -188,19 +186,17 @@ def _legend_below(figure: Figure) -> None:
 
 
 @style()
-def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]], diagonal=False) -> Figure:
-    """Points of one or more clouds.
+def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Points of one or more clouds, and the line on which y is x.
 
     Args:
         title, x, y: of the panel and its axes.
         clouds: {name: (x values, y values)}.
-        diagonal: draw the line on which y is x.
     """
     figure, (axes,) = _figure(5.5, 4)
     for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
         axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
-    if diagonal:
-        axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
+    axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
     axes.axhline(0, color="black", lw=0.5)
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.legend(frameon=False)
@@ -312,15 +308,14 @@ def _row_label(name: str, with_recipe: bool = True) -> str:
 
 
 @style()
-def differences(result: Mapping, against: Sequence[str]) -> Figure:
+def differences(result: Mapping) -> Figure:
     """How much better learned sets are than selected ones, seed by seed: mean and 95 % interval of the paired differences.
 
     Args:
-        result: of an experiment on instruction tuning.
-        against: rows to compare with, as ``method/recipe``; those that have not run are left out.
+        result: of an experiment on instruction tuning; of :data:`SELECTED`, what has not run is left out.
     """
     sets = by_set(result).dropna(how="all")
-    others = [name for name in against if name in sets.index]
+    others = [name for name in SELECTED if name in sets.index]
     learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
     figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
     for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
@@ -351,9 +346,10 @@ def metagrad_cost(result: dict) -> Figure:
          {name: (group["steps"], group["cost"]) for name, group in groups.items()}),
         ("Memory, copies of the parameters included", "inner steps T", "live MB",
          {name: (group["steps"], group["bytes"] / 1e6) for name, group in groups.items()}),
-    ], log="x")
+    ])
     steps = sorted({row["steps"] for row in entry["rows"]})
     for axes in figure.axes:
+        axes.set_xscale("log")
         axes.set_xticks(steps, [str(t) for t in steps])
         axes.minorticks_off()
     return figure

@@ -15,10 +15,6 @@ from distillkit.experiments.results import read
 from distillkit.view import figures as plots
 
 
-def _instruction(result: dict) -> Figure:
-    return plots.differences(result, ("random/standard", "k_center/standard", "less/standard"))
-
-
 def _text(result: dict) -> Figure:
     return plots.seeded(result, f"Ways to text, one example a class: {result['config']['corpus']}")
 
@@ -30,7 +26,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "classification_rotten_tomatoes": ("classification_rotten_tomatoes", plots.scores),
     "classification_ag_news": ("classification_ag_news", plots.scores),
     "instruction_library": ("instruction_library", lambda result: plots.seeded(result, "Which library?")),
-    "instruction_library_differences": ("instruction_library", _instruction),
+    "instruction_library_differences": ("instruction_library", plots.differences),
     "instruction_function": ("instruction_function", lambda result: plots.seeded(result, "Which function?")),
     "instruction_arc_easy": ("instruction_arc_easy", lambda result: plots.seeded(result, "ARC-Easy")),
     "text_docstrings": ("text_docstrings", _text),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +32,8 @@ from distillkit.io.seeds import generator
 from distillkit.text.projection import METRICS, allowed_tokens, nearest_tokens
 
 MAPS = ("umap", "pca")
+NEIGHBORS = 15  # of each point, that UMAP preserves
+SAMPLE = 1000  # words that distances between words are measured on
 # Each function below that returns one of these describes its fields.
 Overlap = namedtuple("Overlap", ("share", "chance"))
 WordDistances = namedtuple("WordDistances", ("distances", "tokens", "yardstick"))
@@ -40,7 +41,7 @@ AttentionShares = namedtuple("AttentionShares", ("special", "content", "own", "p
 History = namedtuple("History", ("steps", "free", "moved", "tokens", "flipped", "away", "labels"))
 
 
-def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15) -> np.ndarray:
+def flat_map(points, *, method: str = "umap", seed: int = 0) -> np.ndarray:
     """Points in the plane.
 
     Args:
@@ -48,7 +49,6 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
         method: ``"umap"``: neighbours stay neighbours, distances and gaps between groups mean nothing (McInnes et al.,
             2018); ``"pca"``: the plane of the largest variance, which keeps distances as far as a plane can.
         seed: for UMAP's start and sampling; UMAP runs on one thread, so that a seed gives one map.
-        neighbors: neighbours of each point that UMAP preserves, at least 2.
 
     Returns:
         ``[n, 2]`` float64.
@@ -60,15 +60,11 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
     points = _points(points)
     if method == "pca":
         return PCA(2, svd_solver="full").fit_transform(points)
-    check_whole("neighbors", neighbors, least=2)
-    if len(points) < neighbors + 2:  # UMAP would take fewer neighbours and only warn
-        raise ValueError(
-            f"UMAP with neighbors={neighbors} needs at least {neighbors + 2} points, not {len(points)}; "
-            "ask for fewer neighbors, or for method='pca'"
-        )
+    if len(points) < NEIGHBORS + 2:  # UMAP would take fewer neighbours and only warn
+        raise ValueError(f"UMAP needs at least {NEIGHBORS + 2} points, not {len(points)}; ask for method='pca'")
     import umap  # takes seconds to compile, so it is imported only here
 
-    return np.asarray(umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points), dtype=np.float64)
+    return np.asarray(umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(points), dtype=np.float64)
 
 
 def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
@@ -94,19 +90,19 @@ def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: 
     return Overlap(float((group[nearest] == group[:, None]).mean()), float((sizes[group] - 1).mean() / (len(points) - 1)))
 
 
-def preservation(points, flat, k: int, *, metric: str = "l2") -> float:
+def preservation(points, flat, k: int) -> float:
     """The mean share of a point's ``k`` nearest other points that are among its ``k`` nearest on a map too; 1: all of them.
 
     A map that shuffles the points would keep k / (n − 1).
 
     Args:
-        points: ``[n, d]``; ``metric`` (``"cosine"`` or ``"l2"``) measures how near they are.
-        flat: ``[n, 2]``, the map, with Euclidean distance.
+        points: ``[n, d]``.
+        flat: ``[n, 2]``, the map.
         k: from 1 to n − 1.
     """
     points, flat = _points(points), _points(flat)
     check_consistent_length(points, flat)
-    shared = _nearest(points, k, metric)[:, :, None] == _nearest(flat, k, "l2")[:, None, :]
+    shared = _nearest(points, k, "l2")[:, :, None] == _nearest(flat, k, "l2")[:, None, :]
     return float(shared.any(2).mean())
 
 
@@ -123,20 +119,18 @@ def _nearest(points: np.ndarray, k: int, metric: str) -> np.ndarray:
     return search.fit(points).kneighbors(return_distance=False)  # without a query, a point is not its own neighbour
 
 
-def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int = 1000, seed: int = 0) -> WordDistances:
+def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistances:
     """Euclidean distance of each free position to its nearest word, beside how far words are from each other.
 
     A distance well below the yardstick lies inside the cell of a word; one well above it lies far from every word.
 
     Args:
         distilled: a set in ``student``'s embedding space.
-        sample: number of words, drawn from ``seed``, that the yardstick is measured on (all where there are fewer).
 
     Returns:
         ``distances [n]`` of the free positions in reading order; ``tokens [n]``, the ids of their nearest words; and the
-        ``yardstick``, the median distance between a word and the word nearest to it.
+        ``yardstick``, the median distance between a word and the word nearest to it, of :data:`SAMPLE` words drawn at random.
     """
-    check_whole("sample", sample)
     distilled.check_table(student)
     table = student.embedding
     allowed = allowed_tokens(student.tokenizer, len(table))
@@ -146,7 +140,7 @@ def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int 
     distances = (free - table[ids.to(table.device)]).float().norm(dim=1)
 
     words = allowed.nonzero().squeeze(1)
-    words = words[torch.randperm(len(words), generator=generator("yardstick", seed))[:sample]]
+    words = words[torch.randperm(len(words), generator=generator("yardstick", 0))[:SAMPLE]]
     _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
     return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
 
@@ -185,11 +179,10 @@ def attention(student: Student, examples: DistilledSet | Batch, params: Params |
     return (weights * present).cpu().numpy()
 
 
-def uniform_attention(mask, *, causal: bool = False) -> np.ndarray:
-    """``[examples, 1, 1, l, l]``: equal weight on every present position (of those so far, if ``causal``): a yardstick."""
+def uniform_attention(mask) -> np.ndarray:
+    """``[examples, 1, 1, l, l]``: equal weight on every present position: a yardstick."""
     mask = np.asarray(mask, dtype=bool)
     visible = (mask[:, :, None] & mask[:, None, :])[:, None, None]
-    visible = np.tril(visible) if causal else visible
     return visible / visible.sum(-1, keepdims=True).clip(1)
 
 
@@ -249,11 +242,11 @@ def _mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     return (values * where).sum(-1) / where.sum(-1).clip(1)
 
 
-def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) -> History:
+def history(snapshots: Sequence[DistilledSet], student: Student) -> History:
     """How a set moved from its first snapshot on, which words its positions passed through, and how its labels changed.
 
     Args:
-        snapshots: two or more states of one set in order, as sets (``distiller.distilled`` is a copy) or files of saved sets.
+        snapshots: two or more states of one set in order; ``distiller.distilled`` is a copy.
         student: the model whose words are the nearest ones.
 
     Returns:
@@ -268,25 +261,25 @@ def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) ->
     Raises:
         ValueError: fewer than two snapshots, snapshots that are not of one set, or not in ``student``'s embedding space.
     """
-    sets = [s if isinstance(s, DistilledSet) else DistilledSet.load(s) for s in snapshots]
-    if len(sets) < 2:
-        raise ValueError(f"a history needs at least two snapshots, not {len(sets)}; keep distiller.distilled while it runs")
-    first, free = sets[0], sets[0].free
-    for place, snapshot in enumerate(sets):
+    if len(snapshots) < 2:
+        raise ValueError(f"a history needs at least two snapshots, not {len(snapshots)}; keep distiller.distilled as it runs")
+    first, free = snapshots[0], snapshots[0].free
+    for place, snapshot in enumerate(snapshots):
         snapshot.check_table(student)
         if snapshot.embeds.shape != first.embeds.shape or not torch.equal(snapshot.free, free):
             raise ValueError(f"snapshot {place} is of another set: its embeddings {tuple(snapshot.embeds.shape)} or learned "
                              f"positions differ from those of snapshot 0, {tuple(first.embeds.shape)}")
-    embeds = torch.stack([snapshot.embeds for snapshot in sets])
+    embeds = torch.stack([snapshot.embeds for snapshot in snapshots])
     allowed = allowed_tokens(student.tokenizer, len(student.embedding))
     tokens = torch.full(embeds.shape[:3], -1)
-    tokens[:, free] = nearest_tokens(embeds[:, free].flatten(0, 1), student.embedding, allowed=allowed)[0].view(len(sets), -1)
+    nearest, _ = nearest_tokens(embeds[:, free].flatten(0, 1), student.embedding, allowed=allowed)
+    tokens[:, free] = nearest.view(len(snapshots), -1)
     return History(
-        steps=np.array([s.meta.get("recipe", {}).get("outer_steps", place) for place, s in enumerate(sets)]),
+        steps=np.array([s.meta.get("recipe", {}).get("outer_steps", place) for place, s in enumerate(snapshots)]),
         free=free.numpy(),
         moved=(embeds - first.embeds).norm(dim=-1).numpy(),
         tokens=tokens.numpy(),
         flipped=np.diff(tokens, axis=0, prepend=tokens[:1]) != 0,
         away=(tokens != tokens[0])[:, free].double().mean(1).numpy(),
-        labels=torch.stack([s.targets.softmax(-1) for s in sets]).numpy() if first.soft else None,
+        labels=torch.stack([s.targets.softmax(-1) for s in snapshots]).numpy() if first.soft else None,
     )

@@ -136,7 +136,7 @@ def shares(parts: Mapping[str, AttentionShares]) -> Figure:
 
 
 @style()
-def movement(past: History, yardstick: float | None = None) -> Figure:
+def movement(past: History, yardstick: float) -> Figure:
     """How far the learned positions moved, how many of them have another nearest word, and how the labels changed.
 
     Args:
@@ -148,8 +148,7 @@ def movement(past: History, yardstick: float | None = None) -> Figure:
     figure, axes = _figure(4.6 * panels, 3.6, panels)
     axes[0].plot(past.steps, moved, color=colour, alpha=0.12, lw=0.8)
     axes[0].plot(past.steps, np.median(moved, 1), color=colour, lw=2.5, label="median position")
-    if yardstick is not None:
-        axes[0].axhline(yardstick, color="black", ls=":", label="word to nearest word")
+    axes[0].axhline(yardstick, color="black", ls=":", label="word to nearest word")
     axes[0].set(title="Moved from the start", ylabel="Euclidean distance", ylim=(0, None))
     axes[1].plot(past.steps, past.away, "o-", color=colour, label="than at the start")
     axes[1].plot(past.steps, flipped, "s--", color=METHOD_COLOURS["projected"], label="than one snapshot before")

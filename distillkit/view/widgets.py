@@ -35,7 +35,6 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, StepRecord
 from distillkit.core.student import Params, Student
-from distillkit.io.checks import check_choice, check_whole
 from distillkit.io.escaping import LONGEST, one_line
 from distillkit.text.projection import allowed_tokens, nearest_tokens, project, with_tokens
 from distillkit.view.figures import curves, html_table, text_table
@@ -45,6 +44,8 @@ Score = Callable[[DistilledSet], float]
 
 _SHADES = [to_hex(colour) for colour in sns.color_palette("crest", 64)]
 CELL, LABEL, GAP = 15, 96, 40  # pixels of an attention map: a cell's side, room for words, between panels
+MOST = 24  # positions of an attention map, the first ones
+EVERY = 5  # steps between two pictures of a distillation
 WIDTH, HEIGHT, EDGE = 720, 440, 12  # pixels of a flat map
 
 
@@ -86,13 +87,8 @@ def _words(distilled: DistilledSet, student: Student) -> list[list[str]]:
     return [cast("list[str]", student.tokenizer.convert_ids_to_tokens(row[mask].tolist())) for row, mask in rows]
 
 
-def replaced(distilled: DistilledSet, student: Student, example: int, position: int, token: int) -> DistilledSet:
-    """The set with ``token`` at one learned position; the other positions keep their embeddings or tokens.
-
-    Raises ValueError for a position that is not learned, a token outside the embedding table, or a set of another table.
-    """
-    _check_place(distilled, student, example, position)
-    check_whole("token", token, least=0, most=len(student.embedding) - 1, meaning="the embedding table")
+def _replaced(distilled: DistilledSet, student: Student, example: int, position: int, token: int) -> DistilledSet:
+    """The set with ``token`` at one learned position; the other positions keep their embeddings or tokens."""
     if distilled.tokens is None:
         embeds = distilled.embeds.clone()
         embeds[example, position] = student.embedding[token]
@@ -100,12 +96,6 @@ def replaced(distilled: DistilledSet, student: Student, example: int, position: 
     tokens = distilled.tokens.clone()
     tokens[example, position] = token
     return with_tokens(distilled, student, tokens)
-
-
-def _check_place(distilled: DistilledSet, student: Student, example: int, position: int) -> None:
-    distilled.check_table(student)
-    if [example, position] not in distilled.free.nonzero().tolist():
-        raise ValueError(f"example {example!r} has no learned position {position!r}; choose one of distilled.free.nonzero()")
 
 
 def candidates(
@@ -124,8 +114,12 @@ def candidates(
 
     Returns:
         A row per word: ``token`` id, ``word``, Euclidean ``distance``, and with a score ``score`` and ``change``.
+
+    Raises ValueError for a position that is not learned, or a set of another table.
     """
-    _check_place(distilled, student, example, position)
+    distilled.check_table(student)
+    if [example, position] not in distilled.free.nonzero().tolist():
+        raise ValueError(f"example {example!r} has no learned position {position!r}; choose one of distilled.free.nonzero()")
     table = student.embedding
     embedding = distilled.embeds[example, position].to(table.device, table.dtype)
     nearest, _ = nearest_tokens(embedding[None], table, k=k, allowed=allowed_tokens(student.tokenizer, len(table)))
@@ -135,18 +129,18 @@ def candidates(
     words = [one_line(word) for word in student.tokenizer.convert_ids_to_tokens(ids)]
     choices = pandas.DataFrame({"token": ids, "word": words, "distance": distances})
     if score is not None:
-        choices["score"] = [score(replaced(distilled, student, example, position, token)) for token in ids]
+        choices["score"] = [score(_replaced(distilled, student, example, position, token)) for token in ids]
         choices["change"] = choices["score"] - score(distilled)
     return choices
 
 
-def outer_loss(judge, *, seed: int = 0) -> Score:
-    """The score of a judge: its outer loss on the real rows that ``seed`` draws, the same for every set; lower is better."""
+def outer_loss(judge) -> Score:
+    """The score of a judge: its outer loss on real rows, the same for every set; lower is better."""
 
     def score(distilled: DistilledSet) -> float:
         if distilled.tokens is None:  # a copy, because the judge marks the embeddings for gradients
-            return judge.gradient(dataclasses.replace(distilled, embeds=distilled.embeds.clone()), seed)[0]
-        return judge.losses(distilled, [[]], seed)[0]
+            return judge.gradient(dataclasses.replace(distilled, embeds=distilled.embeds.clone()), 0)[0]
+        return judge.losses(distilled, [[]], 0)[0]
 
     return score
 
@@ -192,8 +186,7 @@ def prompt_explorer(distilled: DistilledSet, student: Student, *, score: Score |
 
 
 def attention_panels(
-    weights: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Sequence[str]]], example: int, layer: int, head: int, *,
-    most: int = 24,
+    weights: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Sequence[str]]], example: int, layer: int, head: int
 ) -> list[tuple[str, np.ndarray, list[str]]]:
     """One head's attention in one example of several sets, as :func:`~distillkit.view.set_figures.attention_maps` draws it.
 
@@ -201,14 +194,13 @@ def attention_panels(
         weights: name → ``[examples, layers, heads, l, l]``, as :func:`~distillkit.view.measures.attention` returns them.
         words: name → for each example the words of its positions.
         example, layer, head: counted from 0.
-        most: number of positions, the first ones.
 
     Returns:
-        For each name its title, weights ``[n, n]`` and n words, n at most ``most``.
+        For each name its title, weights ``[n, n]`` and n words, n at most :data:`MOST`.
     """
     panels = []
     for name, values in weights.items():
-        shown = list(words[name][example][:most])
+        shown = list(words[name][example][:MOST])
         panels.append((name, values[example, layer, head, : len(shown), : len(shown)], shown))
     return panels
 
@@ -237,7 +229,7 @@ def attention_html(panels: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> s
 
 
 def attention_explorer(
-    student: Student, params: Params | None, distilled: DistilledSet, real: DistilledSet, *, most: int = 24
+    student: Student, params: Params | None, distilled: DistilledSet, real: DistilledSet
 ) -> ipywidgets.VBox:
     """Attention on real beside distilled text, with a slider for example, layer and head.
 
@@ -245,7 +237,6 @@ def attention_explorer(
         student, params: the model whose attention is shown; params None: the weights the student was loaded with.
         distilled: a set in ``student``'s embedding space; its words are the nearest ones.
         real: as many examples of real text, such as the set it was distilled from.
-        most: number of positions, the first ones.
 
     Raises ValueError for sets of different sizes.
     """
@@ -259,26 +250,20 @@ def attention_explorer(
     head = ipywidgets.IntSlider(description="head", value=1, min=1, max=weights["real"].shape[2])
 
     def draw():
-        return attention_html(attention_panels(weights, words, example.value, layer.value - 1, head.value - 1, most=most))
+        return attention_html(attention_panels(weights, words, example.value, layer.value - 1, head.value - 1))
 
     return _explorer([example, layer, head], draw)
 
 
-def progress_figure(records: Sequence[StepRecord], scores: Mapping[int, float] | None = None) -> Figure:
-    """The terms of the loss at every step, and the scores at those steps where one was taken.
-
-    ``records`` holds at least one record; ``scores`` maps a step to its score.
-    """
+def progress_figure(records: Sequence[StepRecord]) -> Figure:
+    """The terms of the loss at every step; ``records`` holds at least one."""
     steps = [record.step for record in records]
     terms = pandas.DataFrame([record.terms for record in records])
     lines: dict[str, tuple[Sequence[float], Sequence[float]]]
     lines = {str(name): (steps, values.tolist()) for name, values in terms.items()}
     if len(lines) > 1:
         lines["all, weighted"] = (steps, [record.loss for record in records])
-    panels = [("Loss", "outer step", "loss", lines)]
-    if scores:
-        panels.append(("Score", "outer step", "score", {"of the set as it was": ([*scores], [*scores.values()])}))
-    return curves(panels)
+    return curves([("Loss", "outer step", "loss", lines)])
 
 
 def text_html(distilled: DistilledSet, student: Student) -> str:
@@ -290,14 +275,12 @@ def text_html(distilled: DistilledSet, student: Student) -> str:
 
 
 class Monitor(ipywidgets.VBox):
-    """The widget of :func:`monitor`: ``stop`` is the button, ``task`` the running distillation, ``scores`` those so far."""
+    """The widget of :func:`monitor`: ``stop`` is the button, ``task`` the running distillation."""
 
-    def __init__(self, distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5):
-        check_whole("every", every)
+    def __init__(self, distiller: Distiller, steps: int):
         if distiller.checkpoint.path is None:
             raise ValueError("a distillation that can be stopped needs a checkpoint: give its Distiller a checkpoint")
-        self.distiller, self.steps, self.score, self.every = distiller, steps, score, every
-        self.scores: dict[int, float] = {}
+        self.distiller, self.steps = distiller, steps
         self.task: asyncio.Task | None = None
         self.stop = ipywidgets.ToggleButton(description="stop", tooltip="after this step, with a checkpoint")
         self.status = ipywidgets.HTML(f"step {distiller.step} of {steps}")
@@ -329,21 +312,19 @@ class Monitor(ipywidgets.VBox):
 
     def _show(self, record: StepRecord) -> None:
         self.status.value = f"step {record.step} of {self.steps}: loss {record.loss:.3f}, {record.seconds:.1f} s"
-        if record.step % self.every == 0 or record.step == self.steps:
-            if self.score is not None:
-                self.scores[record.step] = self.score(self.distiller.distilled)
+        if record.step % EVERY == 0:
             self._draw()
 
     def _draw(self) -> None:
         if self.distiller.records:
             png = io.BytesIO()
-            progress_figure(self.distiller.records, self.scores).savefig(png, format="png")
+            progress_figure(self.distiller.records).savefig(png, format="png")
             self._picture.value, self._picture.layout.display = png.getvalue(), None
             self._text.value = text_html(self.distiller.distilled, self.distiller.objective.student)
 
 
-def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, every: int = 5) -> Monitor:
-    """Start a distillation in the kernel's own event loop, and show its loss, score and text while it runs.
+def monitor(distiller: Distiller, steps: int) -> Monitor:
+    """Start a distillation in the kernel's own event loop, and show its loss and text while it runs.
 
     Cells run between its steps, so the notebook stays usable, but a slider waits for the step to end.
 
@@ -351,14 +332,12 @@ def monitor(distiller: Distiller, steps: int, *, score: Score | None = None, eve
         distiller: with a ``checkpoint``.  After a stop, or in another session, a Distiller with that file goes on to the
             very set that an uninterrupted run gives.
         steps: in all, as :meth:`~distillkit.core.distiller.Distiller.run` counts them.
-        score: from a set to a number, such as its accuracy on the validation split; taken every ``every`` steps.
-        every: steps between pictures.
 
     Raises:
         ValueError: a distiller without ``checkpoint``.
         RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
     """
-    loop, box = asyncio.get_running_loop(), Monitor(distiller, steps, score=score, every=every)
+    loop, box = asyncio.get_running_loop(), Monitor(distiller, steps)
     box.task = loop.create_task(box.run())
     return box
 
@@ -372,13 +351,11 @@ def map_html(points, texts: Sequence[str], groups: Sequence[str], *, only: str |
         only: a group; the points of the others are drawn faint and behind it.
 
     Raises:
-        ValueError: points that are not finite ``[n, 2]``, another number of texts or groups, or an unknown group.
+        ValueError: points that are not finite ``[n, 2]``, or another number of texts or groups.
     """
     points = check_array(points, dtype="float64", ensure_min_features=2)
     check_consistent_length(points, texts, groups)
     names = list(dict.fromkeys(groups))
-    if only is not None:
-        check_choice("only", only, names)
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)).as_hex(), strict=True))
     span = np.ptp(points, axis=0)
     share = (points - points.min(0)) / np.where(span > 0, span, 1)
