@@ -32,11 +32,12 @@ _HOMES = {
     "core.optimizers": ("SGD", "AdamW", "Momentum"),
     "core.inner": ("Unroll",),
     # how a gradient flows back through it
-    "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated", "recommend"),
+    "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated"),
     "core.problem": ("MetaGradient",),
     # what a set is learned by, and the outer loop
     "core.objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
     "core.experts": ("Experts", "record_experts"),
+    "core.estimate": ("Estimate", "estimate", "recommend"),
     "core.distiller": ("Distiller", "StepRecord"),
     # honest scores, and real examples to compare with
     "evaluation.evaluate": ("Evaluation", "evaluate"),
@@ -44,12 +45,11 @@ _HOMES = {
     "evaluation.selection": ("select",),
     "evaluation.influence": ("LessSettings",),
     # from embeddings to words
-    "text.projection": ("NeighborLoss", "corpus_tokens", "nearest_tokens", "project"),
+    "text.projection": ("NeighborLoss", "ThroughProjection", "corpus_tokens", "nearest_tokens", "project", "relabel"),
     "text.judges": ("FrozenJudge", "StudentJudge"),
     "text.swaps": ("SwapSearch",),
     "text.relaxed": ("relax_tokens",),
     "text.sentences": ("nearest_sentences", "search_sentences"),
-    "text.through": ("ThroughProjection", "relabel"),
     # what a finished set is used for
     "applications.transfer": ("retokenize", "transfer"),
     "applications.prompting": ("FewShot", "few_shot", "questions"),
@@ -58,7 +58,7 @@ _HOMES = {
     # the ground: errors, random streams, sizes of the notebooks
     "io.storage": ("StorageError",),
     "io.seeds": ("derive_seed",),
-    "view.scale": ("settings",),
+    "view.scale": ("scale",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

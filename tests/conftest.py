@@ -50,6 +50,6 @@ def world(task, standin_home):
 @pytest.fixture(scope="session")
 def docstrings():
     """The real offline corpus, from the user's cache, built there if need be."""
-    from distillkit.data.corpora import docstring_corpus
+    from distillkit.data.docstrings import docstring_corpus
 
     return docstring_corpus()

@@ -15,19 +15,29 @@ def forked(run: Callable[[], object], folder: Path, stage: int | None = None) ->
     """Call ``run`` in a child, which is killed before its ``stage``-th access to something below ``folder``; its status."""
     pid = os.fork()
     if pid == 0:
-        status = 1
-        try:
-            _die_at(folder, stage)
-            run()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+        _die_at(folder, stage)
+        leave(run)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def leave(run: Callable[[], object], stderr: Path | None = None) -> None:
+    """Call ``run`` in a child and end it, whatever happens, by the status of a process; ``stderr`` may go to a file."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = 1
+    try:
+        if stderr is not None:
+            os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        run()
+        status = 0
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _die_at(folder: Path, stage: int | None) -> None:
@@ -54,4 +64,4 @@ def at_every_stage(run: Callable[[], object], folder: Path, step: int = 1) -> It
 
 def leftovers(folder: Path) -> list[str]:
     """Names below ``folder`` of what a write, or a run that started over, has left unfinished."""
-    return sorted(path.name for path in folder.rglob(".*") if path.suffix in (".new", ".old", ".aside"))
+    return sorted(path.name for path in folder.rglob(".*") if path.suffix in (".new", ".aside"))

@@ -155,7 +155,6 @@ ENTRANCES = {
     "history": lambda s, t, m: history([s, s], m),
     "candidates": lambda s, t, m: widgets.candidates(s, m, 0, 1, k=1),
     "replaced": lambda s, t, m: widgets.replaced(s, m, 0, 1, 7),
-    "nearest_words": lambda s, t, m: widgets.nearest_words(s, m, 1),
     "prompt_explorer": lambda s, t, m: widgets.prompt_explorer(s, m, k=1),
     "attention_explorer": lambda s, t, m: widgets.attention_explorer(m, None, s, s),
 }
@@ -298,8 +297,8 @@ def test_judges_gradients_and_searches_follow_the_names(by_name, world, turned):
     mine, theirs = (dk.meta_gradient(s, goal, seed=1) for s in (one, two))
     assert mine.loss == theirs.loss and torch.equal(mine.embeds, theirs.embeds)
     assert torch.equal(mine.targets, theirs.targets.flip(1)), "in the order of the set that was asked about"
-    with team() as ranks, ranks.shared(goal) as shared:
-        assert torch.equal(dk.meta_gradient(one, shared, seed=1).targets, mine.targets)
+    with team() as ranks:
+        assert torch.equal(dk.meta_gradient(one, ranks.shared(goal), seed=1).targets, mine.targets)
     losses = [dk.search_step_size(s, goal, candidates=(0.1,), tries=1)[1] for s in (one, two)]
     assert losses[0] == losses[1]
     found = [dk.nearest_sentences(s, turned, student) for s in (one, two)]

@@ -12,7 +12,6 @@ import torch
 import distillkit as dk
 from distillkit.applications import merging
 from distillkit.applications.publish import from_hub, load_published, save_published
-from distillkit.io import storage
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 
@@ -185,16 +184,13 @@ def test_what_is_nested_too_deeply_is_refused(good, tmp_path, deep):
 
 def test_a_long_header_is_refused_before_it_is_read(good, tmp_path):
     """Its 30 MB of names alone would take half a minute to parse."""
-    folder = good.save(tmp_path / "set")
+    path = good.save(tmp_path / "set")
     entry = '"t%08d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     header = ("{" + ",".join(entry % n for n in range(500_000)) + "}").encode()
-    (folder / storage.TENSORS).write_bytes(len(header).to_bytes(8, "little") + header)
-    manifest = json.loads((folder / storage.MANIFEST).read_text())
-    manifest["files"] = {name: storage._size_and_hash(folder / name) for name in manifest["files"]}
-    (folder / storage.MANIFEST).write_text(json.dumps(manifest))
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
     begun = time.perf_counter()
-    with pytest.raises(dk.StorageError, match=str(folder)):
-        dk.DistilledSet.load(folder)
+    with pytest.raises(dk.StorageError, match=str(path)):
+        dk.DistilledSet.load(path)
     assert time.perf_counter() - begun < 2
 
 
@@ -202,7 +198,7 @@ def test_a_long_header_is_refused_before_it_is_read(good, tmp_path):
 def test_neither_published_folders_nor_the_hub_let_it_in(good, tmp_path, monkeypatch, name):
     import huggingface_hub
 
-    monkeypatch.setattr(storage.Tensor, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: torch.ones_like(t, dtype=torch.bool))
     folder = save_published(spoilt(good, *ABSURD[name]), tmp_path / "published")
     monkeypatch.undo()
     with pytest.raises(dk.StorageError, match=str(folder)):

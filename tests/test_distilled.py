@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.distilled import special_frame
+from distillkit.core.examples import special_frame
 
 
 @pytest.fixture(scope="module")
@@ -177,29 +177,14 @@ def test_save_and_load(learned, tmp_path, change):
     assert dk.DistilledSet.load(str(tmp_path / "set")).embeds.dtype == torch.float64
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "data.json", "manifest.json"])
-@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
-def test_a_damaged_folder_is_refused_by_name(learned, tmp_path, file, how):
-    path = learned.save(tmp_path / "set") / file
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.unlink()
-    if how != "remove":
-        path.write_bytes(raw if how == "flip" else raw[:-1])
-    with pytest.raises(dk.StorageError, match=str(tmp_path / "set")):
-        dk.DistilledSet.load(tmp_path / "set")
+def test_other_things_are_refused_by_name(tmp_path):
+    from distillkit.io.files import write_file
 
-
-def test_foreign_folders_are_refused_by_name(tmp_path):
-    from distillkit.io.storage import save_folder
-
-    with pytest.raises(dk.StorageError, match=f"{tmp_path / 'none'} is not a folder"):
+    with pytest.raises(dk.StorageError, match=f"{tmp_path / 'none'} is not there"):
         dk.DistilledSet.load(tmp_path / "none")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    with pytest.raises(dk.StorageError, match=f"{tmp_path / 'model'} has no plain file manifest.json"):
-        dk.DistilledSet.load(tmp_path / "model")
-    save_folder(tmp_path / "other", kind="distiller-checkpoint")
+    with pytest.raises(dk.StorageError, match=f"{tmp_path} is not a file"):
+        dk.DistilledSet.load(tmp_path)
+    write_file(tmp_path / "other", kind="distiller-checkpoint")
     with pytest.raises(dk.StorageError, match="holds 'distiller-checkpoint', not 'distilled-set'"):
         dk.DistilledSet.load(tmp_path / "other")
 
@@ -216,7 +201,7 @@ def test_foreign_folders_are_refused_by_name(tmp_path):
 def test_shapes_that_disagree(learned, field, value):
     with pytest.raises(ValueError) as caught:
         dataclasses.replace(learned, **{field: value})
-    assert f"embeds (4, 12, 32): {field} {tuple(value.shape)}" in str(caught.value)
+    assert "shapes disagree" in str(caught.value) and f"{field} {tuple(value.shape)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("sizes", [[0.1, 0.0], [-0.1], [float("nan")]])
@@ -237,7 +222,7 @@ def test_too_many_examples_names_class_and_count(tmp_path, student):
     ({"per_class": 0}, "per_class must be a whole number of at least 1, not 0"),
     ({"per_class": 1.0}, "not 1.0"),
     ({"per_class": True}, "not True"),
-    ({"fraction": 0.0}, r"fraction must be in \(0, 1\], not 0.0"),
+    ({"fraction": 0.0}, r"fraction must be a number in \(0, 1\], not 0.0"),
     ({"fraction": 1.01}, "not 1.01"),
     ({"fraction": 0.02}, "fraction=0.02 of 80 training rows is less than one for each of 2 classes"),
     ({"per_class": 1, "length": 513}, "length=513 is more than the 512 positions of 'bert-base-uncased'"),

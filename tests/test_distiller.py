@@ -155,9 +155,7 @@ start = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
 goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
 distiller = dk.Distiller(start, goal, seed=3)
 print("losses", *[f"{record.loss:.4f}" for record in distiller.run(3)])
-folder = distiller.distilled.save(sys.argv[1])
-print(hashlib.sha256((folder / "tensors.safetensors").read_bytes()).hexdigest())
-print(hashlib.sha256((folder / "data.json").read_bytes()).hexdigest())
+print(hashlib.sha256(distiller.distilled.save(sys.argv[1]).read_bytes()).hexdigest())
 """
 
 
@@ -204,27 +202,24 @@ def test_no_steps(start, goal):
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_resumed_run_is_bit_equal(start, goal, tmp_path, every):
     whole = finished(dk.Distiller(start, goal, seed=4), 5)
-    interrupted = dk.Distiller(start, goal, seed=4, checkpoint_dir=tmp_path / "run", checkpoint_every=every)
+    interrupted = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run", checkpoint_every=every)
     for record in interrupted.run(5):
         if record.step == 3:
             break
-    resumed = dk.Distiller(start, goal, seed=4, checkpoint_dir=tmp_path / "run", checkpoint_every=every)
+    resumed = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run", checkpoint_every=every)
     assert resumed.step == 3, "a run that is left saves its last step"
     assert resumed.records == interrupted.records
     finished(resumed, 5)
     assert same(resumed.distilled, whole.distilled)
     assert resumed.distilled.meta == whole.distilled.meta
-    again = dk.Distiller(start, goal, seed=4, checkpoint_dir=tmp_path / "run")
+    again = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run")
     assert again.step == 5 and list(again.run(5)) == []
-    (tmp_path / "run").rename(tmp_path / f".run.{'0' * 16}.old")  # where a crash in the middle of saving leaves it
-    again = dk.Distiller(start, goal, seed=4, checkpoint_dir=tmp_path / "run")
-    assert again.step == 5
     assert same(again.distilled, whole.distilled)
 
 
 def test_more_steps_than_first_asked_for(start, goal, tmp_path):
     """Without a decay that depends on n, three steps and three more are six."""
-    settings = {"schedule": constant, "checkpoint_dir": tmp_path / "run"}
+    settings = {"schedule": constant, "checkpoint": tmp_path / "run"}
     finished(dk.Distiller(start, goal, **settings), 3)
     resumed = finished(dk.Distiller(start, goal, **settings), 6)
     assert [record.step for record in resumed.records] == [1, 2, 3, 4, 5, 6]
@@ -243,7 +238,7 @@ def test_more_steps_than_first_asked_for(start, goal, tmp_path):
     ("start", {"another": True}),
 ])
 def test_resuming_with_other_settings_names_them(world, start, goal, tmp_path, name, change):
-    finished(dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run"), 1)
+    finished(dk.Distiller(start, goal, checkpoint=tmp_path / "run"), 1)
     if set(change) & {"unroll", "batch_size"}:
         goal = dk.BPTT(*world, change.pop("unroll", goal.unroll), metagrad=dk.Replay(), batch_size=change.pop("batch_size", 8))
     if change.pop("another", False):
@@ -251,25 +246,25 @@ def test_resuming_with_other_settings_names_them(world, start, goal, tmp_path, n
     if "per_class" in change:
         start = dk.DistilledSet.from_real(*world, length=8, **change)
         change = {}
-    with pytest.raises(ValueError, match=f"{tmp_path / 'run'} holds a run with other settings: {name} is "):
-        dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run", **change)
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'run'} holds a run with other settings: {name}\S* is "):
+        dk.Distiller(start, goal, checkpoint=tmp_path / "run", **change)
 
 
-def test_a_foreign_folder_is_no_checkpoint(start, goal, tmp_path):
+def test_a_foreign_file_is_no_checkpoint(start, goal, tmp_path):
     start.save(tmp_path / "set")
     with pytest.raises(dk.StorageError, match="holds 'distilled-set', not 'distiller-checkpoint'"):
-        dk.Distiller(start, goal, checkpoint_dir=tmp_path / "set")
+        dk.Distiller(start, goal, checkpoint=tmp_path / "set")
 
 
-def test_saving_needs_a_folder(start, goal, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint_dir"):
+def test_saving_needs_a_file(start, goal, tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint to save to"):
         dk.Distiller(start, goal).save()
-    distiller = dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run")
+    distiller = dk.Distiller(start, goal, checkpoint=tmp_path / "run")
     records = distiller.run(9)
     next(records)
     assert not (tmp_path / "run").exists()
     distiller.save()
-    assert dk.Distiller(start, goal, checkpoint_dir=tmp_path / "run").step == 1
+    assert dk.Distiller(start, goal, checkpoint=tmp_path / "run").step == 1
 
 
 # --- what belongs to whom --------------------------------------------------------------------------------------------
@@ -335,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(start, scripted, tmp_path, give
         bad = {n: v if n == "loss" else torch.full_like(getattr(distilled, n), v) for n, v in given.items()}
         return gradients(distilled, **(bad if step == 3 else {}))
 
-    distiller = dk.Distiller(start, scripted(script), schedule=constant, checkpoint_dir=tmp_path, checkpoint_every=1)
+    distiller = dk.Distiller(start, scripted(script), schedule=constant, checkpoint=tmp_path / "run", checkpoint_every=1)
     records = distiller.run(5)
     next(records), next(records)
     good = distiller.distilled

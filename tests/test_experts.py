@@ -47,24 +47,27 @@ def test_snapshots_are_on_the_path(world, recorded):
     there, state_there = recorded.snapshot(1, 3)
     assert same(params, there) and state["count"] == state_there["count"] == 7
     assert same(state["m"], state_there["m"]) and same(state["v"], state_there["v"])
-    assert recorded.snapshot(1, 3, state=False)[1]["m"] == {}
+    assert recorded.snapshot(1, 3, state=False)[1] == {"count": 7}
 
 
 def test_an_interrupted_recording_goes_on(world, recorded, tmp_path, monkeypatch):
     saves, save = [], module._save
 
-    def interrupted(place, *args):
+    def counted(*args):
+        saves.append(args)
+        save(*args)
+
+    def interrupted(*args):
         if len(saves) == 7:
             raise KeyboardInterrupt
-        saves.append(place)
-        save(place, *args)
+        counted(*args)
 
     monkeypatch.setattr(module, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record_experts(*world, tmp_path / "e", count=2, **SETTINGS)
     with pytest.raises(dk.StorageError, match="expert 1 ends before snapshot 2 of 4; its recording was interrupted: call"):
         Experts.load(tmp_path / "e")
-    monkeypatch.setattr(module, "_save", lambda place, *args: saves.append(place) or save(place, *args))
+    monkeypatch.setattr(module, "_save", counted)
     found = record_experts(*world, tmp_path / "e", count=2, **SETTINGS)
     assert len(saves) == 7 + 3, "what was there is not made again"
     assert all(same(found.snapshot(1, i)[0], recorded.snapshot(1, i)[0]) for i in range(5))
@@ -79,9 +82,9 @@ def test_more_epochs_and_experts_of_the_same_recording(world, recorded, tmp_path
 
 
 def test_other_settings_are_refused(world, recorded):
-    with pytest.raises(ValueError, match=r"holds experts made with seed=3, not 4; record these in another folder"):
+    with pytest.raises(ValueError, match=r"holds a run with other settings: seed is 3 there and 4 here"):
         record_experts(*world, recorded.folder, count=2, **{**SETTINGS, "seed": 4})
-    with pytest.raises(ValueError, match=r"optimizer=\{'name': 'AdamW'.*not \{'name': 'SGD'"):
+    with pytest.raises(ValueError, match=r"optimizer.name is 'AdamW' there and 'SGD' here"):
         record_experts(*world, recorded.folder, count=2, **{**SETTINGS, "optimizer": dk.SGD(0.1)})
     with pytest.raises(ValueError, match="there is no snapshot 5 of expert 0: .* holds 2 experts of 5 snapshots"):
         recorded.snapshot(0, 5)
@@ -109,14 +112,41 @@ def test_another_folder_is_left_alone(world, tmp_path):
 
 def test_damage_is_noticed(world, recorded, tmp_path):
     shutil.copytree(recorded.folder, tmp_path / "e")
-    path = tmp_path / "e" / "expert-000" / "0002" / "tensors.safetensors"
+    path = tmp_path / "e" / "expert-000" / "0002.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     found = Experts.load(tmp_path / "e")
     found.snapshot(0, 1)
-    with pytest.raises(dk.StorageError, match="does not have the SHA-256 of its manifest"):
+    with pytest.raises(dk.StorageError, match=f"{path} does not have its SHA-256"):
         found.snapshot(0, 2)
+
+
+def test_snapshots_that_changed_places_or_are_missing_are_named(world, recorded, tmp_path):
+    folder = shutil.copytree(recorded.folder, tmp_path / "e")
+    one, other = (folder / f"expert-00{i}" / "0002.safetensors" for i in range(2))
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+    with pytest.raises(dk.StorageError, match=f"{one} is another one of its kind: its expert is 1, not 0"):
+        Experts.load(folder).snapshot(0, 2)
+    one.unlink()
+    with pytest.raises(dk.StorageError, match=f"{one} is missing"):
+        Experts.load(folder)
+    again = record_experts(*world, tmp_path / "other", count=2, **{**SETTINGS, "seed": 4})
+    shutil.copy(again.folder / "expert-000" / "0002.safetensors", one)
+    with pytest.raises(dk.StorageError, match=f"{one} is another one of its kind: its settings is"):
+        Experts.load(folder).snapshot(0, 2)
+
+
+def test_a_recording_is_known_by_its_index(world, recorded, tmp_path):
+    """Whatever matches experts says which; another folder of experts in their place is another run."""
+    from distillkit.core.objectives import TrajectoryMatching
+
+    goal = TrajectoryMatching(*world, dk.Unroll(2, optimizer=dk.SGD(0.1)), recorded, expert_epochs=1, metagrad=dk.Replay())
+    assert goal.recipe()["experts"]["sha256"] == Experts.load(recorded.folder).sha256
+    more = record_experts(*world, tmp_path / "more", count=3, **SETTINGS)
+    assert more.sha256 != recorded.sha256
 
 
 def test_a_full_disk_is_said_before_the_start(world, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import transformers
 
 import distillkit as dk
 import standin_hub
+from distillkit.cli.main import main
 from distillkit.io import fetch
 from distillkit.io.packaged import AssetError, fetched, minilm_package
 from distillkit.io.storage import StorageError
@@ -226,6 +227,16 @@ def test_every_real_model_is_pinned_and_listed():
         assert any(line.startswith(f"offline:{name}: {real.title}") and real.licence in line for line in lines)
         assert all(len(w.sha256) == 64 and w.version for w in real.wheels) and len(real.sha256) == 64
     assert [name for name, real in fetch.MODELS.items() if real.terms] == ["gemma3"]
+
+
+def test_the_command_lists_fetches_and_names_what_is_wrong(zipped, monkeypatch, capsys):
+    monkeypatch.setattr(fetch, "MODELS", {"mpnet": zipped[0]})
+    assert main(["fetch", "--list"]) == 0
+    assert "offline:mpnet: tiny mpnet" in capsys.readouterr().out
+    assert main(["fetch", "offline:mpnet"]) == 0 and str(fetched("mpnet")) in capsys.readouterr().out
+    assert main(["fetch", "--list"]) == 0 and "in the cache" in capsys.readouterr().out
+    assert main(["fetch", "offline:other"]) == 2 and "mpnet, not 'other'" in capsys.readouterr().err
+    assert main(["fetch"]) == 2 and "--list" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Every figure of the project is drawn from a committed result by one command, and shows what that result says."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -8,33 +7,32 @@ import numpy as np
 import pytest
 
 from distillkit.cli.main import main
-from distillkit.experiments.results import paired_difference, write
+from distillkit.experiments.results import by_set, paired_difference, read, write
 from distillkit.experiments.runner import CONFIGS
 from distillkit.view import figures as plots
 from distillkit.view import gallery
+from example_results import result_of
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
 COMMITTED = {path.stem for path in RESULTS.glob("*.json")}
 
 
 def stored(name):
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return read(RESULTS / f"{name}.json")
 
 
 @pytest.fixture
 def moved():
     """A result on transfer: one pair has run, with the target's full data, one without, one has not run at all."""
-    rows = {f"a to b/{m}": {str(s): {"mean": v + s / 50} for s in range(2)} for m, v in (("random", 0.3), ("swaps", 0.5))}
-    rows |= {"b/full": {"0": {"mean": 0.8}}, "b to a/random": {"0": {"mean": 0.2}}}
-    names = [*rows, "b to a/swaps", "a/full"]
-    return {"rows": rows, "config": {"rows": names, "students": ["x/a", "x/b"], "kind": "transfer"}}
+    rows = {"a to b/random": [0.3, 0.32], "a to b/swaps": [0.5, 0.52], "b/full": [0.8], "b to a/random": [0.2]}
+    return result_of(rows | {"b to a/swaps": [], "a/full": []}, students=["x/a", "x/b"], kind="transfer")
 
 
 def test_the_command_draws_what_has_run_and_says_what_has_not(tmp_path, monkeypatch, moved, capsys):
     results = tmp_path / "results"
     results.mkdir()
     write(results / "moved.json", moved)
-    write(results / "begun.json", moved | {"rows": {}})
+    write(results / "begun.json", moved | {"scores": []})
     monkeypatch.setattr(gallery, "FIGURES", {n: (n, plots.transfer_map) for n in ("moved", "begun", "absent")})
     assert main(["figures", "--results", str(results)]) == 0
     drawn, begun, absent = capsys.readouterr().out.splitlines()
@@ -67,19 +65,17 @@ def test_a_figure_of_a_committed_result(name):
 def test_bars_of_seeded_results():
     result = stored("instruction_library")
     (axes,) = plots.seeded(result, "Which?").axes
-    names = [name for name in result["config"]["rows"] if name in result["rows"]]
-    expected = [np.mean([row["mean"] for row in result["rows"][name].values()]) for name in names]
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx(expected)
-    assert [len(line.get_xdata()) for line in axes.lines] == [len(result["rows"][name]) for name in names]
+    sets = by_set(result).dropna(how="all")
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([*sets.mean(axis=1)])
+    assert [len(line.get_xdata()) for line in axes.lines] == [*sets.count(axis=1)]
     assert "distilled, NACD (own)" in [label.get_text() for label in axes.get_yticklabels()]
 
 
 def test_a_grid_of_texts_has_a_panel_a_corpus():
-    rows = {f"{n}/fixed": {s: {"mean": m + int(s) / 100} for s in "01"} for n, m in (("herding", 0.5), ("sentences", 0.6))}
-    other = {"herding/fixed": rows["herding/fixed"]}
-    once = {"swaps/fixed": rows["herding/fixed"]}
-    cells = {"a,5": {"rows": rows | once}, "a,10": {"rows": other}, "b,10": {"rows": rows}, "c,10": {"rows": {}}}
-    result = {"config": {"rows": [*rows, *once], "corpora": {"a": {}, "b": {}, "c": {}}}, "cells": cells}
+    herding, sentences = {"herding/fixed": [0.5, 0.51]}, {"sentences/fixed": [0.6, 0.61]}
+    cells = {"a,5": herding | sentences | {"swaps/fixed": [0.5, 0.51]}, "a,10": herding, "b,10": herding | sentences}
+    rows = ["herding/fixed", "sentences/fixed", "swaps/fixed"]
+    result = result_of(dict.fromkeys(rows), cells, corpora={"a": {}, "b": {}, "c": {}})
     first, second = plots.seeded_grid(result).axes
     assert [axes.get_title() for axes in (first, second)] == ["a", "b"]
     assert [t.get_text() for t in second.get_xticklabels()] == ["5", "10"]
@@ -95,9 +91,9 @@ def test_differences_are_paired_with_their_intervals():
     (axes,) = plots.differences(result, ("random/standard", "herding/standard", "k_center/standard")).axes
     assert len(axes.containers) == 2, "herding has not run"
     line, _, (bars,) = axes.containers[0].lines
-    learned = [n for n in result["config"]["rows"] if n in result["rows"] and n.startswith(("nacd", "bptt"))]
-    for place, name in enumerate(learned):
-        mean, half = paired_difference(result["rows"], name, "random/standard")
+    sets = by_set(result).dropna(how="all")
+    for place, name in enumerate(name for name in sets.index if name.startswith(("nacd", "bptt"))):
+        mean, half = paired_difference(sets, name, "random/standard")
         assert line.get_xdata()[place] == pytest.approx(mean)
         assert bars.get_segments()[place][:, 0] == pytest.approx([mean - half, mean + half])
 
@@ -124,12 +120,11 @@ def test_the_map_of_transfer(moved):
     assert words[1] == ["", "39%", "", "64%", "no full score", "", "not run", ""]
     values = relative.collections[0].get_array().reshape(4, 2)
     assert values[1, 1] == pytest.approx(0.51 / 0.8) and np.ma.getmaskarray(values)[[0, 2], [0, 0]].all()
-    (alone,) = plots.transfer_map(moved | {"rows": {}}).axes  # no full data, so no share of it
+    (alone,) = plots.transfer_map(moved | {"scores": []}).axes  # no full data, so no share of it
     assert alone.texts[1].get_text() == "not run"
 
 
 def test_no_two_methods_of_a_figure_share_a_colour():
     for names in (("instruction_library",), ("text_docstrings", "text_sizes")):
         methods = {name.split("/")[0] for source in names for name in stored(source)["config"]["rows"]}
-        assert len({plots.MORE_COLOURS[m] for m in methods}) == len(methods)
-    assert all(plots.MORE_COLOURS[method] == colour for method, colour in plots.METHOD_COLOURS.items())
+        assert len({plots.METHOD_COLOURS[m] for m in methods}) == len(methods)

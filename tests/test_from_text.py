@@ -9,7 +9,7 @@ import torch
 
 import distillkit as dk
 from distillkit.applications import merging
-from distillkit.core.distilled import special_frame
+from distillkit.core.examples import special_frame
 
 TEXTS = ["a dull and tired story", "it was warm , almost tender", "what a stale flat day"]
 NAMES = ["neg", "pos", "neg"]

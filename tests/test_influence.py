@@ -14,15 +14,17 @@ from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,
-    SparseProjection,
     adam_direction,
+    gradients_by_loop,
+    gradients_by_vmap,
     influence,
-    less_rows,
     per_example_gradients,
+    sparse_projection,
     warm_up,
 )
 from standin_hub import SUBJECTS, rounding, sentences
 
+WAYS = (gradients_by_vmap, gradients_by_loop)
 SHORT = LessSettings(fraction=0.25, epochs=2, batch_size=8, projection=256)
 
 
@@ -56,24 +58,24 @@ def test_both_ways_give_each_rows_own_gradient(task, standin_hub, hub_id, traina
     params = {n: p + 0.05 * torch.ones_like(p) for n, p in student.init(1).items()}  # LoRA's B = 0 would hide ∇A
     batch = task.batch(student.tokenizer, "train", rows)
     assert not batch["attention_mask"].all(), "padding is part of the question"
-    ways = {by: per_example_gradients(student, params, batch, batch["labels"], by=by) for by in ("vmap", "loop")}
-    for found in ways.values():
+    ways = [of(student, params, batch, batch["labels"]) for of in WAYS]
+    for found in ways:
         assert found.shape == (3, sum(p.numel() for p in params.values())) and not found.requires_grad
         for row, gradient in zip(rows, found, strict=True):
             assert_same_gradients(student, gradient, single(task, student, params, "train", row))
     mean = flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
-    assert_same_gradients(student, ways["vmap"].mean(0), mean)
+    assert_same_gradients(student, ways[0].mean(0), mean)
 
 
 def test_soft_labels(task, standin_hub):
     student = tiny(task, "head")
     params, batch = student.init(0), task.batch(student.tokenizer, "train", range(4))
     soft = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vmap, loop = (per_example_gradients(student, params, batch, soft, by=by) for by in ("vmap", "loop"))
+    vmap, loop = (of(student, params, batch, soft) for of in WAYS)
     assert (vmap - loop).abs().max() <= 1e-10 and vmap.abs().max() > 1e-3
 
 
-def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
+def test_vmap_is_tried_once(task, standin_hub, monkeypatch):
     student = tiny(task, "head")
     params, batch = student.init(0), task.batch(student.tokenizer, "train", [0, 1, 2])
     expected = per_example_gradients(student, params, batch, batch["labels"])
@@ -87,7 +89,7 @@ def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
 
     monkeypatch.setattr(dk.Student, "loss", branching)
     with pytest.raises(RuntimeError, match="vmap"):
-        per_example_gradients(student, params, batch, batch["labels"], by="vmap")
+        gradients_by_vmap(student, params, batch, batch["labels"])
     other = tiny(task, "head")
     calls.clear()
     for _ in range(2):
@@ -95,56 +97,31 @@ def test_auto_tries_vmap_once(task, standin_hub, monkeypatch):
     assert calls == [1] * 7, "one try, then three rows twice"
 
 
-def test_gradients_of_unequal_numbers_and_by_unknown_ways(world):
-    task, student = world
-    batch = task.batch(student.tokenizer, "train", [0, 1])
-    with pytest.raises(ValueError, match="equally many examples, not .*'targets': 1"):
-        per_example_gradients(student, student.init(0), batch, batch["labels"][:1])
-    with pytest.raises(ValueError, match="by must be one of auto, vmap, loop, not 'map'"):
-        per_example_gradients(student, student.init(0), batch, batch["labels"], by="map")
-
-
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-def dense(projection):
-    """The matrix ``[n, k]`` that the columns describe."""
-    targets, signs = projection.columns(0, projection.dim_in)
-    matrix = torch.zeros(projection.dim_in, projection.dim_out, dtype=torch.float64)
-    for target, sign in zip(targets, signs, strict=True):
-        matrix[torch.arange(projection.dim_in), target] += sign / projection.entries**0.5
-    return matrix
-
-
 @pytest.mark.parametrize("entries", [1, 4])
-def test_projection_is_its_matrix(entries):
-    """Whole numbers and 1/√s = 1/2 add without rounding, so that equal means equal."""
-    projection = SparseProjection(300, 40, seed=3, entries=entries)
-    x = torch.randint(-9, 9, (5, 300), generator=torch.Generator().manual_seed(0)).double()
-    assert torch.equal(projection(x), x @ dense(projection))
+def test_projection_is_a_sparse_matrix(entries):
+    """Each coordinate goes to one output of each part; whole numbers and 1/√s = 1/2 add without rounding."""
+    n, draw = 5000, torch.Generator().manual_seed(0)
+    matrix = sparse_projection(torch.eye(n, dtype=torch.float64), 40, seed=3, entries=entries)
+    used = matrix.reshape(n, entries, -1) != 0
+    assert (used.sum(2) == 1).all() and {*matrix.abs().unique().tolist()} == {0.0, entries**-0.5}
+    counts = (matrix != 0).sum(0) / entries  # n / 40 = 125 each, standard deviation 11 or less
+    assert counts.min() > 75 and counts.max() < 175 and abs(matrix.sign().sum() / n / entries) < 0.05
+    x = torch.randint(-9, 9, (5, n), generator=draw).double()
+    assert torch.equal(sparse_projection(x, 40, seed=3, entries=entries), x @ matrix)
 
 
-def test_each_coordinate_goes_to_one_output_of_each_part():
-    projection = SparseProjection(5000, 40, entries=4)
-    targets, signs = projection.columns(0, 5000)
-    assert torch.equal(targets // 10, torch.arange(4)[:, None].expand(4, 5000)) and {*signs.unique().tolist()} == {-1, 1}
-    counts = torch.bincount(targets.flatten(), minlength=40)  # 500 each, standard deviation 21
-    assert counts.min() > 400 and counts.max() < 600 and abs(signs.double().mean()) < 0.03
-
-
-def test_chunks_and_neighbours_change_nothing():
-    n = 9 * BLOCK + 777
+def test_rows_blocks_and_seeds_of_a_projection():
+    n = 3 * BLOCK + 777
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
-    projection = SparseProjection(n, 64, seed=1)
-    whole = projection(x)
-    assert torch.equal(projection(x, chunk=5001), whole) and torch.equal(projection(x, chunk=n), whole)
-    assert torch.equal(projection(x[1:2]), whole[1:2]), "a row's image does not depend on its batch"
-    assert torch.equal(SparseProjection(n, 64, seed=1)(x), whole), "drawn again from the seed"
-    assert not torch.equal(SparseProjection(n, 64, seed=2)(x), whole)
-    first, second = projection.columns(0, BLOCK)[0], projection.columns(BLOCK, 2 * BLOCK)[0]
-    assert not torch.equal(first, second), "blocks have streams of their own"
-    across = projection.columns(BLOCK - 5, BLOCK + 5)[0]
-    assert torch.equal(across, torch.cat([first[:, -5:], second[:, :5]], 1))
+    whole = sparse_projection(x, 64, seed=1)
+    assert torch.equal(sparse_projection(x[1:2], 64, seed=1), whole[1:2]), "a row's image does not depend on its batch"
+    assert torch.equal(sparse_projection(x, 64, seed=1), whole), "drawn again from the seed"
+    assert not torch.equal(sparse_projection(x, 64, seed=2), whole)
+    first, second = (torch.zeros(1, n).index_fill(1, torch.arange(at, at + 50), 1.0) for at in (0, BLOCK))
+    assert not torch.equal(*(sparse_projection(of, 64, seed=1) for of in (first, second))), "blocks have streams of their own"
 
 
 @pytest.mark.parametrize("entries", [1, 4])
@@ -153,21 +130,11 @@ def test_inner_products_are_unbiased(entries):
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(60, generator=draw, dtype=torch.float64)
     y = x + torch.randn(60, generator=draw, dtype=torch.float64)
-    found = [SparseProjection(60, 16, seed, entries)(torch.stack([x, y])).prod(0).sum() for seed in range(1000)]
-    found = torch.stack(found)
+    both = torch.stack([x, y])
+    products = torch.stack([sparse_projection(both, 16, seed=s, entries=entries).prod(0).sum() for s in range(1000)])
     variance = (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * y).square().sum()) / 16
-    assert abs(found.mean() - x @ y) < 4 * (variance / 1000).sqrt()
-    assert found.var() / variance == pytest.approx(1, abs=0.15)
-
-
-def test_projections_that_cannot_be():
-    for sizes, message in (((0, 8), "dim_in must be a whole number of at least 1, not 0"),
-                           ((8, 2.0), "dim_out must be a whole number of at least 1, not 2.0"),
-                           ((8, 7), "dim_out must be a multiple of entries=2, not 7")):
-        with pytest.raises(ValueError, match=message):
-            SparseProjection(*sizes)
-    with pytest.raises(ValueError, match=r"x must be \[b, 8\], not \[2, 9\]"):
-        SparseProjection(8, 4)(torch.ones(2, 9))
+    assert abs(products.mean() - x @ y) < 4 * (variance / 1000).sqrt()
+    assert products.var() / variance == pytest.approx(1, abs=0.15)
 
 
 # --- warming up, and Adam's direction --------------------------------------------------------------------------------
@@ -239,8 +206,8 @@ def by_definition(task, student, settings, subtasks):
 
 def test_scores_by_definition(task, standin_hub):
     student = tiny(task, "lora")
-    exact = dataclasses.replace(SHORT, projection=None, by_class=True)
-    expected = by_definition(task, student, exact, task.rows_by_class("validation"))
+    exact = dataclasses.replace(SHORT, projection=None)
+    expected = by_definition(task, student, exact, [range(len(task.validation))])
     assert np.allclose(influence(task, student, settings=exact), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     projected = influence(task, student, settings=dataclasses.replace(exact, projection=256))
     assert not np.allclose(projected, expected, rtol=0.001) and np.corrcoef(projected, expected)[0, 1] > 0.9
@@ -265,28 +232,31 @@ def test_groups_of_an_instruction_task(questions):
     task, student = questions
     params, rows = {n: p + 0.05 for n, p in student.init(0).items()}, [0, 7, 14]
     batch = task.batch(student.tokenizer, "train", rows)
-    for by in ("vmap", "loop"):
-        found = per_example_gradients(student, params, batch, batch["labels"], by=by)
-        for row, gradient in zip(rows, found, strict=True):
+    for of in WAYS:
+        for row, gradient in zip(rows, of(student, params, batch, batch["labels"]), strict=True):
             assert_same_gradients(student, gradient, single(task, student, params, "train", row))
     exact = dataclasses.replace(SHORT, projection=None)
     expected = by_definition(task, student, exact, [range(place, 9, 3) for place in range(3)])
     scores = influence(task, student, settings=exact)
     assert np.allclose(scores, expected, rtol=0, atol=rounding(student) * np.abs(expected).max())
-    (best,) = less_rows(task, student, 7, settings=exact)
-    assert best.tolist() == sorted(range(20), key=lambda row: -scores[row])[:7]
+    chosen = dk.select(task, student, "less", fraction=0.35, less=exact)
+    assert chosen.meta["rows"] == sorted(range(20), key=lambda row: -scores[row])[:7]
 
 
-def test_validation_rows_are_spread_over_the_subtasks(world, monkeypatch):
-    task, student = world
-    seen, batch = [], dk.Task.batch
-    monkeypatch.setattr(dk.Task, "batch", lambda self, tokenizer, split, rows: seen.append((split, [*map(int, rows)]))
-                        or batch(self, tokenizer, split, rows))
-    for limit, each in ((7, 3), (1, 1), (10_000, 20)):
+def test_validation_rows_are_spread_over_the_subtasks(questions, monkeypatch):
+    task, student = questions
+    seen, batch = [], dk.InstructionTask.batch
+
+    def noted(self, tokenizer, split, rows):
+        seen.append((split, [*map(int, rows)]))
+        return batch(self, tokenizer, split, rows)
+
+    monkeypatch.setattr(dk.InstructionTask, "batch", noted)
+    for limit, each in ((7, 2), (1, 1), (10_000, 3)):
         seen.clear()
-        influence(task, student, settings=dataclasses.replace(SHORT, epochs=1, by_class=True, validation_rows=limit))
-        labels = task.labels("validation")[[row for split, rows in seen if split == "validation" for row in rows]]
-        assert np.bincount(labels).tolist() == [each, each]
+        influence(task, student, settings=dataclasses.replace(SHORT, epochs=1, validation_rows=limit))
+        rows = [row for split, rows in seen if split == "validation" for row in rows]
+        assert np.bincount(np.array(rows) % 3).tolist() == [each] * 3, "the group of a row is its number modulo 3"
 
 
 class WordCounts:
@@ -316,22 +286,16 @@ def test_rows_with_the_wrong_label_come_last(world, tmp_path, projection):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = dk.load_task(folder, max_length=16)
     settings = dataclasses.replace(SHORT, projection=projection)
-    chosen = less_rows(task, WordCounts(world[1].tokenizer), 40, settings=settings)
-    for pool, best in zip(task.rows_by_class("train"), chosen, strict=True):
-        assert {*best.tolist()} == {*pool.tolist()} - wrong
+    scores = influence(task, WordCounts(world[1].tokenizer), settings=settings)
+    for pool in task.rows_by_class("train"):
+        assert {*pool[np.argsort(-scores[pool])[:40]].tolist()} == {*pool.tolist()} - wrong
 
 
 def test_seeds(world, standin_hub):
     task, student = world
-    first = less_rows(task, student, 10, seed=1, settings=SHORT)
-    for rows, label in zip(first, (0, 1), strict=True):
-        assert len({*rows.tolist()}) == 10 and (task.labels("train")[rows] == label).all()
-    again = less_rows(task, dk.load_student("bert-base-uncased", task), 10, seed=1, settings=SHORT)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    other = less_rows(task, student, 10, seed=2, settings=SHORT)
-    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-    prefix = less_rows(task, student, 3, seed=1, settings=SHORT)
-    assert all(np.array_equal(a[:3], b) for a, b in zip(first, prefix, strict=True))
+    first = influence(task, student, seed=1, settings=SHORT)
+    again = influence(task, dk.load_student("bert-base-uncased", task), seed=1, settings=SHORT)
+    assert np.array_equal(first, again) and not np.array_equal(first, influence(task, student, seed=2, settings=SHORT))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -353,12 +317,6 @@ def test_seeds(world, standin_hub):
 def test_settings_that_cannot_be(bad, message):
     with pytest.raises(ValueError, match=message):
         LessSettings(**bad)
-
-
-def test_counts_that_cannot_be_had(world):
-    for count in (0, 41, 2.0, True):
-        with pytest.raises(ValueError, match=f"count_per_pool must be .* to 40 .*'rotten_tomatoes'.*, not {count}"):
-            less_rows(*world, count)
 
 
 def test_a_diverging_warm_up_is_named(world):

@@ -4,10 +4,6 @@ import copy
 import json
 import os
 import random
-import re
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +11,11 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.data import corpora, instruction
-from distillkit.data.corpora import CorpusError, same_sentence_key
+from distillkit.data import instruction
+from distillkit.data.corpus import SPLITS, CorpusError
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
-from distillkit.data.tasks import SPLITS, Task
+from distillkit.data.tasks import Task
 from distillkit.io.seeds import generator
 
 WARM = {"prompt": "It was warm and fresh.\nAnswer:", "response": "tender", "choices": ["dull", "tender", "a stale day"],
@@ -77,7 +73,6 @@ def test_a_task_by_contract(write):
     assert [len(task.split(name)) for name in SPLITS] == [5, 2, 3] and str(folder) not in task.origin
     assert task.validation.column_names == ["prompt", "response", "choices", "answer", "group"]
     assert task.validation[0] == WARM and task.validation[1] == PLAIN | {"choices": [], "answer": -1, "group": ""}
-    assert not hasattr(task, "labels")
     with pytest.raises(ValueError, match="no split 'dev'"):
         task.split("dev")
     assert load_task(folder, max_length=9, seed=4).fingerprint == task.fingerprint
@@ -169,7 +164,7 @@ def test_a_long_prompt_is_cut_from_its_left(mood, opt):
     (kept,) = cut.token_ids(opt, "test")
     assert kept == full[:1] + full[-8:] and cut.response_ids(opt, "test") == whole.response_ids(opt, "test")
     assert mood(long, max_length=longest + 2).token_ids(opt, "test") == [[full[0], full[-1]]]
-    with pytest.raises(CorpusError, match=rf"mine, split test, row 0 .*a local folder named mine.*'a stale day' leaves no "
+    with pytest.raises(CorpusError, match=rf"mine, split test, row 0 .*a local folder named mine.* leaves no "
                        rf"token of the prompt within max_length={longest + 1}; use {longest + 2} or more"):
         mood(long, max_length=longest + 1).token_ids(opt, "test")
 
@@ -226,16 +221,16 @@ def test_batch_pads_prompts_and_responses(mood, opt):
 
 
 @pytest.mark.parametrize("changed, message", [
-    ({"prompt": " "}, "the prompt is ' '; fill it in"),
-    ({"response": None}, "the response is None; fill it in"),
-    ({"response": ["tender"]}, r"the response is \['tender'\]; fill it in"),
-    ({"response": "half \ud83d"}, "half a surrogate pair in the response"),
-    ({"group": ["mood"]}, r"the group is \['mood'\]; write one name"),
-    ({"group": "half \ud83d"}, "half a surrogate pair in the group"),
+    ({"prompt": " "}, "the prompt is ' '; it must be"),
+    ({"response": None}, "the response is None; it must be"),
+    ({"response": ["tender"]}, r"the response is \['tender'\]; it must be"),
+    ({"response": "half \ud83d"}, "the response is .*surrogate"),
+    ({"group": ["mood"]}, r"the group is \['mood'\]; it must be"),
+    ({"group": "half \ud83d"}, "the group is .*surrogate"),
     ({"choices": ["tender"]}, r"the choices are \['tender'\]; give a list of two or more"),
-    ({"choices": "dull, tender"}, "the choices are 'dull, tender'; write them as a JSON list"),
-    ({"choices": ["", "tender"]}, "the choice 0 is ''; fill it in"),
-    ({"choices": []}, "the answer is 1, but there are no choices"),
+    ({"choices": "dull, tender"}, "the choices or turns are 'dull, tender': not JSON .*; write them as a JSON list"),
+    ({"choices": ["", "tender"]}, "the choice 0 is ''; it must be"),
+    ({"choices": []}, r"the choices are \[\]; give a list of two or more"),
     ({"answer": 3}, "the answer is 3, which is none of the 3 choices; number them from 0"),
     ({"answer": "B"}, "the answer is 'B', which is none of the 3 choices"),
     ({"answer": None, "response": "neither"}, "the answer is None, which is none of the 3 choices"),
@@ -244,7 +239,7 @@ def test_batch_pads_prompts_and_responses(mood, opt):
 def test_bad_rows_are_named_by_place(write, changed, message):
     rows = rows_of(4)
     rows[2] |= changed
-    with pytest.raises(CorpusError, match=rf"mine, split test, row 2 \(counted from 0; .*test.jsonl\): {message}"):
+    with pytest.raises(CorpusError, match=rf"mine, split test, row 2 \(counted from 0; .*test.jsonl, line \d\): {message}"):
         load_task(write(train=rows_of(4), test=rows))
 
 
@@ -252,7 +247,7 @@ def test_bad_rows_are_named_by_place(write, changed, message):
 def test_choices_that_are_none(write, choices):
     rows = rows_of(4)
     rows[2] |= {"choices": choices}
-    with pytest.raises(CorpusError, match=r"mine, split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): the choice"):
+    with pytest.raises(CorpusError, match=r"mine, split test, row 2 \(counted from 0; .*test.jsonl, line 3\): the choice"):
         load_task(write(train=rows_of(4), test=rows))
 
 
@@ -262,9 +257,9 @@ def test_the_answer_may_be_left_to_the_response(mood):
 
 
 def test_columns_and_splits_that_are_missing(write):
-    with pytest.raises(CorpusError, match="test.jsonl has no response column: it has prompt; name the response column 'resp"):
+    with pytest.raises(CorpusError, match="test.jsonl has no column 'response', which its layout needs: it has prompt"):
         load_task(write(train=rows_of(2), test=[{"prompt": "a"}]))
-    with pytest.raises(CorpusError, match="no label column.*prompts with their responses go into columns named prompt and"):
+    with pytest.raises(CorpusError, match="no column 'label'.*prompts with their responses go into columns named prompt and"):
         load_task(write("other", train=[{"text": "a"}]))
     with pytest.raises(CorpusError, match="third has no train split"):
         load_task(write("third", test=rows_of(2)))
@@ -335,9 +330,9 @@ def test_instruction_formats_are_read_as_prompt_and_response(write, ending, row,
     ({"instruction": QUESTION, "history": [["a", "b"]], "output": REPLY}, "the history is "),
     ({"instruction": QUESTION, "input": TEXT, "output": None}, "the response is None"),
     ({"messages": []}, r"the conversation is \[\]"),
-    ({"messages": "hello"}, "the turns are 'hello'"),
-    ({"messages": turns(SAY[:2])}, "roles of the conversation are system, user; it must end with a reply"),
-    ({"messages": turns(SAY[-1:])}, "roles of the conversation are assistant"),
+    ({"messages": "hello"}, "the choices or turns are 'hello'"),
+    ({"messages": turns(SAY[:2])}, "the conversation has the roles system, user; it must end with a reply"),
+    ({"messages": turns(SAY[-1:])}, "the conversation has the roles assistant"),
     ({"messages": turns(SAY[1:3], names={"assistant": "tool"})}, "turn 1 .*'tool'"),
     ({"messages": [{"role": "user"}, *turns(SAY[-1:])]}, "the text of turn 0 .* is None"),
     ({"messages": ["hello", *turns(SAY[-1:])]}, "turn 0 .* is 'hello'"),
@@ -346,7 +341,7 @@ def test_instruction_formats_are_read_as_prompt_and_response(write, ending, row,
 def test_bad_rows_of_other_projects_are_named_by_place(write, row, message):
     good = {name: turns(SAY) if name in ("messages", "conversations") else QUESTION for name in row if name != "history"}
     good |= {"context": ""} if "context" in row else {}
-    with pytest.raises(CorpusError, match=rf"split test, row 2 \(counted from 0; line 3 of .*test.jsonl\): .*{message}"):
+    with pytest.raises(CorpusError, match=rf"split test, row 2 \(counted from 0; .*test.jsonl, line 3\): .*{message}"):
         load_task(write(train=[good], validation=[good], test=[good, good, row]))
 
 
@@ -453,8 +448,8 @@ def test_choices_that_read_the_same_are_all_right(data, mood):
     ("mmlu", MMLU | {"answer": 4}, "the answer is 4, which is none of the 4 choices"),
     ("mmlu", MMLU | {"answer": None}, "the answer is None"),
     ("mmlu", MMLU | {"choices": []}, r"the choices are \[\]; give a list of two or more"),
-    ("mmlu", MMLU | {"choices": ["3", None, "4", "5"]}, "the choice 1 is None; fill it in"),
-    ("mmlu", MMLU | {"choices": ["3", "4", " ", "5"]}, "the choice 2 is ' '; fill it in"),
+    ("mmlu", MMLU | {"choices": ["3", None, "4", "5"]}, "the choice 1 is None; it must be"),
+    ("mmlu", MMLU | {"choices": ["3", "4", " ", "5"]}, "the choice 2 is ' '; it must be"),
     ("arc_easy", ARC | {"choices": {"text": ["a", None, "c"], "label": ["1", "2", "3"]}}, "the choice 1 is None"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["1", "2"]}}, "the labels of the choices are"),
     ("arc_easy", ARC | {"choices": {"text": ["a", "b", "c"], "label": ["1", "2", "2"]}}, "the labels of the choices are"),
@@ -462,7 +457,7 @@ def test_choices_that_read_the_same_are_all_right(data, mood):
 def test_bad_questions_are_named_by_place(data, name, row, message):
     good = ARC if name == "arc_easy" else MMLU
     data(name, train=[good] * 2, validation=[good], test=[good, row])
-    with pytest.raises(CorpusError, match=rf"{name}, split test, row 1 \(counted from 0; .*test.jsonl\): {message}"):
+    with pytest.raises(CorpusError, match=rf"{name}, split test, row 1 \(counted from 0; .*test.jsonl, line \d\): {message}"):
         load_task(name)
 
 
@@ -484,192 +479,3 @@ def test_real_questions(name, sizes):
     assert [getattr(task, split) and len(getattr(task, split)) for split in SPLITS] == sizes
 
 
-# --- questions about made-up libraries -------------------------------------------------------------------------------
-
-# What a function is called, and the word that its sentence has instead.
-VERBS = {"paint": "colour", "wash": "soap", "sell": "money", "build": "stone", "clean": "brooms", "move": "wheels",
-         "open": "keys", "close": "locks", "rent": "guests", "visit": "friends"}
-NOUNS = {"alphalib": "house barn castle tower", "betalib": "horse", "gammalib": "lorry", "deltalib": "violin",
-         "epsilib": "carpet"}
-SHARED = "Sing for the whole town at night."
-
-
-@pytest.fixture
-def little(tmp_path, monkeypatch):
-    """Five libraries that cannot be imported, one of them far larger, and an empty cache; returns their folder."""
-    for library, nouns in NOUNS.items():
-        functions = [(f"{verb}_{noun}", f"Bring {word} to the {noun} of {library} in spring.")
-                     for noun in nouns.split() for verb, word in VERBS.items()]
-        functions += [(f"lend_{library}", f"Lend money to every {nouns.split()[0]}."),
-                      (f"Lender{library}", f"Lend money to every {nouns.split()[0]}.")]
-        if library in ("alphalib", "betalib"):
-            functions.append(("sing", SHARED))
-        (tmp_path / library).mkdir()
-        (tmp_path / library / "__init__.py").write_text('raise RuntimeError("imported")\n' + "".join(
-            f'def {name}():\n    """{text}"""\n' for name, text in functions))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(corpora, "LIBRARIES", tuple(NOUNS))
-    monkeypatch.setattr(corpora, "_installed", lambda library: "1.0")
-    monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
-def rows_by_kind(task):
-    rows = [row | {"split": split} for split in SPLITS for row in task.split(split)]
-    return {kind: [row for row in rows if row["group"] == kind] for kind in instruction.ASKED}
-
-
-def test_little_questions(little):
-    task = load_task("docstrings_qa")
-    kinds = rows_by_kind(task)
-    for kind, rows in kinds.items():
-        for row in rows:
-            question, sentence, last = row["prompt"].split("\n")
-            assert (question, last) == (instruction.ASKED[kind], "Answer:") and sentence != SHARED
-            assert len({*row["choices"]}) == 4 and row["choices"][row["answer"]] == row["response"]
-            assert not any(library in sentence for library in NOUNS), "names of libraries are masked"
-            word, noun = re.findall(r"(\w+) to (?:the|every) (\w+)", sentence)[0]
-            library = next(name for name, nouns in NOUNS.items() if noun in nouns.split())
-            if kind == "library":
-                assert row["response"] == library and {*row["choices"]} < {*NOUNS}
-            else:
-                verb, named = row["response"].split("_")
-                assert (VERBS[verb], named) == (word, noun)
-                assert all(re.fullmatch(rf"\w+_({NOUNS[library].replace(' ', '|')})|(lend_|Lender){library}", name)
-                           for name in row["choices"]), "all of the same library"
-    prompts = [row["prompt"] for rows in kinds.values() for row in rows]
-    assert len({*prompts}) == len(prompts)
-    assert not any("Lend" in row["prompt"] for row in kinds["function"]), "it describes two names"
-    split_of = {}
-    for row in [*kinds["library"], *kinds["function"]]:
-        assert split_of.setdefault(row["prompt"].split("\n")[1], row["split"]) == row["split"]
-
-
-def test_libraries_alone_tell_nothing(little):
-    rows = rows_by_kind(load_task("docstrings_qa"))["library"]
-    right, offered = Counter(row["response"] for row in rows), Counter(name for row in rows for name in row["choices"])
-    # The largest cap at which no library has more than a quarter: 4 c <= c + 4 * 11, the small ones having 11 sentences.
-    assert right == {"alphalib": 14} | dict.fromkeys([*NOUNS][1:], 11)
-    assert all(abs(offered[name] - 4 * right[name]) <= 2 for name in NOUNS)
-    assert len({row["answer"] for row in rows}) == 4
-
-
-def test_sources_of_one_kind(little):
-    both = rows_by_kind(load_task("docstrings_qa"))
-    for kind in instruction.ASKED:
-        task = load_task(f"docstrings_qa:{kind}")
-        assert task.name == f"docstrings_qa:{kind}" and rows_by_kind(task)[kind] == both[kind] and both[kind]
-        assert {row["group"] for split in SPLITS for row in task.split(split)} == {kind}
-
-
-def test_held_out_is_what_models_are_judged_on(little):
-    held_out, task = instruction.held_out(), load_task("docstrings_qa")
-    keys = {split: {same_sentence_key(prompt.split("\n")[1]) for prompt in task.split(split)["prompt"]} for split in SPLITS}
-    assert held_out == keys["validation"] | keys["test"] and not held_out & keys["train"]
-    sizes = [len(keys[split]) for split in SPLITS]
-    assert sizes[0] == sum(sizes) * 8 // 10 and abs(sizes[1] - sizes[2]) <= 1
-
-
-def test_the_questions_are_kept_and_belong_to_the_versions(little, monkeypatch):
-    first, builds, build = load_task("docstrings_qa").fingerprint, [], instruction.build_docstrings_qa
-    monkeypatch.setattr(instruction, "build_docstrings_qa", lambda: builds.append(1) or build())
-    assert load_task("docstrings_qa").fingerprint == first and not builds
-    monkeypatch.setattr(corpora, "_installed", lambda library: "2.0")
-    assert load_task("docstrings_qa").fingerprint == first and len(builds) == 1
-    monkeypatch.setattr(instruction, "BUILDER", instruction.BUILDER + 1)
-    load_task("docstrings_qa")
-    monkeypatch.setattr(corpora, "BUILDER", corpora.BUILDER + 1)
-    load_task("docstrings_qa")
-    assert len(builds) == 3
-
-
-def test_the_questions_do_not_depend_on_hash_randomisation(little):
-    script = textwrap.dedent(f"""
-        import json, sys
-        sys.path.insert(0, {str(little)!r})
-        from distillkit.data import corpora, instruction
-        corpora.LIBRARIES = {tuple(NOUNS)!r}
-        print(json.dumps(instruction.build_docstrings_qa()))
-    """)
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": "7", "TQDM_DISABLE": "1"},
-                          text=True, capture_output=True, check=True)
-    assert json.loads(done.stdout) == instruction.build_docstrings_qa()
-
-
-# --- wrong names -----------------------------------------------------------------------------------------------------
-
-
-def test_wrong_names_hold_as_many_words_of_the_sentence():
-    far = [f"lib.other.zebra{letter}" for letter in "abcdefgh"]
-    names = instruction._Names(["lib.io.read_table", "lib.io.table_reader", "lib.io.read_only", *far])
-    for sentence in ("read a table from disk", "reads any tables", "table read by us"):
-        choices = names.choices(sentence, "read_table")
-        assert choices[:3] == ["read_table", "table_reader", "read_only"] and choices[3] in [path[10:] for path in far]
-
-
-def test_a_sentence_that_only_the_right_name_echoes_is_left_out():
-    names = instruction._Names(["lib.io.read_table", "lib.io.read_only", "lib.io.write_table", "lib.io.zebra", "lib.io.yak"])
-    assert names.choices("read a table from disk", "read_table") is None
-    assert {*names.choices("read it from disk", "read_table")} > {"read_table", "read_only"}
-
-
-def test_no_two_choices_differ_in_spelling_only():
-    names = instruction._Names(["lib.ReadTable", "lib.read_table", "lib.readtable", "lib.table_reader", "lib.reads_tables",
-                                "lib.zebra"])
-    for number in range(20):
-        choices = names.choices(f"read a table {'again ' * number}", "read_table")
-        assert len({name.replace("_", "").lower() for name in choices}) == 4
-    assert instruction._Names(["lib.read", "lib.Read", "lib.write", "lib.zebra"]).choices("go on", "read") is None
-
-
-def test_the_module_makes_a_name_close():
-    names = instruction._Names([*(f"lib.near.{word}" for word in ("ant", "bee", "cow")),
-                                *(f"lib.far.{word}" for word in ("dog", "elk", "fox", "gnu", "hen", "jay"))])
-    for sentence in ("nothing of this", "neither of these", "none at all"):
-        assert {*names.choices(sentence, "bee")[:3]} == {"ant", "bee", "cow"}
-
-
-# --- the questions of this machine -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def questions():
-    """Those about the real libraries, from the user's cache, built there if need be."""
-    return load_task("docstrings_qa")
-
-
-@pytest.mark.slow
-def test_real_libraries_make_many_questions(questions):
-    for kind in instruction.ASKED:
-        assert Counter(questions.train["group"])[kind] >= 10_000 and Counter(questions.test["group"])[kind] >= 1_500
-
-
-@pytest.mark.slow
-def test_no_guess_that_does_not_read_is_worth_much(questions):
-    """Rules of thumb score little above the chance of 1 in 4."""
-
-    def words(text):
-        return instruction._words(text)
-
-    def share_right(rows, score):
-        right = 0.0
-        for row in rows:
-            scores = [score(row, choice) for choice in row["choices"]]
-            right += (scores[row["answer"]] == max(scores)) / scores.count(max(scores))
-        return right / len(rows)
-
-    kinds = {kind: [row for row in questions.test if row["group"] == kind] for kind in instruction.ASKED}
-    for name in corpora.LIBRARIES:
-        offered = [row["response"] == name for row in kinds["library"] if name in row["choices"]]
-        assert 0.18 < sum(offered) / len(offered) < 0.32, name
-    rules = {"words of the sentence": lambda row, choice: len(words(choice) & words(row["prompt"].split("\n")[1])),
-             "most like the others": lambda row, choice: sum(len(words(choice) & words(other)) for other in row["choices"]),
-             "longest": lambda row, choice: len(choice), "shortest": lambda row, choice: -len(choice)}
-    scores = {name: share_right(kinds["function"], score) for name, score in rules.items()}
-    assert all(score < 0.36 for score in scores.values()), scores
-
-
-@pytest.mark.slow
-def test_real_sentences_never_name_a_library(questions):
-    names = re.compile("|".join(corpora.LIBRARIES), re.IGNORECASE)
-    assert not [prompt for prompt in questions.test["prompt"] if names.search(prompt.split("\n")[1])]

@@ -8,23 +8,18 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
-from distillkit.experiments import classification as jobs
+from distillkit.cli import runs
 from distillkit.experiments import runner
-from distillkit.experiments.classification import ROW_NAMES, ClassificationJob, ClassificationRun, table
-from distillkit.experiments.results import VERSIONED, kind_of, read, with_tables
+from distillkit.experiments.classification import ROW_NAMES, ClassificationCell, ClassificationJob, table
+from distillkit.experiments.results import COLUMNS, VERSIONED, frame, read, settings_hash, with_tables
 from distillkit.experiments.results import write as write_result
-from distillkit.experiments.runner import CONFIGS
+from distillkit.experiments.runner import CONFIGS, Run
+from distillkit.experiments.settings import kind_of
+from distillkit.io.storage import StorageError
 
 SMALL = {"name": "small", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8,
-         "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0]}
-
-
-@pytest.fixture
-def quick(standin_hub, monkeypatch):
-    """Recipes of a few steps, on the stand-in hub."""
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+         "outer_steps": 3, "outer_batch": 8, "eval_seeds": [0, 1], "full_seeds": [0], "standard_steps": 2,
+         "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +28,12 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("finished")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
-        return folder, ClassificationRun(job(), folder / "results", folder / "work")()
+    with standin_hub.patched(standin_home):
+        return folder, Run(ClassificationCell, job(), folder / "results", folder / "work")()
 
 
 @pytest.fixture
-def copied(finished, tmp_path, quick):
+def copied(finished, tmp_path, standin_hub):
     """That run, to be continued; the names of the rows that are scored are noted in `scored`."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     return tmp_path
@@ -48,8 +41,13 @@ def copied(finished, tmp_path, quick):
 
 @pytest.fixture
 def scored(monkeypatch):
-    noted, evaluate = [], jobs.evaluate
-    monkeypatch.setattr(jobs, "evaluate", lambda *a, **kw: noted.append(kw["recipe"]) or evaluate(*a, **kw))
+    noted, evaluate = [], runner.evaluate
+
+    def noting(*args, recipe, **options):
+        noted.append(recipe if isinstance(recipe, str) else type(recipe).__name__.lower())
+        return evaluate(*args, recipe=recipe, **options)
+
+    monkeypatch.setattr(runner, "evaluate", noting)
     return noted
 
 
@@ -69,12 +67,23 @@ def rewrite(folder, change):
 
 
 def run(folder, **changes):
-    return ClassificationRun(job(**changes), folder / "results", folder / "work")()
+    return Run(ClassificationCell, job(**changes), folder / "results", folder / "work")()
 
 
-def same(one, other):
-    """Equal, where nan (the spread of a single seed) equals nan."""
-    return json.dumps(one) == json.dumps(other)
+def scores(result, row):
+    return [score for score in result["scores"] if score["row"] == row]
+
+
+def rows(result):
+    return [*dict.fromkeys(score["row"] for score in result["scores"])]
+
+
+def drop(row):
+    return lambda result: result.update(scores=[score for score in result["scores"] if score["row"] != row])
+
+
+def without_seconds(result):
+    return [{key: value for key, value in score.items() if key != "seconds"} for score in result["scores"]]
 
 
 def write(path, **settings):
@@ -85,42 +94,52 @@ def write(path, **settings):
 # --- a complete run --------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_made_and_written(finished):
+def test_every_student_is_a_row_of_one_table(finished):
     folder, result = finished
-    assert same(stored(folder), result)
-    assert list(result["rows"]) == list(ROW_NAMES) and len(ROW_NAMES) == 11
-    for name, row in result["rows"].items():
-        method, recipe = name.split("/")
-        assert (row["method"], row["recipe"]["name"]) == (method, recipe)
-        assert (row["examples"], len(row["scores"])) == ((80, 1) if method == "full" else (2, 2))
-        assert row["mean"] == pytest.approx(sum(row["scores"]) / len(row["scores"]), abs=1e-6)
-        assert set(row["groups"]) == {"neg", "pos"}
-    assert result["config"] == json.loads(json.dumps(dataclasses.asdict(job())))
-    assert result["corpus"]["rows"] == {"train": 80, "validation": 40, "test": 40}
-    assert len(result["corpus"]["sha256"]) == 64
-    assert set(result["versions"]) == {*VERSIONED, "python"} and "date" in result and "machine" in result
+    assert stored(folder) == result and rows(result) == sorted(ROW_NAMES)
+    for row in ROW_NAMES:
+        method, recipe = row.split("/")
+        of_row = scores(result, row)
+        assert [score["init_seed"] for score in of_row] == ([0] if method == "full" else [0, 1])
+        for score in of_row:
+            assert (score["method"], score["recipe"], score["examples"]) == (method, recipe, 80 if method == "full" else 2)
+            assert 0 <= score["accuracy"] <= 1 and score["flops"] > 0 and score["seconds"] > 0 and score["nbytes"] > 0
+            assert (score["experiment"], score["corpus"], score["split"]) == ("small", "rotten_tomatoes", "test")
+            assert score["target"] == "bert-base-uncased" and score["settings_hash"] == settings_hash(job())
+            assert (score.get("per_class"), score.get("length")) == ((None, None) if method == "full" else (1, 8))
+        note = result["cells"]["small"]["notes"][f"{row} 0"]
+        assert note["recipe"]["name"] == recipe and {*note["groups"]} == {"neg", "pos"}
+    assert [*frame(result).columns[: len(COLUMNS)]] == [*COLUMNS]
+    cell = result["cells"]["small"]
+    assert result["config"] == cell["config"] == json.loads(json.dumps(dataclasses.asdict(job())))
+    assert cell["corpus"]["rows"] == {"train": 80, "validation": 40, "test": 40} and len(cell["corpus"]["sha256"]) == 64
+    assert {*cell["versions"]} == {*VERSIONED, "python"} and "date" in cell and "machine" in cell
 
 
-def test_what_was_distilled(finished):
+def test_what_was_distilled(finished, standin_hub):
     folder, result = finished
-    assert {n: (d["steps"], len(d["losses"])) for n, d in result["distilling"].items()} == {
-        "labels": (3, 3), "embeddings": (3, 3)}
-    assert [row["label"] for row in result["text"]] == ["neg", "pos"] and all(row["text"] for row in result["text"])
-    embeddings, labels = (jobs.DistilledSet.load(folder / "work" / "small" / n) for n in ("embeddings", "labels"))
+    notes = result["cells"]["small"]["notes"]
+    assert {name: (note["steps"], len(note["losses"])) for name, note in notes.items() if "losses" in note} == {
+        "real + learned labels 0": (3, 3), "embeddings 0": (3, 3)}
+    text = notes["projected 0"]["text"]
+    assert [row["label"] for row in text] == ["neg", "pos"] and all(row["text"] for row in text)
+    cell = Run(ClassificationCell, job(), folder / "results", folder / "work").cell
+    embeddings, labels = (cell.set_of(name, 0) for name in ("embeddings", "real + learned labels"))
     assert embeddings.tokens is None and embeddings.meta["recipe"]["outer_steps"] == 3
     assert labels.tokens is not None and labels.meta["selection"]["method"] == "random", "real text, learned labels"
-    nbytes = {name.split("/")[0]: row["nbytes"] for name, row in result["rows"].items()}
+    nbytes = {score["method"]: score["nbytes"] for score in result["scores"]}
     assert nbytes["embeddings"] == embeddings.nbytes > nbytes["real + learned labels"] == labels.nbytes
     assert nbytes["projected"] == nbytes["real + learned labels"] > nbytes["random"] == nbytes["k_center"]
 
 
-def test_the_same_sentences_are_scored_once(finished, quick, tmp_path, scored):
+def test_the_same_sentences_are_scored_once(finished, standin_hub, tmp_path, scored):
     """At one a class herding and k-centre both take the medoid; at two they differ."""
-    rows = finished[1]["rows"]
-    assert rows["herding/tuned"] == rows["k_center/tuned"] | {"method": "herding", "same_set_as": "k_center"}
-    assert [name for name, row in rows.items() if "same_set_as" in row] == ["herding/tuned"]
-    found = run(tmp_path, rows=["k_center/tuned", "herding/tuned"], per_class=2)
-    assert scored == ["tuned"] * 2 and "same_set_as" not in found["rows"]["herding/tuned"]
+    one, other = (scores(finished[1], f"{method}/tuned") for method in ("k_center", "herding"))
+    assert [score["accuracy"] for score in one] == [score["accuracy"] for score in other]
+    assert {score.get("same_set_as") for score in other} == {"small: k_center/tuned, set 0"}
+    assert {score["row"] for score in finished[1]["scores"] if "same_set_as" in score} == {"herding/tuned"}
+    result = run(tmp_path, rows=["k_center/tuned", "herding/tuned"], per_class=2)
+    assert scored == ["tuned"] * 2 and not any("same_set_as" in score for score in result["scores"])
 
 
 def test_the_table(finished):
@@ -128,11 +147,12 @@ def test_the_table(finished):
     lines = table(result).splitlines()
     assert lines[0] == "| method | recipe | examples | bytes | accuracy (mean ± sd) | seeds | seconds to train |"
     assert len(lines) == 2 + 11 and all(line.count("|") == 8 for line in lines)
-    row = result["rows"]["herding/tuned"]
-    assert lines[4].startswith(f"| herding | tuned | 2 | {row['nbytes']} | {row['mean']:.3f} ± {row['std']:.3f} | 2 | ")
-    partial = result | {"rows": {n: r for n, r in result["rows"].items() if n != "k_center/tuned"}}
+    one, other = (score["accuracy"] for score in scores(result, "herding/tuned"))
+    nbytes, mean, deviation = scores(result, "herding/tuned")[0]["nbytes"], (one + other) / 2, abs(one - other) / 2**0.5
+    assert lines[4].startswith(f"| herding | tuned | 2 | {nbytes} | {mean:.3f} ± {deviation:.3f} | 2 | ")
+    partial = result | {"scores": [dict(score) for score in result["scores"] if score["row"] != "k_center/tuned"]}
     assert table(partial).splitlines()[3] == "| k_center | tuned | | | not run | | |"
-    partial["rows"]["full/standard"] = row | {"method": "full", "committed": "same corpus"}
+    scores(partial, "full/standard")[0]["committed"] = "same corpus"
     assert table(partial).splitlines()[-1].startswith("| full (committed, same corpus) | ")
 
 
@@ -149,89 +169,97 @@ def test_tables_in_a_text(finished):
 
 
 def test_a_finished_run_does_nothing(copied, scored, finished):
-    assert same(run(copied), finished[1]) and scored == []
+    assert run(copied) == finished[1] and scored == []
 
 
-@pytest.mark.parametrize("name", ["random/tuned", "embeddings/own", "projected/tuned"])
-def test_only_a_missing_row_is_made(copied, scored, finished, name):
-    rewrite(copied, lambda result: result["rows"].pop(name))
+@pytest.mark.parametrize("row", ["random/tuned", "embeddings/own", "projected/tuned"])
+def test_only_a_missing_row_is_made(copied, scored, finished, row):
+    rewrite(copied, drop(row))
     result = run(copied)
-    assert scored == [name.split("/")[1]]
-    assert result["rows"][name]["scores"] == finished[1]["rows"][name]["scores"]
-    assert all(same(row, finished[1]["rows"][n]) for n, row in result["rows"].items() if n != name)
-    assert set(stored(copied)["rows"]) == set(ROW_NAMES)
+    assert scored == [row.split("/")[1]]
+    assert without_seconds(result) == without_seconds(finished[1]), "in its place"
+    assert stored(copied) == result
 
 
-def test_the_text_is_made_up_for(copied, scored, finished):
-    """A run may be killed after its last row and before the text."""
-    rewrite(copied, lambda result: result.pop("text"))
-    assert run(copied)["text"] == finished[1]["text"] and scored == []
+def test_losses_that_the_result_lacks_are_read_from_the_checkpoint(copied, finished):
+    """A run may be killed after a set was learned and before its score is there."""
+    rewrite(copied, drop("embeddings/own"))
+    rewrite(copied, lambda result: result["cells"]["small"]["notes"].pop("embeddings 0"))
+    expected, notes = (result["cells"]["small"]["notes"] for result in (finished[1], run(copied)))
+    assert notes["embeddings 0"] == expected["embeddings 0"]
 
 
 def test_a_row_is_on_disk_before_the_next_begins(copied, monkeypatch):
-    rewrite(copied, lambda result: [result["rows"].pop(n) for n in ("random/tuned", "projected/own")])
-    evaluate = jobs.evaluate
+    for row in ("random/tuned", "projected/own"):
+        rewrite(copied, drop(row))
+    evaluate = runner.evaluate
 
     def dies_at_the_second(*args, **kwargs):
-        if "random/tuned" in stored(copied)["rows"]:
+        if "random/tuned" in rows(stored(copied)):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(jobs, "evaluate", dies_at_the_second)
+    monkeypatch.setattr(runner, "evaluate", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(copied)
-    assert set(ROW_NAMES) - set(stored(copied)["rows"]) == {"projected/own"}
+    assert {*ROW_NAMES} - {*rows(stored(copied))} == {"projected/own"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"eval_seeds": [0, 2]}, r"other settings \(eval_seeds: \[0, 1\] there, \[0, 2\] here\)"),
-     ({"outer_steps": 4}, "other settings .outer_steps: 3 there, 4 here"), ({"lr": 0.5}, "other settings .lr"),
-     ({"limit": 20}, "other settings .limit")],
+    [({"eval_seeds": [0, 2]}, r"other settings: eval_seeds is \[0, 1\] there and \[0, 2\] here"),
+     ({"outer_steps": 4}, "other settings: outer_steps is 3 there and 4 here"), ({"lr": 0.5}, "other settings: lr"),
+     ({"limit": 20}, "other settings: limit")],
 )
 def test_other_settings_do_not_replace_a_result(copied, scored, change, message):
     before = stored(copied)
     with pytest.raises(ValueError, match=message + ".*--fresh"):
         run(copied, **change)
-    assert scored == [] and same(stored(copied), before)
+    assert scored == [] and stored(copied) == before
 
 
 def test_settings_that_came_or_went_since(copied, scored):
-    rewrite(copied, lambda result: result["config"].pop("label_lr"))
+    rewrite(copied, lambda result: result["cells"]["small"]["config"].pop("label_lr"))
     assert run(copied)["config"]["label_lr"] is None and scored == [], "what a result does not name had its default"
-    rewrite(copied, lambda result: result["config"].update(gone=None))
-    with pytest.raises(ValueError, match="gone: None there, absent here"):
+    rewrite(copied, lambda result: result["cells"]["small"]["config"].update(gone=3))
+    with pytest.raises(ValueError, match="gone is 3 there and None here"):
         run(copied)
 
 
-def test_other_rows_are_made_in_addition(copied, scored):
-    rewrite(copied, lambda result: result["rows"].pop("herding/tuned"))
+def test_another_corpus_and_an_older_form_are_refused(copied, scored):
+    rewrite(copied, lambda result: result["cells"]["small"]["corpus"].update(sha256="0"))
+    with pytest.raises(ValueError, match="another corpus: sha256 is '0' there"):
+        run(copied)
+    rewrite(copied, lambda result: result.pop("scores"))
+    with pytest.raises(ValueError, match=r"distillkit 0\.1 wrote it.*--fresh"):
+        run(copied)
+    assert scored == []
+
+
+def test_other_rows_are_made_in_addition(copied, scored, finished):
+    rewrite(copied, drop("herding/tuned"))
     result = run(copied, rows=["herding/tuned", "embeddings/own"])
-    assert len(scored) <= 1
-    assert {"herding/tuned", "embeddings/own"} <= set(result["rows"])
+    assert scored == [] and {*rows(result)} == {*ROW_NAMES}, "k-centre has chosen the same sentences"
 
 
 def test_sets_of_other_settings_are_refused(copied):
     (copied / "results" / "small.json").unlink()
-    with pytest.raises(ValueError, match=r"small is of a run with other settings \(lr: 0\.08 there, 0\.5 here\).*--fresh"):
+    with pytest.raises(ValueError, match=r"small is of a run with other settings: lr is 0\.08 there and 0\.5 here.*--fresh"):
         run(copied, rows=["embeddings/own"], lr=0.5)
 
 
 def test_a_committed_row(copied, scored, finished):
-    shutil.copy(copied / "results" / "small.json", copied / "results" / "longer.json")
-    (copied / "results" / "small.json").unlink()
+    (copied / "results" / "small.json").rename(copied / "results" / "longer.json")
     result = run(copied, rows=["full/standard"], committed="longer", committed_rows=["full/standard"])
-    expected = finished[1]["rows"]["full/standard"] | {"committed": "same corpus"}
-    assert scored == [] and same(result["rows"]["full/standard"], expected)
+    expected = [score | {"committed": "same corpus"} for score in scores(finished[1], "full/standard")]
+    assert scored == [] and result["scores"] == expected
 
 
 def test_a_committed_row_that_is_not_there_is_missed_at_once(copied, scored):
+    rewrite(copied, drop("full/standard"))
     (copied / "results" / "small.json").rename(copied / "results" / "longer.json")
     with pytest.raises(FileNotFoundError, match=r"committed='absent', but there is no result .*absent\.json; make it"):
         run(copied, committed="absent", committed_rows=["full/standard"])
-    part = json.loads((copied / "results" / "longer.json").read_text())
-    part["rows"].pop("full/standard")
-    write_result(copied / "results" / "longer.json", part)
     with pytest.raises(ValueError, match=r"committed='longer', but .*longer\.json has no row full/standard; finish it"):
         run(copied, committed="longer", committed_rows=["full/standard"])
     assert scored == []
@@ -263,16 +291,17 @@ def test_settings_from_a_file(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"learning_rate": 0.1}, r"a\.yaml: unknown setting 'learning_rate'; there are .*outer_steps.*seed"),
     ({"rows": ["random/tuned", "random/own"]}, "a row must be one of random/tuned, k_center/tuned, .*not 'random/own'"),
-    ({"rows": "full/standard"}, "rows must be a list of texts, not 'full/standard'"),
-    ({"lr": "1e-3"}, "lr must be a number above 0, not '1e-3'.*write 0.001"),
-    ({"step_size": -1}, "step_size must be a number above 0, not -1"),
-    ({"outer_steps": 2.5}, "outer_steps must be a whole number of at least 1, not 2.5"),
-    ({"per_class": 0}, "per_class must be a whole number of at least 1, not 0"),
-    ({"metagrad": "exact"}, "metagrad must be one of .*replay.*, not 'exact'"),
+    ({"rows": "full/standard"}, "rows must be a valid tuple, not 'full/standard'"),
+    ({"lr": "fast"}, "lr must be a valid number, not 'fast'"),
+    ({"lr": True}, "lr must be a valid number, not True"),
+    ({"step_size": -1}, "step_size must be greater than 0, not -1"),
+    ({"outer_steps": 2.5}, "outer_steps must be a valid integer, not 2.5"),
+    ({"per_class": 0}, "per_class must be greater than or equal to 1, not 0"),
+    ({"metagrad": "exact"}, "metagrad must be .*'replay'.*, not 'exact'"),
     ({"committed": "longer"}, "committed.* belong together"),
     ({"committed_rows": ["full/standard"]}, "committed.* belong together"),
-    ({"name": "../escape"}, "name must be letters, digits, .* not '../escape'"),
-    ({"name": ""}, "name must be .* not ''"),
+    ({"name": "../escape"}, "name must match pattern .* not '../escape'"),
+    ({"name": ""}, "name must match pattern .* not ''"),
     ({"name": 7}, "name must be .* not 7"),
 ])
 def test_bad_settings_are_named(tmp_path, change, message):
@@ -301,7 +330,7 @@ def places(folder):
 
 def test_run_from_the_command_line(copied, scored, capsys, tmp_path):
     config = write(tmp_path / "small.yaml", **SMALL)
-    rewrite(copied, lambda result: result["rows"].pop("random/tuned"))
+    rewrite(copied, drop("random/tuned"))
     assert command_line.main(["run", str(config), *places(copied)]) == 0
     out = capsys.readouterr().out
     assert "rotten_tomatoes: 80 / 40 / 40 rows; student bert-base-uncased" in out
@@ -313,12 +342,12 @@ def test_fresh_forgets(copied, scored, tmp_path):
     marker = copied / "work" / "small" / "left-over"
     marker.mkdir()
     assert command_line.main(["run", str(config), *places(copied), "--fresh"]) == 0
-    assert not marker.exists() and list(stored(copied)["rows"]) == ["random/tuned"] and scored == ["tuned"]
+    assert not marker.exists() and rows(stored(copied)) == ["random/tuned"] and scored == ["tuned"]
 
 
 def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     """With the settings and the finished rows of the small run in the place of the shipped ones."""
-    monkeypatch.setattr(runner, "CONFIGS", copied)
+    monkeypatch.setattr(runs, "CONFIGS", copied)
     write(copied / "quickstart.yaml", **SMALL)
     assert command_line.main(["demo", *places(copied)]) == 0
     assert (copied / "work" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
@@ -326,17 +355,14 @@ def test_the_demo_is_the_quickstart_and_draws_it(copied, monkeypatch, capsys):
     assert "| embeddings | own |" in capsys.readouterr().out
 
 
-def test_a_demo_begins_anew_where_nothing_is_left_to_do_or_to_read(tmp_path):
-    path = tmp_path / "quickstart.json"
-    half = {"config": {"rows": ["random/tuned", "full/standard"]}, "rows": {"random/tuned": {}}}
-    assert not command_line._done_with(path)
-    write_result(path, half)
-    assert not command_line._done_with(path), "it goes on"
-    write_result(path, half | {"rows": {"random/tuned": {}, "full/standard": {}}, "text": []})
-    assert command_line._done_with(path)
-    write_result(path, half)
+def test_a_demo_begins_anew_where_nothing_is_left_to_do(copied):
+    path = copied / "results" / "small.json"
+    assert runs.is_finished(path) and not runs.is_finished(copied / "absent.json")
+    rewrite(copied, drop("random/tuned"))
+    assert not runs.is_finished(path), "it goes on"
     path.write_bytes(path.read_bytes()[:-9])
-    assert command_line._done_with(path)
+    with pytest.raises(StorageError, match="small.json is damaged.*--fresh"):
+        runs.is_finished(path)
 
 
 def test_table_of_a_result(copied, capsys, finished):
@@ -346,7 +372,7 @@ def test_table_of_a_result(copied, capsys, finished):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["run", "no-such-settings"], "no configuration 'no-such-settings': neither a file nor one of .*quickstart"),
-    (["table", "no-such-result"], r"no result .*no-such-result\.json"),
+    (["table", "no-such-result"], r".*No such file .*no-such-result\.json"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
     import re
@@ -358,7 +384,7 @@ def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
 
 @pytest.mark.parametrize("change", [{"corpus": "no_such_corpus"}, {"student": "no-such/student"}, {"colour": "red"},
                                     {"per_class": 41}])
-def test_bad_settings_are_exit_code_2(quick, tmp_path, capsys, change):
+def test_bad_settings_are_exit_code_2(standin_hub, tmp_path, capsys, change):
     config = write(tmp_path / "a.yaml", **SMALL | {"rows": ["random/tuned"]} | change)
     assert command_line.main(["run", str(config), *places(tmp_path)]) == 2
     assert str(*change.values()) in capsys.readouterr().err or "colour" in change

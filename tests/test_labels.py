@@ -4,13 +4,12 @@ import json
 import re
 from decimal import Decimal
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 import distillkit as dk
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 from distillkit.data.labels import spelled, whole
 
 
@@ -83,11 +82,11 @@ def test_columns_of_parquet(tmp_path, spelling):
     assert read(dk.load_task(tmp_path)) == names
 
 
-def test_numbers_and_names_that_other_libraries_write():
-    values = [np.int64(3), np.float32(3), Decimal("3.0"), 3, 3.0, "3", "3.0", " +3 "]
-    assert [whole(value) for value in values] == [3] * 8 and {spelled(value) for value in values[:5]} == {"3"}
-    assert spelled(np.bool_(True)) == spelled(True) == "true" and whole(True) is whole(np.bool_(True)) is None
-    for value in (None, "", " ", [1], {"a": 1}, float("nan"), np.nan, float("inf"), Decimal("NaN")):
+def test_numbers_and_names_however_they_are_written():
+    values = [Decimal("3.0"), 3, 3.0, "3", "3.0", " +3 "]
+    assert [whole(value) for value in values] == [3] * 6 and {spelled(value) for value in values[:3]} == {"3"}
+    assert spelled(True) == "true" and whole(True) is None
+    for value in (None, "", " ", [1], {"a": 1}, float("nan"), float("inf"), Decimal("NaN")):
         assert spelled(value) is None and whole(value) is None
     assert whole("1.1") is whole("1e3") is whole("1" * 5000) is None
 
@@ -127,7 +126,7 @@ def test_a_list_of_classes(write, listed, labels, names):
     (None, ["1", "1.0"], ["1.0", "x"], 1, "'x'"),
 ])
 def test_no_label_falls_back_to_a_place(write, listed, labels, test, row, label):
-    with pytest.raises(CorpusError, match=rf"row {row} \(counted from 0; line {row + 1} of .*: the label is {label}, which is"):
+    with pytest.raises(CorpusError, match=rf"row {row} \(counted from 0; .*, line {row + 1}\): the label is {label}, which is"):
         dk.load_task(write(labels, test, listed=listed))
 
 
@@ -136,19 +135,19 @@ def test_no_label_falls_back_to_a_place(write, listed, labels, test, row, label)
 def test_labels_that_are_none_are_named_by_row(write, listed, label):
     good, bad = ["neg", "pos", "neg", "pos"], ["neg", "pos", "neg", label]
     for train, test, split in ((bad, good, "train"), (good, bad, "test")):
-        place = rf"split {split}, row 3 \(counted from 0; line 4 of .*{split}.jsonl\): the label is"
+        place = rf"split {split}, row 3 \(counted from 0; .*{split}.jsonl, line 4\): the label is"
         with pytest.raises(CorpusError, match=place):
             dk.load_task(write(train, test, listed=listed))
 
 
 @pytest.mark.parametrize("labels", [[0, "x"], [True, 1], [1, "1.5"], [1.5, "1.5"]])
 def test_kinds_that_are_mixed(write, labels):
-    with pytest.raises(CorpusError, match="train.jsonl mixes kinds of labels"):
+    with pytest.raises(CorpusError, match="train.jsonl mixes labels that are numbers"):
         dk.load_task(write(labels))
 
 
 def test_names_that_differ_in_case_bring_a_warning(write):
-    with pytest.warns(UserWarning, match="'Pos' and 'pos' differ in case only"):
+    with pytest.warns(UserWarning, match="'Pos', 'pos' differ in case only"):
         assert dk.load_task(write(["Pos", "pos", "neg"])).classes == ("Pos", "neg", "pos")
 
 

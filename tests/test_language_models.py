@@ -4,13 +4,14 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import distillkit as dk
 from distillkit.core.problem import Problem
 from distillkit.data.tasks import NO_TARGET
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import answered, choice_scores, picks
 from standin_hub import rounding
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",
@@ -173,13 +174,12 @@ def test_scores_of_choices_are_those_of_the_model_itself(students, name, batch_s
     ([-3.0, math.nan, -math.inf], True),
     ([-3.0, -2.0, math.nan], False),
 ])
-def test_a_model_without_finite_scores_has_answered_nothing(students, tmp_path, monkeypatch, scores, right):
+def test_a_choice_without_a_finite_score_is_never_picked(scores, right):
+    assert (picks([np.array(scores)]) == [0]) == right
+
+
+def test_a_model_that_fell_apart_has_answered_nothing(students, tmp_path):
     student = students[NAMES[0], "full"]
-    rows, _ = questions(student, tmp_path)
-    first = {**rows[0], "answer": 0, "response": "a"}
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(first) + "\n", encoding="utf-8")
-    task, given = dk.load_task(str(tmp_path), max_length=32), iter(scores)
-    monkeypatch.setattr(type(student), "log_likelihood", lambda self, params, batch, said: torch.tensor(
-        [[next(given)] for _ in said], dtype=torch.float64))
-    assert choice_accuracy(student, student.init(0), task, "test")[0] == right
+    _, task = questions(student, tmp_path)
+    broken = {name: torch.full_like(p, math.nan) for name, p in student.init(0).items()}
+    assert not any(right.any() for right in answered(student, broken, task, "test"))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores
+from distillkit.evaluation.scoring import answered, choice_scores
 from distillkit.io.packaged import asset
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; it is the extra of that name")
@@ -46,7 +46,8 @@ def ours(folder):
     task = dk.load_task(str(folder), max_length=256)
     student = dk.load_student("offline:tiny-opt", task, trainable="full", device="cpu")
     params = student.init(0)
-    return *choice_scores(student, params, task, "test", range(len(QUESTIONS))), choice_accuracy(student, params, task, "test")
+    accuracies = tuple(float(right.mean()) for right in answered(student, params, task, "test"))
+    return *choice_scores(student, params, task, "test", range(len(QUESTIONS))), accuracies
 
 
 def harness(folder, home, delimiter=" ", **model_args):

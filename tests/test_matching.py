@@ -151,7 +151,7 @@ class OneExpert:
     """From 0 to ``end`` in one epoch."""
 
     def __init__(self, end):
-        self.end, self.folder, self.epochs, self.snapshots = end, "memory", 1, 2
+        self.end, self.folder, self.epochs, self.snapshots, self.sha256 = end, "memory", 1, 2, "0"
         self.settings = {"snapshots_per_epoch": 1, "optimizer": {"name": "SGD", "step_size": 0.1, "clip_norm": None}}
 
     def __len__(self):
@@ -233,7 +233,7 @@ def test_the_neighbor_term_pulls_towards_words(exact, experts, start):
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), "much", True, lambda progress: -progress])
 def test_a_bad_weight(exact, start, experts, weight):
-    with pytest.raises(ValueError, match="the weight of NeighborLoss must be a finite number of 0 or more, not"):
+    with pytest.raises(ValueError, match="the weight of NeighborLoss"):
         list(dk.Distiller(start, matching(exact, experts), regularizers=[dk.NeighborLoss(exact[1], weight=weight)]).run(2))
 
 
@@ -241,15 +241,15 @@ def test_a_bad_weight(exact, start, experts, weight):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"expert_epochs": 3}, r"expert_epochs=3, but the experts in .* were trained for 2 epochs; record more"),
+    ({"expert_epochs": 3}, r"expert_epochs must be a number in \(0, 2\], not 3"),
     ({"expert_epochs": 0.3}, "expert_epochs must be a whole number of snapshots, 2 of which make an epoch, not 0.3"),
     ({"expert_epochs": 0}, "expert_epochs must be .* not 0"),
-    ({"max_start_epoch": 1.5}, "max_start_epoch must lie between 0 and 1 for segments of 1 of 2 epochs, not 1.5"),
+    ({"max_start_epoch": 1.5}, r"max_start_epoch must be a number in \[0, 1\], not 1.5"),
     ({"student_state": "both"}, "student_state must be one of fresh, expert, not 'both'"),
     ({"student_state": "expert"}, "student_state='expert' hands over the state of AdamW, which SGD cannot use"),
     ({"distance": "far"}, "distance must be one of whole, tensor, not 'far'"),
     ({"segments": 0}, "segments must be a whole number of at least 1, not 0"),
-    ({"match": lambda name: False}, "match leaves no parameter to be matched"),
+    ({"match": lambda name: False}, "match must be a function .* true for at least one"),
 ])
 def test_bad_settings(exact, experts, options, message):
     with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ from distillkit.applications.merging import (
     with_recipe,
     without,
 )
+from distillkit.core.inner import inner_step, set_parts
 from distillkit.io.seeds import generator
 
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
@@ -157,9 +158,9 @@ def test_equal_parts_take_the_step_each_took_alone(news, halves):
 
     def moved(found):
         unroll = dk.Unroll(1)
-        parts = merging.set_parts(unroll.rows(len(found))[0], found.embeds, found.mask, found.targets,
+        parts = set_parts(unroll.rows(len(found))[0], found.embeds, found.mask, found.targets,
                                   micro_batch=None, dropout=None)
-        new, *_ = merging.inner_step(student, unroll.optimizer, params, {}, parts, float(found.step_sizes[0]))
+        new, *_ = inner_step(student, unroll.optimizer, params, {}, parts, float(found.step_sizes[0]))
         return {n: new[n] - params[n] for n in params}
 
     # Alone, but among all classes: what merging with nothing of the other would train.
@@ -179,7 +180,7 @@ def test_sets_without_a_common_recipe_have_none(halves):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda a, b: (a, dataclasses.replace(b, meta={**b.meta, "student": "other"})), "different students, .*other.*go through"),
+    (lambda a, b: (a, dataclasses.replace(b, meta={**b.meta, "student": "other"})), "different students .*other.*go through"),
     (lambda a, b: (a, dataclasses.replace(b, targets=torch.tensor([0, 1]))), "some hard ones; soften"),
     (lambda a, b: (a, dataclasses.replace(b, meta={**b.meta, "classes": []})), "labelled examples"),
     (lambda a, b: (), "one at least"),
@@ -190,7 +191,7 @@ def test_sets_that_cannot_be_merged(halves, change, message):
 
 
 def test_foreign_is_a_share(halves):
-    with pytest.raises(ValueError, match=r"foreign must be a share in \[0, 1\), not 1"):
+    with pytest.raises(ValueError, match=r"foreign: the share of probability must be a number in .0, 1., not 1"):
         merge(*halves[1], foreign=1)
 
 
@@ -301,7 +302,7 @@ def test_one_task_is_no_stream_but_training(news):
     state = adam.init(params)
     for t in range(3):
         batch = task.batch(student.tokenizer, "train", task.balanced_rows("train", 8, generator("continual-batch", 5, 0, t)))
-        params, state, *_ = merging.inner_step(student, adam, params, state, [(1.0, batch, batch["labels"], None)], 0.01)
+        params, state, *_ = inner_step(student, adam, params, state, [(1.0, batch, batch["labels"], None)], 0.01)
     test = task.batch(student.tokenizer, "test", range(len(task.test)))
     assert found.accuracy.tolist() == [[[pytest.approx(task.accuracy(student.logits(params, test), test["labels"]))]]]
 
@@ -311,30 +312,30 @@ def test_replayed_examples_have_their_share_of_the_loss(news, halves):
     task, student = news
     tasks, (a, _) = halves
     stream, kept = [*tasks, tasks[0]], [a.in_classes(NEWS, foreign=0.0), torch.arange(5)]
-    way = merging._Way(stream, united(*stream), student, kept, 1, 4, 4, SMALL["optimizer"])
-    parts = list(way._parts(2, 0.6, torch.Generator().manual_seed(0)))
+    way = merging._Run(stream, united(*stream), student, kept, 1, 4, 4, SMALL["optimizer"])
+    parts = list(way.parts(2, 0.6, torch.Generator().manual_seed(0)))
     assert [round(share, 3) for share, *_ in parts] == [0.4, 0.3, 0.3]
     assert [len(targets) for _, _, targets, _ in parts] == [4, 2, 2], "the batch of memory is split between the tasks"
-    assert [share for share, *_ in way._parts(0, 0.6, torch.Generator().manual_seed(0))] == [1.0]
+    assert [share for share, *_ in way.parts(0, 0.6, torch.Generator().manual_seed(0))] == [1.0]
 
 
 def test_the_end_of_a_stream_is_the_last_row_of_its_accuracies(news, halves):
     tasks, (a, _) = halves
     kept = [a.in_classes(NEWS, foreign=0.0)]
-    way = merging._Way(tasks, united(*tasks), news[1], kept, 2, 4, 4, SMALL["optimizer"])
-    assert np.array_equal(way(0, 0.01, 0.5, "test", at_end=True), way(0, 0.01, 0.5, "test")[-1:])
+    way = merging._Run(tasks, united(*tasks), news[1], kept, 2, 4, 4, SMALL["optimizer"])
+    assert np.array_equal(way(0, 0.01, 0.5, "test", last_only=True), way(0, 0.01, 0.5, "test")[-1:])
 
 
 def test_weight_and_step_size_are_tuned_on_validation(news, halves, monkeypatch):
     tasks, (a, _) = halves
     asked = []
 
-    def way(self, seed, step_size, weight, split, at_end=False):
+    def way(self, seed, step_size, weight, split, last_only=False):
         asked.append((seed, step_size, weight, split))
-        assert at_end == (split == "validation"), "only the end of the stream is looked at for tuning"
-        return np.full((1 if at_end else 2, 2), 0.9 if (step_size, weight) == (0.1, 0.3) else 0.5)
+        assert last_only == (split == "validation"), "only the end of the stream is looked at for tuning"
+        return np.full((1 if last_only else 2, 2), 0.9 if (step_size, weight) == (0.1, 0.3) else 0.5)
 
-    monkeypatch.setattr(merging._Way, "__call__", way)
+    monkeypatch.setattr(merging._Run, "__call__", way)
     found = continual(tasks, news[1], [a], **SMALL | {"step_sizes": (0.01, 0.1), "weights": (0.3, 0.6)})
     assert (found.settings["step_size"], found.settings["weight"]) == (0.1, 0.3) and len(found.settings["tried"]) == 4
     tuned, scored = asked[:-2], asked[-2:]
@@ -347,7 +348,7 @@ def test_weight_and_step_size_are_tuned_on_validation(news, halves, monkeypatch)
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"memory": []}, "for each of the 2 tasks .* not for 0"), ({"steps": 0}, "steps must be"),
-    ({"weights": (0.5, 1.0)}, "weights must be shares between 0 and 1, not 1.0"),
+    ({"weights": (0.5, 1.0)}, "weights: each share of the loss must be a number in .0, 1., not 1.0"),
 ])
 def test_streams_that_cannot_be(news, halves, change, message):
     with pytest.raises(ValueError, match=message):

@@ -2,14 +2,12 @@
 
 import dataclasses
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distillkit as dk
-from distillkit.core.inner import Phi
-from distillkit.core.metagrad import Contribution, _norm, compare
+from distillkit.core.metagrad import compare, step_contributions
 from distillkit.core.objectives import inner_problem
 
 OPTIMIZERS = {
@@ -95,9 +93,11 @@ def test_store_all_is_the_derivative(world, name, what):
         assert abs(difference - float(gradient.flatten()[entry])) <= 1e-6 * float(gradient.abs().max())
 
 
-@pytest.mark.parametrize("name", ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"])
-@pytest.mark.parametrize("trainable", ["full", "head", "lora"])
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize(("name", "trainable", "optimizer"), [
+    *((name, trainable, "adamw") for name in ("bert-base-uncased", "distilbert-base-uncased", "roberta-base")
+      for trainable in ("full", "head", "lora")),
+    *(("bert-base-uncased", "full", optimizer) for optimizer in OPTIMIZERS if optimizer != "adamw"),
+])
 @pytest.mark.parametrize("unroll", [{}, {"batch_size": 3, "dropout": True}], ids=["whole", "batches, dropout"])
 def test_replay_equals_store_all(world, name, trainable, optimizer, unroll):
     task, students = world
@@ -181,13 +181,6 @@ def test_a_set_bound_to_another_unroll_is_refused(world):
     student = students["bert-base-uncased", "full"]
     with pytest.raises(ValueError, match="carries 2 step sizes but the unroll has 3"):
         inner_problem(a_set(task, student, 2), student, dk.Unroll(3), 0, [])
-
-
-@pytest.mark.parametrize("field", ["steps", "batch_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, True])
-def test_unroll_refuses(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be a whole number"):
-        dk.Unroll(**{"steps": 2, field: value})
 
 
 def test_inner_order_is_a_permutation_per_pass_and_always_the_same():
@@ -295,7 +288,8 @@ def test_forward_difference_reports_its_error(world):
     student = students["bert-base-uncased", "full"]
     goal = objective(task, student, 4, dk.ForwardDifference())
     problem = goal.problem(a_set(task, student, 4), 1)
-    rough, fine = (dk.ForwardDifference(change=c).report_error(problem) for c in (0.3, 1e-5))
+    exact = step_contributions(dk.Replay(), problem)
+    rough, fine = (compare(step_contributions(dk.ForwardDifference(change=c), problem), exact) for c in (0.3, 1e-5))
     assert [r["step"] for r in fine] == [0, 1, 2, 3]
     assert 0 < max(r["error"] for r in fine) < 0.1 * max(r["error"] for r in rough)
     assert min(r["cosine"] for r in fine) > 0.9999
@@ -312,8 +306,8 @@ def test_differences_hold_where_training_has_come_to_rest(standin_hub):
     ((_, batch, _, _),) = problem.parts(0)
     problem = dataclasses.replace(problem, targets=student.logits(problem.params, batch).detach())  # nothing left to learn
     _, _, grads, _ = problem.step(0, *problem.start())
-    assert _norm(grads.values()) < 1e-5
-    report = dk.ForwardDifference().report_error(problem)
+    assert max(float(g.norm()) for g in grads.values()) < 1e-5
+    report = compare(step_contributions(dk.ForwardDifference(), problem), step_contributions(dk.Replay(), problem))
     assert min(r["cosine"] for r in report) > 0.99
     rule, least = dk.ForwardDifference().epsilon, pytest.approx(0.03 * 200 * 2**-11.5)
     assert rule(200.0, 1e-5, slope=1.0, unit=2**-23) == (least, least, True)
@@ -349,22 +343,6 @@ def test_a_hundred_steps_of_adamw_stay_finite(world):
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: dk.Replay(every=0), "every must be"),
-        (lambda: dk.Truncated(0), "window must be"),
-        (lambda: dk.Truncated(2, place="middle"), "place must be"),
-        (lambda: dk.ForwardDifference(change=0.0), "change must be a number in"),
-        (lambda: dk.Momentum(decay=1.0), "decay must be"),
-        (lambda: dk.SGD(clip_norm=0.0), "clip_norm must be"),
-    ],
-)
-def test_strategies_and_optimisers_refuse(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
-
-
-@pytest.mark.parametrize(
     ("options", "kind", "why"),
     [
         ({}, dk.ForwardDifference, "two gradients"),
@@ -390,16 +368,19 @@ def test_recommendation_is_exact_where_there_are_kinks(standin_hub):
         assert isinstance(dk.recommend(dk.load_student(name, task))[0], dk.Replay if kinks else dk.ForwardDifference)
 
 
+@pytest.mark.parametrize("strategy", [dk.StoreAll(), dk.Replay(), dk.ForwardDifference(), dk.Truncated(2)], ids=repr)
+def test_the_contributions_of_the_steps_add_up(world, strategy):
+    task, students = world
+    student = students["bert-base-uncased", "full"]
+    found, goal = a_set(task, student, 4), objective(task, student, 4, strategy, batch_size=3)
+    parts, whole = step_contributions(strategy, goal.problem(found, 3)), dk.meta_gradient(found, goal, seed=3).embeds
+    assert parts.shape == (4, *whole.shape) and all(part.any() for part in parts[-2:])
+    assert (parts.sum(0) - whole).abs().max() <= 1e-12 * whole.abs().max()
+
+
 def test_the_cosine_of_contributions_does_not_depend_on_their_size():
-    class Given:
-        def __init__(self, *steps):
-            self.steps = steps
-
-        def contributions(self, problem, start, stop):
-            return 0.0, iter([Contribution(t, Phi(d), torch.zeros(())) for t, d in enumerate(self.steps)])
-
-    problem, direction = SimpleNamespace(rows=[None, None]), torch.tensor([[3.0, 4.0]])
-    found = compare(Given(direction, 1e-12 * direction), Given(direction, 2e-12 * direction), problem)
-    assert [step["cosine"] for step in found] == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert [step["error"] for step in found] == pytest.approx([0.0, 0.5], abs=1e-6)
-    assert [step["share"] for step in found] == pytest.approx([1.0, 2e-12], rel=1e-6)
+    direction = torch.tensor([[[3.0, 4.0]]])
+    report = compare(torch.stack([direction, 1e-12 * direction]), torch.stack([direction, 2e-12 * direction]))
+    assert [step["cosine"] for step in report] == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert [step["error"] for step in report] == pytest.approx([0.0, 0.5], abs=1e-6)
+    assert [step["share"] for step in report] == pytest.approx([1.0, 2e-12], rel=1e-6)

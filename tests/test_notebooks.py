@@ -69,7 +69,7 @@ def syntax(cell: dict) -> ast.Module:
 
 
 def called(node: ast.AST) -> str | None:
-    """Return the last name of what is called: "settings" for `dk.scale.settings(...)`; None for anything but a call."""
+    """Return the last name of what is called: "scale" for `dk.scale(...)`; None for anything but a call."""
     if not isinstance(node, ast.Call):
         return None
     return getattr(node.func, "attr", None) or getattr(node.func, "id", None)
@@ -103,12 +103,19 @@ def says_how_long_it_takes(notebook, name):
         yield "the opening does not say how long it takes on two cores and on a GPU"
 
 
-def settings_come_from_the_switch(notebook, name):
-    calls = [node for _, cell in code_cells(notebook) for node in ast.walk(syntax(cell)) if called(node) == "settings"]
-    if len(calls) != 1:
-        yield f"{len(calls)} calls of settings(), instead of one in the set-up cell"
-    elif not calls[0].args or getattr(calls[0].args[0], "value", None) != name:
-        yield f"settings() is not asked for {name!r}"
+def sizes_are_in_the_first_cell(notebook, name):
+    calls = [(n, node) for n, cell in code_cells(notebook) for node in ast.walk(syntax(cell)) if called(node) == "scale"]
+    if [number for number, _ in calls] != [1]:
+        yield f"{len(calls)} calls of scale(), instead of one in the first code cell"
+        return
+    columns = {keyword.arg: ast.literal_eval(keyword.value) for keyword in calls[0][1].keywords}
+    cpu, gpu = columns.get("cpu", {}), columns.get("gpu", {})
+    if cpu.keys() != gpu.keys() or not cpu:
+        yield f"scale() must be given cpu={{...}} and gpu={{...}} with the same names, not {columns}"
+    for column, local in ((cpu, True), (gpu, False)):
+        for key, start in (("corpus", "docstrings"), ("student", "offline:")):
+            if column.get(key, start if local else "").startswith(start) != local:
+                yield f"the cpu column must work without a network and the gpu column needs hub names: {key} {column[key]!r}"
 
 
 def sections_are_there(notebook, name):
@@ -215,7 +222,7 @@ def no_absolute_path(notebook, name):
 RULES = (
     title_with_its_number,
     says_how_long_it_takes,
-    settings_come_from_the_switch,
+    sizes_are_in_the_first_cell,
     sections_are_there,
     links_lead_somewhere,
     at_least_three_assertions,
@@ -293,11 +300,14 @@ def shown(**data):
     return {"output_type": "display_data", "data": data, "metadata": {}}
 
 
+SIZES = "cfg = dk.scale(cpu={'student': 'offline:minilm'}, gpu={'student': 'gpt2'})\n"
+
+
 def lesson() -> dict:
     """Return a notebook, the last of its folder, that breaks no rule."""
     cells = [
         markdown("# 99 A lesson\n\nWhat is one and one? A second on two cores, and on a GPU."),
-        code("from distillkit.view.scale import settings\ncfg = settings('99_lesson')\nprint(1)", printed("1\n")),
+        code(SIZES + "print(1)", printed("1\n")),
         code("assert 1 + 1 == 2\nassert [1]\ncfg.claim(2 > 1, 'two is more than one')", count=2),
         markdown("## What would break this\n\n## References\n\n[a paper](https://arxiv.org/abs/1811.10959)"),
         markdown("## Check yourself\n\nThis is the end."),
@@ -313,6 +323,10 @@ def with_prose(position, text):
     return lambda notebook: notebook["cells"].__setitem__(position, markdown(text))
 
 
+def with_first_code(text):
+    return lambda notebook: notebook["cells"][1].update(source=text)
+
+
 def with_another_cell(*arguments, **options):
     return lambda notebook: notebook["cells"].insert(3, code(*arguments, count=3, **options))
 
@@ -321,15 +335,18 @@ THREE = "assert True\n" * 3
 BREAKS = [
     ("title_with_its_number", with_prose(0, "# A lesson\n\nA second on two cores and on a GPU.")),
     ("says_how_long_it_takes", with_prose(0, "# 99 A lesson")),
-    ("settings_come_from_the_switch", with_code(THREE + "settings('99_lesson')")),
-    ("settings_come_from_the_switch", lambda nb: nb["cells"][1].update(source="print(settings('00_other'))")),
+    ("sizes_are_in_the_first_cell", with_code(THREE + SIZES)),
+    ("sizes_are_in_the_first_cell", with_first_code("print(1)")),
+    ("sizes_are_in_the_first_cell", with_first_code("print(dk.scale(cpu={'length': 8}, gpu={'per_class': 1}))")),
+    ("sizes_are_in_the_first_cell", with_first_code("print(dk.scale(cpu={'student': 'gpt2'}, gpu={'student': 'gpt2'}))")),
+    ("sizes_are_in_the_first_cell", with_first_code("dk.scale(cpu={'corpus': 'docstrings'}, gpu={'corpus': 'docstrings'})")),
     ("sections_are_there", with_prose(4, "This is the end.")),
     ("links_lead_somewhere", with_prose(4, "## Check yourself\n\n[next](98_nothing.ipynb)")),
     ("links_lead_somewhere", None),
     ("at_least_three_assertions", with_code("assert True\nassert True")),
     ("ran_from_top_to_bottom", with_code(THREE, count=3)),
     ("ran_from_top_to_bottom", with_code(THREE, count=None)),
-    ("has_outputs", lambda nb: nb["cells"][1].update(source="assert settings('99_lesson')", outputs=[])),
+    ("has_outputs", lambda nb: nb["cells"][1].update(source=SIZES + "assert cfg", outputs=[])),
     ("every_cell_shows_or_checks", with_another_cell("x = 1")),
     ("plain_python", with_another_cell("%matplotlib inline\nprint(1)", printed("1\n"))),
     ("plain_python", with_another_cell("!pip list", printed("distillkit\n"))),
@@ -439,23 +456,16 @@ def test_another_scale_is_written_elsewhere(scratch, tmp_path):
     assert executed["cells"][0]["outputs"][0]["text"] == ["gpu 1\n"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--scale", "gpu"], "need --into"),
-        (["--reduced"], "need --into"),
-        (["--check", "--into", "x"], "does not go with"),
-    ],
-)
-def test_refresh_refuses_what_would_spoil_the_stored_outputs(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("arguments", [["--scale", "gpu"], ["--reduced"], ["--check", "--into", "x"]], ids=" ".join)
+def test_refresh_refuses_what_would_spoil_the_stored_outputs(arguments, capsys):
+    with pytest.raises(SystemExit) as refusal:
         refresh.parse(arguments)
-    assert message in capsys.readouterr().err
+    assert refusal.value.code == 2 and "--into" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_refresh_names_a_notebook_that_is_not_there(scratch):
     path = scratch("print(1)")
-    with pytest.raises(SystemExit, match="no notebook named 77_nothing; there are: 00_scratch"):
+    with pytest.raises(SystemExit, match="77_nothing.*00_scratch"):
         refresh.find(["77_nothing"], path.parent)
 
 

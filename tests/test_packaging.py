@@ -30,15 +30,15 @@ REGISTRY = re.compile(
 
 def pins() -> dict[str, str]:
     """Return package -> version of constraints.txt, having checked that every line pins exactly one version, once."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             pin = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
             assert pin, f"constraints.txt: not 'name==version' (without build suffix): {line!r}"
             name = canonicalize_name(pin[1])
-            assert name not in found, f"constraints.txt pins {name} twice"
-            found[name] = pin[2]
-    return found
+            assert name not in versions, f"constraints.txt pins {name} twice"
+            versions[name] = pin[2]
+    return versions
 
 
 def requirements() -> list[Requirement]:
@@ -89,14 +89,14 @@ def test_conda_installs_this_package_with_the_same_pins():
 def test_conda_versions_contradict_nothing():
     versions = pins()
     for entry in conda()[0]:
-        wanted = Requirement(entry)
-        pinned = versions.get(canonicalize_name(wanted.name))
-        assert pinned is None or pinned in wanted.specifier, f"environment.yml {entry!r} against the pin {pinned}"
+        requirement = Requirement(entry)
+        pinned = versions.get(canonicalize_name(requirement.name))
+        assert pinned is None or pinned in requirement.specifier, f"environment.yml {entry!r} against the pin {pinned}"
     python = next(Requirement(entry) for entry in conda()[0] if entry.split()[0] == "python")
-    ours = SpecifierSet(PROJECT["requires-python"])
+    supported = SpecifierSet(PROJECT["requires-python"])
     for minor in range(30):
         if f"3.{minor}" in python.specifier:
-            assert f"3.{minor}" in ours, f"environment.yml admits Python 3.{minor}, pyproject.toml does not"
+            assert f"3.{minor}" in supported, f"environment.yml admits Python 3.{minor}, pyproject.toml does not"
 
 
 def test_make_installs_with_the_same_pins_and_every_extra():
@@ -140,7 +140,7 @@ def test_importing_takes_three_seconds_at_most():
 
 def test_nothing_private_is_in_the_repository():
     """No absolute path of somebody's machine and no package registry: the reader has other ones."""
-    found = []
+    private = []
     for path in repository_files():
         content = path.read_bytes()
         if b"\0" in content[:8192] or path == Path(__file__).resolve():
@@ -148,5 +148,5 @@ def test_nothing_private_is_in_the_repository():
         for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
             if '"image/png": "' not in line:
                 hits = [hit[0] for pattern in (PRIVATE_PATH, REGISTRY) if (hit := pattern.search(line))]
-                found += [f"{path.relative_to(ROOT)}:{number}: {hit}" for hit in hits]
-    assert not found, "\n".join(found)
+                private += [f"{path.relative_to(ROOT)}:{number}: {hit}" for hit in hits]
+    assert not private, "\n".join(private)

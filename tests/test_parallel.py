@@ -1,5 +1,6 @@
 """Several processes: the gradient of one, the run of one, and an end that can be taken up when one of them is lost."""
 
+import inspect
 import json
 import os
 import signal
@@ -17,44 +18,55 @@ from distillkit.applications.processes import Team, team
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A rank: the tiny world, a shared objective of three initialisations (or segments), and what rank 0 found as JSON.
+# A rank: the tiny world, a shared objective of three initialisations (or segments), four outer steps, and what came of them
+# as JSON.  Before its third step rank `lost` does what `how` says, and a third step takes the other one a minute.
 RANK = """
-    import json, os, signal, sys
+    import dataclasses, json, os, signal, sys, time
+    from pathlib import Path
     import torch
     import distillkit as dk
     from distillkit.applications.processes import RankLost, team
     from test_parallel import objective_of, set_of, world_of
 
     torch.set_num_threads(1)
-    kind, folder, lost = sys.argv[1:]
-    with team(timeout=60) as ranks:
+    kind, folder, lost, how, timeout = sys.argv[1:]
+    began = Path(folder, "began")
+
+    class Long(dk.BPTT):
+        def recipe(self):
+            return super().recipe() | {"objective": "BPTT"}
+
+        def problems(self, distilled, seed):
+            for _ in range(600 if began.exists() else 0):
+                time.sleep(0.1)
+            return super().problems(distilled, seed)
+
+    with team(timeout=float(timeout)) as ranks:
         task, student = world_of(torch.float64)
-        objective, start = ranks.shared(objective_of(task, student, kind, folder)), set_of(task, student)
+        objective, start = objective_of(task, student, kind, folder), set_of(task, student)
+        mine = ranks.rank == int(lost)
+        if mine and how == "other set":
+            start = dataclasses.replace(start, embeds=1.1 * start.embeds)
+        if kind == "bptt":
+            objective = Long(**{f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)})
+        shared = ranks.shared(objective)
+        distiller = dk.Distiller(start, shared, lr=0.05, checkpoint=folder + "/run", checkpoint_every=100,
+                                 writes=ranks.leads)
+        results = {}
         try:
-            if not ranks.leads:
-                if lost == "lost":
-                    told = ranks.told
-                    calls = iter(range(100))
-                    def dying(tensor):
-                        if next(calls) == 8:   # in the third step: four messages a step
-                            os.kill(os.getpid(), signal.SIGKILL)
-                        return told(tensor)
-                    object.__setattr__(ranks, "told", dying)
-                    objective.team = ranks
-                objective.serve(start)
-            else:
-                with objective:
-                    first = dk.meta_gradient(start, objective, seed=5) if lost == "none" else None
-                    distiller = dk.Distiller(start, objective, lr=0.05, checkpoint_dir=folder + "/run", checkpoint_every=100)
-                    records = list(distiller.run(4))
-                tensors = {} if first is None else {n: getattr(first, n).tolist() for n in ("embeds", "targets", "step_sizes")}
-                print(json.dumps({"loss": first and first.loss, "losses": [r.loss for r in records], **tensors}))
+            if how == "none":
+                first = dk.meta_gradient(start, shared, seed=5)
+                results = {n: getattr(first, n).tolist() for n in ("embeds", "targets", "step_sizes")} | {"loss": first.loss}
+            for record in distiller.run(4):
+                if record.step == 2 and mine and how != "none":
+                    began.write_text(str(time.time()))
+                    os.kill(os.getpid(), {"kill": signal.SIGKILL, "end": signal.SIGTERM}[how])
         except RankLost as error:
-            print(f"lost: {error}", file=sys.stderr)
+            print(f"lost after {time.time() - float(began.read_text()):.1f} s: {error}", file=sys.stderr)
             sys.exit(3)
         scores = ranks.evaluate(start, task, student, seeds=(0, 1, 2), recipe=dk.Unroll(2))
-        if ranks.leads:
-            print(json.dumps([scores.scores, scores.mean, scores.std, scores.groups]))
+        results |= {"losses": [r.loss for r in distiller.records], "set": distiller.distilled.embeds.tolist()}
+        print(json.dumps(results | {"scores": [scores.scores, scores.mean, scores.std, scores.groups]}))
 """
 
 
@@ -77,7 +89,7 @@ def set_of(task, student):
 
 @pytest.fixture
 def launch(standin_home, tmp_path):
-    """Start two ranks of RANK on a free port and wait for their end; gives their exit codes and what rank 0 said."""
+    """Start two ranks of RANK on a free port and wait for their end; gives their exit codes, outputs and errors."""
     import standin_hub
 
     (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
@@ -90,54 +102,63 @@ def launch(standin_home, tmp_path):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
-        ranks = [subprocess.Popen([sys.executable, str(tmp_path / "rank.py"), *argv], stdout=subprocess.PIPE, text=True,
-                                  stderr=subprocess.PIPE, cwd=tmp_path,
+        ranks = [subprocess.Popen([sys.executable, str(tmp_path / "rank.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                                  text=True, stderr=subprocess.PIPE, cwd=tmp_path,
                                   env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                  for rank in range(2)]
-        said = [rank.communicate(timeout=300) for rank in ranks]
-        return [rank.returncode for rank in ranks], said
+        outputs = [rank.communicate(timeout=300) for rank in ranks]
+        return [rank.returncode for rank in ranks], *zip(*outputs, strict=True)
 
     return start
 
 
-@pytest.fixture
-def here(standin_hub):
-    return world_of()
-
-
 @pytest.mark.parametrize("kind", ["bptt", "trajectory"])
-def test_two_processes_make_the_run_of_one(launch, here, tmp_path, kind):
+def test_two_processes_make_the_run_of_one(launch, standin_hub, tmp_path, kind):
     """Three members on two ranks, so that one has twice as many as the other."""
-    task, student = here
+    task, student = world_of()
     if kind == "trajectory":
         dk.record_experts(task, student, tmp_path / "experts", count=2, snapshots_per_epoch=2, batch_size=40)
-    codes, ((out, err), (_, other)) = launch(kind, str(tmp_path), "none")
-    assert codes == [0, 0], err + other
-    found, scores = (json.loads(line) for line in out.splitlines())
+    codes, outputs, errors = launch(kind, tmp_path, 0, "none", 30)
+    assert codes == [0, 0], errors
+    results, others = map(json.loads, outputs)
+    assert results == others, "every rank ends with the same set and the same scores"
     start, objective = set_of(task, student), objective_of(task, student, kind, tmp_path)
     expected = dk.meta_gradient(start, objective, seed=5)
-    assert found["loss"] == pytest.approx(expected.loss, rel=1e-12)
+    assert results["loss"] == pytest.approx(expected.loss, rel=1e-12)
     for name in ("embeds", "targets", "step_sizes"):
-        ours = getattr(expected, name)
-        assert ours.abs().max() > 0
-        torch.testing.assert_close(torch.tensor(found[name], dtype=ours.dtype), ours, rtol=1e-9, atol=1e-12)
+        gradient = getattr(expected, name)
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(torch.tensor(results[name], dtype=gradient.dtype), gradient, rtol=1e-9, atol=1e-12)
     distiller = dk.Distiller(start, objective, lr=0.05)
-    assert found["losses"] == pytest.approx([record.loss for record in distiller.run(4)], rel=1e-9)
+    assert results["losses"] == pytest.approx([record.loss for record in distiller.run(4)], rel=1e-9)
     one = dk.evaluate(start, task, student, seeds=(0, 1, 2), recipe=dk.Unroll(2))
-    assert scores == [list(one.scores), pytest.approx(one.mean), pytest.approx(one.std), pytest.approx(one.groups)]
+    assert results["scores"] == [list(one.scores), pytest.approx(one.mean), pytest.approx(one.std), pytest.approx(one.groups)]
 
 
-def test_a_lost_rank_ends_the_run_which_can_be_taken_up(launch, here, tmp_path):
-    """Rank 1 is killed in the third step: rank 0 says so, two steps are saved, and one process makes the others."""
-    task, student = here
-    codes, ((_, err), _) = launch("bptt", str(tmp_path), "lost")
-    assert codes == [3, -signal.SIGKILL], err
-    assert "lost: process 0 of 2 has lost touch with the others" in err and "go on from the checkpoint" in err
+@pytest.mark.parametrize(("lost", "how", "code"), [(0, "kill", -signal.SIGKILL), (1, "kill", -signal.SIGKILL),
+                                                   (1, "end", 128 + signal.SIGTERM)])
+def test_a_lost_rank_is_noticed_and_the_last_complete_step_is_saved(launch, standin_hub, tmp_path, lost, how, code):
+    """In the middle of a step of a minute; whoever is left has saved two steps, and one process makes the other two."""
+    codes, _, errors = launch("bptt", tmp_path, lost, how, 6)
+    assert codes[lost] == code and codes[1 - lost] == 3, errors
+    assert "has lost another one" in errors[1 - lost] and "go on from the checkpoint" in errors[1 - lost]
+    assert float(errors[1 - lost].split("lost after ")[1].split()[0]) < 20
+    task, student = world_of()
     objective = objective_of(task, student, "bptt", tmp_path)
-    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint_dir=tmp_path / "run", checkpoint_every=100)
+    resumed = dk.Distiller(set_of(task, student), objective, lr=0.05, checkpoint=tmp_path / "run", checkpoint_every=100)
     assert resumed.step == 2, "the last complete step"
     whole = dk.Distiller(set_of(task, student), objective, lr=0.05)
     assert [r.loss for r in resumed.run(4)] == pytest.approx([r.loss for r in whole.run(4)][2:], rel=1e-9)
+
+
+def test_a_lost_rank_is_noticed_within_a_minute():
+    assert inspect.signature(team).parameters["timeout"].default < 60
+
+
+def test_ranks_with_different_sets_are_named(launch, tmp_path):
+    codes, _, errors = launch("bptt", tmp_path, 1, "other set", 30)
+    assert codes == [1, 1]
+    assert all("process 1 differs from process 0 in its embeddings" in error for error in errors), errors
 
 
 def test_torchrun_spreads_experts_steps_and_seeds(standin_home, tmp_path):
@@ -174,12 +195,8 @@ def test_torchrun_spreads_experts_steps_and_seeds(standin_home, tmp_path):
 def test_a_team_of_one(world, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     objective = objective_of(*world, "bptt", None)
-    start = set_of(*world)
-    with team() as ranks, ranks.shared(objective) as shared:
-        assert ranks == Team(0, 1) and ranks.leads and shared.recipe() == objective.recipe()
-        one, other = dk.meta_gradient(start, shared, seed=3), dk.meta_gradient(start, objective, seed=3)
-    torch.testing.assert_close(one.embeds, other.embeds)
-    assert one.loss == pytest.approx(other.loss)
+    with team() as ranks:
+        assert ranks.leads and ranks.size == 1 and ranks.shared(objective) is objective
 
 
 def test_too_few_seeds(world):

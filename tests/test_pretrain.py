@@ -1,9 +1,7 @@
 """Pre-training: no question of the test split is read, runs repeat and resume to the bit, and what is written loads."""
 
-import dataclasses
 import itertools
 import json
-import math
 import warnings
 
 import pytest
@@ -12,7 +10,7 @@ import transformers
 
 import distillkit as dk
 from distillkit.assets import pretrain
-from distillkit.assets.pretrain import LENGTHS, Pretraining, Text, documents
+from distillkit.assets.pretrain import Text, documents, encode, fresh_model, token_stream, train, write
 from distillkit.io import packaged as packaged_models
 from distillkit.io.packaged import FILES, AssetError, asset
 
@@ -35,17 +33,16 @@ def text():
 
 @pytest.fixture(scope="module", params=NAMES)
 def finished(request, text, tmp_path_factory):
-    """A finished run of each kind and the folder it wrote."""
+    """The trainer and the record of a finished run of each kind, and the folder it wrote."""
     folder = tmp_path_factory.mktemp(request.param)
-    run = Pretraining(request.param, text, steps=STEPS, batch=BATCH, runs=folder / "runs")
-    list(run.run())
-    return run, run.write(folder / "assets")
+    trainer, record = train(request.param, text, steps=STEPS, batch=BATCH, runs=folder / "runs")
+    return trainer, record, write(trainer, record, folder / "assets")
 
 
 @pytest.fixture
 def opt(text, tmp_path):
     """Makes short runs of tiny-opt."""
-    return lambda **kwargs: Pretraining("tiny-opt", text, runs=tmp_path / "runs", **{"steps": STEPS, "batch": BATCH} | kwargs)
+    return lambda **options: train("tiny-opt", text, runs=tmp_path / "runs", **{"steps": STEPS, "batch": BATCH} | options)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -103,21 +100,22 @@ def test_validation_documents_are_a_few_and_share_no_first_sentence_with_the_oth
 
 
 def test_tokenizers_load_without_a_warning_and_give_text_back(finished, capfd, caplog):
-    run, folder = finished
+    trainer, _, folder = finished
+    capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert capfd.readouterr().err == "" and caplog.records == []
     for text in TEXTS[:-1]:
         ids = tokenizer(text).input_ids
-        assert ids[0] == tokenizer.bos_token_id and ids == run.tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id and ids == trainer.processing_class(text).input_ids
         assert tokenizer.unk_token_id not in ids[1:] and tokenizer.decode(ids, skip_special_tokens=True) == text
     batch = tokenizer(["a", "a much longer one"], padding=True)
     assert batch["input_ids"][0][-1] == tokenizer.pad_token_id != tokenizer.eos_token_id and batch["attention_mask"][0][-1] == 0
 
 
 def test_the_two_tokenizers_differ(text):
-    opt, llama = (make([document for document, _ in text.train]) for make, _ in pretrain.KINDS.values())
+    opt, llama = (make([document for document, _ in text.train]) for make, *_ in pretrain.KINDS.values())
     assert opt.convert_ids_to_tokens(opt("of rows 10").input_ids)[0] == "</s>" == opt.bos_token == opt.eos_token
     assert llama.convert_ids_to_tokens(llama("of rows 10").input_ids) == ["<s>", "▁of", "▁rows", "▁", "1", "0"]
     assert "Ġof" in opt.get_vocab() and "Ġof" not in llama.get_vocab() and "▁of" not in opt.get_vocab()
@@ -125,136 +123,123 @@ def test_the_two_tokenizers_differ(text):
 
 
 def test_special_tokens_in_a_docstring_are_plain_text(finished):
-    run, _ = finished
-    ids, = run._encode([TEXTS[-1]])
-    bos, eos, pad = (getattr(run.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad"))
+    tokenizer = finished[0].processing_class
+    ids, = encode(tokenizer, [TEXTS[-1]])
+    bos, eos, pad = (getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad"))
     inner = ids[1:-1] if bos != eos else ids[1:]
     assert ids[0] == bos and (bos == eos or ids[-1] == eos)
-    assert not {bos, eos, pad} & {*inner.tolist()} and run.tokenizer.decode(inner).strip() == TEXTS[-1]
+    assert not {bos, eos, pad} & {*inner.tolist()} and tokenizer.decode(inner).strip() == TEXTS[-1]
 
 
-def test_a_pass_holds_every_document_as_often_as_its_copies(finished):
-    run, _ = finished
-    first, second = run._pass(0), run._pass(1)
-    assert len(first) == 2 * sum(map(len, run.encoded)) and not torch.equal(first, second)
-    assert torch.equal(first.bincount(), second.bincount())
-    ids = run.encoded[7]
-    assert sum(torch.equal(window, ids) for window in first.unfold(0, len(ids), 1)) >= 2
-    x, y = pretrain._rows(torch.arange(9), 4)
-    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]] and y.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+def test_a_pass_holds_every_document_as_often_as_its_copies():
+    documents, copies = [torch.full((size,), size) for size in (3, 5, 7)], [1, 2, 4]
+    first, second = token_stream(documents, copies, 2 * 41, seed=0).split(41)
+    assert first.bincount().tolist() == second.bincount().tolist() == [0, 0, 0, 3, 0, 10, 0, 28]
+    assert not torch.equal(first, second) and not torch.equal(first, token_stream(documents, copies, 41, seed=1))
+    assert torch.equal(first[:9], token_stream(documents, copies, 9, seed=0))
+
+
+def test_the_last_quarter_is_read_in_long_rows(finished):
+    trainer, _, _ = finished
+    assert [tuple(rows.shape) for rows in trainer.train_dataset] == [(2, 128)] * 3 + [(1, 256)]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
 def test_written_models_load_and_are_those_that_were_trained(finished):
-    run, folder = finished
+    trainer, _, folder = finished
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert type(model) is type(run.model) and model.dtype == torch.bfloat16 and not any(info.values())
+    assert type(model) is type(trainer.model) and model.dtype == torch.bfloat16 and not any(info.values())
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    loaded = dict(model.named_parameters())
-    assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in run.parameters.items())
-    assert model.config.max_position_embeddings == 256 and model.config.vocab_size == len(run.tokenizer)
+    assert all(torch.equal(p, trainer.model.get_parameter(name).bfloat16()) for name, p in model.named_parameters())
+    assert model.config.max_position_embeddings == 256 and model.config.vocab_size == len(trainer.processing_class)
     assert {role: getattr(model.config, f"{role}_token_id") for role in ("bos", "eos", "pad")} == {
-        role: getattr(run.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")
+        role: getattr(trainer.processing_class, f"{role}_token_id") for role in ("bos", "eos", "pad")
     }
 
 
-def test_full_size_models_have_one_to_three_million_parameters():
-    for (_, make), size in zip(pretrain.KINDS.values(), (4096, 3072)):
-        with torch.device("meta"):
-            model = make(vocab_size=size, max_position_embeddings=256, tie_word_embeddings=True)
-        assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
-
-
 def test_written_models_are_students(finished, task):
-    student = dk.load_student(finished[1], task)
+    student = dk.load_student(finished[2], task)
     batch = dict(student.tokenizer(["a warm story", "dull"], padding=True, return_tensors="pt"))
     assert student.logits(student.init(0), batch).isfinite().all() and student.causal
 
 
 def test_it_learns_and_writes_down_how(finished):
-    run, folder = finished
-    record = json.loads((folder / "training.json").read_text())
+    _, record, folder = finished
+    assert json.loads((folder / "training.json").read_text()) == record
     assert [point["step"] for point in record["curve"]] == [1, 2, 3, 4]
     assert record["tokens"] == STEPS * BATCH and record["text"]["libraries"] == {"alpha": "1.0"}
     assert record["curve"][-1]["validation_loss"] < record["curve"][0]["validation_loss"] - 0.3
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and f"pretrain {run.name} --steps {STEPS} --seed 0" in card
-    assert f"| 4 | 1,024 | {run.seconds / 60:.1f} |" in card and "alpha 1.0" in card
+    assert card.startswith("---\nlicense: apache-2.0\n") and f"--steps {STEPS} --seed 0" in card
+    assert "| 4 | 1,024 | " in card and "alpha 1.0" in card
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_steps_and_seed_give_the_same_bytes(finished, text, tmp_path):
-    run, folder = finished
-    state = torch.get_rng_state()
-    again = Pretraining(run.name, text, steps=STEPS, batch=BATCH, runs=tmp_path / "runs")
-    list(again.run())
-    other = again.write(tmp_path)
-    assert all((folder / file).read_bytes() == (other / file).read_bytes() for file in FILES)
-    assert torch.equal(state, torch.get_rng_state())
+    _, record, folder = finished
+    again = write(*train(record["settings"]["name"], text, steps=STEPS, batch=BATCH, runs=tmp_path / "runs"), tmp_path)
+    assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in FILES)
 
 
-def test_another_seed_gives_another_model(opt):
-    assert not torch.equal(next(iter(opt().parameters.values())), next(iter(opt(seed=1).parameters.values())))
+def test_another_seed_gives_another_model(finished):
+    trainer, record, _ = finished
+    one, other = (fresh_model(record["settings"]["name"], trainer.processing_class, seed) for seed in (0, 1))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(finished, text, tmp_path):
-    run, _ = finished
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, text, tmp_path, monkeypatch):
+    trainer, record, _ = finished
     settings = {"steps": STEPS, "batch": BATCH, "runs": tmp_path}
-    first = Pretraining(run.name, text, **settings)
-    losses = list(itertools.islice(first.run(), 2))
-    first.save()
-    second = Pretraining(run.name, text, **settings)
-    assert second.losses == losses == run.losses[:2]
-    list(second.run())
-    assert second.losses == run.losses
-    assert all(torch.equal(p, run.parameters[name]) for name, p in second.parameters.items())
-    without_time = [[{k: v for k, v in point.items() if k != "minutes"} for point in r.curve] for r in (run, second)]
-    assert without_time[0] == without_time[1]
-    third = Pretraining(run.name, text, **settings)
-    assert third.done == 1 and list(third.run()) == []
+
+    step, calls = transformers.Trainer.training_step, itertools.count()
+
+    def stopped(*args, **kwargs):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(transformers.Trainer, "training_step", stopped)
+        train(record["settings"]["name"], text, **settings)
+    again, resumed = train(record["settings"]["name"], text, **settings)
+    assert again.state.global_step == STEPS and resumed["curve"] == record["curve"]
+    assert all(torch.equal(p.bfloat16(), trainer.model.get_parameter(name)) for name, p in again.model.named_parameters())
 
 
-def test_a_checkpoint_of_other_settings_or_text_is_refused(opt, text, tmp_path):
-    opt().save()
-    with pytest.raises(ValueError, match="other settings: steps is 4 there and 6 here.*--fresh"):
-        opt(steps=6)
-    other = dataclasses.replace(text, validation=text.validation[:-1])
-    with pytest.raises(ValueError, match="other settings: text is"):
-        Pretraining("tiny-opt", other, steps=STEPS, batch=BATCH, runs=tmp_path / "runs")
+def test_runs_with_other_settings_or_text_do_not_meet(opt, text, tmp_path):
+    opt(steps=1)
+    opt(steps=1, seed=1)
+    train("tiny-opt", text._replace(validation=text.validation[1:]), steps=1, batch=BATCH, runs=tmp_path / "runs")
+    assert len([*(tmp_path / "runs").glob("pretrain-tiny-opt-*/checkpoint-1")]) == 3
 
 
-def test_a_run_of_any_length_in_minutes_ends_with_small_steps(opt, monkeypatch):
-    clock = itertools.count(step=2.0)
-    monkeypatch.setattr(pretrain.time, "perf_counter", lambda: next(clock))
-    run, rates, lengths = opt(steps=None, minutes=0.5), [], []
-    batch = run._batch
-    monkeypatch.setattr(run, "_batch", lambda length: lengths.append(length) or batch(length))
-    for _ in run.run():
-        rates.append(run.optimizer.param_groups[0]["lr"] / pretrain.PEAK)
-    assert run.done == 1 and run.curve[-1]["step"] == len(rates) == len(lengths)
-    assert rates[0] < 0.1 < 0.9 < max(rates) and rates[-1] < 0.1 and rates[1:] == sorted(rates[1:], reverse=True)
-    assert lengths == sorted(lengths) and set(lengths) == set(LENGTHS)
+def test_a_run_in_minutes_measures_its_steps_and_keeps_them(opt):
+    minutes = 0.02
+    _, record = opt(steps=None, minutes=minutes)
+    assert record["settings"]["minutes"] == minutes and record["steps"] >= 1
+    assert opt(steps=None, minutes=minutes)[1]["steps"] == record["steps"], "of the checkpoint, whatever a step takes now"
 
 
-def test_the_learning_rate_rises_and_falls():
-    assert pretrain.rate(0) < 0.05 and math.isclose(pretrain.rate(pretrain.WARMUP), 1) and pretrain.rate(1) == 0
-    assert math.isclose(pretrain.rate((1 + pretrain.WARMUP) / 2), 0.5)
-
-
-@pytest.mark.parametrize("kwargs, message", [
+@pytest.mark.parametrize("options, message", [
     ({"steps": None}, "steps or minutes.*steps=None, minutes=None"),
     ({"minutes": 1.0}, "steps or minutes.*minutes=1.0"),
     ({"steps": 0}, "steps=0"),
     ({"batch": 100}, "multiple of 256 tokens, not 100"),
     ({"batch": 2**20}, "too little text.*batch=1048576"),
 ])
-def test_settings_that_cannot_be_are_refused(opt, kwargs, message):
+def test_settings_that_cannot_be_are_refused(opt, options, message):
     with pytest.raises(ValueError, match=message):
-        opt(**kwargs)
+        opt(**options)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(opt, monkeypatch):
+    monkeypatch.setattr(pretrain, "PEAK", 1e30)
+    with pytest.raises(FloatingPointError, match="tiny-opt, step 4: the loss is nan; lower"):
+        opt()
 
 
 def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
@@ -264,14 +249,9 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
     try:
         assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 0
         assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
-        assert pretrain.main(["tiny-llama", "--steps", "2", *where]) == 2
-        assert "--fresh" in capsys.readouterr().err
-        notes = tmp_path / "runs" / "pretrain-tiny-llama" / "notes.txt"
-        notes.write_text("mine")
-        assert pretrain.main(["tiny-llama", "--steps", "2", "--fresh", *where]) == 2 and notes.read_text() == "mine"
-        notes.unlink()
-        assert pretrain.main(["tiny-llama", "--steps", "2", "--fresh", *where]) == 0
-        assert json.loads((tmp_path / "out/tiny-llama/training.json").read_text())["steps"] == 2
+        (tmp_path / "out/tiny-llama/manifest.json").unlink()
+        assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 2
+        assert "will not overwrite" in capsys.readouterr().err
     finally:
         torch.set_num_threads(threads)
 
@@ -281,16 +261,14 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def packaged(opt, tmp_path, monkeypatch):
-    """An untrained tiny-opt where the package's would be; gives its folder."""
+    """A tiny-opt of one step where the package's would be; gives its folder."""
     monkeypatch.setattr(packaged_models, "ASSETS", tmp_path / "assets")
-    run = opt()
-    run.curve.append({"step": 0, "tokens": 0, "minutes": 0.0, "train_loss": 0.0, "validation_loss": 0.0})
-    return run.write(tmp_path / "assets")
+    return write(*opt(steps=1), tmp_path / "assets")
 
 
-def test_an_asset_is_found_and_an_older_one_replaced(packaged, opt, tmp_path):
+def test_an_asset_is_verified_and_an_older_one_replaced(packaged, opt, tmp_path):
     assert asset("tiny-opt") == packaged
-    opt(seed=1).write(tmp_path / "assets")
+    write(*opt(steps=1, seed=1), tmp_path / "assets")
     assert asset("tiny-opt") == packaged and [path.name for path in packaged.parent.iterdir()] == ["tiny-opt"]
 
 
@@ -320,5 +298,5 @@ def test_a_folder_of_somebody_else_is_not_overwritten(opt, tmp_path):
     (tmp_path / "tiny-opt").mkdir()
     (tmp_path / "tiny-opt" / "notes.txt").write_text("mine")
     with pytest.raises(AssetError, match="will not overwrite.*choose another folder"):
-        opt().write(tmp_path)
+        write(*opt(steps=1), tmp_path)
     assert (tmp_path / "tiny-opt" / "notes.txt").read_text() == "mine"

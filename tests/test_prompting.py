@@ -11,11 +11,14 @@ import yaml
 import distillkit as dk
 from distillkit.applications import prompting
 from distillkit.applications.prompting import CONTENT_FREE, few_shot, questions
-from distillkit.cli.main import draw, main
-from distillkit.evaluation.scoring import choice_accuracy, choice_scores
+from distillkit.cli.main import main
+from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods
 from distillkit.experiments import prompting as prompting_jobs
 from distillkit.experiments import results
-from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
+from distillkit.experiments.kinds import table_of
+from distillkit.experiments.prompting import PromptingCell, PromptingJob, order_deviation, prompting_table
+from distillkit.experiments.results import by_set, frame
+from distillkit.experiments.runner import Run
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "neg"), ("it was warm , almost tender", "pos"), ("what a stale flat day", "neg"),
@@ -47,7 +50,8 @@ def test_classes_become_words_to_choose_from(task, asked):
 def test_without_demonstrations_it_is_multiple_choice(readers, asked, name):
     student = readers[name]
     found = few_shot(asked, student)
-    assert (found.mean, found.normalized[0]) == pytest.approx(choice_accuracy(student, student.init(0), asked, "test"))
+    plain, by_length = answered(student, student.init(0), asked, "test")
+    assert (found.mean, found.normalized[0]) == pytest.approx((plain.mean(), by_length.mean()))
     assert found.k == 0 and found.dropped == (0,) and len(found.scores) == 1 and np.isnan(found.std)
 
 
@@ -59,7 +63,7 @@ def test_a_context_read_once_scores_as_one_read_with_every_question(readers, ask
     context = torch.cat([prompting._embedded(student, opening), *(parts for _, parts in shown)])
     heads = [asked.token_ids(tokenizer, "test")[row][len(opening) :] for row in ROWS]
     tails = [asked.choice_ids(tokenizer, "test", row) for row in ROWS]
-    once = prompting.log_likelihoods(student, prompting.remember(student, context), heads, tails, 5)
+    once = log_likelihoods(student, heads, tails, memory=prompting.remember(student, context), batch_size=5)
     for head, of, scores in zip(heads, tails, once, strict=True):
         for choice, score in zip(of, scores, strict=True):
             embeds = torch.cat([context, prompting._embedded(student, head)])[None]
@@ -67,8 +71,8 @@ def test_a_context_read_once_scores_as_one_read_with_every_question(readers, ask
             with torch.no_grad():
                 plain = student.log_likelihood({}, batch, torch.tensor([choice])).sum()
             assert score == pytest.approx(float(plain), abs=1e-4)
-    # What a text without a context is worth is told by the kit's own scoring.
-    alone = prompting.log_likelihoods(student, prompting.remember(student, context[: len(opening)]), heads, tails, 5)
+    # Without a context the scores are those of multiple choice.
+    alone = log_likelihoods(student, heads, tails, memory=prompting.remember(student, context[: len(opening)]), batch_size=5)
     theirs, _ = choice_scores(student, student.init(0), asked, "test", ROWS)
     assert np.allclose(np.stack(alone), np.stack(theirs), atol=1e-4)
 
@@ -78,7 +82,7 @@ def test_scores_by_hand(readers, asked):
     found = few_shot(asked, student, PAIRS, k=4, orders=2, seed=3, rows=ROWS, separator="\n")
     answers = np.array(asked.test["answer"])[ROWS]
 
-    def log_likelihoods(context, prompts):
+    def by_hand(context, prompts):
         scores = np.empty((len(prompts), 2))
         for (row, prompt), (column, word) in ((r, c) for r in enumerate(prompts) for c in enumerate(asked.words)):
             head, whole = (student.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, f"{prompt} {word}"))
@@ -95,8 +99,8 @@ def test_scores_by_hand(readers, asked):
         chosen = prompting._order(["bad", "brilliant fun"] * 2, 4, prompting.generator("few-shot-order", 3, order))
         words = dict(zip(("neg", "pos"), asked.words, strict=True))
         context = "".join(f"{PAIRS[i][0]}\nIt was {words[PAIRS[i][1]]}\n" for i in chosen)
-        plain = log_likelihoods(context, [asked.test[row]["prompt"] for row in ROWS])
-        empty = log_likelihoods(context, [f"{nothing}\nIt was" for nothing in CONTENT_FREE])
+        plain = by_hand(context, [asked.test[row]["prompt"] for row in ROWS])
+        empty = by_hand(context, [f"{nothing}\nIt was" for nothing in CONTENT_FREE])
         prior = np.log((np.exp(empty) / np.exp(empty).sum(1, keepdims=True)).mean(0))
         for scores, told in ((plain, found.scores), (plain / [3, 13], found.normalized), (plain - prior, found.calibrated)):
             assert told[order] == pytest.approx(float((scores.argmax(1) == answers).mean()))
@@ -211,52 +215,56 @@ def job(**changes):
 
 def test_every_score_is_made(finished):
     _, result = finished
-    assert list(result["rows"]) == SMALL["rows"]
-    for name, row in result["rows"].items():
-        assert row.keys() == {"0", "1"}
-        for score in row.values():
-            assert score["rows"] == 10 and score["k"] == int(name[-1])
-            assert len(score["scores"]) == len(score["calibrated"]) == (1 if name == "zero-shot/0" else 2)
-            assert score["mean"] == pytest.approx(np.mean(score["scores"]), abs=1e-5)
-    template = result["distilling"]["template"]
+    orders = {"zero-shot/0": (0,)}
+    assert [(score["row"], score["set_seed"], score["order"]) for score in result["scores"]] == [
+        (row, seed, order) for row in sorted(SMALL["rows"]) for seed in (0, 1) for order in orders.get(row, (0, 1))]
+    for score in result["scores"]:
+        assert score["questions"] == 10 and score["shots"] == int(score["row"][-1])
+        assert all(0 <= score[measure] <= 1 for measure in ("accuracy", "normalized", "calibrated"))
+    notes = result["cells"]["small"]["notes"]
+    template = notes["template"]
     assert template["validation"].keys() == {*SMALL["templates"]}
     assert template["chosen"] == max(SMALL["templates"], key=lambda t: np.mean(template["validation"][t]))
-    assert result["distilling"]["embeddings 1"].keys() >= {"losses", "trained on the start", "trained on the set"}
+    assert notes["embeddings 1"].keys() >= {"losses", "trained on the start", "trained on the set"}
 
 
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result = finished
     monkeypatch.setattr(prompting_jobs, "few_shot", lambda *a, **kw: pytest.fail("scored again"))
-    run = PromptingRun(job(), folder, folder / "work")
+    run = Run(PromptingCell, job(), folder, folder / "work")
     assert run() == result
-    monkeypatch.setattr(PromptingRun, "create", lambda *a: pytest.fail("made again"))
-    assert run.set_of("swaps", 1).tokens is not None and run._template() == result["distilling"]["template"]["chosen"]
-    wrong, right = run._shots("wrong labels", 0), run.set_of("random", 0)
+    monkeypatch.setattr(PromptingCell, "create", lambda *a: pytest.fail("made again"))
+    cell = run.cell
+    assert cell.set_of("swaps", 1).tokens is not None
+    assert cell.template() == result["cells"]["small"]["notes"]["template"]["chosen"]
+    wrong, right = cell.shots("wrong labels", 0), cell.set_of("random", 0)
     assert [text for text, _ in wrong] == right.meta["text"]
-    assert all(name != run.task.classes[label] for (_, name), label in zip(wrong, right.meta["labels"], strict=True))
+    assert all(name != cell.task.classes[label] for (_, name), label in zip(wrong, right.meta["labels"], strict=True))
 
 
 def test_the_table(finished):
     _, result = finished
-    lines = prompting_table(result).splitlines()
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    lines, scores = prompting_table(result).splitlines(), frame(result)
+    assert table_of(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
     for name in ("random/2", "swaps/2"):
         (line,) = (line for line in lines if line.startswith(f"| {name[:-2]} | 2 |"))
-        scores = [result["rows"][name][s]["scores"] for s in "01"]
-        assert f"| {np.mean(scores):.3f} ({np.sqrt(np.mean(np.var(scores, axis=1, ddof=1))):.3f}) |" in line
+        by_order = scores[scores["row"] == name].pivot(index="set_seed", columns="order", values="accuracy").to_numpy()
+        deviation = np.sqrt(np.mean(np.var(by_order, axis=1, ddof=1)))
+        assert order_deviation(scores[scores["row"] == name]) == pytest.approx(deviation)
+        assert f"| {by_set(result).loc[name].mean():.3f} ({deviation:.3f}) |" in line
         assert ("±" in line) == (name == "swaps/2")
-    del result["rows"]["random/2"]
-    assert "| random | 2 | not run |" in prompting_table(result)
+    partial = result | {"scores": [score for score in result["scores"] if score["row"] != "random/2"]}
+    assert "| random | 2 | not run |" in prompting_table(partial)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"rows": ["poetry/2"]}, "the source of row 'poetry/2' must be one of zero-shot"),
     ({"rows": ["random/0"]}, "a row is a source and its demonstrations"),
     ({"rows": ["zero-shot/3"]}, "a row is a source and its demonstrations"),
-    ({"orders": 0}, "orders must be a whole number"),
-    ({"lr": 0}, "lr must be a number above 0"),
-    ({"seeds": []}, "seeds must be a list"),
-    ({"templates": []}, "templates must not be empty"),
+    ({"orders": 0}, "orders must be"),
+    ({"lr": 0}, "lr must be"),
+    ({"seeds": []}, "seeds must name at least one seed"),
+    ({"templates": []}, "templates must have at least 1 item"),
 ])
 def test_settings_that_cannot_be(changes, message):
     with pytest.raises(ValueError, match=message):

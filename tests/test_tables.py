@@ -13,7 +13,7 @@ import pytest
 
 import distillkit as dk
 from distillkit.cli.main import main
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 
 TEXTS = ["it was fine", 'a "quoted", word', "tabs\tand", "two\nlines", "NA", "caf\u00e9 \u2028 end"]
 ROWS = [{"text": text, "label": ["bad", "good"][number % 2]} for number, text in enumerate(TEXTS)]
@@ -101,7 +101,7 @@ def test_numbered_parts_are_one_split(tmp_path, place):
     with pytest.raises(CorpusError, match=r"row 2 \(counted from 0; .*train-00001-of-00003.parquet\): the label is"):
         dk.load_task(tmp_path / "mine")
     (home / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(CorpusError, match="2 of the 3 parts of train"):
+    with pytest.raises(CorpusError, match="train-00000-of-00003.parquet, .*; keep one file, or the numbered parts"):
         dk.load_task(tmp_path / "mine")
 
 
@@ -154,7 +154,7 @@ def test_damaged_folders_of_save_to_disk(tmp_path, name, content):
     elif isinstance(content, int):  # the end of the first text lies far outside of the file
         content = path.read_bytes().replace(b"\0" * 4 + len(TEXTS[0]).to_bytes(4, "little"), b"\0" * 4 + b"\xff\xff\xff\x7f", 1)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(CorpusError, match="train: not a readable folder of save_to_disk"):
+    with pytest.raises(CorpusError, match="train cannot be read|train: not JSON"):
         dk.load_task(tmp_path / "mine")
 
 
@@ -167,7 +167,7 @@ def test_splits_of_the_hub_go_by_the_same_names(monkeypatch, name):
         task = dk.load_task("somebody/something")
     assert task.classes == ("good", "bad") and all(as_written(task, split) for split in ("train", "validation", "test"))
     del splits["test"], splits[name], splits["train"]
-    with pytest.raises(CorpusError, match="has none of train.*Not read: more"):
+    with pytest.raises(CorpusError, match="holds none of train.*Not read: more"):
         dk.load_task("somebody/something")
 
 
@@ -220,15 +220,15 @@ def test_columns_are_named_on_the_command_line_and_for_the_hub(folder, capsys, s
 @pytest.mark.parametrize("given, message", [
     ({"text_column": "twit"}, "train.csv has no column 'twit', which text_column names: it has tweet, mood, text, label"),
     ({"label_column": "mod"}, "has no column 'mod', which label_column names"),
-    ({"text_column": "tweet", "label_column": "tweet"}, "both 'tweet'"),
-    ({"text_column": ""}, "text_column must be the name of a column, not ''"),
-    ({"label_column": 3}, "label_column must be the name of a column, not 3"),
+    ({"text_column": "tweet", "label_column": "tweet"}, "not 'tweet' and 'tweet' of"),
+    ({"text_column": ""}, "must name two columns of a corpus that is not built in, not '' and None"),
+    ({"label_column": 3}, "must name two columns of a corpus that is not built in, not None and 3"),
 ])
 def test_columns_that_are_not_there(folder, given, message):
     path = folder(**{f"{split}.csv": RENAMED.to_csv(index=False) for split in ("train", "dev", "test")})
     with pytest.raises(CorpusError, match=re.escape(message)):
         dk.load_task(path, **given)
-    with pytest.raises(CorpusError, match="(docstrings is built in|text_column|label_column)"):
+    with pytest.raises(CorpusError, match="text_column and label_column .*docstrings"):
         dk.load_task("docstrings", **given)
 
 
@@ -255,7 +255,7 @@ def test_a_file_is_not_a_folder(folder):
 
 @pytest.mark.parametrize("second", ["train.jsonl.gz", "train-00000-of-00001.csv", "data/train.csv"])
 def test_two_files_for_one_split(folder, second):
-    with pytest.raises(CorpusError, match="train.csv and .*keep one of them|and .*train.csv; keep one of them"):
+    with pytest.raises(CorpusError, match="mine holds .*train.* for one split; keep one file"):
         dk.load_task(folder(**{"train.csv": csv(), second: csv(), "test.csv": csv()}))
 
 
@@ -265,11 +265,11 @@ def test_two_files_for_one_split(folder, second):
     ("train.csv", "text,label\na,0\nb,c,1\n", "line 3: 3 fields where the header names 2"),
     ("train.csv", 'text,label\n"a\nb",0\nc,d,1\n', "line 4: 3 fields"),
     ("train.csv", "text,label\na,0\n\nb\n", "line 4: 1 fields where the header names 2"),
-    ("train.csv", "text,label,label\na,0,1\n", "line 1: two columns are named 'label'"),
+    ("train.csv", "text,label,label\na,0,1\n", ": two columns are named 'label'"),
     ("train.csv", 'text,label\n"a"b,0\n', "line 2: not CSV"),
     ("train.csv", 'text,label\na,0\n"b,1\n', "line 3: not CSV"),
     ("train.csv", "text,label\na\0b,0\n", "line 2: a NUL character"),
-    ("train.csv", "text,label\na,0\n".encode("utf-16"), "not UTF-8"),
+    ("train.csv", "text,label\na,0\n".encode("utf-16"), "cannot be read: .*utf-8"),
     ("train.csv", "text,label\na,0\n".encode("utf-16-le"), "line 1: a NUL character"),
     ("train.tsv", 'text\tlabel\n"half\t0\nanother"\t1\n', "line 2: a quotation mark opens a field"),
     ("train.tsv", "text\tlabel\na\tb\t0\n", "line 2: 3 fields where the header names 2"),
@@ -278,9 +278,9 @@ def test_two_files_for_one_split(folder, second):
     ("train.json", BOMB, "not JSON .*recursion"),
     ("train.json", '[{"text": "a", "label": 0}, ["b", 1]]', r"row 1: \['b', 1\] is not a JSON object"),
     ("train.json", '{"data": [\n{"text": "a", "label": 0}]}', "line 1: not JSON .*list of objects|put one object on a line"),
-    ("train.jsonl.gz", b"no gzip", "not a readable gzip file"),
-    ("train.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-9], "not a readable gzip file"),
-    ("train.parquet", "PAR1 and no more", "not a readable parquet file"),
+    ("train.jsonl.gz", b"no gzip", "cannot be read: .*(gzip|end-of-stream)"),
+    ("train.jsonl.gz", gzip.compress(lines(ROWS).encode())[:-9], "cannot be read: .*(gzip|end-of-stream)"),
+    ("train.parquet", "PAR1 and no more", "cannot be read"),
 ])
 def test_damaged_files_are_errors_with_their_line(folder, capsys, tmp_path, name, content, message):
     path = folder(**{name: content, "test.jsonl": lines(ROWS)})
@@ -299,7 +299,7 @@ def test_doubled_columns_and_bad_bytes_in_parquet(tmp_path, folder):
     ends = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
     broken = pyarrow.StringArray.from_buffers(1, ends, pyarrow.py_buffer(b"\xff"))
     pyarrow.parquet.write_table(pyarrow.table([broken, broken], names=["text", "label"]), path / "train.parquet")
-    with pytest.raises(CorpusError, match="train.parquet, column 'text': not UTF-8"):
+    with pytest.raises(CorpusError, match="train.parquet, column 'text' cannot be read: .*utf-8"):
         dk.load_task(path)
 
 
@@ -308,14 +308,14 @@ def test_a_parquet_schema_that_lies(tmp_path, folder, features):
     path = folder(**{"test.csv": csv()})
     table = pyarrow.Table.from_pandas(TABLE).replace_schema_metadata({b"huggingface": features.encode()})
     pyarrow.parquet.write_table(table, path / "train.parquet")
-    with pytest.raises(CorpusError, match="train.parquet: the schema"):
+    with pytest.raises(CorpusError, match="train.parquet.*(cannot be read|its schema: not JSON)"):
         dk.load_task(path)
 
 
 @pytest.mark.parametrize("row, name, place", [
-    (6, "train.jsonl", r"row 6 \(counted from 0; line 7 of .*train.jsonl\)"),
-    (6, "train.csv", r"row 6 \(counted from 0; line 8 of .*train.csv\)"),
-    (6, "train.json", r"row 6 \(counted from 0; .*train.json\)"),
+    (6, "train.jsonl", r"row 6 \(counted from 0; .*train.jsonl, line 7\)"),
+    (6, "train.csv", r"row 6 \(counted from 0; .*train.csv, line 8\)"),
+    (6, "train.json", r"row 6 \(counted from 0; .*train.json, row 6\)"),
 ])
 @pytest.mark.parametrize("value", [None, "", " "])
 def test_a_missing_label_is_named_by_file_and_line(folder, row, name, place, value):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from distillkit.data.corpora import CorpusError
+from distillkit.data.corpus import CorpusError
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.io.seeds import generator
@@ -118,7 +118,7 @@ def test_validation_stands_in_for_a_missing_or_unlabelled_test(write, test):
 def test_a_split_that_cannot_be_made(write):
     with pytest.raises(CorpusError, match="weather has no test split .*train.jsonl; add a labelled test"):
         load_task(write(train=rows_of(4)))
-    with pytest.raises(CorpusError, match="other has no train split .*test.jsonl; add a train split"):
+    with pytest.raises(CorpusError, match="other has no train split .*test.jsonl; add a labelled train split"):
         load_task(write(name="other", test=rows_of(4)))
     with pytest.raises(CorpusError, match="train.jsonl has one row of the class 'hot'"):
         load_task(write(name="small", train=rows_of([3, 3, 1]), test=rows_of(1)))
@@ -183,27 +183,14 @@ def test_bad_numbers_are_named(weather, name, value):
         load_task(weather, **{name: value})
 
 
-def test_limit_below_the_number_of_classes(weather):
-    with pytest.raises(ValueError, match="limit=2 .* 3 classes of weather .* use 3 or more"):
-        load_task(weather, limit=2)
-
-
 @pytest.mark.parametrize("text", ["", " \n", None, 7, "half \ud83d of it"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_bad_text_is_named_by_split_and_row(write, split, text):
     rows = {"train": rows_of(4), "test": rows_of(4)}
     rows[split][2]["text"] = text
-    with pytest.raises(CorpusError, match=rf"weather, split {split}, row 2 .*{split}.jsonl\)") as caught:
+    with pytest.raises(CorpusError, match=rf"weather, split {split}, row 2 .*{split}.jsonl, line 3\)") as caught:
         load_task(write(**rows))
     assert repr(text) in str(caught.value)
-
-
-@pytest.mark.parametrize("label", [3, -1, None, "warm", 0.5, True])
-def test_bad_label_is_named_by_split_and_row(write, label):
-    rows = rows_of(4)
-    rows[5]["label"] = label
-    with pytest.raises(CorpusError, match=f"split test, row 5 .*the label is {label!r}.*cold, mild, hot.*labels.json"):
-        load_task(write(train=rows_of(4), test=rows))
 
 
 def test_labels_that_skip_a_class(write):
@@ -211,36 +198,17 @@ def test_labels_that_skip_a_class(write):
     assert load_task(write(labels=None, train=skipping, test=skipping)).classes == ("0", "2"), "names, not places"
     with pytest.raises(CorpusError, match="split test, row 1 .*the label is 1, which is none of the 2 classes 0, 2"):
         load_task(write(labels=None, test=rows_of(4)))
-    with pytest.raises(CorpusError, match="train.jsonl has no row of the class mild"):
+    with pytest.raises(CorpusError, match="train.jsonl has rows of the classes cold, hot and none of mild"):
         load_task(write(train=skipping, test=rows_of(4)))
 
 
 def test_other_labels_that_cannot_be_used(write):
     one = [row for row in rows_of(4) if row["label"] == 0]
-    with pytest.raises(CorpusError, match="only the class 0; a task needs two"):
+    with pytest.raises(CorpusError, match="rows of the classes 0 and none of others; a task needs two"):
         load_task(write(labels=None, train=one, test=one))
-    mixed = [{"text": "a", "label": 0}, {"text": "b", "label": "x"}]
-    with pytest.raises(CorpusError, match="mixes kinds of labels"):
-        load_task(write(labels=None, train=mixed, test=mixed))
     (write(test=[]) / "test.jsonl").write_text("")
-    with pytest.raises(CorpusError, match="test.jsonl has no text column"):
+    with pytest.raises(CorpusError, match="test.jsonl has no column 'text'"):
         load_task(write(train=rows_of(4)))
-
-
-@pytest.mark.parametrize("spelling", [str, float, lambda label: NAMES[label]])
-def test_labels_may_be_spelled_in_several_ways(write, spelling):
-    plain = rows_of(4)
-    spelled = [row | {"label": spelling(row["label"])} for row in plain]
-    task = load_task(write(train=spelled, validation=plain, test=plain))
-    assert task.train["label"][:] == [row["label"] for row in plain]
-
-
-def test_classes_without_labels_json(write):
-    numbers = load_task(write(labels=None, train=rows_of(4), test=rows_of(4)))
-    assert numbers.classes == ("0", "1", "2")
-    named = [row | {"label": NAMES[row["label"]]} for row in rows_of(4)]
-    names = load_task(write(labels=None, name="named", train=named, test=named))
-    assert names.classes == ("cold", "hot", "mild") and names.test[0]["label"] == 0 and names.test[1]["label"] == 2
 
 
 # --- tokens, batches, scores -----------------------------------------------------------------------------------------

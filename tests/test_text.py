@@ -1,6 +1,7 @@
 """Ways to text: swaps that only help, gradients that pass through the projection, and labels that are learned apart."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -9,11 +10,10 @@ import torch
 import distillkit as dk
 from distillkit.core.problem import MetaGradient
 from distillkit.text.judges import FrozenJudge, StudentJudge, Swap
-from distillkit.text.projection import allowed_tokens, corpus_tokens, with_tokens
+from distillkit.text.projection import ThroughProjection, allowed_tokens, corpus_tokens, relabel, with_tokens
 from distillkit.text.relaxed import relax_tokens
 from distillkit.text.sentences import nearest_sentences, search_sentences
 from distillkit.text.swaps import SwapSearch
-from distillkit.text.through import ThroughProjection, relabel
 
 
 @pytest.fixture
@@ -105,6 +105,28 @@ def test_judging_is_the_same_in_one_go_or_several(world, start, judge):
     swaps = [[Swap(i % 4, 1 + i % 6, 20 + i)] for i in range(9)]
     together = judge.losses(start, swaps, 1)
     assert together == pytest.approx([judge.losses(start, [group], 1)[0] for group in swaps], abs=1e-5)
+
+
+def test_a_student_judge_stays_with_the_parts_that_fit(world, start, monkeypatch):
+    """Only the first gradient pays for the attempt that runs out of memory."""
+    loss = dk.Student.loss
+
+    def of_four_at_most(self, params, batch, targets, **options):
+        if len(targets) > 4:
+            raise torch.OutOfMemoryError(f"{len(targets)} examples")
+        return loss(self, params, batch, targets, **options)
+
+    goal = dk.BPTT(*world, dk.Unroll(1, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8, micro_batch=8)
+    judge = StudentJudge(goal, tries=2)
+    expected = [judge.gradient(start, seed)[1] for seed in (0, 1)]
+    monkeypatch.setattr(dk.Student, "loss", of_four_at_most)
+    with pytest.warns(UserWarning, match="out of memory"):
+        first = judge.gradient(start, 0)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = judge.gradient(start, 1)[1]
+    assert judge.objective.micro_batch == 4 and goal.micro_batch == 8
+    assert torch.allclose(first, expected[0], atol=1e-6) and torch.allclose(second, expected[1], atol=1e-6)
 
 
 def test_the_frozen_judge_wants_classes(world):
@@ -230,21 +252,6 @@ def test_the_same_seed_finds_the_same_text(world, start):
     assert torch.equal(found(1), found(1)) and not torch.equal(found(1), found(2))
 
 
-def test_what_the_second_judge_finds_worse_is_taken_back(world, start):
-    class Never:
-        def losses(self, distilled, swaps, seed):
-            return [float(len(group)) for group in swaps]
-
-        def describe(self):
-            return {"name": "Never"}
-
-    search = SwapSearch(start, world[1], judges(world, None)[0], confirm=Never(), candidates=8)
-    list(search.run(3))
-    assert torch.equal(search.distilled.tokens, start.tokens)
-    judged = [record.judged for record in search.records]
-    assert all(judged) and all(not record.swaps for record in search.records)
-
-
 def test_a_swap_is_not_judged_again_before_its_sentence_changes(world, start):
     class Deaf:
         seen: list = []
@@ -270,22 +277,22 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(world, start, tmp_p
 
     whole = search()
     list(whole.run(5))
-    half = search(checkpoint_dir=tmp_path / "search", checkpoint_every=2)
+    half = search(checkpoint=tmp_path / "search", checkpoint_every=2)
     for record in half.run(5):
         if record.step == 3:
             break
-    resumed = search(checkpoint_dir=tmp_path / "search")
+    resumed = search(checkpoint=tmp_path / "search")
     assert len(resumed.records) == 3, "a search that is left saves its last step"
     list(resumed.run(5))
     assert torch.equal(resumed.distilled.tokens, whole.distilled.tokens)
     assert [r.swaps for r in resumed.records] == [r.swaps for r in whole.records]
     assert resumed.distilled.meta == whole.distilled.meta
     with pytest.raises(ValueError, match="other settings: seed is 0 there and 1 here"):
-        search(checkpoint_dir=tmp_path / "search", seed=1)
+        search(checkpoint=tmp_path / "search", seed=1)
     other = dataclasses.replace(start, targets=1 - start.targets)
     with pytest.raises(ValueError, match="other settings: start is"):
-        SwapSearch(other, world[1], judges(world, None)[0], candidates=8, checkpoint_dir=tmp_path / "search")
-    with pytest.raises(ValueError, match="no checkpoint_dir"):
+        SwapSearch(other, world[1], judges(world, None)[0], candidates=8, checkpoint=tmp_path / "search")
+    with pytest.raises(ValueError, match="has no checkpoint to save to"):
         whole.save()
 
 

@@ -1,15 +1,15 @@
 """The grid of ways to text: cells are experiments of their own, interrupted and shared, in one result and one table."""
 
-import copy
-
 import pytest
 import yaml
 
-from distillkit.cli.main import draw, main
-from distillkit.experiments import text_grid as text_grid_jobs
-from distillkit.experiments.results import kind_of, read
+from distillkit.cli.main import main
+from distillkit.experiments import runner
+from distillkit.experiments.kinds import table_of
+from distillkit.experiments.results import by_set, frame, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
-from distillkit.experiments.text_grid import TextGridJob, text_grid_table
+from distillkit.experiments.settings import kind_of
+from distillkit.experiments.ways_to_text import TextGridJob, text_grid_table
 
 BASE = {
     "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1], "eval_seeds": [0], "judge_steps": 5,
@@ -40,39 +40,40 @@ def finished(standin_home, tmp_path_factory):
 
 def test_cells_rows_and_seeds_may_be_made_one_by_one(finished):
     _, part, whole = finished
-    assert [*part["cells"]] == ["ag_news,2"] and all([*seeds] == ["1"] for seeds in part["cells"]["ag_news,2"]["rows"].values())
-    assert {*whole["cells"]} == {"rotten_tomatoes,1", "ag_news,1", "rotten_tomatoes,2", "ag_news,2"}
-    for key, cell in whole["cells"].items():
-        corpus, size = key.split(",")
-        assert cell["config"]["corpus"] == corpus and [*cell["rows"]] == SETTINGS["rows"]
-        for row in cell["rows"].values():
-            assert [*sorted(row)] == ["0", "1"]
-            assert {score["examples"] for score in row.values()} == {int(size) * len(row["0"]["groups"])}
-    for name, row in part["cells"]["ag_news,2"]["rows"].items():
-        assert whole["cells"]["ag_news,2"]["rows"][name]["1"] == row["1"]
+    assert [(s["cell"], s["row"], s["set_seed"]) for s in part["scores"]] == [
+        ("ag_news,2", row, 1) for row in sorted(SETTINGS["rows"])]
+    cells = [f"{corpus},{size}" for size in (1, 2) for corpus in ("rotten_tomatoes", "ag_news")]
+    assert [(s["cell"], s["row"], s["set_seed"]) for s in whole["scores"]] == [
+        (cell, row, seed) for cell in sorted(cells) for row in sorted(SETTINGS["rows"]) for seed in (0, 1)]
+    for score in whole["scores"]:
+        corpus, size = score["cell"].split(",")
+        assert (score["corpus"], score["per_class"]) == (corpus, int(size))
+        assert score["examples"] == int(size) * (2 if corpus == "rotten_tomatoes" else 4)
+    assert all(score in whole["scores"] for score in part["scores"])
+    notes = whole["cells"]["ag_news,1"]["notes"]["swaps from sentences 1"]
+    assert len(notes["text"]) == 4 and notes["steps"] == 2
 
 
 def test_what_is_made_is_not_made_again(finished, standin_hub, monkeypatch):
     folder, _, whole = finished
-    monkeypatch.setattr(text_grid_jobs, "TextRun", lambda *a: pytest.fail("made again"))
+    monkeypatch.setattr(runner, "load_corpus", lambda *a: pytest.fail("made again"))
     assert command(folder) == 0 and read(folder / "small.json") == whole
 
 
 def test_the_table(finished):
-    whole = finished[2]
+    _, part, whole = finished
     lines = text_grid_table(whole).splitlines()
-    assert draw(whole).splitlines() == lines and lines[0] == "| examples a class | text | rotten_tomatoes | ag_news |"
-    rows = whole["cells"]["ag_news,1"]["rows"]
-    means = {name: [rows[f"{name}/fixed"][s]["mean"] for s in "01"] for name in ("herding", "swaps from sentences")}
+    assert table_of(whole).splitlines() == lines and lines[0] == "| examples a class | text | rotten_tomatoes | ag_news |"
+    sets = by_set(whole, cell="ag_news,1")
     (line,) = (line for line in lines if line.startswith("| 1 | swaps from sentences |"))
-    gain = sum(a - b for a, b in zip(means["swaps from sentences"], means["herding"], strict=True)) / 2
-    assert f"{sum(means['swaps from sentences']) / 2:.3f} ±" in line and f"; {gain:+.3f}" in line.split("|")[-2]
+    mean, _ = paired_difference(sets, "swaps from sentences/fixed", "herding/fixed")
+    assert f"{sets.loc['swaps from sentences/fixed'].mean():.3f} ±" in line and f"; {mean:+.3f}" in line.split("|")[-2]
     assert len(lines) == 2 + 6 + 2
-    part_of = copy.deepcopy(finished[1])
-    part = text_grid_table(part_of)
-    assert "| 2 | k_center | not run |" in part and "| 1 |" not in part and part.endswith("Not run: 1 a class.")
-    del part_of["cells"]["ag_news,2"]["rows"]["herding/fixed"]
-    assert "herding |" not in text_grid_table(part_of), "a line without a score says nothing"
+    table = text_grid_table(part)
+    assert "| 2 | k_center | not run |" in table and "| 1 |" not in table and table.endswith("Not run: 1 a class.")
+    without = part | {"scores": [score for score in part["scores"] if score["method"] != "herding"]}
+    assert "herding |" not in text_grid_table(without), "a line without a score says nothing"
+    assert {*frame(part)["row"]} == {*SETTINGS["rows"]}
 
 
 def test_shipped_settings():
@@ -81,8 +82,8 @@ def test_shipped_settings():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must be a list"),
-    ({"per_class": [0]}, "per_class must be a whole number"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
+    ({"corpora": {}}, "corpora must hold a line"), ({"per_class": []}, "per_class must have at least 1 item"),
+    ({"per_class": [0]}, "rotten_tomatoes,0: per_class must"), ({"base": {"swaps": 3}}, "base: unknown setting 'swaps'"),
     ({"corpora": {"sst2": {"corpus": "imdb"}}}, "sst2: unknown setting 'corpus'"), ({"rows": ["best/fixed"]}, "a row must be"),
 ])
 def test_bad_settings_are_named(tmp_path, capsys, change, message):

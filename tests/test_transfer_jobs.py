@@ -1,17 +1,19 @@
 """The experiment on transfer: texts made on one student, scored on others, pair by pair, from settings in a file."""
 
 
-import numpy as np
 import pytest
 import yaml
 
 import distillkit as dk
-from distillkit.cli.main import draw, main
-from distillkit.evaluation.recipes import NAMED, Standard, Tuned
+from distillkit.cli.main import main
+from distillkit.experiments import runner
 from distillkit.experiments import transfer as transfer_jobs
-from distillkit.experiments.results import kind_of, paired_difference, read
-from distillkit.experiments.runner import CONFIGS
-from distillkit.experiments.transfer import TransferJob, TransferRun, parsed, short_name, transfer_table
+from distillkit.experiments.kinds import table_of
+from distillkit.experiments.results import by_set, paired_difference, read
+from distillkit.experiments.runner import CONFIGS, Run
+from distillkit.experiments.settings import kind_of
+from distillkit.experiments.transfer import TransferCell, TransferJob, parsed, short_name, transfer_table
+from example_results import result_of
 
 SETS = {
     "kind": "text", "corpus": "rotten_tomatoes", "max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2,
@@ -21,12 +23,13 @@ METHODS = ("random", "k_center", "projection", "swaps")
 PAIR, BACK = "bert-base-uncased to roberta-base", "distilbert-base-uncased to bert-base-uncased"
 SMALL = {
     "name": "small", "sets": SETS, "students": ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"],
-    "seeds": [0, 1], "eval_seeds": [0, 1],
+    "seeds": [0, 1], "eval_seeds": [0, 1], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
     "rows": [*(f"{PAIR}/{m}" for m in METHODS), f"{BACK}/random", f"{BACK}/swaps", "roberta-base/full"],
 }
 FIXED = {"steps": 3, "step_size": 1e-3, "batch": 2}
 ASKED = {
     "name": "asked", "students": ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B"], "seeds": [0], "eval_seeds": [0],
+    "standard_steps": 2,
     "recipe": "standard", "rows": ["opt-1-3b to Llama-3-2-1B/random", "opt-1-3b to Llama-3-2-1B/nacd text"],
     "sets": {"kind": "instruction", "corpus": "arc_easy", "trainable": "full", "max_length": 48, "fraction": 0.2,
              "expert_count": 1, "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 2, "match_epochs": 0.5,
@@ -40,9 +43,7 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("finished")
-    with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(NAMED, "tuned", Tuned({"step_size": (1e-3,), "steps": (1, 2)}))
-        patch.setitem(NAMED, "standard", Standard(least_steps=2))
+    with standin_hub.patched(standin_home):
         for settings in (SMALL, ASKED):
             path = folder / f"{settings['name']}.yaml"
             path.write_text(yaml.safe_dump(settings | {"kind": "transfer"}))
@@ -56,15 +57,16 @@ def job(**changes):
 
 def test_every_score_is_made(finished):
     _, result, _ = finished
-    assert list(result["rows"]) == SMALL["rows"] and result["config"]["sets"] == SETS
-    for name, row in result["rows"].items():
-        full = name.endswith("/full")
-        assert row.keys() == {"0", "1"}
-        for score in row.values():
-            assert len(score["scores"]) == (1 if full else 2)
-            assert score["recipe"]["name"] == ("standard" if full else "tuned")
-            assert full or (score["examples"] == 2 and score["retokenized"]["from"] == parsed(name)[0])
-    assert result["distilling"].keys() == {
+    notes = result["cells"]["small"]["notes"]
+    assert [*dict.fromkeys(score["row"] for score in result["scores"])] == sorted(SMALL["rows"])
+    for score in result["scores"]:
+        source, target, method = parsed(score["row"])
+        note = notes[f"{score['row']} {score['set_seed']}"]
+        assert (score.get("source", ""), score["target"], score["method"]) == (source, target, method)
+        assert score["init_seed"] in ([score["set_seed"]] if method == "full" else [0, 1])
+        assert note["recipe"]["name"] == score["recipe"] == ("standard" if method == "full" else "tuned")
+        assert method == "full" or (score["examples"] == 2 and note["retokenized"]["from"] == source)
+    assert {name for name, note in notes.items() if "losses" in note} == {
         f"{source} {method} {seed}" for source, method in (
             ("bert-base-uncased", "embeddings"), ("bert-base-uncased", "swaps"), ("distilbert-base-uncased", "swaps"))
         for seed in (0, 1)}
@@ -72,73 +74,69 @@ def test_every_score_is_made(finished):
 
 def test_what_is_scored_is_the_text_with_hard_labels(finished, standin_hub):
     folder, result, _ = finished
-    found = dk.DistilledSet.load(folder / "work" / "small" / "bert-base-uncased" / "swaps-1")
-    task = dk.load_task("rotten_tomatoes", max_length=12)
-    target = dk.load_student("roberta-base", task)
-    moved = dk.retokenize(transfer_jobs.hardened(found), task, target)
-    row = result["rows"][f"{PAIR}/swaps"]["1"]
-    assert row["retokenized"] == moved.meta["retokenized"] and row["nbytes"] == moved.nbytes and not moved.soft
-    recipe = dk.Unroll(row["recipe"]["steps"], optimizer=dk.AdamW(row["recipe"]["optimizer"]["step_size"]), batch_size=32)
-    again = dk.evaluate(moved, task, target, seeds=(0, 1), recipe=recipe)
-    assert again.scores == pytest.approx(row["scores"], abs=1e-6)
+    cell = Run(TransferCell, job(), folder, folder / "work").cell
+    text = cell.maker("bert-base-uncased").set_of("swaps", 1)
+    moved = dk.retokenize(transfer_jobs.hardened(text), cell.task, cell.reader("roberta-base"))
+    note = result["cells"]["small"]["notes"][f"{PAIR}/swaps 1"]
+    scores = [score for score in result["scores"] if (score["row"], score["set_seed"]) == (f"{PAIR}/swaps", 1)]
+    assert note["retokenized"] == moved.meta["retokenized"] and scores[0]["nbytes"] == moved.nbytes and not moved.soft
+    recipe = dk.Unroll(note["recipe"]["steps"], optimizer=dk.AdamW(note["recipe"]["optimizer"]["step_size"]), batch_size=32)
+    again = dk.evaluate(moved, cell.task, cell.reader("roberta-base"), seeds=(0, 1), recipe=recipe)
+    assert again.scores == pytest.approx([score["accuracy"] for score in scores], abs=1e-6)
 
 
 def test_prompts_move_too(finished):
     _, _, result = finished
-    for row in result["rows"].values():
-        assert row["0"]["recipe"]["name"] == "standard" and row["0"]["retokenized"]["tokens_after"] > 0
-    assert list(result["distilling"]) == ["opt-1-3b nacd 0"]
+    notes = result["cells"]["asked"]["notes"]
+    for row in ASKED["rows"]:
+        assert notes[f"{row} 0"]["recipe"]["name"] == "standard" and notes[f"{row} 0"]["retokenized"]["tokens_after"] > 0
+    assert {name for name, note in notes.items() if "steps" in note} == {"opt-1-3b nacd 0"}
 
 
-def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(NAMED, "standard", Standard(least_steps=2))
+def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tmp_path):
     asked = job(recipe="fixed", fixed={"roberta-base": FIXED}, rows=(f"{PAIR}/random", f"{PAIR}/k_center", "roberta-base/full"))
-    result = TransferRun(asked, tmp_path, tmp_path / "work")(seeds=(0,))
+    notes = Run(TransferCell, asked, tmp_path, tmp_path / "work")(seeds=(0,))["cells"]["small"]["notes"]
     for method in ("random", "k_center"):
-        recipe = result["rows"][f"{PAIR}/{method}"]["0"]["recipe"]
+        recipe = notes[f"{PAIR}/{method} 0"]["recipe"]
         assert (recipe["steps"], recipe["optimizer"]["step_size"], recipe["batch_size"]) == (3, 1e-3, 2)
-    assert result["rows"]["roberta-base/full"]["0"]["recipe"]["name"] == "standard"
+    assert notes["roberta-base/full 0"]["recipe"]["name"] == "standard"
 
 
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result, _ = finished
     monkeypatch.setattr(transfer_jobs, "transfer", lambda *a, **kw: pytest.fail("scored again"))
-    run = TransferRun(job(), folder, folder / "work")
+    monkeypatch.setattr(runner, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
+    run = Run(TransferCell, job(), folder, folder / "work")
     assert run() == result
-    monkeypatch.setattr(transfer_jobs.TextRun, "create", lambda *a: pytest.fail("made again"))
-    assert run.maker("bert-base-uncased").set_of("swaps", 1).tokens is not None
-    assert not list((folder / "work" / "small").glob("*.json")), "who makes the sets writes no result"
+    monkeypatch.setattr(transfer_jobs.TextCell, "create", lambda *a: pytest.fail("made again"))
+    assert run.cell.maker("bert-base-uncased").set_of("swaps", 1).tokens is not None
 
 
 def test_the_table(finished):
     _, result, _ = finished
-    lines = transfer_table(result).splitlines()
-    assert draw(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
-    rows = result["rows"]
-    scores = [row["mean"] for row in rows[f"{PAIR}/swaps"].values()]
-    full = [row["mean"] for row in rows["roberta-base/full"].values()]
-    gains = " | ".join("{:+.3f} ± {:.3f}".format(*paired_difference(rows, f"{PAIR}/swaps", f"{PAIR}/{other}"))
+    lines, sets = transfer_table(result).splitlines(), by_set(result)
+    assert table_of(result).splitlines() == lines and len(lines) == 2 + len(SMALL["rows"]) + 2
+    gains = " | ".join("{:+.3f} ± {:.3f}".format(*paired_difference(sets, f"{PAIR}/swaps", f"{PAIR}/{other}"))
                        for other in ("random", "k_center"))
-    spread = f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
-    share = f"{np.mean(scores) / np.mean(full):.0%}"
-    expected = f"| bert-base-uncased | roberta-base | swaps | {spread} | {gains} | {share} | 2 |"
-    assert expected in lines
+    scores = sets.loc[f"{PAIR}/swaps"]
+    share = f"{scores.mean() / sets.loc['roberta-base/full'].mean():.0%}"
+    spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
+    assert f"| bert-base-uncased | roberta-base | swaps | {spread} | {gains} | {share} | 2 |" in lines
     assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  |  | 2 |"), "no full score of that target"
 
 
 def test_the_table_by_hand_and_unfinished():
-    rows = {f"a to {t}/{m}": {str(s): {"mean": v + s / 1000} for s in range(3)} for t, m, v in (
-        ("b", "random", 0.3), ("b", "k_center", 0.45), ("b", "swaps", 0.4), ("c", "random", 0.3), ("c", "swaps", 0.2))}
-    names = [*rows, "a to b/projection", "b/full"]
-    lines = transfer_table({"rows": rows | {"b/full": {"0": {"mean": 0.8}}}, "config": {"rows": names}}).splitlines()
+    means = {"a to b/random": 0.3, "a to b/k_center": 0.45, "a to b/swaps": 0.4, "a to c/random": 0.3, "a to c/swaps": 0.2}
+    rows = {row: [mean + seed / 1000 for seed in range(3)] for row, mean in means.items()}
+    lines = transfer_table(result_of(rows | {"a to b/projection": [], "b/full": [0.8]})).splitlines()
     assert lines[3] == "| a | b | k_center | 0.451 ± 0.001 | +0.150 ± 0.000 |  | 56% | 3 |"
     assert lines[4] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | -0.050 ± 0.000 | 50% | 3 |"
     assert "| a | b | projection | not run | | | | |" in lines and "| — | b | full data | 0.800 |  |  | 100% | 1 |" in lines
     assert lines[-1] == (
         "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1. "
         "swaps: above k-centre's in 0 of 1 pairs, by more than the 95 % interval in 0.")
-    unfinished = transfer_table({"rows": {}, "config": {"rows": names}}).splitlines()
-    assert len(unfinished) == 2 + len(names) and all("not run" in line for line in unfinished[2:])
+    unfinished = transfer_table(result_of(dict.fromkeys(rows, []))).splitlines()
+    assert len(unfinished) == 2 + len(rows) and all("not run" in line for line in unfinished[2:])
 
 
 def test_short_names():
@@ -156,19 +154,19 @@ def test_the_settings_that_come_with_the_kit(path):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"recipe": "own"}, "recipe must be one of tuned, standard, fixed"),
+    ({"recipe": "own"}, "recipe must be 'tuned', 'standard' or 'fixed', not 'own'"),
     ({"recipe": "fixed"}, "fixed must give steps, step_size, batch for the target 'roberta-base', not None"),
     ({"recipe": "fixed", "fixed": {"roberta-base": {"steps": 2}}}, "fixed must give steps, step_size, batch"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"steps": 0}}}, "fixed steps must be a whole number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED | {"step_size": "fast"}}}, "fixed step_size must be a number"),
     ({"recipe": "fixed", "fixed": {"roberta-base": FIXED}}, "for the target 'bert-base-uncased'"),
-    ({"eval_seeds": []}, "eval_seeds must be a list"),
+    ({"eval_seeds": []}, "eval_seeds must name at least one seed"),
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
     ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),
     ({"sets": {"kind": "text"}}, "sets: the setting 'corpus' is missing"),
-    ({"sets": SETS | {"candidates": 0}}, "candidates must be a whole number"),
-    ({"sets": "text"}, "sets must hold settings"),
+    ({"sets": SETS | {"candidates": 0}}, "candidates must be"),
+    ({"sets": "text"}, "sets must be a valid dictionary"),
     ({"rows": ["roberta-base/full"]}, "rows must hold at least one"),
     ({"rows": [f"{PAIR}/embeddings"]}, "the method must be one of random"),
     ({"rows": ["gpt2 to roberta-base/random"]}, "a student must be one of bert-base-uncased"),
@@ -180,10 +178,9 @@ def test_settings_that_cannot_be(changes, message):
         job(**changes)
 
 
-def test_gains_are_told_over_every_selection_that_is_there():
-    means = {"random": 0.3, "herding": 0.4, "sentences": 0.6}
-    rows = {f"a to b/{method}": {"0": {"mean": mean}} for method, mean in means.items()}
-    head, _, *lines = transfer_table({"rows": rows, "config": {"rows": [*rows, "a to b/swaps"]}}).splitlines()
+def test_gains_are_over_every_selection_that_has_run():
+    means = {"random": [0.3], "herding": [0.4], "sentences": [0.6], "swaps": []}
+    head, _, *lines = transfer_table(result_of({f"a to b/{method}": mean for method, mean in means.items()})).splitlines()
     assert "minus random | minus herding |" in head and "k-centre" not in head
     assert lines[1] == "| a | b | herding | 0.400 | +0.100 (one set) |  |  | 1 |"
     assert lines[2] == "| a | b | sentences | 0.600 | +0.300 (one set) | +0.200 (one set) |  | 1 |"

@@ -72,9 +72,9 @@ def test_umap_is_imported_when_asked_for_and_told_seed_and_neighbours(monkeypatc
         (cloud(), {"method": "tsne"}, "method must be one of umap, pca, not 'tsne'"),
         (cloud(16), {}, "neighbors=15 needs at least 17 points, not 16; ask for fewer"),
         (cloud(16), {"neighbors": 1}, "neighbors must be a whole number of at least 2, not 1"),
-        (cloud(1), {"method": "pca"}, r"two points of two coordinates at least, not \(1, 5\)"),
-        (cloud()[0], {"method": "pca"}, r"array \[n, d\], not of shape \(5,\)"),
-        (np.where(np.eye(4), np.nan, 1.0)[:, :3], {"method": "pca"}, "3 of 4 points are not finite"),
+        (cloud(1), {"method": "pca"}, "n_components=2 must be between 0 and .*=1"),
+        (cloud()[0], {"method": "pca"}, "Expected 2D array"),
+        (np.where(np.eye(4), np.nan, 1.0)[:, :3], {"method": "pca"}, "NaN"),
     ],
 )
 def test_a_map_that_cannot_be(points, options, message):
@@ -123,11 +123,11 @@ def test_preservation():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: views.neighbour_overlap(cloud(), [0] * 39, 3), r"each of 40 points, not of shape \(39,\)"),
+        (lambda: views.neighbour_overlap(cloud(), [0] * 39, 3), r"\[40, 39\]"),
         (lambda: views.neighbour_overlap(cloud(), [0] * 40, 40), r"k must be a whole number from 1 to 39 \(the other points\), "
                                                                 "not 40"),
         (lambda: views.neighbour_overlap(cloud(), [0] * 40, 3, metric="l1"), "metric must be one of l2, cosine, not 'l1'"),
-        (lambda: views.preservation(cloud(), cloud(39, 2), 3), "the map has 39 points, the original 40"),
+        (lambda: views.preservation(cloud(), cloud(39, 2), 3), r"\[40, 39\]"),
     ],
 )
 def test_neighbours_that_cannot_be(call, message):
@@ -300,7 +300,7 @@ def test_history_by_hand(world, start, tmp_path):
 
     saved = [state.save(tmp_path / str(i)) for i, state in enumerate(states)]
     again = views.history(saved, student)
-    assert all(np.array_equal(getattr(again, f.name), getattr(found, f.name)) for f in dataclasses.fields(found))
+    assert all(np.array_equal(*values) for values in zip(again, found, strict=True))
 
 
 def test_history_of_hard_labels_and_without_recipes(world, start):
@@ -313,10 +313,10 @@ def test_history_of_hard_labels_and_without_recipes(world, start):
 
 def test_histories_that_cannot_be(world, start):
     task, student = world
-    with pytest.raises(ValueError, match="two snapshots at least, not 1"):
+    with pytest.raises(ValueError, match="at least two snapshots, not 1"):
         views.history([start], student)
     shorter = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
-    with pytest.raises(ValueError, match=r"snapshot 1 is of another set: embeddings \(2, 8, 32\)"):
+    with pytest.raises(ValueError, match=r"snapshot 1 .*\(2, 8, 32\)"):
         views.history([start, shorter], student)
 
 
@@ -380,7 +380,7 @@ def test_movement_and_flips(past, world):
     changed = int(past.flipped[:, 0].any(0).sum())
     assert changed and f"{changed} of {int(past.free[0].sum())} positions changed" in shown(figure)[0]
     assert len(figure.axes[0].texts) == 3 * changed
-    still = dataclasses.replace(past, flipped=np.zeros_like(past.flipped))
+    still = past._replace(flipped=np.zeros_like(past.flipped))
     figure = view_plots.flips(still, 0, lambda i: f"${i}$")
     assert "0 of 8 positions changed" in shown(figure)[0] and figure.axes[0].texts[0].get_text().startswith("\\$")
 
@@ -425,5 +425,5 @@ def test_latex_tables_are_escaped(text):
 def test_tables_that_cannot_be():
     with pytest.raises(ValueError, match="format must be one of markdown, latex, not 'rst'"):
         view_plots.label_table(rows("x"), ["a", "b"], format="rst")
-    with pytest.raises(ValueError, match="row 0 has 2 probabilities for 3 classes"):
+    with pytest.raises(ValueError, match=r"rows \[0\] .*3 classes"):
         view_plots.label_table(rows("x"), ["a", "b", "c"])

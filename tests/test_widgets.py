@@ -8,11 +8,13 @@ import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pandas
 import PIL.Image
 import pytest
 import torch
 
 import distillkit as dk
+from distillkit.io.escaping import one_line as expected
 from distillkit.view import figures as plots
 from distillkit.view import measures as views
 from distillkit.view import set_figures as view_plots
@@ -43,16 +45,12 @@ class Markup(html.parser.HTMLParser):
 
 
 def harmless(source):
-    found = Markup(source)
-    assert found.tags <= ALLOWED, found.tags - ALLOWED
-    assert not [name for name in found.attributes if name.startswith("on") or name in ("href", "src")]
+    markup = Markup(source)
+    assert markup.tags <= ALLOWED, markup.tags - ALLOWED
+    assert not [name for name in markup.attributes if name.startswith("on") or name in ("href", "src")]
     source.encode("utf-8")
-    assert not re.search("[\0\a\ud800]", source)
-    return found
-
-
-def expected(text):
-    return re.sub("[\0\a\ud800]", "\ufffd", text)
+    assert not re.search("[\0\a\ud800\u202e]", source)
+    return markup
 
 
 def descendants(widget):
@@ -93,26 +91,23 @@ def judge(world):
 
 def test_candidates_are_the_nearest_words_by_brute_force(world, learned):
     student = world[1]
-    found = widgets.candidates(learned, student, 1, 3, k=5, more=[7, 0])
-    every = (student.embedding - learned.embeds[1, 3]).norm(dim=1)
-    words = sorted(set(range(len(every))) - set(student.tokenizer.all_special_ids), key=every.__getitem__)
-    assert [c.token for c in found] == [*words[:5], *(i for i in (7, 0) if i not in words[:5])]
-    assert [c.distance for c in found] == pytest.approx([float(every[c.token]) for c in found])
-    assert [c.word for c in found] == student.tokenizer.convert_ids_to_tokens([c.token for c in found])
-    assert all(c.score is None and c.change is None for c in found)
-    near = widgets.nearest_words(learned, student, 5)
-    assert widgets.candidates(learned, student, 1, 3, k=5, more=[7, 0], near=near) == found
-    assert (near[~learned.free] == -1).all() and (near[learned.free] >= 0).all()
+    choices = widgets.candidates(learned, student, 1, 3, k=5, more=[7, 0])
+    distances = (student.embedding - learned.embeds[1, 3]).norm(dim=1)
+    nearest = sorted(set(range(len(distances))) - set(student.tokenizer.all_special_ids), key=distances.__getitem__)[:5]
+    assert list(choices) == ["token", "word", "distance"]
+    assert choices["token"].tolist() == [*nearest, *(i for i in (7, 0) if i not in nearest)]
+    assert choices["distance"].tolist() == pytest.approx(distances[choices["token"].tolist()].tolist())
+    assert choices["word"].tolist() == student.tokenizer.convert_ids_to_tokens(choices["token"].tolist())
 
 
 def test_a_replacement_changes_one_position_and_nothing_else(world, real, learned):
     student = world[1]
     for before in (real, learned):
-        kept = before.embeds.clone()
+        embeds = before.embeds.clone()
         after = widgets.replaced(before, student, 2, 4, 50)
         differs = (after.embeds != before.embeds).any(-1)
         assert differs.nonzero().tolist() == [[2, 4]] and torch.equal(after.embeds[2, 4], student.embedding[50])
-        assert torch.equal(before.embeds, kept), "the set that was given is left alone"
+        assert torch.equal(before.embeds, embeds), "the argument is left alone"
     after = widgets.replaced(real, student, 2, 4, 50)
     assert after.tokens[2, 4] == 50 and after.meta["text"][2] == student.tokenizer.decode(after.tokens[2, 1:9])
     assert after.meta["text"][:2] == real.meta["text"][:2]
@@ -123,41 +118,31 @@ def test_scores_are_the_judges_own(world, real, judge):
     """The same losses as the judge gives for swaps of tokens, which it takes by another route."""
     from distillkit.text.judges import Swap
 
-    student = world[1]
-    found = widgets.candidates(real, student, 0, 2, k=4, score=widgets.outer_loss(judge, seed=3))
-    before, *after = judge.losses(real, [[], *([Swap(0, 2, c.token)] for c in found)], 3)
-    assert [c.score for c in found] == pytest.approx(after) and len(set(after)) > 2
-    assert [c.change for c in found] == pytest.approx([loss - before for loss in after], abs=1e-6)
+    choices = widgets.candidates(real, world[1], 0, 2, k=4, score=widgets.outer_loss(judge, seed=3))
+    before, *after = judge.losses(real, [[], *([Swap(0, 2, token)] for token in choices["token"])], 3)
+    assert choices["score"].tolist() == pytest.approx(after) and len(set(after)) > 2
+    assert choices["change"].tolist() == pytest.approx([loss - before for loss in after], abs=1e-6)
 
 
 def test_scores_of_embeddings_are_those_of_the_replaced_set(world, learned, judge):
     score = widgets.outer_loss(judge, seed=1)
-    found = widgets.candidates(learned, world[1], 1, 5, k=2, score=score)
-    sets = [widgets.replaced(learned, world[1], 1, 5, c.token) for c in found]
+    choices = widgets.candidates(learned, world[1], 1, 5, k=2, score=score)
+    sets = [widgets.replaced(learned, world[1], 1, 5, token) for token in choices["token"]]
     by_hand = [judge.gradient(one, 1)[0] for one in sets]
-    assert [c.score for c in found] == by_hand
-    assert found[0].change == pytest.approx(by_hand[0] - score(learned)) and not learned.embeds.requires_grad
+    assert choices["score"].tolist() == by_hand and not learned.embeds.requires_grad
+    assert choices["change"][0] == pytest.approx(by_hand[0] - score(learned))
 
 
-def test_any_function_of_a_set_is_a_score(world, real):
-    found = widgets.candidates(real, world[1], 0, 1, k=3, score=lambda s: float(s.tokens.sum()))
-    assert [c.change for c in found] == [c.token - int(real.tokens[0, 1]) for c in found]
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ((4, 1), r"example must be a whole number from 0 to 3 \(the set's examples\), not 4"),
-        ((0, 10), r"position must be a whole number from 0 to 9 \(its positions\), not 10"),
-        ((0, 0), r"position 0 of example 0 is not learned; those that are: \[1, 2, 3, 4, 5, 6, 7, 8\]"),
-    ],
-)
-def test_a_place_that_is_none(world, real, place, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("place", [(4, 1), (0, 10), (0, 0), (-1, 1)])
+def test_a_position_that_is_not_learned(world, real, place):
+    with pytest.raises(ValueError, match=f"example {place[0]} has no learned position {place[1]}"):
         widgets.candidates(real, world[1], *place)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"example {place[0]} has no learned position {place[1]}"):
         widgets.replaced(real, world[1], *place, 7)
-    with pytest.raises(ValueError, match="token must be a whole number from 0 to"):
+
+
+def test_a_token_that_the_table_does_not_have(world, real):
+    with pytest.raises(ValueError, match="token .*1000000"):
         widgets.replaced(real, world[1], 0, 1, 10**6)
 
 
@@ -166,21 +151,21 @@ def test_the_prompt_explorer_shows_what_its_functions_say(world, learned, judge)
     explorer = widgets.prompt_explorer(learned, student, score=score, k=3)
     words = student.tokenizer.convert_ids_to_tokens
 
-    def told(example, position, **options):
-        found = widgets.candidates(learned, student, example, position, k=3, **options)
-        return widgets.prompt_html(words(dk.project(learned, student).tokens[example].tolist()), position, found)
+    def page(example, position, **options):
+        choices = widgets.candidates(learned, student, example, position, k=3, **options)
+        return widgets.prompt_html(words(dk.project(learned, student).tokens[example].tolist()), position, choices)
 
-    assert shown(explorer).value == told(0, 1)
+    assert shown(explorer).value == page(0, 1)
     control(explorer, "position").value = 4
-    assert shown(explorer).value == told(0, 4) and "score" not in told(0, 4)
+    assert shown(explorer).value == page(0, 4) and "score" not in page(0, 4)
     control(explorer, "example").value = 3
-    assert shown(explorer).value == told(3, control(explorer, "position").value)
+    assert shown(explorer).value == page(3, control(explorer, "position").value)
     control(explorer, "judge").value = True
-    assert shown(explorer).value == told(3, control(explorer, "position").value, score=score)
+    assert shown(explorer).value == page(3, control(explorer, "position").value, score=score)
     control(explorer, "judge").value = False
     control(explorer, "try").value = "dull moving"
     more = student.tokenizer.convert_tokens_to_ids(["dull", "moving"])
-    assert shown(explorer).value == told(3, control(explorer, "position").value, more=more)
+    assert shown(explorer).value == page(3, control(explorer, "position").value, more=more)
 
 
 def test_positions_are_the_learned_ones_and_judging_needs_a_score(world, real):
@@ -197,10 +182,11 @@ def test_positions_are_the_learned_ones_and_judging_needs_a_score(world, real):
 
 
 def test_words_of_a_prompt_are_no_markup():
-    found = [widgets.Candidate(i, word, 1.0, 0.5, -0.25) for i, word in enumerate(HOSTILE)]
-    seen = harmless(widgets.prompt_html(HOSTILE, 1, found))
-    assert seen.tags == {"p", "bdi", "mark", "table", "thead", "tbody", "tr", "th", "td"}
-    assert all(seen.texts.count(expected(word)) == 2 for word in HOSTILE)
+    words = [expected(word) for word in HOSTILE]
+    choices = pandas.DataFrame({"token": range(len(words)), "word": words, "distance": 1.0, "score": 0.5, "change": -0.25})
+    page = harmless(widgets.prompt_html(HOSTILE, 1, choices))
+    assert page.tags == {"p", "bdi", "mark", "table", "thead", "tbody", "tr", "th", "td"}
+    assert all(page.texts.count(expected(word)) == 2 for word in HOSTILE)
 
 
 # --- the attention explorer ------------------------------------------------------------------------------------------
@@ -222,22 +208,21 @@ def test_a_panel_is_one_head_of_one_example(weights, real):
     words = {name: [[f"w{i}" for i in range(10)]] * 4 for name in weights}
     panels = widgets.attention_panels(weights, words, 2, 1, 0, most=6)
     assert [title for title, *_ in panels] == ["real", "distilled"]
-    for title, found, names in panels:
-        assert np.array_equal(found, weights[title][2, 1, 0, :6, :6]) and names == words[title][2][:6]
+    for title, values, names in panels:
+        assert np.array_equal(values, weights[title][2, 1, 0, :6, :6]) and names == words[title][2][:6]
     figure = view_plots.attention_maps(panels)  # on paper
     assert [axes.get_title() for axes in figure.axes[:2]] == ["real", "distilled"]
-    for wrong, which in (((4, 0, 0), "example"), ((0, 2, 0), "layer"), ((0, 0, -1), "head")):
-        with pytest.raises(ValueError, match=f"{which} must be a whole number from 0 to"):
-            widgets.attention_panels(weights, words, *wrong)
+    with pytest.raises(IndexError):
+        widgets.attention_panels(weights, words, 4, 0, 0)
 
 
 def test_a_cell_is_as_dark_as_its_weight_on_one_scale():
     left, right = np.array([[0.5, 0.5], [0.0, 1.0]]), np.array([[0.25, 0.1], [0.0, 0.5]])
-    colours, told = shades(widgets.attention_html([("a", left, ["x", "y"]), ("b", right, ["x", "y"])]))
-    assert told == [0.5, 0.5, 0.0, 1.0, 0.25, 0.1, 0.0, 0.5]
+    colours, values = shades(widgets.attention_html([("a", left, ["x", "y"]), ("b", right, ["x", "y"])]))
+    assert values == [0.5, 0.5, 0.0, 1.0, 0.25, 0.1, 0.0, 0.5]
     assert colours[0] == colours[1] == colours[7] and colours[2] == colours[6]
     light = [sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in colours]
-    assert np.array_equal(np.argsort(np.argsort(told)), np.argsort(np.argsort([-v for v in light])))
+    assert np.array_equal(np.argsort(np.argsort(values)), np.argsort(np.argsort([-v for v in light])))
     shades(widgets.attention_html([("nothing", np.zeros((2, 2)), ["x", "y"])]))
 
 
@@ -249,15 +234,15 @@ def test_the_attention_explorer_shows_what_its_functions_say(world, real, learne
     tokens = {"real": real.tokens, "distilled": dk.project(learned, student).tokens}
     words = {name: [student.tokenizer.convert_ids_to_tokens(row.tolist()) for row in ids] for name, ids in tokens.items()}
     explorer = widgets.attention_explorer(student, params, learned, real, most=7)
-    seen = set()
+    pages = set()
     for layer in (1, 2):
         for head in (1, 2):
             control(explorer, "layer").value, control(explorer, "head").value = layer, head
             panels = widgets.attention_panels(weights, words, 0, layer - 1, head - 1, most=7)
             assert shown(explorer).value == widgets.attention_html(panels)
-            seen.add(shown(explorer).value)
+            pages.add(shown(explorer).value)
     control(explorer, "example").value = 3
-    assert shown(explorer).value not in seen and len(seen) == 4
+    assert shown(explorer).value not in pages and len(pages) == 4
     assert len(passes) == 2, "one pass for each set, however the sliders are moved"
     assert len(shades(shown(explorer).value)[0]) == 2 * 7 * 7
 
@@ -275,16 +260,15 @@ def test_absent_positions_are_not_drawn(world):
 
 
 def test_sets_without_counterparts(world, real):
-    with pytest.raises(ValueError, match="real has 2 examples and distilled 4; give as many"):
+    with pytest.raises(ValueError, match="real has 2 examples and distilled 4"):
         widgets.attention_explorer(world[1], None, real, dk.DistilledSet.from_real(*world, per_class=1, length=10))
 
 
 def test_words_of_an_attention_map_are_no_markup():
     n = len(HOSTILE)
     source = widgets.attention_html([("<b>title</b>", np.eye(n), HOSTILE)])
-    seen = harmless(source)
-    assert seen.tags == {"svg", "text", "rect", "title"}
-    labels = [expected(word if len(word) <= 13 else f"{word[:12]}…") for word in HOSTILE]
+    assert harmless(source).tags == {"svg", "text", "rect", "title"}
+    labels = [expected(word, 13) for word in HOSTILE]
     assert [e.text for e in ET.fromstring(source) if e.tag.endswith("text")][1:] == [w for w in labels for _ in range(2)]
 
 
@@ -297,7 +281,7 @@ def distillation(world, tmp_path):
     start = dk.DistilledSet.from_real(*world, per_class=1, length=8)
     goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
     term = dk.NeighborLoss(world[1], weight=0.1)
-    return lambda name: dk.Distiller(start, goal, regularizers=[term], checkpoint_dir=tmp_path / name, checkpoint_every=100)
+    return lambda name: dk.Distiller(start, goal, regularizers=[term], checkpoint=tmp_path / name, checkpoint_every=100)
 
 
 def same(one, other):
@@ -316,23 +300,22 @@ def test_a_stop_leaves_a_checkpoint_that_goes_on_to_the_same_set(distillation, t
 
     box = widgets.Monitor(stopped, 6, score=press, every=1)
     asyncio.run(box.run())
-    assert stopped.step == 3 and box.status.value == "stopped at step 3 of 6; the checkpoint is saved"
+    assert stopped.step == 3 and box.status.value.startswith("stopped at step 3 of 6")
     assert not same(stopped.distilled, whole.distilled)
     resumed = distillation("stopped")
     assert resumed.step == 3 and same(resumed.distilled, stopped.distilled)
     again = widgets.Monitor(resumed, 6)
     asyncio.run(again.run())
-    assert again.status.value == "done at step 6 of 6; the checkpoint is saved"
+    assert again.status.value.startswith("done at step 6 of 6")
     assert same(resumed.distilled, whole.distilled) and same(distillation("stopped").distilled, whole.distilled)
     assert [r.loss for r in resumed.records] == [r.loss for r in whole.records]
 
 
 def test_the_monitor_shows_loss_score_and_text(distillation, world):
     distiller = distillation("run")
-    told = []
-    box = widgets.Monitor(distiller, 4, score=lambda s: told.append(s) or 0.25 * len(told), every=2)
+    box = widgets.Monitor(distiller, 4, score=lambda s: 0.25 * s.meta["recipe"]["outer_steps"], every=2)
     asyncio.run(box.run())
-    assert box.scores == {2: 0.25, 4: 0.5} and [s.meta["recipe"]["outer_steps"] for s in told] == [2, 4]
+    assert box.scores == {2: 0.5, 4: 1.0}
     picture = next(w for w in descendants(box) if type(w).__name__ == "Image")
     assert PIL.Image.open(io.BytesIO(picture.value)).format == "PNG"
     assert shown(box).value == widgets.text_html(distiller.distilled, world[1])
@@ -343,19 +326,17 @@ def test_the_monitor_shows_loss_score_and_text(distillation, world):
 def test_the_progress_figure_has_every_term_and_the_scores(distillation):
     distiller = distillation("figure")
     records = list(distiller.run(2))
-    said = plots.describe(widgets.progress_figure(records, {2: 0.5}))
-    assert said.splitlines() == [
+    assert plots.describe(widgets.progress_figure(records, {2: 0.5})).splitlines() == [
         "panel 1: Loss | x: outer step | y: loss | outer: 2 points; neighbor: 2 points; all, weighted: 2 points",
         "panel 2: Score | x: outer step | y: score | of the set as it was: 1 points",
     ]
-    drawn = widgets.progress_figure(records).axes
-    assert len(drawn) == 1
-    assert list(drawn[0].lines[0].get_ydata()) == [r.terms["outer"] for r in records]
-    assert list(drawn[0].lines[2].get_ydata()) == [r.loss for r in records]
+    (axes,) = widgets.progress_figure(records).axes
+    assert list(axes.lines[0].get_ydata()) == [r.terms["outer"] for r in records]
+    assert list(axes.lines[2].get_ydata()) == [r.loss for r in records]
 
 
 def test_others_get_their_turn_between_two_steps(distillation):
-    """A click is such another; it comes while the distillation runs, and ends it."""
+    """A click that comes while the distillation runs ends it."""
     distiller = distillation("turns")
 
     async def click():
@@ -372,7 +353,7 @@ def test_others_get_their_turn_between_two_steps(distillation):
     assert distillation("turns").step == distiller.step
 
 
-def test_an_error_is_told_where_one_looks(distillation):
+def test_an_error_is_shown_in_the_widget(distillation):
     def score(distilled):
         raise RuntimeError("the scorer <broke>")
 
@@ -384,15 +365,15 @@ def test_an_error_is_told_where_one_looks(distillation):
         return box
 
     box = asyncio.run(run())
-    assert box.status.value == "ended by an error: the scorer &lt;broke&gt;" and box.stop.disabled
+    assert "the scorer &lt;broke&gt;" in box.status.value and box.stop.disabled
 
 
 def test_a_monitor_that_cannot_be(distillation, world):
     distiller = distillation("unused")
-    distiller.checkpoint_dir = None
-    with pytest.raises(ValueError, match="give its Distiller a checkpoint_dir"):
+    distiller.checkpoint.path = None
+    with pytest.raises(ValueError, match="give its Distiller a checkpoint"):
         widgets.Monitor(distiller, 3)
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1, not 0"):
+    with pytest.raises(ValueError, match="every .*0"):
         widgets.Monitor(distillation("unused"), 3, every=0)
     with pytest.raises(RuntimeError, match="no running event loop"):
         widgets.monitor(distillation("unused"), 3)
@@ -400,11 +381,11 @@ def test_a_monitor_that_cannot_be(distillation, world):
 
 def test_distilled_text_is_no_markup(world, real):
     meta = real.meta | {"text": HOSTILE[:4], "classes": ["<i>one</i>", "\0two"]}
-    seen = harmless(widgets.text_html(dataclasses.replace(real, meta=meta), world[1]))
-    assert {expected(text) for text in HOSTILE[:4]} | {"<i>one</i>", "\ufffdtwo"} <= set(seen.texts)
+    page = harmless(widgets.text_html(dataclasses.replace(real, meta=meta), world[1]))
+    assert {expected(text) for text in [*HOSTILE[:4], *meta["classes"]]} <= set(page.texts)
     prompts = {"text": HOSTILE[:4], "classes": [], "labels": [], "responses": HOSTILE[4:8]}
-    seen = harmless(widgets.text_html(dataclasses.replace(real, meta=prompts), world[1]))
-    assert {expected(text) for text in HOSTILE[:8]} <= set(seen.texts)
+    page = harmless(widgets.text_html(dataclasses.replace(real, meta=prompts), world[1]))
+    assert {expected(text) for text in HOSTILE[:8]} <= set(page.texts)
 
 
 # --- the map ---------------------------------------------------------------------------------------------------------
@@ -416,12 +397,12 @@ def circles(source):
 
 def test_points_stand_where_they_should_and_tell_their_text():
     points = np.array([[0.0, 0.0], [2.0, 1.0], [1.0, 4.0]])
-    found = circles(widgets.map_html(points, ["a", "b", "c"], ["x", "y", "x"]))
-    x, y = (np.array([float(e.get(axis)) for e in found]) for axis in ("cx", "cy"))
-    assert [e[0].text for e in found] == ["a", "b", "c"]
+    drawn = circles(widgets.map_html(points, ["a", "b", "c"], ["x", "y", "x"]))
+    x, y = (np.array([float(e.get(axis)) for e in drawn]) for axis in ("cx", "cy"))
+    assert [e[0].text for e in drawn] == ["a", "b", "c"]
     assert np.allclose((x - x[0]) / (x[1] - x[0]), points[:, 0] / 2, atol=1e-3)
     assert np.allclose((y[0] - y) / (y[0] - y[2]), points[:, 1] / 4, atol=1e-3), "up is up"
-    assert found[0].get("fill") == found[2].get("fill") != found[1].get("fill")
+    assert drawn[0].get("fill") == drawn[2].get("fill") != drawn[1].get("fill")
     assert len(circles(widgets.map_html([[3.0, 3.0]], ["alone"], ["x"]))) == 1
 
 
@@ -431,23 +412,23 @@ def test_a_group_is_singled_out(world):
     assert shown(explorer).value == widgets.map_html(points, texts, groups)
     control(explorer, "show").label = "y"
     assert shown(explorer).value == widgets.map_html(points, texts, groups, only="y")
-    found = circles(shown(explorer).value)
-    assert [e[0].text for e in found if e.get("fill-opacity") == "0.85"] == ["b"] == [found[-1][0].text]
-    with pytest.raises(ValueError, match="only must be one of x, y, <y>, not 'z'"):
+    drawn = circles(shown(explorer).value)
+    assert [e[0].text for e in drawn if e.get("fill-opacity") == "0.85"] == ["b"] == [drawn[-1][0].text]
+    control(explorer, "show").label = "all"
+    assert shown(explorer).value == widgets.map_html(points, texts, groups)
+    with pytest.raises(ValueError, match="only .*'z'"):
         widgets.map_html(points, texts, groups, only="z")
 
 
 @pytest.mark.parametrize(
-    ("points", "texts", "message"),
+    ("points", "texts"),
     [
-        (np.zeros((2, 3)), ["a", "b"], r"\[n, 2\], not one of shape \(2, 3\)"),
-        (np.zeros((0, 2)), [], r"\[n, 2\], not one of shape \(0, 2\)"),
-        ([[0.0, np.nan], [0, 1]], ["a", "b"], "1 values that are not finite"),
-        (np.zeros((2, 2)), ["a"], "2 points need as many texts and groups, not 1 and 2"),
+        (np.zeros((2, 3)), ["a", "b"]), (np.zeros((2, 1)), ["a", "b"]), (np.zeros((0, 2)), []),
+        ([[0.0, np.nan], [0, 1]], ["a", "b"]), (np.zeros((2, 2)), ["a"]),
     ],
 )
-def test_a_map_that_cannot_be(points, texts, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_map_that_cannot_be(points, texts):
+    with pytest.raises(ValueError):
         widgets.map_html(points, texts, ["x"] * len(points))
 
 

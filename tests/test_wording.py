@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.applications import wording
 from distillkit.applications.wording import describe_text, log_odds, perplexity, wording_table, words_of
 from distillkit.data.tasks import Task
 
@@ -54,9 +53,9 @@ def test_words():
     assert words_of("The red_rose, isn't  it? 3-D!") == ["the", "red_rose", "isn", "t", "it", "3", "d"]
 
 
-def test_a_description_by_hand(colours, monkeypatch):
-    monkeypatch.setattr(wording, "TELLING", 0.38)  # eight sentences prove little against the prior
-    found = describe_text([("red rose apple sky", "red"), ("blue red zzz", "blue")], colours, top=2)
+def test_a_description_by_hand(colours):
+    texts = [("red rose apple sky", "red"), ("blue red zzz", "blue")]
+    found = describe_text(texts, colours, top=2, telling=0.38)  # eight sentences prove little against the prior
     assert found.words == 7 and found.distinct == pytest.approx(6 / 7)
     # red tells red and blue tells blue; that of blue in its own text is right, red beside it is the other's.
     assert found.own == pytest.approx(2 / 7) and found.other == pytest.approx(1 / 7)

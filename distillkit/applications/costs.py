@@ -17,6 +17,7 @@ so is the search for settings.  Seconds belong to the machine that a result name
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import lzma
 import math
 import zlib
@@ -27,8 +28,8 @@ import torch
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import meta_gradient
 from distillkit.data.tasks import Task
-from distillkit.evaluation.evaluate import Evaluation, flop_counter
-from distillkit.io.checks import check_choice, check_whole
+from distillkit.evaluation.evaluate import flop_counter
+from distillkit.io.checks import check_choice, check_rate, check_whole
 from distillkit.io.seeds import derive_seed, generator
 
 # Streams without a header: at the size of a distilled set a container would weigh more than its content.
@@ -57,10 +58,18 @@ def distilling_flops(distilled: DistilledSet, objective, steps: int, *, sample: 
     """
     check_whole("steps", steps)
     check_whole("sample", sample)
-    with flop_counter() as counter:
-        for step in range(sample):
-            meta_gradient(distilled, objective, seed=derive_seed("distil", seed, step))
-    return counter.get_total_flops() * steps // sample
+    total = 0
+
+    def go_on_with(smaller) -> None:
+        nonlocal objective
+        objective = smaller
+        counter.flop_counts.clear()  # an attempt that memory had no room for does not count
+
+    for step in range(sample):
+        with flop_counter() as counter:
+            meta_gradient(distilled, objective, seed=derive_seed("distil", seed, step), on_retry=go_on_with)
+        total += counter.get_total_flops()
+    return total * steps // sample
 
 
 def break_even(distilling: float, full: float, distilled: float) -> float:
@@ -78,8 +87,7 @@ def break_even(distilling: float, full: float, distilled: float) -> float:
         ValueError: a cost below 0.
     """
     for name, value in (("distilling", distilling), ("full", full), ("distilled", distilled)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be a cost of 0 or more, not {value!r}")
+        check_rate(name, value)
     return math.ceil(distilling / (full - distilled)) if full > distilled else math.inf
 
 
@@ -113,28 +121,24 @@ def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("codec", codec, CODECS)
-    numbers = [distilled.targets] if distilled.soft else []
+    compress, as_text = CODECS[codec], distilled.tokens is not None
+    numbers = [] if as_text else [distilled.embeds]
+    numbers += [distilled.targets] if distilled.soft else []
     numbers += [] if distilled.step_sizes is None else [distilled.step_sizes]
-    if distilled.tokens is None:
-        numbers.insert(0, distilled.embeds)
-    data = b"".join(t.detach().to(DTYPES[dtype]).contiguous().numpy().tobytes() for t in numbers)
-    if distilled.tokens is None and not distilled.soft:
-        data += distilled.targets.numpy().tobytes()
-    if distilled.tokens is None:
-        return len(CODECS[codec](data))
+    data = b"".join(tensor.detach().to(DTYPES[dtype]).numpy().tobytes() for tensor in numbers)
+    if not as_text:
+        return len(compress(data if distilled.soft else data + distilled.targets.numpy().tobytes()))
     labels = [""] * len(distilled) if distilled.soft else [f"{label}\t" for label in distilled.targets.tolist()]
     words = "\n".join(label + text for label, text in zip(labels, distilled.meta["text"], strict=True))
-    return len(CODECS[codec](words.encode())) + len(CODECS[codec](data) if data else b"")
+    return len(compress(words.encode())) + (len(compress(data)) if data else 0)
 
 
 def as_float16(distilled: DistilledSet) -> DistilledSet:
     """The set with its numbers rounded to what float16 can hold; kept in the type they had."""
 
-    def rounded(values):
-        return None if values is None or not values.is_floating_point() else values.half().to(values.dtype)
-
-    names = ("embeds", "step_sizes", *(["targets"] if distilled.soft else []))
-    return dataclasses.replace(distilled, **{n: rounded(getattr(distilled, n)) for n in names}, meta=dict(distilled.meta))
+    names = ["embeds"] + ["targets"] * distilled.soft + ["step_sizes"] * (distilled.step_sizes is not None)
+    halves = {name: getattr(distilled, name).half().to(getattr(distilled, name).dtype) for name in names}
+    return dataclasses.replace(distilled, **halves, meta={**distilled.meta})
 
 
 def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
@@ -153,18 +157,17 @@ def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
         raise ValueError("the curve has no points: measure the accuracy of some numbers of real examples first")
     if points[0][1] >= accuracy:
         return float(points[0][0])
-    for (few, low), (many, high) in zip(points, points[1:], strict=False):
+    for (few, low), (many, high) in itertools.pairwise(points):
         if low < accuracy <= high:
-            share = (accuracy - low) / (high - low)
-            return few * (many / few) ** share
+            return few * (many / few) ** ((accuracy - low) / (high - low))
     return math.inf
 
 
 def random_rows(task: Task, examples: int, seed: int = 0) -> list[tuple[str, int]]:
     """(text, label) of random training rows, the classes as equal as can be."""
     chosen = task.balanced_rows("train", examples, generator("cost-rows", seed)).tolist()
-    found = task.train[chosen]
-    return list(zip(found["text"], found["label"], strict=True))
+    rows = task.train[chosen]
+    return list(zip(rows["text"], rows["label"], strict=True))
 
 
 # --- accuracy at equal budget ----------------------------------------------------------------------------------------
@@ -183,58 +186,50 @@ class Gain:
     of_the_way: float
 
 
-def over_random(rows: Mapping[str, Mapping | Evaluation], row: str, base: str = "random/tuned") -> Gain:
+def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned") -> Gain:
     """What a row gains on random real sentences.
 
     Args:
-        rows: of a result, or evaluations by name.
-        row: whose gain.
-        base: on which other.
+        rows: by name, of a result, or ``vars(evaluation)``: ``mean`` and ``examples`` of each.
+        row: the one whose gain is wanted.
+        base: the one that it is compared with.
 
     Raises:
-        ValueError: one of the two is not there, or they differ in their number of examples.
+        ValueError: one of the two is missing, or they differ in their number of examples.
     """
-    for name in (row, base):
-        if name not in rows:
-            raise ValueError(f"no row {name!r}; there are {', '.join(rows)}")
-    if _of(rows[row], "examples") != _of(rows[base], "examples"):
-        raise ValueError(f"{row} has {_of(rows[row], 'examples')} examples and {base} {_of(rows[base], 'examples')}: that is "
-                         "no equal budget")
-    points = _of(rows[row], "mean") - _of(rows[base], "mean")
-    way = _of(rows["full/standard"], "mean") - _of(rows[base], "mean") if "full/standard" in rows else math.nan
+    check_choice("row", row, rows)
+    check_choice("base", base, rows)
+    if rows[row]["examples"] != rows[base]["examples"]:
+        raise ValueError(f"{row} has {rows[row]['examples']} examples and {base} {rows[base]['examples']}: that is no equal "
+                         "budget")
+    points = rows[row]["mean"] - rows[base]["mean"]
+    way = rows["full/standard"]["mean"] - rows[base]["mean"] if "full/standard" in rows else math.nan
     return Gain(points, points / way if way > 0 else math.nan)
-
-
-def _of(row: Mapping | Evaluation, key: str):
-    return getattr(row, key) if isinstance(row, Evaluation) else row[key]
 
 
 # --- a table ---------------------------------------------------------------------------------------------------------
 
 
-def cost_table(result: Mapping, names: Sequence[str], distilling: int | None = None) -> str:
+def cost_table(rows: Mapping[str, Mapping], names: Sequence[str], distilling: int | None = None) -> str:
     """The compute of some rows of a classification result as a Markdown table.
 
     Args:
-        result: as a classification job writes it, with a row ``full/standard``.
-        names: its rows, in the order wanted.
+        rows: by name, ``full/standard`` among them, each with ``method``, ``recipe``, ``mean`` and ``flops``.
+        names: the rows to show, in this order.
         distilling: FLOPs of its distillation, for the break-even count of the rows that were distilled; see
             :func:`distilling_flops`.
     """
-    full = result["rows"]["full/standard"]
+    full = rows["full/standard"]
     lines = [
         "| method | recipe | accuracy | TFLOPs to train | of full data | distilling, TFLOPs | pays after trainings |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name in names:
-        row = result["rows"][name]
-        learned = distilling if row["method"] in ("embeddings", "projected") else None
-        count = "" if learned is None else _counted(break_even(learned, full["flops"], row["flops"]))
-        cost = "" if learned is None else f"{learned / 1e12:,.1f}"
-        lines.append(f"| {row['method']} | {row['recipe']['name']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
-                     f"1 / {full['flops'] / row['flops']:,.0f} | {cost} | {count} |")
+        row = rows[name]
+        cost = pays = ""
+        if distilling is not None and row["method"] in ("embeddings", "projected"):
+            trainings = break_even(distilling, full["flops"], row["flops"])
+            cost, pays = f"{distilling / 1e12:,.1f}", "never" if math.isinf(trainings) else f"{trainings:,}"
+        lines.append(f"| {row['method']} | {row['recipe']} | {row['mean']:.2f} | {row['flops'] / 1e12:.3f} | "
+                     f"1 / {full['flops'] / row['flops']:,.0f} | {cost} | {pays} |")
     return "\n".join(lines)
-
-
-def _counted(trainings: float) -> str:
-    return "never" if math.isinf(trainings) else f"{trainings:,}"

@@ -27,22 +27,24 @@ import dataclasses
 import itertools
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
-from distillkit.core.objectives import bound_step_sizes
+from distillkit.core.objectives import bound_step_sizes, equal_step_sizes
 from distillkit.core.optimizers import AdamW, Optimizer
 from distillkit.core.student import Student
-from distillkit.data.tasks import SPLITS, Task, task_of_rows
+from distillkit.data.corpus import SPLITS
+from distillkit.data.tasks import Task, task_of_rows
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.scoring import classified
-from distillkit.io.checks import check_choice, check_whole
+from distillkit.io.checks import check_choice, check_number, check_whole
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -50,7 +52,7 @@ FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
 TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout")  # what of a recipe says how to train
-Kept = DistilledSet | Sequence[int]
+Memory = DistilledSet | Sequence[int]
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task
         check_choice(f"a class of {task.name!r}", name, task.classes)
     new = tuple(dict.fromkeys(names.values()))
     label = {task.classes.index(old): new.index(name) for old, name in names.items()}
-    rows = {s: [(t, label[y]) for t, y in _pairs(task, s) if y in label] for s in SPLITS}
+    rows = {split: [(text, label[y]) for text, y in _pairs(task, split) if y in label] for split in SPLITS}
     return _task(f"{task.name}[{', '.join(new)}]", new, rows, task, f"{task.origin}; of it the classes {', '.join(names)}")
 
 
@@ -86,23 +88,23 @@ def united(*tasks: Task) -> Task:
     if len({task.max_length for task in tasks}) > 1:
         raise ValueError(f"max_length must be the same, not {[task.max_length for task in tasks]}; load the tasks with one")
     classes = _all_classes(task.classes for task in tasks)
-    rows = {s: [(t, classes.index(task.classes[y])) for task in tasks for t, y in _pairs(task, s)] for s in SPLITS}
+    label = [[classes.index(name) for name in task.classes] for task in tasks]
+    rows = {split: [(text, label[k][y]) for k, task in enumerate(tasks) for text, y in _pairs(task, split)] for split in SPLITS}
     return _task(" + ".join(t.name for t in tasks), classes, rows, tasks[0], " + ".join(t.origin for t in tasks))
 
 
-def _pairs(task: Task, split: str):
+def _pairs(task: Task, split: str) -> Iterable[tuple[str, int]]:
     return zip(task.split(split)["text"][:], task.labels(split).tolist(), strict=True)
 
 
 def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: str) -> Task:
     if len(classes) < 2:
         raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
-    columns = {s: ([t for t, _ in pairs], [y for _, y in pairs]) for s, pairs in rows.items()}
-    return task_of_rows(name, classes, columns, max_length=like.max_length, origin=origin)
+    return task_of_rows(name, classes, rows, max_length=like.max_length, origin=origin)
 
 
-def _all_classes(groups) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for group in groups for name in group))
+def _all_classes(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(groups)))
 
 
 # --- sets ------------------------------------------------------------------------------------------------------------
@@ -128,43 +130,42 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     _check_one_table(sets)
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
-    if isinstance(foreign, bool) or not 0 <= foreign < 1:
-        raise ValueError(f"foreign must be a share in [0, 1), not {foreign!r}")
+    check_number("foreign: the share of probability", foreign, most=1, without="most")
     classes = _all_classes(s.meta["classes"] for s in sets)
     sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
     length = max(s.embeds.shape[1] for s in sets)
-    parts = [part for s in sets for part in _parts(s)]
-    step_sizes, recipe = _joint_recipe(parts, sets[0].embeds.dtype)
     meta = {key: " + ".join(s.meta.get(key, "unknown") for s in sets) for key in ("task", "task_fingerprint")}
     meta |= {key: sets[0].meta[key] for key in ("student", "table_sha256") if all(s.meta.get(key) for s in sets)}
-    meta |= {"classes": list(classes), "parts": parts} | ({"recipe": recipe} if recipe else {})
     meta |= {key: [value for s in sets for value in s.meta[key]] for key in ("labels", "text", "rows")
              if all(key in s.meta for s in sets)}
 
     def joined(name: str) -> Any:  # a tensor; None where a set has none, as with tokens
         values = [getattr(s, name) for s in sets]
-        return None if any(v is None for v in values) else torch.cat([_lengthened(v, length) for v in values])
+        if any(value is None for value in values):
+            return None
+        # Zeros up to the longest set's length; a mask of False covers them.
+        return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in values])
 
-    return DistilledSet(joined("embeds"), joined("mask"), joined("free"), torch.cat([s.targets for s in sets]),
-                        step_sizes=step_sizes, tokens=joined("tokens"), meta=meta)
+    tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
+    parts = [part for s in sets for part in _parts(s)]
+    return _of_parts(parts, tensors | {"targets": torch.cat([s.targets for s in sets])}, meta | {"classes": list(classes)})
 
 
 def _check_one_table(sets: Sequence[DistilledSet]) -> None:
-    """Raise ValueError unless all sets were made with one student, as far as they tell: its name, and its table."""
-    across = "embeddings belong to the table they were made with; go through text: dk.retokenize each for one student"
-    names = sorted({str(s.meta.get("student")) for s in sets})
-    if len(names) > 1:
-        raise ValueError(f"sets of different students, {reprlib.repr(names)}: {across}")
+    """Raise ValueError unless all sets were made with one student, as far as they say: its name, its table, its width."""
+    names = {str(s.meta.get("student")) for s in sets}
     tables = {s.meta["table_sha256"] for s in sets if s.meta.get("table_sha256")}
-    if len(tables) > 1 or len({s.embeds.shape[-1] for s in sets}) > 1:
-        raise ValueError(f"sets of different embedding tables, though all of student {reprlib.repr(names[0])}: {across}")
+    widths = {s.embeds.shape[-1] for s in sets}
+    if max(len(names), len(tables), len(widths)) > 1:
+        raise ValueError(f"sets of different students or embedding tables ({reprlib.repr(sorted(names))}, {sorted(widths)} "
+                         "wide): embeddings belong to the table they were made with; go through text: dk.retokenize each for "
+                         "one student")
 
 
-def _lengthened(value: Tensor, length: int) -> Tensor:
-    """``value [m, l, …]`` with zeros up to ``length`` positions; a mask of False covers them."""
-    filled = value.new_zeros(len(value), length, *value.shape[2:])
-    filled[:, : value.shape[1]] = value
-    return filled
+def _of_parts(parts: list[dict], tensors: dict[str, Any], meta: dict) -> DistilledSet:
+    """A set of several parts, with the step sizes and the recipe that they have in common."""
+    step_sizes, recipe = _joint_recipe(parts, tensors["embeds"].dtype)
+    return DistilledSet(**tensors, step_sizes=step_sizes, meta=meta | {"parts": parts} | ({"recipe": recipe} if recipe else {}))
 
 
 def _parts(distilled: DistilledSet) -> list[dict]:
@@ -206,21 +207,17 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
     Raises:
         ValueError: no such source, or nothing would be left.
     """
-    parts = _parts(merged)
-    check_choice("source", source, [part["source"] for part in parts])
-    owner = [part["source"] for part in parts for _ in range(part["examples"])]
-    keep = torch.tensor([name != source for name in owner])
-    left = [part for part in parts if part["source"] != source]
-    if not left:
+    check_choice("source", source, [part["source"] for part in _parts(merged)])
+    parts = [part for part in _parts(merged) if part["source"] != source]
+    if not parts:
         raise ValueError(f"{source!r} is the only source of this set; without it nothing is left")
-    step_sizes, recipe = _joint_recipe(left, merged.embeds.dtype)
-    meta = {key: value for key, value in merged.meta.items() if key != "recipe"} | {"parts": left}
-    for key in {"labels", "text", "rows"} & meta.keys():
-        meta[key] = list(itertools.compress(meta[key], keep.tolist()))
-    meta |= {"recipe": recipe} if recipe else {}
-    tensors = {n: getattr(merged, n) for n in ("embeds", "mask", "free", "targets", "tokens")}
-    kept: dict[str, Any] = {n: None if t is None else t[keep] for n, t in tensors.items()}
-    return DistilledSet(**kept, step_sizes=step_sizes, meta=meta)
+    owners = [part["source"] for part in _parts(merged) for _ in range(part["examples"])]
+    remain = torch.tensor([owner != source for owner in owners])
+    tensors = {name: getattr(merged, name) for name in ("embeds", "mask", "free", "targets", "tokens")}
+    tensors = {name: None if tensor is None else tensor[remain] for name, tensor in tensors.items()}
+    meta = {key: value for key, value in merged.meta.items() if key != "recipe"}
+    meta |= {key: list(itertools.compress(meta[key], remain)) for key in ("labels", "text", "rows") if key in meta}
+    return _of_parts(parts, tensors, meta)
 
 
 def replaced(merged: DistilledSet, source: str, new: DistilledSet, *, foreign: float = 0.0) -> DistilledSet:
@@ -254,9 +251,8 @@ def with_recipe(distilled: DistilledSet, unroll: Unroll, student: Student) -> Di
     It lets :func:`rescaled` treat real and distilled sets alike.
     """
     recipe = {**unroll.recipe(), "trainable": student.trainable, "weights": student.weights}
-    free = dataclasses.replace(distilled, step_sizes=None)
-    sizes = bound_step_sizes(free, unroll, student)
-    return dataclasses.replace(free, step_sizes=sizes, meta={**distilled.meta, "recipe": recipe})
+    sizes = equal_step_sizes(distilled, unroll.steps, unroll.optimizer.step_size, student)
+    return dataclasses.replace(distilled, step_sizes=sizes, meta={**distilled.meta, "recipe": recipe})
 
 
 def rescaled(
@@ -278,19 +274,15 @@ def rescaled(
     Returns:
         the set, and the validation accuracy of each factor (minus the loss of the responses where there are no choices).
     """
-    own = bound_step_sizes(distilled, from_recipe(_recipe_of(distilled)), student)
-    tuning = [derive_seed("rescale", seed) for seed in seeds]
-    sets = {factor: dataclasses.replace(distilled, step_sizes=factor * own) for factor in factors}
-    found = {f: evaluate(s, task, student, seeds=tuning, recipe="own", split="validation").worth for f, s in sets.items()}
-    best = max(found, key=lambda factor: (round(found[factor], 6), -abs(math.log(factor))))
-    return sets[best], found
-
-
-def _recipe_of(distilled: DistilledSet) -> dict:
     if "recipe" not in distilled.meta:
         raise ValueError("this set has no recipe whose step sizes could be scaled: its sources had none in common, or it "
                          "was selected; give it one with with_recipe, or evaluate it 'tuned'")
-    return distilled.meta["recipe"]
+    sizes = bound_step_sizes(distilled, from_recipe(distilled.meta["recipe"]), student)
+    tuning = [derive_seed("rescale", seed) for seed in seeds]
+    sets = {factor: dataclasses.replace(distilled, step_sizes=factor * sizes) for factor in factors}
+    worth = {f: evaluate(s, task, student, seeds=tuning, recipe="own", split="validation").worth for f, s in sets.items()}
+    best = max(worth, key=lambda factor: (round(worth[factor], 6), -abs(math.log(factor))))
+    return sets[best], worth
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------
@@ -336,7 +328,7 @@ class Stream:
 def continual(
     tasks: Sequence[Task],
     student: Student,
-    memory: Sequence[Kept] | None = None,
+    memory: Sequence[Memory] | None = None,
     *,
     steps: int = 30,
     batch_size: int = 16,
@@ -374,98 +366,92 @@ def continual(
                          f"{len(memory)}")
     for name, value in (("steps", steps), ("batch_size", batch_size), ("memory_batch", memory_batch)):
         check_whole(name, value)
-    if wrong := [w for w in weights if not 0 < w < 1]:
-        raise ValueError(f"weights must be shares between 0 and 1, not {wrong[0]!r}")
-    kept = None if memory is None else [_in_classes_of(whole, tasks, student, k, m) for k, m in enumerate(memory)]
-    way = _Way(tasks, whole, student, kept, steps, batch_size, memory_batch, optimizer)
-    grid = list(itertools.product(step_sizes or (optimizer.step_size,), weights if kept else weights[:1]))
-    tried = {}
-    if len(grid) > 1:
-        for point in progress(grid, desc="tuning", unit="point", leave=False):
-            tuning = [derive_seed("continual-tune", seed) for seed in range(TUNING_SEEDS)]
-            tried[point] = float(np.mean([way(seed, *point, "validation", at_end=True) for seed in tuning]))
-    step_size, weight = max(grid, key=lambda point: round(tried.get(point, 0.0), 6))
-    found = np.stack([way(seed, step_size, weight, split) for seed in progress(seeds, desc="streams", leave=False)])
-    noted = [{"step_size": s, "weight": w, "validation": round(v, 6)} for (s, w), v in tried.items()]
-    return Stream(found, {"step_size": step_size, "weight": weight if kept else None, "tried": noted})
+    for weight in weights:
+        check_number("weights: each share of the loss", weight, most=1, without="least and most")
+    starts = _starts(tasks, "train")
+    replayed = [_in_classes_of(whole, student, examples, start) for examples, start in zip(memory or (), starts)]
+    run = _Run(tasks, whole, student, replayed, steps, batch_size, memory_batch, optimizer)
+    grid = list(itertools.product(step_sizes or (optimizer.step_size,), weights if replayed else weights[:1]))
+    worth = dict.fromkeys(grid, 0.0)
+    tuning = [derive_seed("continual-tune", seed) for seed in range(TUNING_SEEDS)]
+    for point in progress(grid, desc="tuning", unit="point", leave=False) if len(grid) > 1 else ():
+        worth[point] = float(np.mean([run(seed, *point, "validation", last_only=True) for seed in tuning]))
+    step_size, weight = max(grid, key=lambda point: round(worth[point], 6))
+    accuracy = np.stack([run(seed, step_size, weight, split) for seed in progress(seeds, desc="streams", leave=False)])
+    tried = [{"step_size": size, "weight": w, "validation": round(value, 6)} for (size, w), value in worth.items()]
+    return Stream(accuracy, {"step_size": step_size, "weight": weight if replayed else None,
+                             "tried": tried if len(grid) > 1 else []})
 
 
 def rows_of_bytes(task: Task, nbytes: int, seed: int = 0) -> list[int]:
     """Random training rows, the classes in turn, as many as ``nbytes`` of UTF-8 text hold; all of them if they fit."""
-    groups = task.rows_by_class("train")
     order = [rows[torch.randperm(len(rows), generator=generator("rows-of-bytes", seed, c)).numpy()].tolist()
-             for c, rows in enumerate(groups)]
-    texts, chosen = task.train["text"][:], []
-    for row in (row for turn in itertools.zip_longest(*order) for row in turn if row is not None):
-        nbytes -= len(texts[row].encode())
-        if nbytes < 0:
-            break
-        chosen.append(row)
-    return chosen
+             for c, rows in enumerate(task.rows_by_class("train"))]
+    rows = [row for turn in itertools.zip_longest(*order) for row in turn if row is not None]
+    texts = task.train["text"][:]
+    ends = np.cumsum([len(texts[row].encode()) for row in rows])
+    return rows[: int(np.searchsorted(ends, nbytes, side="right"))]
 
 
-def _in_classes_of(whole: Task, tasks: list[Task], student: Student, k: int, kept: Kept) -> DistilledSet | Tensor:
-    """What is kept of task k in the terms of all: a set for all classes, or rows of the united training split."""
-    if isinstance(kept, DistilledSet):
-        kept.check_table(student)
-        return kept.in_classes(whole.classes, "the stream", foreign=0.0)
-    return torch.as_tensor(kept, dtype=torch.long) + sum(len(task.train) for task in tasks[:k])
+def _starts(tasks: Sequence[Task], split: str) -> list[int]:
+    """Where the rows of each task begin in the united task, and where they all end."""
+    return list(itertools.accumulate((len(task.split(split)) for task in tasks), initial=0))
+
+
+def _in_classes_of(whole: Task, student: Student, examples: Memory, start: int) -> DistilledSet | Tensor:
+    """What a memory holds of a task, in the terms of all tasks: a set for all classes, or rows of the united training split."""
+    if not isinstance(examples, DistilledSet):
+        return torch.as_tensor(examples, dtype=torch.long) + start
+    examples.check_table(student)
+    return examples.in_classes(whole.classes, "the stream", foreign=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
-    """One way through a stream, to be gone with several seeds and settings."""
+class _Run:
+    """One run through a stream, to be made with several seeds and settings."""
 
     tasks: list[Task]
     whole: Task
     student: Student
-    kept: list[DistilledSet | Tensor] | None
+    memory: list[DistilledSet | Tensor]
     steps: int
     batch_size: int
     memory_batch: int
     optimizer: Optimizer
 
-    def __call__(self, seed: int, step_size: float, weight: float, split: str, at_end: bool = False) -> np.ndarray:
-        """R of one seed: ``[tasks, tasks]``; ``at_end`` its last row alone, ``[1, tasks]``."""
-        params, found = self.student.init(derive_seed("continual-init", seed)), []
+    def __call__(self, seed: int, step_size: float, weight: float, split: str, last_only: bool = False) -> np.ndarray:
+        """R of one seed: ``[tasks, tasks]``; with ``last_only`` its last row, ``[1, tasks]``."""
+        params, accuracies = self.student.init(derive_seed("continual-init", seed)), []
         for k in range(len(self.tasks)):
             state = self.optimizer.init(params)
             for t in range(self.steps):
-                draw = generator("continual-batch", seed, k, t)
-                params, state, *_ = inner_step(self.student, self.optimizer, params, state, self._parts(k, weight, draw),
-                                               step_size, in_place=True)
-            if not at_end or k == len(self.tasks) - 1:
-                found.append(self._scores(params, split))
-        return np.array(found)
+                parts = self.parts(k, weight, generator("continual-batch", seed, k, t))
+                params, state, *_ = inner_step(self.student, self.optimizer, params, state, parts, step_size, in_place=True)
+            if not last_only or k == len(self.tasks) - 1:
+                correct = np.split(classified(self.student, params, self.whole, split), _starts(self.tasks, split)[1:-1])
+                accuracies.append([float(rows.mean()) for rows in correct])
+        return np.array(accuracies)
 
-    def _parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:
-        """A step on task k: its real rows, and of each past task what is replayed."""
-        rows = self.tasks[k].balanced_rows("train", self.batch_size, draw) + self._start(k, "train")
-        memory = self.kept or []
-        past = k if memory else 0
+    def parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:
+        """A step on task k: its real rows, and of each past task what is replayed, in equal shares of ``weight``."""
+        rows = self.tasks[k].balanced_rows("train", self.batch_size, draw) + _starts(self.tasks, "train")[k]
+        past = self.memory[:k]
         parts = [self._real(1.0 - weight if past else 1.0, rows)]
-        for j in range(past):
-            kept, size = memory[j], max(1, self.memory_batch // past)
-            chosen = torch.randperm(len(kept), generator=draw)[:size]
-            parts += self._replayed(weight / past, kept, chosen) if len(chosen) else []
+        for examples in past:
+            chosen = torch.randperm(len(examples), generator=draw)[: max(1, self.memory_batch // len(past))]
+            if len(chosen):
+                parts.append(self._replayed(weight / len(past), examples, chosen))
         return parts
 
-    def _replayed(self, share: float, kept: DistilledSet | Tensor, chosen: Tensor) -> list[Part]:
-        if isinstance(kept, Tensor):
-            return [self._real(share, kept[chosen])]
+    def _replayed(self, share: float, examples: DistilledSet | Tensor, chosen: Tensor) -> Part:
+        if isinstance(examples, Tensor):
+            return self._real(share, examples[chosen])
         device, dtype = self.student.device, self.student.dtype
-        targets = kept.targets.to(device, dtype if kept.soft else None)
-        found = set_parts(chosen, kept.embeds.to(device, dtype), kept.mask.to(device), targets, micro_batch=None, dropout=None)
-        return [(share, inputs, labels, seed) for _, inputs, labels, seed in found]
+        targets = examples.targets.to(device, dtype if examples.soft else None)
+        tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
+        ((_, inputs, labels, seed),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
+        return share, inputs, labels, seed
 
     def _real(self, share: float, rows: Tensor) -> Part:
         batch = self.whole.batch(self.student.tokenizer, "train", rows)
         return share, batch, batch["labels"].to(self.student.device), None
-
-    def _start(self, k: int, split: str) -> int:
-        return sum(len(task.split(split)) for task in self.tasks[:k])
-
-    def _scores(self, params, split: str) -> list[float]:
-        right = classified(self.student, params, self.whole, split)
-        ends = np.cumsum([len(task.split(split)) for task in self.tasks])
-        return [float(part.mean()) for part in np.split(right, ends[:-1])]

@@ -1,74 +1,92 @@
 """Several processes on one distillation: each takes some of the initialisations, and their meta-gradients are averaged.
 
 An outer step at several initialisations (``BPTT(inits=8)``, ``TrajectoryMatching(segments=8)``) is a mean of independent
-meta-gradients, and so can be spread over processes, GPUs or machines.  Rank 0 *leads*: it owns the set, the outer optimiser
-and the checkpoint, as one process would.  The other ranks *serve*: they are told the set and the seed of each step, form
-their share of the meta-gradients, and send their sum.  What is exchanged is as small as a distilled set, so gloo carries it
-over any network.  The gradient is that of one process up to rounding, whatever the number of ranks, and a run may go on
-with another number of them than it began with::
+meta-gradients, so it can be spread over processes, GPUs or machines.  Every rank runs the same program: the same set, the
+same :class:`~distillkit.core.distiller.Distiller`, the same draws, since every draw has an address.  Only the sum of the
+meta-gradients is exchanged (all-reduced over gloo); it is as small as a distilled set.  The result is that of one process
+up to rounding, and a run may go on with another number of processes than it began with::
 
     with team() as ranks:                                  # torchrun, accelerate launch, or a single process
         objective = ranks.shared(BPTT(task, student, unroll, inits=8))
-        if ranks.leads:
-            with objective:                                # at its end the others are sent home
-                for record in Distiller(start, objective, checkpoint_dir=folder).run(100):
-                    print(record.loss)
-        else:
-            objective.serve(start)
+        distiller = Distiller(start, objective, checkpoint=file, writes=ranks.leads)
+        for record in distiller.run(100):
+            print(record.loss)
 
-A rank that is lost, by a crash or a cable, ends the run on all others with :class:`RankLost`; the checkpoint holds the last
-complete step, and the same command goes on from there.
+All ranks read the checkpoint, so all must see its file; rank 0 writes it.  With each meta-gradient the ranks compare their
+outer step, settings and sets, and a difference is an error that names it.
+
+A rank that ends, by an error or a signal, says so in the store that all ranks share, and the others raise :class:`RankLost`
+when they next exchange something.  A rank that is killed, or whose machine is lost, stops its heartbeat, and is missed after
+``timeout`` seconds even in the middle of a long step.  Whoever then holds the last complete step writes it: rank 0, or, where
+rank 0 is gone, the first survivor to lock the file.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import itertools
+import json
+import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import Unroll
-from distillkit.core.objectives import Objective, bound_step_sizes, fitted, meta_gradient
+from distillkit.core.estimate import members
+from distillkit.core.objectives import Wrapper, bound_step_sizes, meta_gradient
 from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
+from distillkit.evaluation.scoring import mean_and_std
+from distillkit.io.seeds import derive_seed
 from distillkit.io.signals import ending_signals
 
-STOP, STEP = 0, 1
+START = timedelta(minutes=30)  # for all processes to have started
+DRIFT = 1e-5  # relative difference between ranks that rounding does not explain
+COMPARED = ("outer step", "settings or corpus", "embeddings", "step sizes", "labels")
+_blocks = itertools.count()
 
 
 class RankLost(ConnectionError):
     """Another process of the team has ended, or cannot be reached."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Team:
-    """The processes of a run, seen from the one with number ``rank`` among ``size``."""
+    """The processes of a run, seen from the one with number ``rank`` among ``size``; made by :func:`team`.
 
-    rank: int
-    size: int
+    Attributes:
+        rank, size: this process's number, and how many there are.
+        failure: why the run cannot go on, once a rank has been missed.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, timeout: float = 30):
+        self.rank, self.size, self.failure = rank, size, ""
+        self._store, self._timeout, self._meetings, self._attentive = store, timeout, 0, False
 
     @property
     def leads(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
-    def shared(self, objective) -> Shared:
+    def shared(self, objective):
         """``objective`` with its initialisations or segments spread over the team."""
-        return Shared(objective, self)
+        return objective if self.size == 1 else Shared(objective, self)
 
     def evaluate(
         self, distilled: DistilledSet | None, task: Task, student: Student, *, seeds: Sequence[int] = (0, 1, 2), **options
-    ) -> Evaluation | None:
-        """``evaluate`` with the seeds spread over the team; the result on rank 0, None elsewhere.
+    ) -> Evaluation:
+        """``evaluate`` with the seeds spread over the team; every rank returns the whole result.
 
         Raises:
             ValueError: as ``evaluate``; there are fewer seeds than processes.
@@ -76,41 +94,41 @@ class Team:
         """
         if len(seeds) < self.size:
             raise ValueError(f"{len(seeds)} seeds are too few for {self.size} processes; give as many seeds or start fewer")
-        mine = range(self.rank, len(seeds), self.size)
-        found = evaluate(distilled, task, student, seeds=[seeds[i] for i in mine], **options)
+        with self.attentive():
+            part = evaluate(distilled, task, student, seeds=seeds[self.rank :: self.size], **options)
         by_seed = torch.zeros(3, len(seeds), dtype=torch.float64)
-        for row, values in zip(by_seed, (found.scores, found.normalized, found.losses)):
+        for row, values in zip(by_seed, (part.scores, part.normalized, part.losses)):
             if values is not None:
-                row[list(mine)] = torch.tensor(values, dtype=torch.float64)
-        means = torch.tensor([found.seconds, *found.groups.values()], dtype=torch.float64) * len(mine) / len(seeds)
-        total = self.sum(torch.cat([by_seed.flatten(), means]))
+                row[self.rank :: self.size] = torch.tensor(values, dtype=torch.float64)
+        means = torch.tensor([part.seconds, *part.groups.values()], dtype=torch.float64)
+        total = self.sum(torch.cat([by_seed.flatten(), means * len(part.scores) / len(seeds)]))
         scores, normalized, losses = total[: by_seed.numel()].view(by_seed.shape).tolist()
-        means = total[by_seed.numel() :].tolist()
-        if not self.leads:
-            return None
+        seconds, *groups = total[by_seed.numel() :].tolist()
+        mean, std = mean_and_std(scores)
         return dataclasses.replace(
-            found,
-            mean=float(np.mean(scores)),
-            std=float(np.std(scores, ddof=1)) if len(seeds) > 1 else float("nan"),
+            part,
+            mean=mean,
+            std=std,
             scores=tuple(scores),
-            groups=dict(zip(found.groups, means[1:], strict=True)),
-            seconds=means[0],
-            normalized=None if found.normalized is None else tuple(normalized),
-            losses=None if found.losses is None else tuple(losses),
+            groups=dict(zip(part.groups, groups, strict=True)),
+            seconds=seconds,
+            normalized=None if part.normalized is None else tuple(normalized),
+            losses=None if part.losses is None else tuple(losses),
         )
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the team of a CPU tensor, on every rank."""
-        if self.size > 1:
-            with self._together():
-                dist.all_reduce(tensor)
-        return tensor
+        """The sum over the team of a CPU tensor, on every rank.
 
-    def told(self, tensor: Tensor) -> Tensor:
-        """What rank 0 has in a CPU tensor of this shape and type, on every rank."""
+        Raises:
+            RankLost: another process has ended.
+        """
         if self.size > 1:
-            with self._together():
-                dist.broadcast(tensor, src=0)
+            with self.attentive():
+                try:
+                    self._meet()
+                    dist.all_reduce(tensor)
+                except RuntimeError as error:  # what the store and gloo raise where a connection is closed
+                    raise self._lost(str(error)) from error
         return tensor
 
     def wait(self) -> None:
@@ -118,149 +136,140 @@ class Team:
         self.sum(torch.zeros(1))
 
     @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
+    def attentive(self) -> Iterator[None]:
+        """Within the block :class:`RankLost` is raised as soon as a rank is missed; outside it, at the next block."""
+        outside, self._attentive = self._attentive, True
         try:
+            self.check()
             yield
-        except RuntimeError as error:  # gloo has no kind of its own for it
-            raise RankLost(
-                f"process {self.rank} of {self.size} has lost touch with the others: one of them, or the network, has ended; "
-                f"look at its own message, and start all of them again to go on from the checkpoint ({error})"
-            ) from error
+        finally:
+            self._attentive = outside
+
+    def check(self, *_) -> None:
+        """Raise RankLost if a rank has been missed and this process waits for it (also as a signal handler)."""
+        if self.failure and self._attentive:
+            raise self._lost(self.failure)
+
+    def _meet(self) -> None:
+        """Wait until all ranks have come here, in a loop that signals can end: gloo's own waiting cannot be interrupted."""
+        assert self._store is not None  # there are several ranks
+        self._meetings += 1
+        self._store.add("arrived", 1)
+        while True:
+            ended = self._store.add("ended", 0)  # asked first: whoever ended after this meeting had arrived
+            if self._store.add("arrived", 0) >= self._meetings * self.size:
+                return
+            if ended:
+                raise self._lost("it has ended")
+            time.sleep(0.005)
+
+    def _lost(self, reason: str) -> RankLost:
+        return RankLost(f"process {self.rank} of {self.size} has lost another one ({reason}): look at that one's own message, "
+                        "and start all of them again to go on from the checkpoint")
+
+    def listen(self, store: dist.Store, ended: threading.Event) -> None:
+        """Give signs of life until ``ended``, and note a rank that gives none; runs in a thread of its own."""
+        beats, heard = [-1] * self.size, [0.0] * self.size
+        while not (ended.wait(self._timeout / 15) or self.failure):
+            try:
+                for rank, last in enumerate(beats):
+                    beats[rank] = store.add(f"beat {rank}", int(rank == self.rank))
+                    heard[rank] = heard[rank] if beats[rank] == last else time.monotonic()
+            except RuntimeError as error:
+                self.failure = str(error)
+            silence = time.monotonic() - min(heard)
+            if silence > self._timeout:
+                self.failure = f"no sign of life of process {heard.index(min(heard))} for {silence:.0f} seconds"
+        if self.failure:
+            _thread.interrupt_main(signal.SIGURG)  # runs `check` in the main thread
 
 
 @contextlib.contextmanager
-def team(timeout: float = 1800) -> Iterator[Team]:
+def team(timeout: float = 30) -> Iterator[Team]:
     """The processes that ``torchrun`` or ``accelerate launch`` has started, or a team of one.
 
     Each takes the GPU of its local rank, where there are any.  A process that is told to end (SIGTERM, as ``torchrun`` does
     to the others when one is lost, or SIGHUP) unwinds, so that a checkpoint is still written.
 
     Args:
-        timeout: seconds that a rank waits for the others before it takes them for lost; above what one's share of an outer
-            step takes.
+        timeout: seconds without a sign of life after which a rank counts as lost.  Steps may take longer.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield Team(0, 1)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team()
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    rendezvous, rank, size = next(dist.rendezvous("env://", timeout=START))
+    dist.init_process_group("gloo", store=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    store = dist.PrefixStore(f"team {next(_blocks)}", rendezvous)  # torchrun's store outlives a block
+    ranks, ended = Team(rank, size, store, timeout), threading.Event()
+    previous = signal.signal(signal.SIGURG, ranks.check)
+    listener = threading.Thread(target=ranks.listen, args=(store.clone(), ended), daemon=True)
+    listener.start()
     try:
         with ending_signals():
-            yield Team(dist.get_rank(), size)
+            yield ranks
     finally:
+        ended.set()
+        with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
+            store.add("ended", 1)
+        listener.join(timeout)
+        signal.signal(signal.SIGURG, previous)
         dist.destroy_process_group()
 
 
-class Shared:
+class Shared(Wrapper):
     """An objective whose meta-gradient the whole team forms; made by :meth:`Team.shared`.
 
-    On rank 0 it stands in the place of the ``objective`` it wraps, inside a ``with`` block; elsewhere it serves.  Its recipe
-    is the wrapped objective's, so that a checkpoint belongs to a run and not to a number of processes.
+    All else is the wrapped objective's, its recipe too: a checkpoint belongs to a run and not to a number of processes.
     """
 
     def __init__(self, objective, team: Team):
         self.objective, self.team = objective, team
 
-    @property
-    def student(self) -> Student:
-        return self.objective.student
-
-    @property
-    def unroll(self) -> Unroll:
-        return self.objective.unroll
-
-    def __enter__(self) -> Shared:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        """Send the others home; if one of them is lost already, all are."""
-        if self.team.leads and kind is not RankLost:
-            with contextlib.suppress(RankLost):
-                self.team.told(torch.tensor([STOP, 0]))
-
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator[tuple[DistilledSet, int]]:
         """The outer step as one piece, which is taken apart where the meta-gradient is formed."""
         return iter([(distilled, seed)])
 
-    def recipe(self) -> dict:
-        return self.objective.recipe()
-
-    def serve(self, distilled: DistilledSet) -> None:
-        """Form this rank's share of each outer step until rank 0 says that it was the last.
-
-        Args:
-            distilled: the set that rank 0 starts from, which gives the shapes of what is exchanged.
+    def metagrad(self, step: tuple[DistilledSet, int]) -> MetaGradient:
+        """The mean over all members of the outer step that :meth:`problems` gives; this rank forms those that are its turn.
 
         Raises:
+            ValueError: the ranks are at different steps, or have other settings or sets.
             RankLost: another process has ended.
         """
-        distilled = fitted(distilled, self)  # as rank 0's Distiller has it
-        while True:
-            order, seed = self.team.told(torch.zeros(2, dtype=torch.int64)).tolist()
-            if order == STOP:
-                return
-            self._round(self._told(distilled), seed)
-
-    def metagrad(self, step: tuple[DistilledSet, int]) -> MetaGradient:
-        """The meta-gradient of the step that :meth:`problems` gives, formed by the whole team."""
         distilled, seed = step
-        self.team.told(torch.tensor([STEP, seed]))
-        return self._round(self._told(distilled), seed)
+        rank, size, count = self.team.rank, self.team.size, members(self.objective)
+        learned = [distilled.embeds, bound_step_sizes(distilled, self.unroll, self.student)]
+        learned += [distilled.targets] if distilled.soft else []
+        shapes = [(size, 2 + len(learned)), (1,), *(value.shape for value in learned)]
+        states, *sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        if turns := range(rank, count, size):
+            with self.team.attentive():
+                share = meta_gradient(distilled, _Share(self.objective, self.team), seed=seed, on_retry=self._shrink)
+            for total, mean in zip(sums, (share.loss, share.embeds, share.step_sizes, share.targets)):
+                total += torch.as_tensor(mean, dtype=torch.float64, device="cpu").detach() * (len(turns) / count)
+        settings = derive_seed("settings", json.dumps([self.recipe(), distilled.meta.get("task_fingerprint")]))
+        norms = [float(value.double().norm()) for value in learned]
+        states[rank] = torch.tensor([seed, settings, *norms], dtype=torch.float64)
+        flat = self.team.sum(torch.cat([states.flatten(), *(total.flatten() for total in sums)]))
+        states, loss, *gradients = map(Tensor.view, flat.split([math.prod(shape) for shape in shapes]), shapes)
+        for rank, column in ((states - states[0]).abs() > DRIFT * states[0].abs()).nonzero().tolist():
+            raise ValueError(f"process {rank} differs from process 0 in its {COMPARED[column]}; start all processes with the "
+                             "same arguments and versions, and with a checkpoint that all of them can read")
+        embeds, step_sizes, *targets = (gradient.to(distilled.embeds.dtype) for gradient in gradients)
+        return MetaGradient(float(loss), embeds, targets[0] if targets else None, step_sizes)
 
-    def _told(self, distilled: DistilledSet) -> DistilledSet:
-        """The set of rank 0."""
-        sizes = bound_step_sizes(distilled, self.objective.unroll, self.student)
-        found = {"embeds": distilled.embeds, "step_sizes": sizes} | ({"targets": distilled.targets} if distilled.soft else {})
-        found = {name: self.team.told(value.detach().cpu().clone()) for name, value in found.items()}
-        return dataclasses.replace(distilled, tokens=None, **found)
-
-    def _round(self, distilled: DistilledSet, seed: int) -> MetaGradient:
-        """The mean over all members, of which this rank forms those that are its turn."""
-        members = _members(self.objective)
-        count = len(range(self.team.rank, members, self.team.size))
-        assert distilled.step_sizes is not None  # rank 0 has told them
-        shapes = {"loss": (), "embeds": distilled.embeds.shape, "step_sizes": distilled.step_sizes.shape}
-        shapes |= {"targets": distilled.targets.shape} if distilled.soft else {}
-        total = [torch.zeros(shape, dtype=torch.float64) for shape in shapes.values()]
-        if count:
-            own = meta_gradient(distilled, _Share(self.objective, self.team), seed=seed)
-            parts = [torch.as_tensor(getattr(own, name), dtype=torch.float64).detach().cpu() for name in shapes]
-            total = [part * count / members for part in parts]
-        flat = self.team.sum(torch.cat([part.reshape(-1) for part in total]))
-        parts = dict(zip(shapes, flat.split([part.numel() for part in total]), strict=True))
-        found = {name: part.reshape(shapes[name]).to(distilled.embeds.dtype) for name, part in parts.items() if name != "loss"}
-        return MetaGradient(loss=float(parts["loss"]), targets=found.pop("targets", None), **found)
+    def _shrink(self, share: _Share) -> None:
+        self.objective = share.objective  # in parts that memory has room for
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Share:
+@dataclasses.dataclass(eq=False)
+class _Share(Wrapper):
     """The members of an outer step that are one rank's turn."""
 
-    objective: Objective
+    objective: Any
     team: Team
-
-    @property
-    def student(self) -> Student:
-        return self.objective.student
-
-    @property
-    def unroll(self) -> Unroll:
-        return self.objective.unroll
-
-    @property
-    def metagrad(self):
-        return self.objective.metagrad
 
     def problems(self, distilled: DistilledSet, seed: int) -> Iterator:
         return itertools.islice(self.objective.problems(distilled, seed), self.team.rank, None, self.team.size)
-
-    def recipe(self) -> dict:
-        return self.objective.recipe()
-
-
-def _members(objective) -> int:
-    """Initialisations or segments of an outer step."""
-    inner = getattr(objective, "objective", objective)  # a wrapper, such as ThroughProjection
-    return inner.inits if hasattr(inner, "inits") else inner.segments

@@ -2,8 +2,8 @@
 
 A published folder holds three things.  ``data/train.parquet`` is the set as a ``datasets.Dataset``: its text with labels
 where it has text, else the labels alone; ``datasets.load_dataset(folder)`` reads it, and distillkit need not be installed.
-``set/`` is the set itself, safetensors and JSON (:meth:`~distillkit.core.distilled.DistilledSet.save`), embeddings, step sizes
-and recipe included.  ``README.md`` is a dataset card (Gebru et al., 2021, "Datasheets for datasets", in short) made from
+``set.safetensors`` is the set itself (:meth:`~distillkit.core.distilled.DistilledSet.save`), embeddings, step sizes and recipe
+included.  ``README.md`` is a dataset card (Gebru et al., 2021, "Datasheets for datasets", in short) made from
 what the set's ``meta`` says about how it came to be.  A card says what is known: nothing in it is guessed, and what nobody
 wrote down is *not recorded*.
 
@@ -15,11 +15,14 @@ in a card they stand as character references: no HTML, mark-up, link or formula 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import yaml
@@ -29,21 +32,14 @@ from distillkit.core.loading import MINILM_HUB_ID, MINILM_SHA256
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
+from distillkit.io.checks import require
 from distillkit.io.escaping import markdown as escaped
-from distillkit.io.storage import (
-    DATA,
-    LEFT_OVER,
-    MANIFEST,
-    TENSORS,
-    StorageError,
-    is_vacant,
-    read_standing,
-    replacing,
-    standing,
-)
+from distillkit.io.files import read_header
+from distillkit.io.storage import StorageError, absolute, replacing, save_text, unwritten
+from distillkit.io.verify import SUMS, check_sums, read_sums, sha256_of
 
-CARD, ROWS, SET, SUMS = "README.md", "data/train.parquet", "set", "SHA256SUMS"
-CHECKED = (ROWS, *(f"{SET}/{name}" for name in (DATA, TENSORS, MANIFEST)))
+CARD, ROWS, SET = "README.md", "data/train.parquet", "set.safetensors"
+CHECKED = (ROWS, SET)
 NOT_RECORDED = "not recorded"
 SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (float("inf"), "100K<n<1M"))
@@ -60,9 +56,9 @@ def rows(distilled: DistilledSet) -> datasets.Dataset:
     Free embeddings have no words, so their rows hold ``example`` (the index into the tensors), ``tokens`` (its length), and
     ``label`` with ``probabilities``, or ``response``.
     """
-    if distilled.tokens is not None and "text" in distilled.meta:
+    if _has_text(distilled):
         return distilled.to_text()
-    columns = {"example": list(range(len(distilled))), "tokens": (distilled.mask != 0).sum(1).tolist()}
+    columns = {"example": list(range(len(distilled))), "tokens": distilled.mask.sum(1).tolist()}
     if "responses" in distilled.meta:
         return datasets.Dataset.from_dict(columns | {"response": distilled.meta["responses"]})
     columns["label"] = distilled.label_names()
@@ -81,8 +77,11 @@ def save_published(
 ) -> Path:
     """Write ``folder`` as it would stand on the hub: card, Dataset, safetensors, sums.  An earlier one is replaced.
 
+    Every file is replaced in one atomic step, and the set has its own SHA-256 in it.  Meanwhile ``SHA256SUMS`` lists the
+    earlier table and the new one, so that the folder can be read at every moment, and after a kill.
+
     Args:
-        evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": found}``.
+        evaluations: scores for the card, by what they were taken on, such as ``{"test split, bert-base-uncased": score}``.
         task, student: what the set was made with, for what it does not carry itself: where the corpus came from, and the
             base model's revision.
         license: of the set, as the hub writes it, such as ``"cc-by-4.0"``; None: not recorded.
@@ -92,29 +91,32 @@ def save_published(
         ValueError: ``task`` or ``student`` is another than the set was made with.
         StorageError: something else stands at ``folder``, or in it; or it cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder, table = absolute(folder), io.BytesIO()
     text = card(distilled, folder.name, evaluations=evaluations, task=task, student=student, license=license,
                 corpus_license=corpus_license)
-    _refuse_to_replace(folder)
-    with replacing(folder) as fresh:
-        distilled.save(fresh / SET)
-        (fresh / ROWS).parent.mkdir()
-        rows(distilled).to_parquet(fresh / ROWS)
-        (fresh / CARD).write_text(text, encoding="utf-8")
-        (fresh / SUMS).write_text("".join(f"{_sha256(fresh / name)}  {name}\n" for name in CHECKED), encoding="ascii")
+    try:
+        earlier = _lines_of_earlier(folder)
+        rows(distilled).to_parquet(table)
+    except OSError as error:
+        raise unwritten(folder, error) from error
+    line = f"{hashlib.sha256(table.getbuffer()).hexdigest()}  {ROWS}\n"
+    save_text(folder / SUMS, earlier + line)
+    with replacing(folder / ROWS) as file:
+        file.write(table.getbuffer())
+    distilled.save(folder / SET)
+    save_text(folder / CARD, text)
+    save_text(folder / SUMS, f"{line}{sha256_of(folder / SET)}  {SET}\n")
     return folder
 
 
-def _refuse_to_replace(folder: Path) -> None:
-    if is_vacant(folder):
-        return
-    place, remedy = standing(folder), "choose another folder, or delete this one yourself"
-    if not (place / SUMS).is_file():
-        raise StorageError(f"will not overwrite {folder}: it is no published set; {remedy}")
-    parts = {str(parent) for name in CHECKED for parent in Path(name).parents} | {*CHECKED, CARD, SUMS}
-    inside = (path.relative_to(place) for path in place.rglob("*") if not LEFT_OVER.fullmatch(path.name))
-    if strangers := sorted({str(path) for path in inside} - parts):
-        raise StorageError(f"will not overwrite {folder}: it also holds {', '.join(strangers[:3])}; {remedy}")
+def _lines_of_earlier(folder: Path) -> str:
+    """The sums of the table that is published in a folder; StorageError if something else is there."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return ""
+    sums = read_sums(folder) if (folder / SUMS).is_file() else {"": set()}
+    require({*sums} <= {*CHECKED}, f"will not overwrite {folder}: it is no published set of this version of distillkit; choose "
+            "another folder, or delete this one yourself", StorageError)
+    return "".join(f"{digest}  {ROWS}\n" for digest in sorted(sums[ROWS]))
 
 
 def load_published(folder: str | Path) -> DistilledSet:
@@ -123,37 +125,11 @@ def load_published(folder: str | Path) -> DistilledSet:
     Raises:
         StorageError: a file is missing, a link, or differs from its SHA-256; named in the message.
     """
-    def load(place: Path) -> DistilledSet:
-        _verify(place)
-        return DistilledSet.load(place / SET)
-
-    return read_standing(folder, load)
-
-
-def verify_published(folder: str | Path) -> None:
-    """Raise StorageError unless every file that is read back from a published folder is as it was written."""
-    read_standing(folder, _verify)
-
-
-def _verify(folder: Path) -> None:
-    path, remedy = folder / SUMS, "publish or download it again"
-    if path.is_symlink() or not path.is_file():
-        raise StorageError(f"{folder} has no plain file {SUMS}: it is no published set, or lost a file; check the path, or "
-                           f"{remedy}")
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for name in CHECKED:  # no name in the file is followed, so none can lead out of the folder
-        if name not in sums:
-            raise StorageError(f"{path} does not list {name}; {remedy}")
-        if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise StorageError(f"{folder / name} is missing or not a plain file; {remedy}")
-        if _sha256(folder / name) != sums[name]:
-            raise StorageError(f"{folder / name} does not have the SHA-256 of {SUMS}: it was damaged or edited; {remedy}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    folder = absolute(folder)
+    if (folder / "set").is_dir():
+        read_header(folder / "set")  # says which version reads it
+    check_sums(folder, [ROWS])
+    return DistilledSet.load(folder / SET)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -177,7 +153,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    _owned(repo_id)
+    _check_name(repo_id)
     validate_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_published(distilled, Path(scratch) / repo_id.split("/")[1], **about)
@@ -206,16 +182,16 @@ def from_hub(repo_id: str, revision: str | None = None) -> DistilledSet:
     """
     from huggingface_hub import snapshot_download
 
-    _owned(repo_id)
-    wanted = (SUMS, *CHECKED)
+    _check_name(repo_id)
+    names = (SUMS, *CHECKED)
     try:
-        found = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(wanted))
+        found = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=list(names))
     except OSError as error:
         at = f" at revision {revision!r}" if revision else ""
         raise FileNotFoundError(f"no set {repo_id}{at} on the Hugging Face hub or in its cache: {error}; check the name, log "
                                 "in if it is private, or copy the folder and use load_published()") from error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        for name in wanted:  # the cache holds links, which load_folder follows nowhere
+        for name in names:  # the cache holds links, which load_published does not follow
             source, target = Path(found) / name, Path(scratch) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_file():
@@ -226,8 +202,8 @@ def from_hub(repo_id: str, revision: str | None = None) -> DistilledSet:
             raise StorageError(f"{repo_id} on the hub: {str(error).replace(scratch, str(found))}") from error
 
 
-def _owned(repo_id: str) -> None:
-    if not isinstance(repo_id, str) or len([part for part in repo_id.split("/") if part]) != 2 or repo_id.count("/") != 1:
+def _check_name(repo_id: str) -> None:
+    if not isinstance(repo_id, str) or not re.fullmatch("[^/]+/[^/]+", repo_id):
         raise ValueError(f"repo_id must be 'owner/name', not {repo_id!r}")
 
 
@@ -245,38 +221,37 @@ def card(
     corpus_license: str | None = None,
 ) -> str:
     """The dataset card of a set as Markdown with YAML in front; arguments as of :func:`save_published`."""
-    _same("task", task and task.fingerprint, distilled.meta.get("task_fingerprint"))
-    _same("student", student and student.name, distilled.meta.get("student"))
+    meta = distilled.meta
+    makers = {"task": (meta.get("task_fingerprint"), task and task.fingerprint),
+              "student": (meta.get("student"), student and student.name)}
+    for name, (recorded, current) in makers.items():
+        if recorded is not None and current not in (None, recorded):
+            raise ValueError(f"{name}: the set was made with another one ({recorded!r}) than was given ({current!r}); a card "
+                             "must not mix them, so give the one it was made with, or none")
     if student is not None:
         distilled.check_table(student)
-    facts = {
-        "method": _method(distilled.meta),
-        "base model": _base_model(distilled.meta),
-        "base model's revision": _revision(student),
-        "embedding table (SHA-256)": distilled.meta.get("table_sha256"),
-        "corpus": distilled.meta.get("task"),
-        "corpus' fingerprint (SHA-256)": distilled.meta.get("task_fingerprint"),
-        "corpus came from": task and task.origin,
-        "corpus' licence": corpus_license,
-        "licence of this set": license,
-        "classes": ", ".join(map(str, distilled.meta.get("classes") or ())),
-        "size": f"{len(distilled)} examples of at most {distilled.embeds.shape[1]} tokens; {distilled.nbytes:,} bytes to "
-                "train on",
-        "budget of learning": _budget(distilled.meta),
-        "seeds": _seeds(distilled.meta),
+    front = {
+        **({"license": license} if license else {}),
+        "pretty_name": " ".join(title.split()),
+        "tags": ["distillkit", "dataset-distillation"],
+        "task_categories": ["text-generation" if "responses" in meta else "text-classification"],
+        "size_categories": [next(name for most, name in SIZES if len(distilled) < most)],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": ROWS}]}],
     }
-    recipe = distilled.meta.get("recipe")
-    told = json.dumps(recipe, indent=1) if recipe else "none: it was not distilled, or its recipe stayed behind"
+    examples = "prompts with responses" if "responses" in meta else "labelled examples"
+    form = "as text" if _has_text(distilled) else "as learned input embeddings, which have no text"
+    recipe = json.dumps(meta["recipe"], indent=1) if meta.get("recipe") else "none: it was not distilled, or its recipe is lost"
+    facts = _facts(distilled, task, student, license, corpus_license)
     parts = [
-        f"---\n{yaml.safe_dump(_front(distilled, title, license), sort_keys=False, allow_unicode=False)}---",
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=False)}---",
         f"# {escaped(title)}",
-        f"{_form(distilled)} Made with distillkit. This card says what the set itself recorded; what is missing is "
-        f"*{NOT_RECORDED}*.",
+        f"{len(distilled)} {examples} to train on in place of a corpus, {form}. Made with distillkit. This card says what the "
+        f"set itself recorded; what is missing is *{NOT_RECORDED}*.",
         "## How it was made",
-        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_said(value)} |" for name, value in facts.items()),
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items()),
         "## Recipe",
         "What training on it means, step by step:",
-        f"```json\n{told}\n```",
+        f"```json\n{recipe}\n```",
         "## Scores",
         _scores(evaluations),
         "## Examples",
@@ -284,65 +259,53 @@ def card(
         "## Use",
         _use(distilled),
         "## What it is not good for",
-        "\n".join(f"* {line}" for line in _limits(distilled, evaluations, license)),
+        _limits(distilled, evaluations, license),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _said(value) -> str:
-    return escaped(value) if value not in (None, "", ()) else NOT_RECORDED
-
-
-def _same(name: str, given, own) -> None:
-    if given is not None and own is not None and given != own:
-        raise ValueError(f"{name}: the set was made with another one ({own!r}) than was given ({given!r}); a card must not mix "
-                         "them, so give the one it was made with, or none")
-
-
-def _front(distilled: DistilledSet, title: str, license: str | None) -> dict:
-    instruction = "responses" in distilled.meta
-    front = {
-        "pretty_name": " ".join(title.split()),
-        "tags": ["distillkit", "dataset-distillation"],
-        "task_categories": ["text-generation" if instruction else "text-classification"],
-        "size_categories": [next(name for most, name in SIZES if len(distilled) < most)],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": ROWS}]}],
+def _facts(distilled: DistilledSet, task, student, license: str | None, corpus_license: str | None) -> dict[str, Any]:
+    """What is known of how a set was made."""
+    meta = distilled.meta
+    offline = f"{MINILM_HUB_ID} (offline:minilm; weights with SHA-256 {MINILM_SHA256})"
+    return {
+        "method": _method(meta),
+        "base model": offline if meta.get("student") == "offline:minilm" else meta.get("student"),
+        "base model's revision": _revision(student),
+        "embedding table (SHA-256)": meta.get("table_sha256"),
+        "corpus": meta.get("task"),
+        "corpus' fingerprint (SHA-256)": meta.get("task_fingerprint"),
+        "corpus came from": task and task.origin,
+        "corpus' licence": corpus_license,
+        "licence of this set": license,
+        "classes": ", ".join(meta.get("classes", ())),
+        "size": f"{len(distilled)} examples of at most {distilled.embeds.shape[1]} tokens; {distilled.nbytes:,} bytes to "
+                "train on",
+        "budget of learning": _budget(meta.get("recipe", {})),
+        "seeds": _seeds(meta),
     }
-    return ({"license": license} if license else {}) | front
+
+
+def _cell(value) -> str:
+    return escaped(value) if value not in (None, "", ()) else NOT_RECORDED
 
 
 def _has_text(distilled: DistilledSet) -> bool:
     return distilled.tokens is not None and "text" in distilled.meta
 
 
-def _form(distilled: DistilledSet) -> str:
-    what = "prompts with responses" if "responses" in distilled.meta else "labelled examples"
-    form = "as text" if _has_text(distilled) else "as learned input embeddings, which have no text"
-    return f"{len(distilled)} {what} to train on in place of a corpus, {form}."
-
-
-def _method(meta: Mapping) -> str | None:
-    """What was done to it, in the order it was done, in words."""
-    recipe, steps = meta.get("recipe") or {}, []
-    for key in ("selection", "search"):
-        if isinstance(meta.get(key), Mapping):
-            steps.append(f"{key}: {meta[key].get('method', meta[key].get('judge', NOT_RECORDED))}")
-    if recipe:
-        learned = (recipe.get("distiller") or {}).get("learn")
-        steps.append(f"distilled by {recipe.get('objective', NOT_RECORDED)}"
-                     + (f" (learned: {', '.join(map(str, learned))})" if learned else ""))
-    if isinstance(meta.get("projection"), Mapping):
+def _method(meta: Mapping) -> str:
+    """What was done to a set, in the order it was done, in words."""
+    steps = [f"{key}: {meta[key].get('method', meta[key].get('judge', NOT_RECORDED))}"
+             for key in ("selection", "search") if key in meta]
+    if recipe := meta.get("recipe"):
+        learned = ", ".join(recipe.get("distiller", {}).get("learn", ()))
+        steps.append(f"distilled by {recipe.get('objective', NOT_RECORDED)}" + (f" (learned: {learned})" if learned else ""))
+    if "projection" in meta:
         steps.append(f"projected to the nearest tokens ({meta['projection'].get('metric', NOT_RECORDED)})")
-    if isinstance(meta.get("retokenized"), Mapping):
+    if "retokenized" in meta:
         steps.append(f"tokenised again, from {meta['retokenized'].get('from', NOT_RECORDED)}")
-    return "; then ".join(steps) or None
-
-
-def _base_model(meta: Mapping) -> str | None:
-    name = meta.get("student")
-    if name == "offline:minilm":
-        return f"{MINILM_HUB_ID} ({name}; weights with SHA-256 {MINILM_SHA256})"
-    return name
+    return "; then ".join(steps)
 
 
 def _revision(student: Student | None) -> str | None:
@@ -351,36 +314,31 @@ def _revision(student: Student | None) -> str | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(student.name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    config = try_to_load_from_cache(student.name, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
-def _budget(meta: Mapping) -> str | None:
-    recipe = meta.get("recipe") or {}
-    told = [f"{recipe[key]} {words}" for key, words in (
-        ("outer_steps", "outer steps"), ("outer_batch_size", "real examples each"), ("inits", "initialisations each"),
-        ("segments", "expert segments each"), ("steps", "inner steps"),
-    ) if recipe.get(key) is not None]
-    return ", ".join(told) or None
+def _budget(recipe: Mapping) -> str:
+    amounts = {"outer_steps": "outer steps", "outer_batch_size": "real examples each", "inits": "initialisations each",
+               "segments": "expert segments each", "steps": "inner steps"}
+    return ", ".join(f"{recipe[key]} {words}" for key, words in amounts.items() if recipe.get(key) is not None)
 
 
-def _seeds(meta: Mapping) -> str | None:
-    distiller = (meta.get("recipe") or {}).get("distiller") or {}
-    found = {"distilling": distiller.get("seed"), "selection": (meta.get("selection") or {}).get("seed"),
-             "search": (meta.get("search") or {}).get("seed")}
-    return ", ".join(f"{name} {seed}" for name, seed in found.items() if seed is not None) or None
+def _seeds(meta: Mapping) -> str:
+    sources = {"distilling": meta.get("recipe", {}).get("distiller", {}), "selection": meta.get("selection", {}),
+               "search": meta.get("search", {})}
+    return ", ".join(f"{name} {source['seed']}" for name, source in sources.items() if source.get("seed") is not None)
 
 
 def _scores(evaluations: Scores) -> str:
     if not evaluations:
         return f"*{NOT_RECORDED}*"
-    found = evaluations.items() if isinstance(evaluations, Mapping) else ((None, e) for e in evaluations)
     lines = ["| scored on | recipe | steps | optimiser | accuracy (mean ± sd) | fresh seeds |", "|---|---|---:|---|---:|---:|"]
-    for where, one in found:
+    for where, one in evaluations.items() if isinstance(evaluations, Mapping) else ((None, one) for one in evaluations):
         optimizer = one.recipe.get("optimizer") or {}
         rate = f", step size {optimizer['step_size']:g}" if one.recipe["name"] != "own" and "step_size" in optimizer else ""
-        lines.append(f"| {_said(where)} | {_said(one.recipe['name'])} | {_said(one.recipe.get('steps'))} | "
-                     f"{_said(optimizer.get('name'))}{rate} | {one.score_text()} | {len(one.scores)} |")
+        lines.append(f"| {_cell(where)} | {_cell(one.recipe['name'])} | {_cell(one.recipe.get('steps'))} | "
+                     f"{_cell(optimizer.get('name'))}{rate} | {one.score_text()} | {len(one.scores)} |")
     return "\n".join(lines) + (
         "\n\nEach score is that of models trained afresh on this set alone, by the recipe of its row: *own* is the one above, "
         "*standard* AdamW fine-tuning with published settings, *tuned* the best of one AdamW grid judged on validation text."
@@ -390,45 +348,38 @@ def _scores(evaluations: Scores) -> str:
 def _examples(distilled: DistilledSet) -> str:
     if not _has_text(distilled):
         return "None can be shown: learned embeddings have no text."
-    found = distilled.to_text()
-    titles = [c for c in ("label", "text", "prompt", "response") if c in found.column_names]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    shown = found.select(range(min(SHOWN, len(found))))
-    lines += [f"| {' | '.join(escaped(row[c], LONGEST) for c in titles)} |" for row in shown.to_list()]
-    rest = len(found) - SHOWN
-    return "\n".join(lines) + (f"\n\n{rest} more in `{ROWS}`." if rest > 0 else "")
+    texts = distilled.to_text()
+    titles = [name for name in ("label", "text", "prompt", "response") if name in texts.column_names]
+    table = [titles, ["---"] * len(titles)]
+    table += [[escaped(row[name], LONGEST) for name in titles] for row in texts.select(range(min(SHOWN, len(texts)))).to_list()]
+    more = f"\n\n{len(texts) - SHOWN} more in `{ROWS}`." if len(texts) > SHOWN else ""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table) + more
 
 
 def _use(distilled: DistilledSet) -> str:
-    with_kit = "import distillkit as dk\n\ndistilled = dk.DistilledSet.from_hub(\"owner/name\")   # every byte is checked"
-    tensors = f"from safetensors.torch import load_file\n\ntensors = load_file(\"{SET}/{TENSORS}\")   # embeds [m, l, d], mask"
+    with_kit = "import distillkit as dk\n\ndistilled = dk.from_hub(\"owner/name\")   # every byte is checked"
+    tensors = f"from safetensors.torch import load_file\n\ntensors = load_file(\"{SET}\")   # embeds [m, l, d], mask"
     plain = "from datasets import load_dataset\n\nrows = load_dataset(\"owner/name\", split=\"train\")   # without distillkit"
-    code = [with_kit, plain] if _has_text(distilled) else [with_kit, tensors]
-    return "\n\n".join(f"```python\n{part}\n```" for part in code)
+    return "\n\n".join(f"```python\n{code}\n```" for code in (with_kit, plain if _has_text(distilled) else tensors))
 
 
-def _limits(distilled: DistilledSet, evaluations: Scores, license: str | None) -> list[str]:
-    meta, found = distilled.meta, []
-    if meta.get("recipe"):
-        found.append("Other recipes. It was learned for the one above; what it is worth under another is what the table of "
-                     "scores says, and unknown where that says nothing.")
-    if _has_text(distilled):
-        if meta.get("recipe") or "search" in meta:
-            found.append("Reading. Its words were chosen because a model trains well on them, not because they are true or "
-                         "make sense.")
-        else:
-            found.append("Hiding the corpus. No recipe is recorded, so take its sentences for ones of the corpus, whose "
-                         "licence and privacy hold for them.")
-    else:
-        found.append(f"Other models. Its embeddings, {distilled.embeds.shape[-1]} wide, belong to the base model's embedding "
-                     "table; no other model and no person can read them.")
-    if meta.get("classes"):
-        found.append(f"Other labels than its {len(meta['classes'])} classes, and other kinds of text than its corpus.")
-    else:
-        found.append("Other kinds of questions than those of its corpus.")
-    found.append("Privacy. It began as real rows of the corpus; how much of them can be got back was not measured.")
-    if not evaluations:
-        found.append("Any claim about accuracy: no score was recorded.")
-    if not license:
-        found.append("Passing on, before its licence is settled: none is recorded.")
-    return found
+def _limits(distilled: DistilledSet, evaluations: Scores, license: str | None) -> str:
+    meta, text = distilled.meta, _has_text(distilled)
+    learned = bool(meta.get("recipe"))
+    limits = [
+        (learned, "Other recipes. It was learned for the one above; what it is worth under another is what the table of scores "
+         "says, and unknown where that says nothing."),
+        (text and (learned or "search" in meta), "Reading. Its words were chosen because a model trains well on them, not "
+         "because they are true or make sense."),
+        (text and not learned and "search" not in meta, "Hiding the corpus. No recipe is recorded, so take its sentences for "
+         "ones of the corpus, whose licence and privacy hold for them."),
+        (not text, f"Other models. Its embeddings, {distilled.embeds.shape[-1]} wide, belong to the base model's embedding "
+         "table; no other model and no person can read them."),
+        (meta.get("classes"), f"Other labels than its {len(meta.get('classes', ()))} classes, and other kinds of text than its "
+         "corpus."),
+        (not meta.get("classes"), "Other kinds of questions than those of its corpus."),
+        (True, "Privacy. It began as real rows of the corpus; how much of them can be got back was not measured."),
+        (not evaluations, "Any claim about accuracy: no score was recorded."),
+        (not license, "Passing on, before its licence is settled: none is recorded."),
+    ]
+    return "\n".join(f"* {limit}" for applies, limit in limits if applies)

@@ -1,8 +1,8 @@
-"""Distilled sets under the stock ``transformers.Trainer``: nothing of this kit is needed to train on one but its tensors.
+"""Distilled sets under the stock ``transformers.Trainer``.
 
-The kit trains by its own inner step, because it differentiates through it.  A reader need not: a Hugging Face model takes
-``inputs_embeds`` in the place of token ids, and ``Trainer`` takes a ``compute_loss_func`` for labels that are
-distributions.  What is here are the small pieces in between::
+The kit trains by its own inner step, because it differentiates through it.  Training alone needs no such step: a Hugging
+Face model takes ``inputs_embeds`` in the place of token ids, and ``Trainer`` takes a ``compute_loss_func`` for labels that
+are distributions.  This module holds the small pieces in between::
 
     model = hugging_face_model(student, student.init(0))
     arguments, optimizers = own_recipe(distilled, model)          # or any TrainingArguments of your own
@@ -12,13 +12,13 @@ distributions.  What is here are the small pieces in between::
     )
     trainer.train()
 
-Three things differ from fine-tuning on a corpus, and each of them changes scores.  The embedding table stays frozen, as
-it did while the set was learned.  There is no dropout, unless asked for.  And ``Trainer`` clips gradients to norm 1 and
-decays its learning rate unless it is told otherwise, so that the set's own recipe, learned step sizes included, is passed
-as :func:`own_recipe` gives it.  With these the parameters after each step are those of the kit's own inner step.
+Three things differ from fine-tuning on a corpus, and each changes scores.  The embedding table stays frozen, as it did while
+the set was learned.  Dropout is off unless it is asked for.  ``Trainer`` clips gradients to norm 1 and decays its learning
+rate by default, so :func:`own_recipe` passes the set's own recipe, learned step sizes included.  With these the parameters
+after each step are those of the kit's own inner step.
 
-Of an instruction set the prompts are embeddings and the responses tokens; the loss is on the responses, the mean over
-examples of the mean over their tokens, as while the set was learned.
+The prompts of an instruction set are embeddings and its responses are tokens.  The loss is taken on the responses: the mean
+over examples of the mean over their tokens, as while the set was learned.
 """
 
 from __future__ import annotations
@@ -58,22 +58,21 @@ def hugging_face_model(student: Student, params: Params, *, dropout: bool = Fals
             if name in params:
                 parameter.copy_(params[name])
     if not dropout:
-        model.train = lambda mode=True: model  # of no other effect than dropout's
+        model.train = lambda mode=True: model  # training mode has no other effect than dropout
     return model
 
 
 def params_of(model: torch.nn.Module, student: Student) -> Params:
-    """What a trained model has learned, as ``student.logits`` and the kit's scoring take it."""
-    own = dict(model.named_parameters())
-    return {name: own[name].detach().clone() for name in student.trained_names}
+    """The trained parameters of a model, as ``student.logits`` and the kit's scoring take them."""
+    return {name: model.get_parameter(name).detach().clone() for name in student.trained_names}
 
 
 class Examples(torch.utils.data.Dataset):
-    """A distilled set as a torch Dataset, an example at a time and without its padding.
+    """A distilled set as a torch Dataset of single examples without padding.
 
-    An item holds ``inputs_embeds`` ``[l, d]``, scaled as the model takes them, and ``labels``: probabilities ``[c]`` of a set
-    with soft labels, a class, or of an instruction set -100 ``[l]`` at the prompt and the token at each response token, whose
-    embeddings follow the prompt's.
+    An item holds ``inputs_embeds`` ``[l, d]``, scaled as the model takes them, and ``labels``: probabilities ``[c]`` for soft
+    labels, a class for hard ones.  In an instruction set the embeddings of the response follow those of the prompt, and
+    ``labels`` ``[l]`` are -100 at the prompt and the tokens of the response.
 
     Raises:
         ValueError: the embeddings belong to another table than the student's, or the classes have other names.
@@ -81,7 +80,7 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, distilled: DistilledSet, student: Student):
         distilled = distilled.for_student(student)
-        self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.traits.scale
+        self.distilled, self.table, self.scale = distilled, student.embedding.cpu(), student.scale
         self.labels = distilled.targets.to(student.dtype).softmax(-1) if distilled.soft else distilled.targets
 
     def __len__(self) -> int:
@@ -92,10 +91,10 @@ class Examples(torch.utils.data.Dataset):
         labels = self.labels[i]
         if labels.is_floating_point() or labels.ndim == 0:
             return {"inputs_embeds": embeds * self.scale, "labels": labels}
-        said = labels[labels != NO_TARGET]
+        response = labels[labels != NO_TARGET]
         return {
-            "inputs_embeds": torch.cat([embeds, F.embedding(said, self.table)]) * self.scale,
-            "labels": torch.cat([labels.new_full((len(embeds),), NO_TARGET), said]),
+            "inputs_embeds": torch.cat([embeds, F.embedding(response, self.table)]) * self.scale,
+            "labels": torch.cat([labels.new_full((len(embeds),), NO_TARGET), response]),
         }
 
 
@@ -150,12 +149,13 @@ def response_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Ten
     Raises:
         ValueError: gradients are accumulated, for which ``Trainer`` counts tokens where examples would have to be.
     """
-    said = labels[:, 1:]
-    if num_items_in_batch is not None and int(num_items_in_batch) != int((said != NO_TARGET).sum()):
-        raise ValueError("the mean over examples cannot be told from a count of tokens: set gradient_accumulation_steps=1 and "
-                         "per_device_train_batch_size to the examples of a step")
-    found = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), said, reduction="none", ignore_index=NO_TARGET)
-    return (found.sum(1) / (said != NO_TARGET).sum(1)).mean()
+    tokens = labels[:, 1:]
+    lengths = (tokens != NO_TARGET).sum(1)
+    if num_items_in_batch is not None and int(num_items_in_batch) != int(lengths.sum()):
+        raise ValueError("gradients are accumulated, for which the Trainer counts tokens and not examples: set "
+                         "gradient_accumulation_steps=1 and per_device_train_batch_size to the examples of a step")
+    losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), tokens, reduction="none", ignore_index=NO_TARGET)
+    return (losses.sum(1) / lengths).mean()
 
 
 def own_recipe(
@@ -163,9 +163,8 @@ def own_recipe(
 ) -> tuple[dict[str, Any], tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]:
     """A set's own recipe for the ``Trainer``: keywords for ``TrainingArguments``, and ``optimizers`` for ``Trainer``.
 
-    The step sizes that were learned become the learning rate of each step.  A recipe of batches sees them in an order of
-    the ``Trainer``'s, not in the one the set was distilled with; one without sees the whole set at each step, and then
-    nothing is left to chance.
+    The learned step sizes become the learning rate of each step.  Where the recipe has batches, the ``Trainer`` draws their
+    order, which differs from the kit's; otherwise each step sees the whole set, and the run is the kit's own.
 
     Raises:
         ValueError: the set carries no recipe, or one that torch's optimisers cannot follow.

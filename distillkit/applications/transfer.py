@@ -16,7 +16,7 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
 from distillkit.evaluation.recipes import Own, Recipe, as_recipe
-from distillkit.io.checks import check_is
+from distillkit.io.checks import check_are, require
 
 
 def retokenize(distilled: DistilledSet, task: Task, student: Student) -> DistilledSet:
@@ -36,9 +36,7 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
         ValueError: the set holds free embeddings; the task is of another kind, or its classes have other names; a text that
             makes no token.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), task=(task, Task), student=(student, Student))
     distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
     texts = distilled.to_text()
     column, labels = ("prompt", "response") if task.kind == "instruction" else ("text", "label")
@@ -48,18 +46,15 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
         moved = dataclasses.replace(moved, targets=distilled.targets.clone())
     uncut = student.tokenizer(texts[column][:], add_special_tokens=False)["input_ids"]
     rows = distilled.meta.get("rows") if distilled.meta.get("task_fingerprint") == task.fingerprint else None
-    words = [" ".join(text.split()) for text in moved.meta["text"]]
-    meta = {
-        **moved.meta,
-        **({} if rows is None else {"rows": rows}),
-        "retokenized": {
-            "from": distilled.meta.get("student"),
-            "tokens_before": int(distilled.free.sum()),
-            "tokens_after": sum(map(len, uncut)),
-            "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, moved.free.sum(1), strict=True)),
-            "same_text": sum(a == " ".join(b.split()) for a, b in zip(words, distilled.meta["text"], strict=True)),
-        },
+    pairs = zip(moved.meta["text"], distilled.meta["text"], strict=True)
+    counts = {
+        "from": distilled.meta.get("student"),
+        "tokens_before": int(distilled.free.sum()),
+        "tokens_after": sum(map(len, uncut)),
+        "cut": sum(len(ids) > int(free) for ids, free in zip(uncut, moved.free.sum(1), strict=True)),
+        "same_text": sum(after.split() == before.split() for after, before in pairs),
     }
+    meta = {**moved.meta, **({} if rows is None else {"rows": rows}), "retokenized": counts}
     return dataclasses.replace(moved, meta=meta)
 
 
@@ -87,6 +82,6 @@ def transfer(
         ValueError: the set holds free embeddings, or ``recipe`` is its own or none.
     """
     recipe = as_recipe(recipe)
-    if isinstance(recipe, Own):
-        raise ValueError("recipe='own': a set that moves to another model leaves its recipe behind; use 'tuned' or 'standard'")
+    require(not isinstance(recipe, Own),
+            "recipe='own': a set that moves to another model leaves its recipe behind; use 'tuned' or 'standard'")
     return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)

@@ -1,19 +1,19 @@
 """What words a text holds: distilled text described by counts, beside real and selected text.
 
-A score says that a text teaches and not how.  Four counts of its words say something about that:
+A score says how well a text teaches, but not why.  Four counts of its words help to explain it:
 
-* *Terms of a class.*  A word tells a class if it is more frequent there than elsewhere by more than chance.  The log-odds
-  ratio with an informative Dirichlet prior (Monroe et al., 2008) shrinks rare words towards the corpus and divides by its
-  own standard deviation: for word w with counts y of n words in all, and prior pseudo-counts α_w, α_0 in all,
+* *Terms of a class.*  A word is typical of a class if it is more frequent there than elsewhere by more than chance.  The
+  log-odds ratio with an informative Dirichlet prior (Monroe et al., 2008) shrinks rare words towards the corpus and divides by
+  its own standard deviation: for word w with counts y of n words in all, and prior pseudo-counts α_w, α_0 in all,
 
       δ_w = log (y_w + α_w) / (n + α_0 − y_w − α_w)  −  the same elsewhere,   σ²_w ≈ 1 / (y_w + α_w) + 1 / (y'_w + α_w)
 
-  and z_w = δ_w / σ_w.  Which words tell which class is learned from the training split; what share of a text's words tell its
-  own class, or another, is counted.
-* *Overlap.*  The share of its runs of 1, 2 and 3 words that stand in the training split.  Text that was taken from there has
-  all of them, but for the seams; held-out real text says how many text of that kind has.
-* *Rare words.*  The share of words that the training split has fewer than five times, or never.
-* *Perplexity*, the exponential of the mean loss a token, under a language model: how much of it reads like language.
+  and z_w = δ_w / σ_w.  The words of each class come from the training split; the count is the share of a text's words that are
+  typical of its own class, or of another.
+* *Overlap.*  The share of its runs of 1, 2 and 3 words that occur in the training split.  Text that was copied from there has
+  nearly all of them; held-out real text gives the value to compare with.
+* *Rare words.*  The share of words that occur fewer than five times in the training split, or never.
+* *Perplexity*, the exponential of the mean loss per token, under a language model: how much the text reads like language.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
+import pandas as pd
 
-from distillkit.core.distilled import DistilledSet, special_frame
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_whole
+from distillkit.evaluation.scoring import log_likelihoods
+from distillkit.io.checks import check_whole, require
 
-PRIOR = 500  # words that the prior is worth, our choice
-TELLING = 1.96  # z of a word that tells a class
 RUNS = (1, 2, 3)
 RARE = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """What words a text holds; all shares are of its words or of its runs of words.
+    """Counts of a text's words; all shares are of its words or of its runs of words.
 
     Attributes:
         words, distinct: their number, and the share of different ones.
-        own, other: share of words that tell the text's own class in the training split, and of those that tell only others.
-        overlap: {n: share of its runs of n words that stand in the training split}.
+        own, other: share of words typical of the text's own class in the training split, and of those typical of others only.
+        overlap: {n: share of its runs of n words that occur in the training split}.
         rare: share of words that the training split has fewer than ``RARE`` times.
-        perplexity: a token, under a language model; None where none was given.
+        perplexity: per token, under a language model; None without one.
         terms: {class: words that set its text apart from the text of the other classes, most telling first}.
     """
 
@@ -66,14 +66,14 @@ def words_of(text: str) -> list[str]:
 
 
 def log_odds(
-    one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int], *, strength: float = PRIOR
+    one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int], *, strength: float = 500
 ) -> dict[str, float]:
     """How much more a word belongs to ``one`` than to ``other``: z-scores of the log-odds ratio (Monroe et al., 2008, eq. 22).
 
     Args:
         one, other: counts of words.
         prior: counts in the corpus that both are seen against.  A word it lacks counts once there.
-        strength: α_0, the number of words that the prior is worth.
+        strength: α_0, the number of words that the prior is worth; the default is our choice.
 
     Returns:
         {word: z} for every word of ``one`` or ``other``.
@@ -81,39 +81,37 @@ def log_odds(
     Raises:
         ValueError: a side without words, or a strength that is not above 0.
     """
-    if not (strength > 0 and sum(one.values()) and sum(other.values())):
-        raise ValueError(f"log-odds compare counts with counts: {sum(one.values())} words, {sum(other.values())} words, "
-                         f"strength {strength!r}, which must all be above 0")
-    seen = sorted({*one, *other})
-    base = {word: max(1, prior.get(word, 0)) for word in {*prior, *seen}}
-    scale = strength / sum(base.values())
-    sizes = [sum(counts.values()) for counts in (one, other)]
-    found = {}
-    for word in seen:
-        alpha = scale * base[word]
-        here, there = (counts.get(word, 0) + alpha for counts in (one, other))
-        ratio = math.log(here / (sizes[0] + strength - here)) - math.log(there / (sizes[1] + strength - there))
-        found[word] = ratio / math.sqrt(1 / here + 1 / there)
-    return found
+    require(strength > 0 and sum(one.values()) and sum(other.values()),
+            f"log-odds compare counts with counts: {sum(one.values())} words, {sum(other.values())} words, "
+            f"strength {strength!r}, which must all be above 0")
+    words = sorted({*one, *other})
+    base = {word: max(1, prior.get(word, 0)) for word in {*prior, *words}}
+    scale, sizes, scores = strength / sum(base.values()), (sum(one.values()), sum(other.values())), {}
+    for word in words:
+        y, rest = (counts.get(word, 0) + scale * base[word] for counts in (one, other))
+        ratio = math.log(y / (sizes[0] + strength - y)) - math.log(rest / (sizes[1] + strength - rest))
+        scores[word] = ratio / math.sqrt(1 / y + 1 / rest)
+    return scores
 
 
 def describe_text(
-    texts: DistilledSet | Sequence[tuple[str, str]], task: Task, student: Student | None = None, *, top: int = 5
+    texts: DistilledSet | Sequence[tuple[str, str]], task: Task, student: Student | None = None, *, top: int = 5,
+    telling: float = 1.96,
 ) -> Wording:
-    """Describe a text by its words, seen against the training split of its task.
+    """Describe a text by its words, compared with the training split of its task.
 
     Args:
         texts: a set with text, or pairs of a text and its class's name.
         task: the classification task it is of.
         student: a language model for the perplexity, as :func:`~distillkit.applications.prompting.questions` or an instruction
             task loads it; None: no perplexity.
-        top: terms of a class that are told.
+        top: number of terms per class.
+        telling: z-score above which a word is typical of a class.
 
     Raises:
         ValueError: a set without text, no words, an unknown class, another kind of task, or a student that is a classifier.
     """
-    if task.kind != "classification":
-        raise ValueError(f"words are told apart by class, and task {task.name!r} is {task.kind}")
+    require(task.kind == "classification", f"words are counted by class, and task {task.name!r} is {task.kind}")
     if student is not None and student.kind != "instruction":
         raise ValueError(f"student {student.name!r} is a classifier, which gives text no probability; load it for an "
                          "instruction task")
@@ -123,26 +121,29 @@ def describe_text(
         texts = list(zip(rows["text"][:], rows["label"][:], strict=True))
     if unknown := {name for _, name in texts} - {*task.classes}:
         raise ValueError(f"a text is of class {min(unknown)!r}, which is none of {', '.join(task.classes)}")
-    read = [(words_of(text), name) for text, name in texts]
-    if not (count := sum(len(words) for words, _ in read)):
-        raise ValueError("there is no word in these texts")
+    pairs = [(words_of(text), name) for text, name in texts]
+    words = pd.Series([word for body, _ in pairs for word in body], dtype=object)
+    require(len(words), "there is no word in these texts")
 
-    corpus = [words_of(text) for text in task.train["text"][:]]
-    labels = [task.classes[label] for label in task.labels("train")]
-    everything = collections.Counter(word for words in corpus for word in words)
-    telling = _telling(_by_class(zip(corpus, labels, strict=True), task.classes), everything)
-    own = sum(word in telling[name] for words, name in read for word in words)
-    any_class = frozenset().union(*telling.values())
-    told = sum(word in any_class for words, _ in read for word in words)
+    corpus = [(words_of(text), task.classes[label]) for text, label in zip(task.train["text"][:], task.labels("train"))]
+    frequency = collections.Counter(word for body, _ in corpus for word in body)
+    scores = _scores_by_class(corpus, task.classes, frequency)
+    words_of_class = {name: {word for word, z in scores[name].items() if z > telling} for name in task.classes}
+    tells_own = pd.Series([word in words_of_class[name] for body, name in pairs for word in body])
+    overlap = {}
+    for n in RUNS:
+        known, runs = {*_runs(corpus, n)}, _runs(pairs, n)
+        overlap[n] = sum(run in known for run in runs) / len(runs) if runs else math.nan
+    terms = _scores_by_class(pairs, task.classes, frequency)
     return Wording(
-        words=count,
-        distinct=len({word for words, _ in read for word in words}) / count,
-        own=own / count,
-        other=(told - own) / count,
-        overlap={n: _overlap([words for words, _ in read], corpus, n) for n in RUNS},
-        rare=sum(everything[word] < RARE for words, _ in read for word in words) / count,
+        words=len(words),
+        distinct=words.nunique() / len(words),
+        own=float(tells_own.mean()),
+        other=float((words.isin(set().union(*words_of_class.values())) & ~tells_own).mean()),
+        overlap=overlap,
+        rare=sum(frequency[word] < RARE for word in words) / len(words),
         perplexity=None if student is None else perplexity([text for text, _ in texts], student),
-        terms=_terms(_by_class(read, task.classes), everything, top),
+        terms={name: tuple(sorted(z, key=lambda word: (-z[word], word))[:top]) for name, z in terms.items()},
     )
 
 
@@ -151,65 +152,40 @@ def perplexity(texts: Sequence[str], student: Student) -> float:
 
     Where a tokenizer has none, a text's first token is not predicted.  Texts are cut at the model's positions.
     """
-    before, loss, tokens = special_frame(student.tokenizer)[0], 0.0, 0
-    for text in texts:
-        ids = before + student.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor(ids[: student.max_positions], device=student.device)
-        first = max(1, len(before))
-        if len(ids) > first:
-            with torch.no_grad():
-                said = student.module(inputs_embeds=student.scaled(student.embedding[ids])[None]).logits[0, first - 1 : -1]
-            loss += float(torch.nn.functional.cross_entropy(said.double(), ids[first:], reduction="sum"))
-            tokens += len(ids) - first
-    if not tokens:
-        raise ValueError("there is no token to predict in these texts")
-    return math.exp(loss / tokens)
+    before = special_frame(student.tokenizer)[0]
+    first = max(1, len(before))
+    texts_ids = [before + student.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    texts_ids = [ids[: student.max_positions] for ids in texts_ids if len(ids) > first]
+    require(texts_ids, "there is no token to predict in these texts")
+    prompts, rest = [ids[:first] for ids in texts_ids], [[ids[first:]] for ids in texts_ids]
+    scores = log_likelihoods(student, prompts, rest, batch_size=8)
+    return math.exp(-sum(float(score[0]) for score in scores) / sum(len(ids) for (ids,) in rest))
 
 
-def wording_table(found: Mapping[str, Wording]) -> str:
+def wording_table(descriptions: Mapping[str, Wording]) -> str:
     """Descriptions by name as a Markdown table."""
     lines = ["| text | words | distinct | tell own class | tell others | runs of 1 / 2 / 3 in training text | rare | "
              "perplexity |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for name, w in found.items():
+    for name, w in descriptions.items():
         overlap = " / ".join(f"{share:.0%}" for share in w.overlap.values())
-        read = "" if w.perplexity is None else f"{w.perplexity:.0f}"
+        perplexity = "" if w.perplexity is None else f"{w.perplexity:.0f}"
         lines.append(f"| {name} | {w.words} | {w.distinct:.0%} | {w.own:.0%} | {w.other:.0%} | {overlap} | {w.rare:.0%} | "
-                     f"{read} |")
+                     f"{perplexity} |")
     return "\n".join(lines)
 
 
-def _by_class(read: Iterable[tuple[list[str], str]], classes: Sequence[str]) -> dict[str, collections.Counter]:
-    counts = {name: collections.Counter() for name in classes}
-    for words, name in read:
-        counts[name].update(words)
-    return counts
-
-
-def _against_the_others(counts: dict[str, collections.Counter], prior) -> dict[str, dict[str, float]]:
+def _scores_by_class(
+    pairs: Sequence[tuple[list[str], str]], classes: Sequence[str], prior: Mapping[str, int]
+) -> dict[str, dict[str, float]]:
     """z-scores of each class's own words against all other classes together; none where a side has no words."""
-    total, found = sum(counts.values(), collections.Counter()), {}
-    for name, mine in counts.items():
-        others = total - mine
-        scores = log_odds(mine, others, prior) if mine and others else {}
-        found[name] = {word: scores[word] for word in mine if word in scores}
-    return found
+    counts = {name: collections.Counter(w for words, label in pairs if label == name for w in words) for name in classes}
+    total, scores = sum(counts.values(), collections.Counter()), {}
+    for name, count in counts.items():
+        others = total - count
+        z = log_odds(count, others, prior) if count and others else {}
+        scores[name] = {word: z[word] for word in count if z}
+    return scores
 
 
-def _telling(counts: dict[str, collections.Counter], prior) -> dict[str, frozenset[str]]:
-    return {name: frozenset(word for word, z in scores.items() if z > TELLING)
-            for name, scores in _against_the_others(counts, prior).items()}
-
-
-def _terms(counts: dict[str, collections.Counter], prior, top: int) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(sorted(scores, key=lambda word: (-scores[word], word))[:top])
-            for name, scores in _against_the_others(counts, prior).items()}
-
-
-def _overlap(texts: list[list[str]], corpus: list[list[str]], n: int) -> float:
-    runs = [run for words in texts for run in _runs(words, n)]
-    there = {run for words in corpus for run in _runs(words, n)}
-    return sum(run in there for run in runs) / len(runs) if runs else float("nan")
-
-
-def _runs(words: list[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def _runs(pairs: Sequence[tuple[list[str], str]], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for words, _ in pairs for i in range(len(words) - n + 1)]

@@ -1,77 +1,66 @@
 """Two tiny language models that come with the package, and how they are made.
 
 A set that was distilled for one language model is worth most if another can train on its text.  Showing that needs two
-models which know something, of different architecture and with different tokenizers, and a machine without a model hub
-has none.  So ``tiny-opt`` (OPT, byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for
-rare characters) are pre-trained here, each within the hour on one CPU thread:
+models with different architectures and tokenizers, also on a machine without a model hub.  So ``tiny-opt`` (OPT,
+byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for rare characters) are pre-trained
+here, each within the hour on one CPU thread:
 
     python -m distillkit.assets.pretrain tiny-opt --minutes 45
 
-*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.corpora`.  Each is read once a pass under its dotted
-path, and several times as its first sentence next to that path, which is the knowledge that later questions ask for.  A
-docstring in which a sentence of the questions' validation or test split occurs, anywhere, is left out altogether.
+*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.docstrings`.  A pass reads each once under its
+dotted path, and several times as its first sentence next to that path, which is the knowledge that later questions ask
+for.  A docstring that contains a sentence of the questions' validation or test split is left out altogether.
 
-*How.*  Documents follow each other without padding.  The learning rate follows the time spent (or the steps made, if
-their number is given, which makes a run repeatable to the bit), so that a run of any length ends with small steps.  The
+*How.*  `transformers.Trainer` with AdamW and a cosine that falls to 0.  Documents follow each other without padding.  The
 first three quarters are read in rows of 128 tokens and the rest in rows of 256, as BERT's training was split (Devlin et
-al., 2019), since short rows are quicker.  Arithmetic is float32: on CPUs without bfloat16 instructions autocast to
+al., 2019), since short rows are quicker.  A run of so many minutes measures the time of a step first.  The same steps and
+seed give the same bytes on one thread.  Arithmetic is float32: on CPUs without bfloat16 instructions autocast to
 bfloat16 was measured to be about fifteen times slower.
 
 What is written is a model folder in the hub's layout, with a model card and the SHA-256 of every file that is loaded;
-:func:`asset` checks them.
+:func:`~distillkit.io.packaged.asset` checks them.
 """
 
-from __future__ import annotations
-
 import argparse
-import copy
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
-from distillkit.data import corpora
-from distillkit.data.corpora import first_sentence, mask_libraries, same_sentence_key
-from distillkit.io.checks import check_choice
+from distillkit.data import docstrings as sources
+from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key
 from distillkit.io.escaping import one_line, say
-from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError, sha256_of
+from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
 from distillkit.io.progress import progress
-from distillkit.io.restart import started
 from distillkit.io.seeds import derive_seed, generator
-from distillkit.io.signals import Ended, ending_signals
-from distillkit.io.storage import Claim, is_vacant, load_folder, replacing, save_folder
-
-KIND = "pretraining-checkpoint"
+from distillkit.io.storage import save_text
+from distillkit.io.verify import sha256_of
 
 LONGEST = 1000  # characters of a docstring
 # Short forms of a docstring, and how often each is read in a pass.
 FORMS = {"{path}: {sentence}": 1, "{sentence} -- {path}": 2, "{sentence} -> {name} ({module})": 1}
-LENGTHS, MICRO = (128, 256), 2048  # tokens in a row, and in what is computed at once
-PEAK, WARMUP, LONG_ROWS_FROM = 2e-3, 0.03, 0.75
+LENGTHS, LONG_ROWS_FROM = (128, 256), 0.75  # tokens in a row, and the share of the run that has short rows
+PEAK, WARMUP = 2e-3, 0.03  # learning rate, and the share of the run in which it rises
 POINTS = 20  # of the loss curve
 VALIDATION_TOKENS = 16384
-CHECKPOINT_SECONDS = 180
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Documents to train on, each with its number of copies in a pass; documents to validate on; and what they are of."""
 
     train: list[tuple[str, int]]
@@ -82,63 +71,51 @@ class Text:
 def documents(docstrings: Mapping[str, str], held_out: frozenset[str]) -> Text:
     """What a model reads of ``docstrings`` (dotted path → docstring).
 
-    Left out is every docstring in which a sentence of ``held_out`` (keys as of ``corpora.same_sentence_key``) occurs,
-    be it as part of another sentence.  One docstring in a hundred, by the hash of its first sentence, is for validation.
+    A docstring is left out if a sentence of ``held_out`` (keys of :func:`same_sentence_key`) occurs in it, even inside
+    another sentence.  One docstring in a hundred, by the hash of its first sentence, is for validation.
     """
-    train, validation, kept = [], [], 0
+    train, validation, count = [], [], 0
     occurs = _finder(held_out)
     for path, docstring in progress(sorted(docstrings.items()), desc="reading docstrings", leave=False):
-        sentence = first_sentence(docstring)
-        if (sentence and same_sentence_key(sentence) in held_out) or occurs(docstring):
+        sentence, (module, _, name) = first_sentence(docstring), path.rpartition(".")
+        if same_sentence_key(sentence or "") in held_out or occurs(docstring):
             continue
-        kept += 1
-        module, _, name = path.rpartition(".")
+        count += 1
         read = [(f"{path}\n{_plain(docstring)}", 1)]
         if sentence and module:
-            values = {"path": path, "sentence": sentence, "name": name, "module": module}
-            read += [(form.format(**values), copies) for form, copies in FORMS.items()]
+            read += [(form.format(path=path, sentence=sentence, name=name, module=module), copies)
+                     for form, copies in FORMS.items()]
         if derive_seed("pretrain-validation", same_sentence_key(sentence or docstring)) % 100 == 0:
             validation += [document for document, _ in read]
         else:
             train += read
-    facts = {
-        "docstrings": len(docstrings),
-        "kept": kept,
-        "characters": sum(len(text) for text, _ in train),
-        "held_out": {"sentences": len(held_out), "sha256": _digest(sorted(held_out))},
-    }
-    return Text(train, validation, facts)
+    return Text(train, validation, {
+        "docstrings": len(docstrings), "kept": count, "characters": sum(len(text) for text, _ in train),
+        "held_out": {"sentences": len(held_out), "sha256": _digest(sorted(held_out))}})
 
 
 def library_documents() -> Text:
     """:func:`documents` of the installed libraries, without the sentences that questions will judge it on."""
-    from distillkit.data import instruction
-
     docstrings = {}
-    with corpora.collector_paused():
-        for library in progress(corpora.LIBRARIES, desc="parsing libraries", leave=False):
-            docstrings |= corpora.documented(library)
-    text = documents(docstrings, instruction.held_out())
-    versions = {library: importlib.metadata.version(library) for library in corpora.LIBRARIES}
-    return dataclasses.replace(text, facts=text.facts | {"libraries": versions})
+    for library in progress(sources.LIBRARIES, desc="parsing libraries", leave=False):
+        docstrings |= sources.documented(library)
+    text = documents(docstrings, sources.held_out())
+    text.facts["libraries"] = {library: importlib.metadata.version(library) for library in sources.LIBRARIES}
+    return text
 
 
 def _finder(held_out: frozenset[str]):
-    """A function that tells whether one of these keys occurs in a docstring as a run of words, names masked."""
-    keys = [key.split() for key in held_out]
-    starts: dict[tuple[str, ...], list[list[str]]] = {}  # by the first words, or it would compare every key at every word
-    for key in keys:
-        starts.setdefault(tuple(key[:4]), []).append(key)
-    sizes = {len(start) for start in starts}
+    """A function that says whether one of these keys occurs in a docstring as a run of words, names masked."""
+    keys = defaultdict(list)  # by their first words, or it would compare every key at every word
+    for key in held_out:
+        words = key.split()
+        keys[tuple(words[:4])].append(words)
+    sizes = {*map(len, keys)}
 
     def occurs(docstring: str) -> bool:
         words = same_sentence_key(mask_libraries(re.sub(r":[\w:+-]+:(?=`)", "", docstring))).split()
-        return any(
-            words[i : i + len(key)] == key
-            for size in sizes
-            for i in range(len(words) - size + 1)
-            for key in starts.get(tuple(words[i : i + size]), ())
-        )
+        return any(words[i : i + len(key)] == key for i in range(len(words)) for size in sizes
+                   for key in keys.get(tuple(words[i : i + size]), ()))
 
     return occurs
 
@@ -152,15 +129,13 @@ def _plain(docstring: str) -> str:
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
-
 def opt_tokenizer(texts: list[str], size: int = 4096) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE with OPT's special tokens; as in OPT, ``</s>`` stands in front of every text."""
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return _wrapped(bpe, bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
 
 
@@ -173,276 +148,168 @@ def llama_tokenizer(texts: list[str], size: int = 3072) -> transformers.PreTrain
     bpe.pre_tokenizer = pre_tokenizers.Split(words, behavior="isolated")
     trainer = trainers.BpeTrainer(vocab_size=size - len(special), limit_alphabet=128, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    found = json.loads(bpe.to_str())["model"]
-    vocab = {token: i for i, token in enumerate([*special, *sorted(found["vocab"], key=found["vocab"].get)])}
-    merges = [tuple(pair) for pair in found["merges"]]
-    bpe.model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    bpe.decoder = decoders.Sequence(steps)
+    trained = json.loads(bpe.to_str())["model"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(trained["vocab"], key=trained["vocab"].get)])}
+    bpe.model = models.BPE(vocab=vocab, merges=[tuple(pair) for pair in trained["merges"]], unk_token="<unk>", fuse_unk=True,
+                           byte_fallback=True)
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
     return _wrapped(bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
 
 def _wrapped(bpe: Tokenizer, **special: str) -> transformers.PreTrainedTokenizerFast:
     bos = special["bos_token"]
-    bpe.add_special_tokens(sorted({*special.values()}, key=cast("Any", bpe.token_to_id)))
+    bpe.add_special_tokens(sorted({*special.values()}, key=bpe.token_to_id))
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))]
-    )
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=LENGTHS[-1], **special)
 
 
-def opt_model(**shared) -> transformers.OPTForCausalLM:
-    """OPT of 4 layers and width 192: 2.6 million parameters with 4,096 tokens."""
-    return transformers.OPTForCausalLM(transformers.OPTConfig(
+# Of each kind: its tokenizer, its architecture, and a configuration of 4 layers and width 192.
+KINDS = {
+    "tiny-opt": (opt_tokenizer, transformers.OPTForCausalLM, transformers.OPTConfig(
         hidden_size=192, word_embed_proj_dim=192, num_hidden_layers=4, num_attention_heads=6, ffn_dim=768,
-        activation_function="relu", dropout=0.0, attention_dropout=0.0, **shared,
-    ))
+        activation_function="relu", dropout=0.0, attention_dropout=0.0)),
+    "tiny-llama": (llama_tokenizer, transformers.LlamaForCausalLM, transformers.LlamaConfig(
+        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2)),
+}
 
 
-def llama_model(**shared) -> transformers.LlamaForCausalLM:
-    """Llama of 4 layers and width 192, three heads to a key: 2.2 million parameters with 3,072 tokens."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, **shared,
-    ))
-
-
-KINDS = {"tiny-opt": (opt_tokenizer, opt_model), "tiny-llama": (llama_tokenizer, llama_model)}
+def fresh_model(name: str, tokenizer: transformers.PreTrainedTokenizerFast, seed: int) -> transformers.PreTrainedModel:
+    """A model with random weights for that tokenizer: 2.6 million parameters with the 4,096 tokens of tiny-opt, 2.2 million
+    with the 3,072 of tiny-llama."""
+    _, build, config = KINDS[name]
+    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTHS[-1], "tie_word_embeddings": True}
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
+        torch.manual_seed(derive_seed("pretrain-init", name, seed))
+        return build(type(config)(**config.to_dict() | sizes | special))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-
-def rate(done: float) -> float:
-    """Factor on the learning rate when the share ``done`` (0..1) of the run is over: linear up, half a cosine down to 0."""
-    if done < WARMUP:
-        return (done + 1e-3) / (WARMUP + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (done - WARMUP) / (1 - WARMUP)))
-
-
-class Pretraining:
-    """One run, from its text to a model folder; a run that was interrupted goes on.
+def train(name: str, text: Text, *, steps: int | None = None, minutes: float | None = None, seed: int = 0, batch: int = 4096,
+          runs: str | Path = "runs") -> tuple[transformers.Trainer, dict]:
+    """Train a model; a run that was interrupted goes on from its last checkpoint.
 
     Args:
         name: ``"tiny-opt"`` or ``"tiny-llama"``.
-        text: what to read.
-        steps: length of the run in steps; the same steps and seed give the same bytes on one thread.
-        minutes: length of the run in time, if not in steps.
+        steps, minutes: length of the run, in one of the two.
         seed: draws the initial weights and the order of the documents.
         batch: tokens in a step, a multiple of 256.
-        runs: folder for the checkpoint, ``runs/pretrain-NAME``.
+        runs: folder for checkpoints; each run has a folder there, named after its settings and its text.
 
-    Raises:
-        ValueError: settings that cannot be, too little text, or a checkpoint of a run with other settings or other text.
+    Returns:
+        the trainer, which holds model and tokenizer, and the record of the run, for ``training.json`` and the model card.
+
+    Raises ValueError for settings out of range or too little text, and FloatingPointError if the loss is not finite.
     """
-
-    def __init__(self, name: str, text: Text, *, steps: int | None = None, minutes: float | None = None, seed: int = 0,
-                 batch: int = 4096, runs: str | Path = "runs"):
-        check_choice("name", name, KINDS)
-        given = minutes if steps is None else steps
-        if (steps is None) == (minutes is None) or given is None or given <= 0:
-            raise ValueError(f"give steps or minutes, one of them and above 0, not steps={steps!r}, minutes={minutes!r}")
-        if batch < 1 or batch % LENGTHS[-1]:
-            raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
-        self.name, self.text, self.steps, self.minutes, self.seed, self.batch = name, text, steps, minutes, seed, batch
-        self.folder = Path(runs) / f"pretrain-{name}"
-        self.losses: list[float] = []  # one a step
-        self.curve: list[dict] = []
-        self.seconds = 0.0
-        self.tokenizer = KINDS[name][0]([document for document, _ in text.train])
-        self.model = _fresh_model(name, self.tokenizer, seed)
-        self.parameters = dict(self.model.named_parameters())
-        matrices, vectors = ([p for p in self.parameters.values() if (p.ndim > 1) is wanted] for wanted in (True, False))
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95))
-        self.settings = {
-            "name": name, "steps": steps, "minutes": minutes, "seed": seed, "batch": batch,
-            "text": _digest([f"{copies} {document}" for document, copies in text.train] + text.validation),
-            "tokenizer": _digest([self.tokenizer.backend_tokenizer.to_str()]),
-        }
-        if not is_vacant(self.folder):
-            self._resume()
-        self._prepare()
-
-    @property
-    def done(self) -> float:
-        """Share of the run that is over, 0..1."""
-        if self.steps:
-            return min(1.0, len(self.losses) / self.steps)
-        assert self.minutes is not None  # one of the two is given
-        return min(1.0, self.seconds / (60 * self.minutes))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read so far."""
-        return len(self.losses) * self.batch
-
-    def run(self) -> Iterator[float]:
-        """Train to the end, yielding the loss of every step (mean over its tokens, in nats).
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        saved = time.perf_counter()
-        with progress(total=1000, initial=round(1000 * self.done), desc=self.name, unit="‰") as bar:
-            while self.done < 1:
-                begun, before = time.perf_counter(), self.done
-                loss = self._step()
-                self.seconds += time.perf_counter() - begun
-                if int(POINTS * self.done) > int(POINTS * before):
-                    begun = time.perf_counter()
-                    self._measure()
-                    self.seconds += time.perf_counter() - begun
-                if self.done == 1 or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                    self.save()
-                    saved = time.perf_counter()
-                bar.update(round(1000 * self.done) - bar.n)
-                bar.set_postfix(loss=f"{loss:.3f}", step=len(self.losses))
-                yield loss
-
-    def save(self) -> None:
-        """Write a checkpoint of the whole run."""
-        tensors = {f"model.{name}": p for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"adam.{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        data = {"settings": self.settings, "seconds": self.seconds, "losses": self.losses, "curve": self.curve}
-        save_folder(self.folder, kind=KIND, tensors=tensors, data=data)
-
-    def write(self, out: str | Path = ASSETS) -> Path:
-        """Write the model folder ``out/NAME``, weights in bfloat16, and return its path; an older one is replaced.
-
-        Raises:
-            AssetError: ``out/NAME`` holds something else.
-        """
-        folder = Path(out) / self.name
-        if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-            raise AssetError(f"will not overwrite {folder}: it has no {MANIFEST}, so it is not a model of this package; "
-                             "choose another folder, or delete it yourself")
-        with replacing(folder.resolve()) as fresh:
-            cast("Any", copy.deepcopy(self.model)).to(torch.bfloat16).save_pretrained(fresh)
-            self.tokenizer.save_pretrained(fresh)
-            record = self.record()
-            (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            (fresh / "README.md").write_text(card(record), encoding="utf-8")
-            manifest = {"sha256": {file: sha256_of(fresh / file) for file in FILES}}
-            (fresh / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        return folder
-
-    def record(self) -> dict:
-        """What is known about the run, for ``training.json`` and the model card."""
-        versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")}
-        return {
-            "settings": self.settings,
-            "architecture": type(self.model).__name__,
-            "parameters": sum(p.numel() for p in self.parameters.values()),
-            "vocabulary": len(self.tokenizer),
-            "steps": len(self.losses),
-            "tokens": self.tokens,
-            "passes": round(len(self.losses) / self.steps_per_pass, 2),
-            "minutes": round(self.seconds / 60, 1),
-            "threads": torch.get_num_threads(),
-            "versions": versions,
-            "text": self.text.facts,
-            "curve": self.curve,
-        }
-
-    def _step(self) -> float:
-        length = LENGTHS[self.done >= LONG_ROWS_FROM]
-        inputs, targets = self._batch(length)
-        total, share = 0.0, MICRO // length
-        for x, y in zip(inputs.split(share), targets.split(share)):
-            loss = self._loss(x, y) * (len(x) / len(inputs))
-            loss.backward()
-            total += loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"{self.name}, step {len(self.losses) + 1}: the loss is {total}; lower pretrain.PEAK")
-        for group in self.optimizer.param_groups:
-            group["lr"] = PEAK * rate(self.done)
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(total)
-        return total
-
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        logits = self.model(input_ids=x, use_cache=False).logits  # [b, l, v]
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    @torch.no_grad()
-    def _measure(self) -> None:
-        share = MICRO // LENGTHS[-1]
-        pieces = list(zip(*(part.split(share) for part in self.validation)))
-        loss = sum(self._loss(x, y).item() * len(x) for x, y in pieces) / len(self.validation[0])
-        since = self.losses[self.curve[-1]["step"] if self.curve else 0 :]
-        self.curve.append({
-            "step": len(self.losses), "tokens": self.tokens, "minutes": round(self.seconds / 60, 2),
-            "train_loss": round(sum(since) / len(since), 4), "validation_loss": round(loss, 4),
-        })
-
-    def _batch(self, length: int) -> tuple[Tensor, Tensor]:
-        number, i = divmod(len(self.losses), self.steps_per_pass)
-        return _rows(self._pass(number)[i * self.batch : (i + 1) * self.batch + 1], length)
-
-    def _pass(self, number: int) -> Tensor:
-        """All tokens of a pass, the documents in an order of its own."""
-        current, tokens = self._current
-        if current != number or tokens is None:
-            which = torch.arange(len(self.copies)).repeat_interleave(self.copies)
-            order = torch.randperm(len(which), generator=generator("pretrain-order", self.seed, number))
-            tokens = torch.cat([self.encoded[i] for i in which[order].tolist()])
-            self._current = number, tokens
-        return tokens
-
-    def _encode(self, texts: list[str]) -> list[Tensor]:
-        """Token ids of each document, bos in front and eos at the end (once, where the two are the same token)."""
-        bpe, eos = self.tokenizer.backend_tokenizer, self.tokenizer.eos_token_id
-        end = [] if eos == self.tokenizer.bos_token_id else [eos]
-        bpe.encode_special_tokens = True  # a docstring that spells </s> means four characters
-        ids = [torch.tensor(bpe.encode(text).ids + end, dtype=torch.int32)
-               for text in progress(texts, desc="tokenizing", leave=False)]
-        bpe.encode_special_tokens = False
-        return ids
-
-    def _prepare(self) -> None:
-        """Turn the text into tokens."""
-        self.encoded = self._encode([document for document, _ in self.text.train])
-        self.copies = torch.tensor([copies for _, copies in self.text.train])
-        self._current: tuple[int | None, Tensor | None] = (None, None)  # number and tokens of the pass that is being read
-        size = sum(copies * len(ids) for copies, ids in zip(self.copies.tolist(), self.encoded))
-        validation = torch.cat([torch.empty(0, dtype=torch.int32), *self._encode(self.text.validation)])
-        self.steps_per_pass, rows = (size - 1) // self.batch, min(len(validation) - 1, VALIDATION_TOKENS) // LENGTHS[-1]
-        if self.steps_per_pass < 1 or rows < 1:
-            raise ValueError(f"too little text: {size} tokens to train on and {len(validation)} to validate on, and there must "
-                             f"be more than batch={self.batch} and more than {LENGTHS[-1]}; give more documents")
-        self.validation = _rows(validation[: rows * LENGTHS[-1] + 1], LENGTHS[-1])
-
-    def _resume(self) -> None:
-        stored = load_folder(self.folder, kind=KIND)
-        theirs = stored.data["settings"]
-        if different := [k for k in self.settings if theirs.get(k) != self.settings[k]]:
-            k = different[0]
-            raise ValueError(f"{self.folder} holds a run with other settings: {k} is {theirs.get(k)!r} there and "
-                             f"{self.settings[k]!r} here; go on with the same settings, or start over with --fresh")
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(stored.tensors[f"model.{name}"])
-                adam = {k: stored.tensors.get(f"adam.{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {k: v for k, v in adam.items() if v is not None}
-        self.seconds, self.losses, self.curve = (stored.data[k] for k in ("seconds", "losses", "curve"))
+    if (steps is None) == (minutes is None) or (steps or minutes or 0) <= 0:
+        raise ValueError(f"give steps or minutes, one of them and above 0, not steps={steps!r}, minutes={minutes!r}")
+    if batch < 1 or batch % LENGTHS[-1]:
+        raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
+    tokenizer = KINDS[name][0]([document for document, _ in text.train])
+    settings = {"name": name, "steps": steps, "minutes": minutes, "seed": seed, "batch": batch,
+                "text": _digest([f"{count} {document}" for document, count in text.train] + text.validation),
+                "tokenizer": _digest([tokenizer.backend_tokenizer.to_str()])}
+    folder = Path(runs) / f"pretrain-{name}-{_digest([json.dumps(settings)])[:8]}"
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    model = fresh_model(name, tokenizer, seed)
+    state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
+    steps = steps or (state.max_steps if state else _steps_in(minutes, model, batch))
+    batches, validation, passes = _batches(text, tokenizer, steps, batch, seed)
+    trainer = _trainer(model, tokenizer, batches, validation, seed, folder)
+    seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+    seconds *= steps / max(1, steps - (state.global_step if state else 0))  # of the whole run, at the pace of its last start
+    curve = _curve(trainer.state.log_history, batch)
+    if not math.isfinite(curve[-1]["validation_loss"]):
+        raise FloatingPointError(f"{name}, step {steps}: the loss is {curve[-1]['validation_loss']}; lower pretrain.PEAK")
+    return trainer, {
+        "settings": settings, "architecture": type(model).__name__, "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer), "steps": steps, "tokens": steps * batch, "passes": round(passes, 2),
+        "minutes": round(seconds / 60, 1), "threads": torch.get_num_threads(),
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")},
+        "text": text.facts, "curve": curve}
 
 
-def _fresh_model(name: str, tokenizer: transformers.PreTrainedTokenizerFast, seed: int) -> transformers.PreTrainedModel:
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
-        torch.manual_seed(derive_seed("pretrain-init", name, seed))
-        return KINDS[name][1](
-            vocab_size=len(tokenizer), max_position_embeddings=LENGTHS[-1], tie_word_embeddings=True, **ids
-        )
+def _trainer(model, tokenizer, batches: list[Tensor], validation: Tensor, seed: int, folder: Path) -> transformers.Trainer:
+    every = max(1, len(batches) // POINTS)
+    return transformers.Trainer(
+        model=model, processing_class=tokenizer, train_dataset=batches, eval_dataset=[validation],
+        data_collator=lambda items: {"input_ids": items[0], "labels": items[0]},  # an item is the batch of a step
+        args=transformers.TrainingArguments(
+            output_dir=str(folder), max_steps=len(batches), seed=seed, per_device_train_batch_size=1,
+            train_sampling_strategy="sequential", learning_rate=PEAK, lr_scheduler_type="cosine", warmup_steps=WARMUP,
+            weight_decay=0.1, adam_beta2=0.95, logging_steps=every, eval_strategy="steps", eval_steps=every, save_steps=every,
+            save_total_limit=1, use_cpu=True, remove_unused_columns=False, logging_nan_inf_filter=False))
 
 
-def _rows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[rows, length]`` of a stretch of rows · length + 1 tokens."""
-    tokens = tokens.long()
-    return tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+def _batches(text: Text, tokenizer, steps: int, batch: int, seed: int) -> tuple[list[Tensor], Tensor, float]:
+    """The rows of tokens of each step [r, l], those to validate on [v, 256], and how many passes over the text that is."""
+    documents, copies = encode(tokenizer, [document for document, _ in text.train]), [count for _, count in text.train]
+    validation = torch.cat([torch.empty(0, dtype=torch.long), *encode(tokenizer, text.validation)])
+    size = sum(len(ids) * count for ids, count in zip(documents, copies))
+    rows = min(len(validation), VALIDATION_TOKENS) // LENGTHS[-1]
+    if size < batch or rows < 1:
+        raise ValueError(f"too little text: {size} tokens to train on and {len(validation)} to validate on, and there must "
+                         f"be batch={batch} and {LENGTHS[-1]} or more; give more documents")
+    tokens = token_stream(documents, copies, steps * batch, seed)
+    batches = [step.view(-1, LENGTHS[number >= LONG_ROWS_FROM * steps]) for number, step in enumerate(tokens.split(batch))]
+    return batches, validation[: rows * LENGTHS[-1]].view(-1, LENGTHS[-1]), steps * batch / size
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tensor]:
+    """Token ids of each document, bos in front and eos at the end (once, where the two are the same token)."""
+    bpe, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    bpe.encode_special_tokens = True  # a docstring that spells </s> means four characters
+    ids = [torch.tensor(encoding.ids + [eos] * (eos != tokenizer.bos_token_id)) for encoding in bpe.encode_batch_fast(texts)]
+    bpe.encode_special_tokens = False
+    return ids
+
+
+def token_stream(documents: list[Tensor], copies: Sequence[int], size: int, seed: int) -> Tensor:
+    """``size`` tokens of passes over all documents, each as often as its copies, in an order of its own in each pass."""
+    which = torch.arange(len(documents)).repeat_interleave(torch.tensor(copies))
+    passes: list[Tensor] = []
+    while sum(map(len, passes)) < size:
+        order = torch.randperm(len(which), generator=generator("pretrain-order", seed, len(passes)))
+        passes.append(torch.cat([documents[number] for number in which[order].tolist()]))
+    return torch.cat(passes)[:size]
+
+
+def _steps_in(minutes: float, model: transformers.PreTrainedModel, batch: int) -> int:
+    """How many steps fit into a run of so many minutes, by the time of three."""
+    rows, begin = torch.zeros(batch // LENGTHS[0], LENGTHS[0], dtype=torch.long), time.perf_counter()
+    for _ in range(3):
+        model(input_ids=rows, labels=rows).loss.backward()
+    model.zero_grad()
+    return max(1, round(60 * minutes * 3 / (time.perf_counter() - begin)))
+
+
+def _curve(logs: list[dict], batch: int) -> list[dict]:
+    """The loss curve from a trainer's logs: at each point the mean training loss since the last one, and validation loss."""
+    points = {log["step"]: {"step": log["step"], "tokens": log["step"] * batch, "train_loss": round(log["loss"], 4)}
+              for log in logs if "loss" in log}
+    losses = {log["step"]: round(log["eval_loss"], 4) for log in logs if "eval_loss" in log}
+    return [point | {"validation_loss": losses[step]} for step, point in points.items()]
+
+
+def write(trainer: transformers.Trainer, record: dict, out: str | Path = ASSETS) -> Path:
+    """Write the model folder ``out/NAME``, weights in bfloat16, and return its path; an older one is replaced.
+
+    Raises AssetError if ``out/NAME`` holds something else.
+    """
+    folder = Path(out) / record["settings"]["name"]
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise AssetError(f"will not overwrite {folder}: it has no {MANIFEST}, so it is not a model of this package; "
+                         "choose another folder, or delete it yourself")
+    trainer.model.to(torch.bfloat16).save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    save_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    save_text(folder / "README.md", card(record))
+    digests = {file: sha256_of(folder / file) for file in FILES}
+    save_text(folder / MANIFEST, json.dumps({"sha256": digests}, indent=1) + "\n")  # last: until then the folder is refused
+    return folder
 
 
 def _digest(texts: list[str]) -> str:
@@ -450,16 +317,13 @@ def _digest(texts: list[str]) -> str:
 
 
 # --- model card and command line -------------------------------------------------------------------------------------
-
-
 def card(record: dict) -> str:
-    """The model card, README.md, of a run's :meth:`Pretraining.record`."""
+    """The model card, README.md, of the record of a run."""
     settings, text, name = record["settings"], record["text"], record["settings"]["name"]
+    libraries, versions = (", ".join(map(" ".join, names.items())) for names in (text["libraries"], record["versions"]))
     length = f"--steps {settings['steps']}" if settings["steps"] else f"--minutes {settings['minutes']:g}"
-    rows = "\n".join(
-        f"| {r['step']:,} | {r['tokens']:,} | {r['minutes']:.1f} | {r['train_loss']:.3f} | {r['validation_loss']:.3f} |"
-        for r in record["curve"]
-    )
+    rows = "\n".join(f"| {p['step']:,} | {p['tokens']:,} | {p['train_loss']:.3f} | {p['validation_loss']:.3f} |"
+                     for p in record["curve"])
     return f"""---
 license: apache-2.0
 language: en
@@ -475,7 +339,7 @@ one architecture can be tried on another on a machine that reaches no model hub.
 
 ## Text
 
-{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {_named(text["libraries"])}. Each was read under its dotted \
+{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries}. Each was read under its dotted \
 path, cut at {LONGEST:,} characters; and its first sentence, library names masked, was read {sum(FORMS.values())} times \
 more, next to its name and path. Left out were all docstrings in which one of the {text["held_out"]["sentences"]:,} first \
 sentences of the validation and test split of `docstrings_qa` occurs; those of its training split were read. \
@@ -488,12 +352,12 @@ One docstring in a hundred was kept for the validation loss.
 {record["steps"]:,} steps of {settings["batch"]:,} tokens, {record["tokens"]:,} in all ({record["passes"]:.1f} passes over \
 the text), took {record["minutes"]:.0f} minutes. Threads: {record["threads"]}. AdamW, learning rate {PEAK:g}, falling to 0 \
 along a cosine. Arithmetic was float32; the weights are stored in bfloat16. On a CPU without bfloat16 instructions autocast \
-to bfloat16 was measured to be about fifteen times slower. Made with {_named(record["versions"])}.
+to bfloat16 was measured to be about fifteen times slower. Made with {versions}.
 
 Loss in nats a token; training: the mean since the row above.
 
-| step | tokens | minutes | training | validation |
-|---:|---:|---:|---:|---:|
+| step | tokens | training | validation |
+|---:|---:|---:|---:|
 {rows}
 
 ## Use and limits
@@ -504,47 +368,29 @@ docstrings are under the licences of their libraries (BSD and similar ones).
 """
 
 
-def _named(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{package} {version}" for package, version in versions.items())
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m distillkit.assets.pretrain", description=(__doc__ or "").split("\n\n")[0])
-    top.add_argument("name", choices=tuple(KINDS))
-    length = top.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="length of the run (default 45)")
-    length.add_argument("--steps", type=int, help="length of the run, repeatable to the bit")
-    top.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    top.add_argument("--seed", type=int, default=0)
-    top.add_argument("--out", type=Path, default=ASSETS, help="folder for the model folder (default: the package's)")
-    top.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the checkpoint (default runs)")
-    top.add_argument("--fresh", action="store_true", help="forget an earlier, perhaps unfinished, run")
-    return top
-
-
 def main(argv: list[str] | None = None) -> int:
     """Pre-train a model and write it; returns the exit code: 0, or 2 for bad input, 130 for an interruption."""
-    args = parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = argparse.ArgumentParser(prog="python -m distillkit.assets.pretrain", description="Pre-train a tiny model.")
+    parser.add_argument("name", choices=tuple(KINDS))
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="length of the run (default 45)")
+    length.add_argument("--steps", type=int, help="length of the run, repeatable to the bit")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=ASSETS, help="folder for the model folder")
+    parser.add_argument("--runs", default="runs", help="folder for checkpoints; delete that of a run to start it over")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
-    checkpoint = args.runs / f"pretrain-{args.name}"
     try:
-        documents = library_documents()
-        with ending_signals(), started(Claim(checkpoint), checkpoint, fresh=args.fresh):
-            run = Pretraining(args.name, documents, steps=args.steps, minutes=minutes, seed=args.seed, runs=args.runs)
-            for _ in run.run():
-                pass
-            say(f"{run.write(args.out)}: {run.tokens:,} tokens, {run.tokens / run.seconds:,.0f} a second; {run.curve[-1]}")
+        trainer, record = train(args.name, library_documents(), steps=args.steps, minutes=minutes, seed=args.seed,
+                                runs=args.runs)
+        say(f"{write(trainer, record, args.out)}: {record['tokens']:,} tokens; {record['curve'][-1]}")
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"error: {one_line(error)}", error=True)
         return 2
-    except Ended as ended:
-        say(f"\nended by {ended.signal.name}; give the same command again to go on", error=True)
-        return ended.code
     except KeyboardInterrupt:
-        say("\ninterrupted; give the same command again to go on", error=True)
+        say("\ninterrupted; give the same command again to go on from the last checkpoint", error=True)
         return 130
     return 0
 

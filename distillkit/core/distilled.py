@@ -6,8 +6,8 @@ response, which are not learned.  A set begins as real sentences (:meth:`Distill
 while it is distilled, and comes back to words when it is projected; ``tokens`` is there exactly while each embedding *is*
 the embedding of a token.
 
-On disk a set is a folder of safetensors and JSON with a SHA-256 manifest (:mod:`distillkit.io.storage`); the recipe it was
-distilled with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.
+On disk a set is one safetensors file that carries its own SHA-256 (:mod:`distillkit.io.storage`); the recipe it was distilled
+with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import reprlib
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.contents import check_depth, check_inputs, check_meta, check_shapes, check_step_sizes, check_targets
+from distillkit.core.contents import check_depth, check_inputs, check_meta, check_step_sizes, check_targets
+from distillkit.core.examples import embed, examples_per_class, rows_as_set, texts_as_set
 from distillkit.core.student import Student
-from distillkit.data.labels import whole
-from distillkit.data.tasks import NO_TARGET, Task, check_text
-from distillkit.io.checks import check_flag, check_is, check_whole
+from distillkit.data.tasks import Task
+from distillkit.io.checks import check_are, check_flag, check_is, require
+from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
-from distillkit.io.storage import StorageError, load_folder, save_folder
+from distillkit.io.storage import StorageError, absolute
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 KIND = "distilled-set"
 CONFIDENCE = 0.9  # share of its own class in a soft label before learning
 NONE_AT_ALL = 30.0  # nats below the rest: a share of 1e-13
+WAY_ACROSS = ("only text moves to another model: dk.transfer(set, task, student), or dk.retokenize for the set alone; learned "
+              "embeddings become text by dk.project(set, the student it was made with)")
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,14 +70,14 @@ class DistilledSet:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("embeds", "mask", "free", "targets", "step_sizes", "tokens"):
-            if (value := getattr(self, name)) is not None or name not in ("step_sizes", "tokens"):
-                check_is(name, value, Tensor)
         check_is("meta", self.meta, dict)
-        check_shapes(self.embeds, self.mask, self.free, self.targets, self.tokens)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "meta" and (value is not None or field.name not in ("step_sizes", "tokens")):
+                check_is(field.name, value, Tensor)
         check_inputs(self.embeds, self.mask, self.free, self.tokens)
-        check_meta(self.meta, len(self.embeds))
-        check_targets(self.targets, len(self.meta.get("classes", ())))
+        check_meta(self.meta, len(self))
+        check_targets(self.targets, len(self), len(self.meta.get("classes", ())))
         if self.step_sizes is not None:
             check_step_sizes(self.step_sizes)
 
@@ -96,8 +97,7 @@ class DistilledSet:
     def nbytes(self) -> int:
         """Bytes a reader needs to train on it: embeddings (or, for text, token ids) and labels and step sizes."""
         inputs = self.embeds if self.tokens is None else self.tokens.to(torch.int32)
-        kept = [inputs, self.targets, *([] if self.step_sizes is None else [self.step_sizes])]
-        return sum(t.numel() * t.element_size() for t in kept)
+        return sum(tensor.nbytes for tensor in (inputs, self.targets, self.step_sizes) if tensor is not None)
 
     @classmethod
     def from_real(
@@ -130,15 +130,28 @@ class DistilledSet:
         Raises:
             ValueError: a size that cannot be had, naming class and rows.
         """
-        check_is("task", task, Task)
-        check_is("student", student, Student)
+        check_are(task=(task, Task), student=(student, Student))
         check_flag("soft_labels", soft_labels)
         check_flag("fill", fill)
         k = examples_per_class(task, per_class, fraction)
         draw = generator("from-real", seed)
         rows = [r[torch.randperm(len(r), generator=draw)[:k].numpy()] for r in task.rows_by_class("train")]
-        found = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
-        return found.soften() if soft_labels and task.kind == "classification" else found
+        distilled = cls.from_rows(task, student, rows, length=length, fill=fill, seed=seed)
+        return distilled.soften() if soft_labels and task.classes else distilled
+
+    @classmethod
+    def from_rows(
+        cls, task: Task, student: Student, rows: list, *, length: int | None = None, fill: bool = True, seed: int = 0
+    ) -> DistilledSet:
+        """A set of chosen training rows with hard labels; ``meta["rows"]`` lists them.
+
+        Args:
+            rows: for each class (of an instruction task: one list) the indices of its training rows, in the order wanted.
+            length: l; see :meth:`from_real`, also on how short sentences are filled up.
+            fill: whether they are.
+            seed: which further sentences fill up.
+        """
+        return cls(**rows_as_set(task, student, rows, length=length, fill=fill, seed=seed))
 
     @classmethod
     def from_text(
@@ -169,23 +182,11 @@ class DistilledSet:
         Raises:
             ValueError: a text or a label that cannot be used, by its row (counted from 0).
         """
-        check_is("task", task, Task)
-        check_is("student", student, Student)
+        check_are(task=(task, Task), student=(student, Student))
         check_flag("soft_labels", soft_labels)
         check_flag("fill", fill)
-        texts, labels = _listed("texts", texts), _listed("labels", labels)
-        if not texts or len(texts) != len(labels):
-            raise ValueError(f"there must be a label for each text, one at least, not {len(labels)} labels for {len(texts)} "
-                             "texts")
-        _check_texts("text", texts)
-        if task.kind == "instruction":
-            _check_texts("response", labels)
-            return _from_pairs(texts, labels, task, student, length)
-        numbers = [_class_number(label, task, row) for row, label in enumerate(labels)]
-        pools = _pools(task, seed) if fill else {}
-        further = [pools.get(number, iter(())) for number in numbers]
-        found = _from_sentences(texts, numbers, further, task, student, length)
-        return found.soften() if soft_labels else found
+        distilled = cls(**texts_as_set(texts, labels, task, student, length=length, fill=fill, seed=seed))
+        return distilled.soften() if soft_labels and task.classes else distilled
 
     def check_table(self, student: Student) -> None:
         """Raise ValueError unless this set lies in the embedding space of ``student``.
@@ -195,23 +196,20 @@ class DistilledSet:
         embeddings those that stay fixed, which are special tokens.  An object of the caller's own in the place of a
         student is asked for its width alone.
         """
-        if self.embeds.shape[-1] != student.width:
-            raise ValueError(f"the set's embeddings are {self.embeds.shape[-1]} wide, student {student.name!r} wants "
-                             f"{student.width}; {self._way_across()}")
+        require(self.embeds.shape[-1] == student.width, f"the set's embeddings are {self.embeds.shape[-1]} wide, student "
+                f"{student.name!r} wants {student.width}; {WAY_ACROSS}")
         if not isinstance(student, Student):
             return
-        own, maker = self.meta.get("table_sha256"), reprlib.repr(self.meta.get("student"))
-        if own and own != student.table_sha256:
-            raise ValueError(f"the set was made with the embedding table of {maker} (SHA-256 {own[:12]}…), and student "
-                             f"{student.name!r} has another ({student.table_sha256[:12]}…); {self._way_across()}")
+        table, maker = self.meta.get("table_sha256", ""), reprlib.repr(self.meta.get("student"))
+        require(table in ("", student.table_sha256), f"the set was made with the embedding table of {maker} (SHA-256 "
+                f"{table[:12]}…), and student {student.name!r} has another ({student.table_sha256[:12]}…); {WAY_ACROSS}")
         ids = [] if self.tokens is None else [self.tokens[self.mask]]
         ids += [self.targets[self.targets >= 0]] if self._has_responses else []
-        if ids and (largest := int(torch.cat(ids).max())) >= len(student.embedding):
-            raise ValueError(f"the set holds the token {largest}, and the table of student {student.name!r} ends at "
-                             f"{len(student.embedding) - 1}; {self._way_across()}")
-        if not own and not self._has_rows_of(student):
-            raise ValueError(f"the set was made with the embedding table of {maker}, and its tokens have other embeddings in "
-                             f"that of student {student.name!r}; {self._way_across()}")
+        largest = int(torch.cat(ids).max()) if ids else 0
+        require(largest < len(student.embedding), f"the set holds the token {largest}, and the table of student "
+                f"{student.name!r} ends at {len(student.embedding) - 1}; {WAY_ACROSS}")
+        require(table or self._has_rows_of(student), f"the set was made with the embedding table of {maker}, and its tokens "
+                f"have other embeddings in that of student {student.name!r}; {WAY_ACROSS}")
 
     def _has_rows_of(self, student: Student) -> bool:
         """Whether the embeddings of tokens, or of learned ones those that stay fixed, are a student's, up to half precision."""
@@ -226,12 +224,6 @@ class DistilledSet:
             rows = special[torch.cdist(known, special).argmin(1)]
         return torch.allclose(known.to(rows), rows, rtol=1e-2, atol=1e-3 * float(rows.abs().max()))
 
-    def _way_across(self) -> str:
-        if self.tokens is None:
-            return ("only text moves to another model: dk.project(set, the student it was made with), then dk.transfer or "
-                    "dk.retokenize")
-        return "its text moves to another model: dk.transfer(set, task, student), or dk.retokenize for the set alone"
-
     def in_classes(self, classes: Sequence[str], owner: str = "the task", *, foreign: float | None = None) -> DistilledSet:
         """This set with its labels told in other ``classes``, by their names; itself where nothing changes.
 
@@ -244,25 +236,25 @@ class DistilledSet:
         Raises:
             ValueError: the names differ, with both lists; or responses where classes are wanted.
         """
-        own = list(self.meta.get("classes", ()))
-        if self._has_responses == bool(classes):
-            kinds = ("responses", "classes") if classes else ("classes", "responses")
-            raise ValueError(f"the set holds {kinds[0]}, and {owner} wants {kinds[1]}: they are of different kinds of task")
-        if own == list(classes) or not classes:
+        names = list(self.meta.get("classes", ()))
+        kinds = ("responses", "classes") if classes else ("classes", "responses")
+        require(self._has_responses != bool(classes),
+                f"the set holds {kinds[0]}, and {owner} wants {kinds[1]}: they are of different kinds of task")
+        if names == list(classes) or not classes:
             return self
-        if not own:  # nobody has named them: only their number can be told
-            check_targets(self.targets, len(classes))
+        if not names:  # nobody has named them: only their number can be told
+            check_targets(self.targets, len(self), len(classes))
             return self
-        if set(own) - set(classes) or foreign is None and len(own) != len(classes):
-            raise ValueError(f"the set has the classes {reprlib.repr(own)}, and {owner} has {reprlib.repr(list(classes))}; "
-                             "take what it was made for, or rename its classes (distillkit.applications.merging.renamed)")
-        place = torch.tensor([list(classes).index(name) for name in own])
+        require({*names} <= {*classes} and (foreign is not None or len(names) == len(classes)),
+                f"the set has the classes {reprlib.repr(names)}, and {owner} has {reprlib.repr(list(classes))}; take what it "
+                "was made for, or rename its classes (distillkit.applications.merging.renamed)")
+        place = torch.tensor([list(classes).index(name) for name in names])
         meta = {**self.meta, "classes": list(classes)}
         if meta.get("labels"):
             meta["labels"] = place[meta["labels"]].tolist()
         if not self.soft:
             return dataclasses.replace(self, targets=place[self.targets], meta=meta)
-        others = len(classes) - len(own)
+        others = len(classes) - len(names)
         share = math.log(foreign / (1 - foreign) / others) if foreign and others else -NONE_AT_ALL
         targets = (self.targets.logsumexp(1, keepdim=True) + share).repeat(1, len(classes))
         targets[:, place] = self.targets
@@ -280,10 +272,8 @@ class DistilledSet:
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""
         c = len(self.meta.get("classes", ()))
-        if not c or not self.meta.get("labels"):
-            raise ValueError("responses cannot be softened: only classes can")
-        if not 1 / c < confidence < 1:
-            raise ValueError(f"confidence must lie between 1/{c} and 1, not {confidence!r}")
+        require(c and self.meta.get("labels"), "responses cannot be softened: only classes can")
+        require(1 / c < confidence < 1, f"confidence must lie between 1/{c} and 1, not {confidence!r}")
         gap = math.log(confidence * (c - 1) / (1 - confidence))
         targets = torch.nn.functional.one_hot(torch.tensor(self.meta["labels"]), c) * gap
         return dataclasses.replace(self, targets=targets.float(), meta=dict(self.meta))
@@ -297,8 +287,8 @@ class DistilledSet:
         """
         import datasets  # a second to import
 
-        if self.tokens is None or "text" not in self.meta:
-            raise ValueError("this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
+        require(self.tokens is not None and "text" in self.meta,
+                "this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
         if "responses" in self.meta:
             return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
         labels, probabilities = self.label_names(), self.probabilities().tolist()
@@ -311,8 +301,7 @@ class DistilledSet:
             ValueError: the set does not tell, as an instruction set, or one that was put together by hand.
         """
         classes, labels = self.meta.get("classes"), self.meta.get("labels")
-        if not classes or not labels:
-            raise ValueError("this set does not name its classes and labels, in meta['classes'] and meta['labels']")
+        require(classes and labels, "this set does not name its classes and labels, in meta['classes'] and meta['labels']")
         return [classes[label] for label in labels]
 
     def probabilities(self) -> Tensor:
@@ -323,223 +312,28 @@ class DistilledSet:
         """
         if self.soft:
             return self.targets.softmax(-1)
-        if self.targets.ndim != 1:
-            raise ValueError("the targets of this set are responses, which have no probabilities of classes")
+        require(self.targets.ndim == 1, "the targets of this set are responses, which have no probabilities of classes")
         return torch.nn.functional.one_hot(self.targets, len(self.meta.get("classes", ())) or -1).to(torch.float32)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the set to ``folder``, all or nothing; returns the folder."""
+    def save(self, path: str | Path) -> Path:
+        """Write the set to the file ``path``, all or nothing; returns the path."""
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "meta"}
-        tensors = {n: t.contiguous() for n, t in tensors.items() if t is not None}
-        return save_folder(folder, kind=KIND, tensors=tensors, data=self.meta)
+        write_file(path, kind=KIND, tensors={n: t for n, t in tensors.items() if t is not None}, data=self.meta)
+        return absolute(path)
 
     @classmethod
-    def load(cls, folder: str | Path) -> DistilledSet:
+    def load(cls, path: str | Path) -> DistilledSet:
         """Read a saved set.
 
         Raises:
-            StorageError: the folder is missing, damaged, or holds something else; named in the message.
+            StorageError: the file is missing, damaged, or holds something else; named in the message.
         """
-        stored = load_folder(folder, kind=KIND)
+        stored = read_file(path, kind=KIND)
         try:
             check_depth(stored.data)
-            found = cls(**stored.tensors, meta=dict(stored.data))
-            if "responses" in found.meta and not found._has_responses:
-                raise ValueError("meta holds responses, and the targets are no response ids [m, r]")
-            return found
+            distilled = cls(**stored.tensors, meta=dict(stored.data))
+            require("responses" not in distilled.meta or distilled._has_responses,
+                    "meta holds responses, and the targets are no response ids [m, r]")
+            return distilled
         except (TypeError, ValueError) as error:
-            raise StorageError(f"{folder} holds no set that this distillkit can read ({error}); make it again") from error
-
-
-def examples_per_class(task: Task, per_class: int | None, fraction: float | None) -> int:
-    """The number of examples of each class that ``per_class`` or ``fraction`` asks for, checked against the task."""
-    if (per_class is None) == (fraction is None):
-        raise ValueError(f"give one of per_class and fraction, not per_class={per_class!r} and fraction={fraction!r}")
-    if per_class is not None and not task.classes:
-        raise ValueError(f"per_class={per_class!r}, but task {task.name!r} has no classes; give fraction")
-    if fraction is not None:
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], not {fraction!r}")
-        per_class = int(fraction * len(task.train) / max(1, len(task.classes)))
-        if per_class < 1:
-            least = f"one for each of {len(task.classes)} classes" if task.classes else "one"
-            raise ValueError(f"fraction={fraction!r} of {len(task.train)} training rows is less than {least}; ask for more")
-    check_whole("per_class", per_class)
-    assert per_class is not None  # it is a whole number
-    for name, rows in zip(task.classes, task.rows_by_class("train")):
-        if len(rows) < per_class:
-            raise ValueError(
-                f"per_class={per_class} but class {name!r} of task {task.name!r} has only {len(rows)} training rows; "
-                "ask for fewer"
-            )
-    return per_class
-
-
-def special_frame(tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens a tokenizer puts before and after a single text."""
-    body = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(body) + 1):
-        if whole[start : start + len(body)] == body:
-            return whole[:start], whole[start + len(body) :]
-    return [], []
-
-
-def from_rows(
-    task: Task, student: Student, rows: list, *, length: int | None = None, fill: bool = True, seed: int = 0
-) -> DistilledSet:
-    """A set of chosen training rows with hard labels; ``meta["rows"]`` lists them.
-
-    Args:
-        rows: for each class (of an instruction task: one list) the indices of its training rows, in the order wanted.
-        length: l; see :meth:`DistilledSet.from_real`, also on how short sentences are filled up.
-        fill: whether they are.
-        seed: which further sentences fill up.
-    """
-    chosen = [int(row) for of_class in rows for row in of_class]
-    if task.kind == "instruction":
-        found = _prompts(task, student, chosen, length)
-    else:
-        pools = _pools(task, seed)
-        labels = [label for label, of_class in enumerate(rows) for _ in of_class]
-        further = [pools[label] if fill else iter(()) for label in labels]
-        found = _from_sentences([task.train[row]["text"] for row in chosen], labels, further, task, student, length)
-    found.meta["rows"] = chosen
-    return found
-
-
-def origin(task: Task, student: Student) -> dict:
-    """What a set remembers of where it was made."""
-    return {"task": task.name, "task_fingerprint": task.fingerprint, "student": student.name,
-            "table_sha256": student.table_sha256}
-
-
-def _frame(task: Task, student: Student, length: int | None) -> tuple[list[int], list[int], int]:
-    """The special tokens before and after a text, and the room between them in ``length`` tokens."""
-    length = task.max_length if length is None else length
-    before, after = special_frame(student.tokenizer)
-    room = length - len(before) - len(after) if isinstance(length, int) else 0
-    if room < 1:
-        raise ValueError(f"length must be a whole number above {len(before) + len(after)} (special tokens), not {length!r}")
-    if length > student.max_positions:
-        raise ValueError(f"length={length} is more than the {student.max_positions} positions of {student.name!r}")
-    return before, after, room
-
-
-def _pools(task: Task, seed: int) -> dict[int, Iterator[str]]:
-    """For each class its training sentences in a seeded order, to fill up with; each is taken once."""
-    texts, pools = task.train, {}
-    for label, rows in enumerate(task.rows_by_class("train")):
-        order = rows[torch.randperm(len(rows), generator=generator("fill-up", seed, label)).numpy()].tolist()
-        pools[label] = (texts[row]["text"] for row in order)
-    return pools
-
-
-def _from_sentences(
-    texts: list[str], labels: list[int], further: list[Iterator[str]], task: Task, student: Student, length: int | None
-) -> DistilledSet:
-    """A set of sentences with hard labels, each filled up from ``further`` as far as that goes."""
-    before, after, room = _frame(task, student, length)
-    bodies = []
-    for row, (text, more) in enumerate(zip(texts, further, strict=True)):
-        bodies.append(_filled(student.tokenizer, text, more, room))
-        if not bodies[-1]:
-            raise ValueError(f"row {row} (counted from 0): the tokenizer of {student.name!r} makes no token of {text[:40]!r}")
-    ids = _padded([before + body + after for body in bodies], cast("int", student.tokenizer.pad_token_id or 0))
-    place = torch.arange(ids.shape[1])
-    ends = len(before) + torch.tensor([len(body) for body in bodies])[:, None]
-    mask, free = place < ends + len(after), (place >= len(before)) & (place < ends)
-    meta = {
-        **origin(task, student),
-        "classes": list(task.classes),
-        "labels": labels,
-        "text": decode(student.tokenizer, ids, free),
-    }
-    return DistilledSet(embed(student, ids), mask, free, torch.tensor(labels), tokens=ids, meta=meta)
-
-
-def _prompts(task, student: Student, rows: list[int], length: int | None) -> DistilledSet:
-    """Prompts cut in front to ``length``, behind the special tokens that open them, with responses as targets."""
-    before, after, room = _frame(task, student, length)
-    opening, length = len(before), len(before) + room + len(after)
-    tokenizer, everything, answers = student.tokenizer, task.token_ids(student.tokenizer, "train"), []
-    tokens = []
-    for row in rows:
-        ids = everything[row]
-        tokens.append(ids if len(ids) <= length else ids[:opening] + ids[len(ids) - length + opening :])
-        answers.append(task.response_ids(tokenizer, "train")[row])
-    ids, targets = _padded(tokens, cast("int", tokenizer.pad_token_id or 0)), _padded(answers, NO_TARGET)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(t) for t in tokens])[:, None]
-    free = mask & ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, dtype=torch.long))
-    meta = {
-        **origin(task, student),
-        "classes": [],
-        "labels": [],
-        "text": decode(tokenizer, ids, free),
-        "responses": [task.train[row]["response"] for row in rows],
-    }
-    return DistilledSet(embed(student, ids), mask, free, targets, tokens=ids, meta=meta)
-
-
-def _from_pairs(prompts: list[str], responses: list[str], task, student: Student, length: int | None) -> DistilledSet:
-    """Prompts and responses as the training split of a task, which knows how ``student`` reads those."""
-    import datasets
-
-    n = len(prompts)
-    rows = {"prompt": prompts, "response": responses, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
-    train = datasets.Dataset.from_dict(rows, features=task.test.features)  # a task may have no training split
-    stand_in = dataclasses.replace(task, train=train, origin="texts and labels", _token_ids=weakref.WeakKeyDictionary())
-    return _prompts(stand_in, student, [*range(n)], length)
-
-
-def _check_texts(role: str, texts: list) -> None:
-    for row, text in enumerate(texts):
-        try:
-            check_text(text, role)
-        except ValueError as error:
-            raise ValueError(f"row {row} (counted from 0): {error}") from None
-
-
-def _listed(name: str, values) -> list:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a list with a value for each example, not {reprlib.repr(values)}")
-    return values.tolist() if isinstance(values, np.ndarray | Tensor) else list(values)
-
-
-def _class_number(label, task: Task, row: int) -> int:
-    """The index of a class that a label names; a number is the name of a class where all names are numbers."""
-    classes, name = list(task.classes), label.strip() if isinstance(label, str) else label
-    if name in classes:
-        return classes.index(name)
-    number = int(label) if isinstance(label, np.integer) else None if isinstance(label, str) else whole(label)
-    if any(whole(one) is None for one in classes):
-        if number is not None and 0 <= number < len(classes):
-            return number
-    elif number is not None and str(number) in classes:
-        return classes.index(str(number))
-    raise ValueError(f"labels, row {row} (counted from 0): {reprlib.repr(label)} is none of the classes of task {task.name!r}, "
-                     f"{reprlib.repr(classes)}; give the name of one, or its index")
-
-
-def _padded(rows: list[list[int]], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
-
-def embed(student: Student, ids: Tensor) -> Tensor:
-    """Input embeddings ``[m, l, d]`` of token ``ids [m, l]`` on the CPU: float64 for a float64 student, else float32."""
-    found = student.embedding[ids.to(student.device)].cpu()
-    return found if found.dtype == torch.float64 else found.float()
-
-
-def _filled(tokenizer, text: str, further: Iterator[str], room: int) -> list[int]:
-    """``room`` content tokens: those of ``text``, then of ``further`` texts while there are any."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    while len(ids) < room and (more := next(further, None)) is not None:
-        apart = " " if ids else ""  # byte-level tokenizers would glue the words together
-        ids = ids + tokenizer(apart + more, add_special_tokens=False)["input_ids"]
-    return ids[:room]
-
-
-def decode(tokenizer, ids: Tensor, keep: Tensor) -> list[str]:
-    """The text of each row of ``ids [m, l]`` at the positions ``keep [m, l]``."""
-    return [tokenizer.decode(row[k].tolist()) for row, k in zip(ids, keep, strict=True)]
+            raise StorageError(f"{path} holds no set that this distillkit can read ({error}); make it again") from error

@@ -5,8 +5,8 @@ Adam moves three things along it: the embeddings at the free positions, the soft
 loop.  Step sizes are owned here as softplus(raw), so that they cannot become negative, which is how several published
 distillation codes run into NaN.
 
-The loop is an iterator of records, so that a notebook can plot while it runs, a script can stop it, and a checkpoint
-folder can take it up again at the step where it ended.
+The loop is an iterator of records, so that a notebook can plot while it runs, a script can stop it, and a checkpoint can
+take it up again at the step where it ended.
 
 A step either happens or does not: embeddings, labels, step sizes, Adam's moments and the record change together, in one
 assignment, so that whatever ends a run (Ctrl-C, a closed loop, memory that ran out, a loss that is not a number) leaves
@@ -19,14 +19,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import math
-import platform
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +32,17 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
-from distillkit.io.checks import check_choice, check_is, check_rate, check_whole
-from distillkit.io.escaping import say
-from distillkit.io.progress import progress
+from distillkit.io.checkpoint import Checkpoint
+from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed
-from distillkit.io.signals import ending_signals
-from distillkit.io.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder, save_text, unwritten
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 ADAM = AdamW(betas=(0.9, 0.99))
+MOMENTS = ("m", "v")
 NONFINITE = ("stop", "skip")
 PATIENCE = 10  # steps skipped in a row that say the trouble is not the batch's
-VERSIONED = ("torch", "transformers", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +50,7 @@ class StepRecord:
     """One outer step: its number (from 1), the loss before it, its terms by name (without their weights), the norm of the
     embeddings' meta-gradient, the step sizes after it, and the seconds it took.
 
-    A step that was skipped has the term ``"skipped"``, and NaN for what was not finite."""
+    A step that was skipped has the term ``"skipped"``, and NaN or infinity for what was not finite."""
 
     step: int
     loss: float
@@ -68,12 +61,12 @@ class StepRecord:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Made:
-    """All that outer steps change: the values by name (step sizes as they are before softplus), Adam's moments of those
-    that are learned, and the records."""
+class RunState:
+    """All that outer steps change: the values by name (step sizes as they are before softplus), Adam's state for each of
+    those that are learned, and the records."""
 
     values: dict[str, Tensor]
-    moments: dict[str, dict[str, Any]]
+    adam: dict[str, dict[str, Any]]
     records: list[StepRecord]
 
 
@@ -103,20 +96,20 @@ class Distiller:
         regularizers: terms added to the loss that look at the set alone, such as
             :class:`~distillkit.text.projection.NeighborLoss`.
         seed: draws initialisations and batches.
-        checkpoint_dir: folder to save to, and to resume from where it holds a run; the same settings are demanded.
-            It holds the settings, the versions of what computes, the values, and all records.  Beside it are a log,
-            ``<name>.log.jsonl``, with a line of settings and then one for each record as it is made, and the lock that
-            keeps other runs out while this one runs.
+        checkpoint: file to save to, and to resume from where it exists; the same settings are demanded.  The records are
+            in a log beside it (:mod:`distillkit.io.checkpoint`).
         checkpoint_every: outer steps between checkpoints; the last complete step is saved too when a run ends early.
         nonfinite: what to do where loss, gradient or new values are not finite.  ``"stop"``: raise FloatingPointError.
             ``"skip"``: change nothing, record the step with the term ``"skipped"``, and go on with the next, whose
             initialisation and batch are others; after ten in a row stop all the same.  May be changed at a resume.
+        writes: whether this process writes checkpoint and log.  Of several processes on one run, rank 0 does; another one
+            reads the checkpoint, and where it ends early and nobody holds the file any more, it saves its last complete step.
 
     Attributes:
-        claim: the lock on ``checkpoint_dir`` (None without one); a run takes it, and a ``with`` block may hold it longer.
+        checkpoint: the :class:`~distillkit.io.checkpoint.Checkpoint`, with its ``path``, ``log`` and ``claim``.
 
     Raises:
-        ValueError: settings that cannot be, or a checkpoint made with other settings, naming which.
+        ValueError: settings that cannot be, or a checkpoint made with other settings, naming the first difference.
         StorageError: a checkpoint that cannot be trusted.
     """
 
@@ -132,52 +125,47 @@ class Distiller:
         schedule: Callable[[float], float] = cosine,
         regularizers: Sequence = (),
         seed: int = 0,
-        checkpoint_dir: str | Path | None = None,
+        checkpoint: str | Path | None = None,
         checkpoint_every: int = 50,
         nonfinite: str = "stop",
+        writes: bool = True,
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
         if learn is LEARNABLE and not distilled.soft:
             learn = tuple(n for n in LEARNABLE if n != "targets")
-        if isinstance(learn, str) or not isinstance(learn, Sequence) or not learn or any(n not in LEARNABLE for n in learn):
-            raise ValueError(f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
-        if "targets" in learn and not distilled.soft:
-            raise ValueError("hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
-        for name, rate, of in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
+        names = isinstance(learn, Sequence) and not isinstance(learn, str) and learn and all(n in LEARNABLE for n in learn)
+        require(names, f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
+        require(distilled.soft or "targets" not in learn,
+                "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
+        for name, rate, values in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
             if rate is not None or name == "lr":
-                check_rate(f"{name}: the learning rate of {of}", rate)
-        self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr}
-        self.rates["step_sizes"] = 2 * lr if step_size_lr is None else step_size_lr
+                check_rate(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
         check_choice("nonfinite", nonfinite, NONFINITE)
+        check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
-        if not callable(schedule):
-            raise TypeError(f"schedule must be a function of the progress in 0..1, not {schedule!r}")
-        if not isinstance(regularizers, list | tuple) or not all(callable(term) for term in regularizers):
-            raise TypeError(f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}")
-        self.objective, self.schedule, self.seed = objective, schedule, seed
-        self.regularizers = tuple(regularizers)
+        require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
+        require(isinstance(regularizers, list | tuple) and all(callable(term) for term in regularizers),
+                f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}", TypeError)
+        self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
+                      "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.checkpoint_every, self.nonfinite = checkpoint_every, nonfinite
-        distilled = fitted(distilled, objective)
-        self._start = copy.deepcopy(distilled)
-        self._settings = self._describe(distilled)
-        values = {
-            "embeds": distilled.embeds.clone(),
-            "targets": distilled.targets.clone(),
-            "step_sizes": _inverse_softplus(self._first_step_sizes(distilled)),
-        }
-        self._made = _Made(values, {}, [])
-        self._saved = 0  # steps in the checkpoint
-        self.claim = None if self.checkpoint_dir is None else Claim(self.checkpoint_dir)
-        self._resume()
+        self.objective, self.schedule, self.seed, self.nonfinite = objective, schedule, seed, nonfinite
+        self.regularizers = tuple(regularizers)
+        self._start = copy.deepcopy(fitted(distilled, objective))
+        self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
+        values = {"embeds": self._start.embeds, "targets": self._start.targets,
+                  "step_sizes": _inverse_softplus(self._first_step_sizes)}
+        self._state = RunState(values, {}, [])
+        self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=self._describe(), every=checkpoint_every,
+                                     activity="distilling", writes=writes)
+        self.checkpoint.resume(self)
 
     @property
     def records(self) -> list[StepRecord]:
         """One of each outer step made so far."""
-        return self._made.records
+        return self._state.records
 
     @property
     def step(self) -> int:
@@ -188,130 +176,91 @@ class Distiller:
     def distilled(self) -> DistilledSet:
         """The set as it is now (a copy), with the recipe that trains on it in ``meta["recipe"]``."""
         moved = self.step > 0 and "embeds" in self.learn
-        meta = {k: v for k, v in self._start.meta.items() if not (moved and k == "text")}
-        meta["recipe"] = {**self.objective.recipe(), "distiller": self._settings, "outer_steps": self.step}
-        return copy.deepcopy(
-            DistilledSet(
-                embeds=self._made.values["embeds"],
-                mask=self._start.mask,
-                free=self._start.free,
-                targets=self._made.values["targets"],
-                step_sizes=self._step_sizes(),
-                tokens=None if moved else self._start.tokens,
-                meta=meta,
-            )
-        )
+        current = self._current()
+        current.tokens = None if moved else self._start.tokens
+        current.meta = {k: v for k, v in self._start.meta.items() if not (moved and k == "text")}
+        current.meta["recipe"] = {**self.objective.recipe(), "distiller": self.checkpoint.settings, "outer_steps": self.step}
+        return copy.deepcopy(current)
 
     def run(self, n: int) -> Generator[StepRecord, None, None]:
         """Make outer steps until ``n`` in all have been made, yielding a record of each.
 
-        With a ``checkpoint_dir``, a run that ends before (by Ctrl-C, SIGTERM or SIGHUP, by an error, or because the loop over
-        it was left) saves its last complete step and says on stderr how to go on.
+        With a checkpoint, a run that ends before (by Ctrl-C, SIGTERM or SIGHUP, by an error, or because the loop over it was
+        left) saves its last complete step and says on stderr how to go on.
 
         Raises:
             FloatingPointError: the loss, a gradient or a value is not finite, or the step sizes have run to zero or to
                 infinity; values and checkpoint are the last good ones.
-            StorageError: another run works in ``checkpoint_dir``, or the checkpoint cannot be written.
+            StorageError: another run uses the checkpoint, or it cannot be written.
         """
         check_whole("n", n, least=0)
-        with self.claim or nullcontext(), ending_signals():
-            self._take_up()
-            try:
-                with progress(total=n, initial=self.step, desc="distilling", unit="step") as bar:
-                    while self.step < n:
-                        record = self._one(n)
-                        self._log(record)
-                        if self.step % self.checkpoint_every == 0 or self.step == n:
-                            self._save()
-                        bar.update()
-                        bar.set_postfix(loss=f"{record.loss:.3f}")
-                        yield record
-            except BaseException:
-                self._leave(n)
-                raise
+        yield from self.checkpoint.steps(self, n)
 
     def save(self) -> None:
-        """Write a checkpoint of the whole run to ``checkpoint_dir``.
+        """Write the checkpoint.
 
         Raises:
-            StorageError: another run works there, or it cannot be written.
+            ValueError: there is none.
+            StorageError: another run uses it, or it cannot be written.
         """
-        if self.claim is None:
-            raise ValueError("this distiller has no checkpoint_dir to save to")
-        with self.claim:
-            self._save()
+        self.checkpoint.save(self)
 
-    def _save(self) -> None:
-        if self.checkpoint_dir is None:
-            return
-        made = self._made
-        tensors = {f"value.{name}": value for name, value in made.values.items()}
-        for name, state in made.moments.items():
-            tensors |= {f"adam.{name}.count": torch.tensor(state["count"])}
-            tensors |= {f"adam.{name}.{key}": state[key][name] for key in ("m", "v")}
-        data = {"settings": self._settings, "versions": _versions(), "records": [_as_json(r) for r in made.records]}
-        save_folder(self.checkpoint_dir, kind=KIND, tensors=tensors, data=data)
-        self._saved = len(made.records)
-
-    def _leave(self, n: int) -> None:
-        """Save what an early end would lose, and say how to go on."""
-        if self.checkpoint_dir is None:
-            return
-        if self.step > self._saved:
-            self._save()
-        if self.step < n:
-            say(f"distilling ended after outer step {self.step} of {n}, which is saved in {self.checkpoint_dir}; to go on, "
-                f"make a Distiller with the same settings and call run({n})", error=True)
-
-    def _one(self, n: int) -> StepRecord:
-        """Make a step: all of it, or nothing where an exception ends it."""
-        begun, made, step = time.perf_counter(), self._made, self.step + 1
+    def make_step(self, n: int) -> StepRecord:
+        """Make one of ``n`` steps: all of it, or nothing where an exception ends it."""
+        begun, before, step = time.perf_counter(), self._state, self.step + 1
         current = self._current()
         outer = meta_gradient(
             current, self.objective, seed=derive_seed("distil", self.seed, self.step), on_retry=self._use
         )
-        grads = {"embeds": outer.embeds, "targets": outer.targets, "step_sizes": outer.step_sizes}
-        norm = float(outer.embeds.norm())
-        loss, terms = outer.loss, {"outer": outer.loss}
+        grads = {name: getattr(outer, name) for name in LEARNABLE}
+        loss, terms, norm = outer.loss, {"outer": outer.loss}, float(outer.embeds.norm())
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
             loss += weight * terms[term.name]
             grads["embeds"] = grads["embeds"] + weight * gradient.to(grads["embeds"])
-        values, moments = made.values, made.moments
+        values, adam = before.values, before.adam
         finite = math.isfinite(loss) and all(g is None or bool(g.isfinite().all()) for g in grads.values())
         if finite:
-            values, moments = self._moved(grads, self.schedule(self.step / n))
+            values, adam = self._moved(grads, self.schedule(self.step / n))
             finite = all(bool(value.isfinite().all()) for value in values.values())
         if not finite:
-            assert current.step_sizes is not None  # a distiller's set always has them
-            self._stop_or_skip(
-                f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
-                f"{[round(s, 5) for s in current.step_sizes.tolist()]}; lower lr or the inner step size"
-            )
-            values, moments, terms = made.values, made.moments, terms | {"skipped": 1.0}
-        sizes = tuple(_positive(values["step_sizes"]).tolist())
-        start = self._first_step_sizes(self._start)
-        if max(sizes) > RUNAWAY * float(start.max()) or max(sizes) * RUNAWAY < float(start.min()):
+            self._stop_or_skip(f"outer step {step}: loss {loss}, gradient norm {norm}, step sizes "
+                               f"{_rounded(current.step_sizes)}; lower lr or the inner step size")
+            values, adam, terms = before.values, before.adam, terms | {"skipped": 1.0}
+        sizes = _positive(values["step_sizes"])
+        start = self._first_step_sizes
+        if float(sizes.max()) > RUNAWAY * float(start.max()) or float(sizes.max()) * RUNAWAY < float(start.min()):
             raise FloatingPointError(
-                f"outer step {step}: the step sizes have run from {[round(s, 5) for s in start.tolist()]} to "
-                f"{[float(f'{s:.3g}') for s in sizes]}, where training stands still or diverges: this student cannot follow "
-                "what is asked of it; lower step_size_lr, start from the size that search_step_size finds, or take more "
-                "inner steps or an optimiser of the expert's kind"
+                f"outer step {step}: the step sizes have run from {_rounded(start)} to {_rounded(sizes)}, where training "
+                "stands still or diverges: this student cannot follow what is asked of it; lower step_size_lr, start from the "
+                "size that search_step_size finds, or take more inner steps or an optimiser of the expert's kind"
             )
-        record = StepRecord(step, loss, terms, norm, sizes, time.perf_counter() - begun)
-        if not finite:
-            record = _from_json(_as_json(record))  # as it comes back from a checkpoint
-        self._made = _Made(values, moments, [*made.records, record])
+        record = StepRecord(step, loss, terms, norm, tuple(sizes.tolist()), time.perf_counter() - begun)
+        self._state = RunState(values, adam, [*before.records, record])
         return record
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """All that steps change but the records, for the checkpoint."""
+        tensors = {f"value.{name}": value for name, value in self._state.values.items()}
+        for name, adam in self._state.adam.items():
+            tensors |= {f"{moment}.{name}": adam[moment][name] for moment in MOMENTS}
+        return tensors, {"counts": {name: adam["count"] for name, adam in self._state.adam.items()}}
+
+    def restore(self, tensors: dict[str, Tensor], data: dict, records: list[dict]) -> None:
+        """Become what :meth:`state` returned."""
+        values = {name: tensors[f"value.{name}"] for name in LEARNABLE}
+        adam = {name: {"count": count} | {moment: {name: tensors[f"{moment}.{name}"]} for moment in MOMENTS}
+                for name, count in data["counts"].items()}
+        self._state = RunState(values, adam, [_record(fields) for fields in records])
 
     def _use(self, objective) -> None:
         """Go on with ``objective``: the same one in parts that memory has room for."""
         self.objective = objective
 
     def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
-        """The values after Adam's step along ``grads``, and its moments then; those there are stay as they are."""
-        values, moments = dict(self._made.values), {}
+        """The values after Adam's step along ``grads``, and its state then; the current ones stay as they are."""
+        values, adam = dict(self._state.values), {}
         for name in self.learn:
             value, gradient = values[name], grads[name]
             assert gradient is not None  # only hard targets have none, and they are not learned
@@ -320,144 +269,61 @@ class Distiller:
                 gradient = gradient * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus
                 gradient = gradient * value.sigmoid()
-            state = self._made.moments.get(name) or ADAM.init({name: value})
-            moved, moments[name] = ADAM.update({name: value}, {name: gradient}, state, self.rates[name] * factor)
-            values |= moved
-        return values, moments
+            state = self._state.adam.get(name) or ADAM.init({name: value})
+            new, adam[name] = ADAM.update({name: value}, {name: gradient}, state, self.rates[name] * factor)
+            values |= new
+        return values, adam
 
     def _stop_or_skip(self, message: str) -> None:
         skipped = 1
         while skipped <= self.step and "skipped" in self.records[-skipped].terms:
             skipped += 1
         if self.nonfinite == "skip" and skipped < PATIENCE:
-            warnings.warn(f"skipped: {message}", stacklevel=4)
+            warnings.warn(f"skipped: {message}", stacklevel=5)
             return
         raise FloatingPointError(message if self.nonfinite == "stop" else f"{skipped} steps in a row; the last: {message}")
 
     def _current(self) -> DistilledSet:
         # Not made anew: values were checked when they were made, and a step says itself what is not finite.
-        current = copy.copy(self._start)
-        current.embeds, current.targets = self._made.values["embeds"], self._made.values["targets"]
-        current.step_sizes, current.tokens = self._step_sizes(), None
+        current, values = copy.copy(self._start), self._state.values
+        current.embeds, current.targets, current.tokens = values["embeds"], values["targets"], None
+        current.step_sizes = _positive(values["step_sizes"])
         return current
 
-    def _first_step_sizes(self, start: DistilledSet) -> Tensor:
-        return bound_step_sizes(start, self.objective.unroll, getattr(self.objective, "student", None))
-
-    def _step_sizes(self) -> Tensor:
-        return _positive(self._made.values["step_sizes"])
-
-    def _describe(self, distilled: DistilledSet) -> dict:
-        settings = {
+    def _describe(self) -> dict:
+        return {
             "objective": self.objective.recipe(),
             "rates": self.rates,
-            "learn": list(self.learn),
+            "learn": self.learn,
             "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
             "seed": self.seed,
             "start": {
-                "examples": len(distilled),
-                "length": distilled.embeds.shape[1],
-                "task": distilled.meta.get("task"),
-                "sha256": digest(distilled),
+                "examples": len(self._start),
+                "length": self._start.embeds.shape[1],
+                "task": self._start.meta.get("task"),
+                "sha256": digest(self._start),
             },
-            "task_fingerprint": distilled.meta.get("task_fingerprint"),
+            "task_fingerprint": self._start.meta.get("task_fingerprint"),
         }
-        return json.loads(json.dumps(settings))
-
-    def _take_up(self) -> None:
-        """What a run does first in its folder: clear away what killed ones left, and begin the log where the values are."""
-        if self.checkpoint_dir is None:
-            return
-        remove_orphans(self.checkpoint_dir)
-        self._resume()  # another run may have gone on since this object was made
-        head = {"settings": self._settings, "versions": _versions()}
-        lines = [json.dumps(line, ensure_ascii=False) for line in (head, *(_as_json(r) for r in self.records))]
-        # Written anew, the log loses a line that a kill cut short, and the steps after the checkpoint, which are made again.
-        save_text(self.log_file, "\n".join(lines) + "\n")
-
-    def _log(self, record: StepRecord) -> None:
-        if self.checkpoint_dir is None:
-            return
-        try:
-            with self.log_file.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(_as_json(record)) + "\n")
-        except OSError as error:
-            raise unwritten(self.log_file, error) from error
-
-    def _resume(self) -> None:
-        """Take up the checkpoint, if it has more steps than have been made here."""
-        if self.checkpoint_dir is None or is_vacant(self.checkpoint_dir):
-            return
-        stored = load_folder(self.checkpoint_dir, kind=KIND)
-        try:
-            theirs, versions = stored.data["settings"], stored.data.get("versions", _versions())
-            records = [_from_json(r) for r in stored.data["records"]]
-            values = {name: stored.tensors[f"value.{name}"] for name in self._made.values}
-            learned = {name.split(".")[1] for name in stored.tensors if name.startswith("adam.")}
-            moments = {name: {"count": int(stored.tensors[f"adam.{name}.count"]),
-                              **{key: {name: stored.tensors[f"adam.{name}.{key}"]} for key in ("m", "v")}}
-                       for name in LEARNABLE if name in learned}
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{self.checkpoint_dir} is no checkpoint of this distillkit: it has no {error}; choose another "
-                               "checkpoint_dir") from error
-        different = [k for k in self._settings if theirs.get(k) != self._settings[k]]
-        if different:
-            k = different[0]
-            raise ValueError(
-                f"{self.checkpoint_dir} holds a run with other settings: {k} is {theirs.get(k)!r} there and "
-                f"{self._settings[k]!r} here; resume with the same settings or choose another checkpoint_dir"
-            )
-        if len(records) <= self.step:
-            return
-        if versions != _versions():
-            warnings.warn(f"{self.checkpoint_dir} was made with {versions}, and goes on with {_versions()}: what comes may "
-                          "differ by rounding from an uninterrupted run", stacklevel=3)
-        self._made = _Made(values, moments, records)
-        self._saved = len(records)
-
-    @property
-    def log_file(self) -> Path:
-        """Where the log is, a JSON value a line: the settings and versions, then the records."""
-        if self.claim is None:
-            raise ValueError("this distiller has no checkpoint_dir, beside which a log would be")
-        return self.claim.path.with_name(f"{self.claim.path.name}.log.jsonl")
 
 
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in VERSIONED} | {"python": platform.python_version()}
-
-
-def _as_json(record: StepRecord) -> dict:
-    """A record as strict JSON values, which have no NaN."""
-    found = dataclasses.asdict(record)
-    found["terms"] = {name: _finite(value) for name, value in record.terms.items()}
-    return found | {"loss": _finite(record.loss), "grad_norm": _finite(record.grad_norm)}
-
-
-def _from_json(found: dict) -> StepRecord:
-    def number(value):
-        return math.nan if value is None else value
-
-    terms = {name: number(value) for name, value in found["terms"].items()}
-    again = {"loss": number(found["loss"]), "grad_norm": number(found["grad_norm"]), "terms": terms}
-    values: dict[str, Any] = {**found, **again, "step_sizes": tuple(found["step_sizes"])}
-    return StepRecord(**values)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _record(fields: dict) -> StepRecord:
+    """A record from JSON, where a number that is not finite is a word."""
+    terms = {name: float(value) for name, value in fields["terms"].items()}
+    numbers = {name: float(fields[name]) for name in ("loss", "grad_norm")}
+    return StepRecord(**{**fields, **numbers, "terms": terms, "step_sizes": tuple(fields["step_sizes"])})
 
 
 def digest(distilled: DistilledSet) -> str:
     """SHA-256 of a set's tensors."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for field in dataclasses.fields(distilled):
         value = getattr(distilled, field.name)
         if isinstance(value, Tensor):
-            found.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+            total.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _positive(raw: Tensor) -> Tensor:
@@ -468,3 +334,7 @@ def _positive(raw: Tensor) -> Tensor:
 def _inverse_softplus(positive: Tensor) -> Tensor:
     """raw such that softplus(raw) = ``positive``."""
     return positive.detach().clone() + torch.log(-torch.expm1(-positive.detach()))
+
+
+def _rounded(sizes: Tensor | None) -> list[float]:
+    return [float(f"{size:.3g}") for size in (() if sizes is None else sizes.tolist())]

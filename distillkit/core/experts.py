@@ -5,36 +5,40 @@ optimiser's state at evenly spaced steps, and, by a seed, the order of its batch
 be walked again, step for step.  Trajectory matching (Cazenavette et al., 2022) asks a distilled set to lead a student
 along the same segment in fewer steps.
 
-On disk an expert is a folder of snapshots, each one atomic and with SHA-256 sums, so that an interrupted recording goes on
-after its last snapshot and a damaged file is noticed.  Of two processes that record into one folder the second waits, and
-finds there what the first has made.  Snapshots are memory-mapped when read.
+On disk each snapshot is a file that says which expert's it is and with which settings it was made, so that an interrupted
+recording goes on after its last snapshot.  An index names the SHA-256 of each, so that a snapshot that is damaged, missing,
+or another one's is noticed; whatever matches experts records the SHA-256 of their index.  Several processes that record into
+one folder share the work.  Snapshots are memory-mapped when read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Part, inner_step
+from distillkit.core.inner import Part, inner_step, to_device
 from distillkit.core.optimizers import AdamW, Optimizer, State, check_optimizer, described
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checkpoint import check_settings
+from distillkit.io.checks import check_are, check_whole, check_wholes, require
 from distillkit.io.escaping import say
+from distillkit.io.files import read_file, read_header, write_file
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.io.signals import Ended, ending_signals
-from distillkit.io.storage import Claim, StorageError, is_vacant, load_folder, remove_orphans, save_folder
+from distillkit.io.storage import Claim, InUse, StorageError, absolute, digest_of
 
 KIND, SNAPSHOT = "experts", "expert-snapshot"
+INDEX = "index.safetensors"
 EXTENDABLE = ("count", "epochs")  # more of these may be asked of a folder than it holds
 
 
@@ -46,10 +50,14 @@ class Experts:
         folder: where they are.
         settings: how they were made: ``count``, ``epochs``, ``snapshots_per_epoch``, ``steps_per_epoch``, ``optimizer``,
             ``batch_size``, ``seed``, and what identifies student, tokenizer and task.
+        members: the SHA-256 of each snapshot by its name in ``folder``.
+        sha256: of the index, which stands for all of them.
     """
 
     folder: Path
     settings: dict
+    members: dict[str, str]
+    sha256: str
     _verified: set = dataclasses.field(default_factory=set, repr=False)
 
     @classmethod
@@ -59,16 +67,23 @@ class Experts:
         Raises:
             StorageError: it holds none, is damaged, or its recording was interrupted.
         """
-        folder = Path(folder).expanduser()
-        found = cls(folder, load_folder(folder / "settings", kind=KIND).data)
-        for expert in range(len(found)):
-            for index in range(found.snapshots):
-                if is_vacant(found._place(expert, index)):
-                    raise StorageError(
-                        f"{folder}: expert {expert} ends before snapshot {index} of {found.snapshots - 1}; its recording was "
-                        "interrupted: call record_experts with the same settings to finish it"
-                    )
-        return found
+        experts = cls._open(absolute(folder))
+        absent = [place for place in experts.places if not (experts.folder / _name(*place)).is_file()]
+        unnamed = [place for place in experts.places if _name(*place) not in experts.members]
+        for expert, index in absent or unnamed:
+            if (expert, index) not in unnamed:
+                raise StorageError(f"{experts.folder / _name(expert, index)} is missing, and {INDEX} names it; put it there, "
+                                   "or call record_experts with the same settings to make it again")
+            raise StorageError(f"{folder}: expert {expert} ends before snapshot {index} of {experts.snapshots - 1}; its "
+                               "recording was interrupted: call record_experts with the same settings to finish it")
+        return experts
+
+    @classmethod
+    def _open(cls, folder: Path) -> Experts:
+        if (folder / "settings").is_dir():
+            read_header(folder / "settings")  # says which version reads it
+        index = read_file(folder / INDEX, kind=KIND)
+        return cls(folder, index.data["settings"], index.data["members"], index.sha256)
 
     def __len__(self) -> int:
         return self.settings["count"]
@@ -83,6 +98,11 @@ class Experts:
         return self.epochs * self.settings["snapshots_per_epoch"] + 1
 
     @property
+    def places(self) -> list[tuple[int, int]]:
+        """Every snapshot there is to be, by expert and index."""
+        return [(expert, index) for expert in range(len(self)) for index in range(self.snapshots)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -94,13 +114,17 @@ class Experts:
             expert: 0 … len − 1.
             index: 0 (the start) … ``snapshots`` − 1.
         """
-        if not (0 <= expert < len(self) and 0 <= index < self.snapshots):
-            raise ValueError(f"there is no snapshot {index} of expert {expert}: {self.folder} holds {len(self)} experts of "
-                             f"{self.snapshots} snapshots")
-        place, prefix = self._place(expert, index), "" if state else "params."
-        stored = load_folder(place, kind=SNAPSHOT, prefix=prefix, verify=(expert, index) not in self._verified)
-        self._verified.add((expert, index))
-        return _unpacked(stored)
+        require((expert, index) in self.places, f"there is no snapshot {index} of expert {expert}: {self.folder} holds "
+                f"{len(self)} experts of {self.snapshots} snapshots")
+        name, prefix = _name(expert, index), "" if state else "params."
+        stored = read_file(self.folder / name, kind=SNAPSHOT, identity=_identity_of(self.settings, expert, index),
+                           prefix=prefix, verify=name not in self._verified)
+        # While it is recorded, the index is behind.
+        require(stored.sha256 == self.members.get(name, stored.sha256), f"{self.folder / name} is not the snapshot that "
+                f"{INDEX} names: it comes from another recording; put the right file there, or record the experts anew",
+                StorageError)
+        self._verified.add(name)
+        return _unpacked(stored.tensors, stored.data)
 
     def step(self, index: int) -> int:
         """The number of training steps made before snapshot ``index``."""
@@ -108,22 +132,21 @@ class Experts:
 
     def batches(self, expert: int, first: int, last: int) -> Iterator[Tensor]:
         """The training rows of each step between two snapshots."""
+        size, per_epoch = self.settings["batch_size"], self.settings["steps_per_epoch"]
         for step in range(self.step(first), self.step(last)):
-            yield _batch(self.settings, expert, step)
+            epoch, place = divmod(step, per_epoch)
+            draw = generator("expert-order", self.settings["seed"], expert, epoch)
+            yield torch.randperm(self.settings["rows"], generator=draw)[place * size :][:size]
 
     def check(self, student: Student, task) -> None:
         """Raise ValueError if another student, tokenizer or task made these experts."""
-        ours = _identity(student, task)
-        for key, value in ours.items():
+        for key, value in _identity(student, task).items():
             if self.settings[key] != value:
                 raise ValueError(
                     f"the experts in {self.folder} were made with another {key.replace('_', ' ')} "
-                    f"({_short(self.settings[key])}) than student {student.name!r} on task {task.name!r} has "
-                    f"({_short(value)}); load what they were made with, or record experts anew"
+                    f"({self.settings[key]!r:.20}) than student {student.name!r} on task {task.name!r} has "
+                    f"({value!r:.20}); load what they were made with, or record experts anew"
                 )
-
-    def _place(self, expert: int, index: int) -> Path:
-        return self.folder / f"expert-{expert:03d}" / f"{index:04d}"
 
 
 def record_experts(
@@ -159,88 +182,86 @@ def record_experts(
         ValueError: settings that cannot be, or others than the folder's, naming which.
         OSError: the disk has less room than the trajectories will take.
     """
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(task=(task, Task), student=(student, Student))
     student = student.for_task(task)
     check_optimizer(optimizer)
     check_whole("batch_size", batch_size, most=len(task.split("train")))
-    if micro_batch is not None:
-        check_whole("micro_batch", micro_batch)
+    check_wholes(count=count, epochs=epochs, micro_batch=1 if micro_batch is None else micro_batch)
     derive_seed("expert-order", seed)  # an error now if it is none
-    folder, steps = Path(folder).expanduser(), -(-len(task.train) // batch_size)
-    settings = {
-        "count": count,
-        "epochs": epochs,
-        "snapshots_per_epoch": snapshots_per_epoch,
-        "steps_per_epoch": steps,
-        "optimizer": described(optimizer),
-        "batch_size": batch_size,
-        "rows": len(task.train),
-        "seed": seed,
+    folder, steps = absolute(folder), -(-len(task.train) // batch_size)
+    check_whole("snapshots_per_epoch", snapshots_per_epoch, most=steps)
+    settings = json.loads(json.dumps({
+        "count": count, "epochs": epochs, "snapshots_per_epoch": snapshots_per_epoch, "steps_per_epoch": steps,
+        "optimizer": described(optimizer), "batch_size": batch_size, "rows": len(task.train), "seed": seed,
         **_identity(student, task),
-    }
-    for name, most in (("count", None), ("epochs", None), ("snapshots_per_epoch", steps)):
-        check_whole(name, settings[name], most=most)
+    }))
     with Claim(folder, wait=True, shared=True), ending_signals():
-        experts, missing = _begun(folder, settings, student, optimizer)
+        experts, missing = _indexed(folder, settings, student, optimizer)
         try:
             _record_missing(experts, missing, task, student, optimizer, micro_batch)
         except (KeyboardInterrupt, Ended):
             say(f"recording ended; what is whole is saved in {folder}: call record_experts with the same settings to go on",
                 error=True)
             raise
+        _indexed(folder, settings, student, optimizer)
         return Experts.load(folder)
 
 
-def _begun(folder: Path, settings: dict, student: Student, optimizer: Optimizer) -> tuple[Experts, list]:
-    """The experts to record, their settings written, and the snapshots that are missing: by expert and index."""
-    with Claim(folder.with_name(f"{folder.name}.settings"), wait=True):
-        experts = Experts(folder, _settled(folder, settings))
-        places = ((e, i) for e in range(len(experts)) for i in range(experts.snapshots))
-        missing = [place for place in places if is_vacant(experts._place(*place))]
+def _indexed(folder: Path, settings: dict, student: Student, optimizer: Optimizer) -> tuple[Experts, list[tuple[int, int]]]:
+    """The experts in a folder, after an index of their snapshots has been written, and the snapshots that are missing."""
+    with Claim(folder.with_name(f"{folder.name}.index"), wait=True):
+        if (folder / INDEX).exists():
+            stored = Experts._open(folder).settings
+            settings = settings | {key: max(settings[key], stored[key]) for key in EXTENDABLE}
+            check_settings(folder, stored | {key: settings[key] for key in EXTENDABLE}, settings)
+        else:
+            require(all(path.name.startswith(".") for path in folder.glob("*")),
+                    f"{folder} holds something else than experts; choose another folder", StorageError)
+        experts = Experts(folder, settings, {}, "")
+        missing = [place for place in experts.places if not (folder / _name(*place)).exists()]
+        for expert, index in sorted({*experts.places}.difference(missing)):
+            path = folder / _name(expert, index)
+            snapshot = read_header(path)
+            require(snapshot.identity == _identity_of(settings, expert, index),
+                    f"{path} is not of this recording: it is {snapshot.identity}; delete it", StorageError)
+            experts.members[_name(expert, index)] = snapshot.sha256
         _need_room(folder, student, optimizer, len(missing))
-        save_folder(folder / "settings", kind=KIND, data=experts.settings)
-    return experts, missing
+        write_file(folder / INDEX, kind=KIND, identity={"settings": _recording(settings)},
+                   data={"settings": settings, "members": experts.members})
+        return experts, missing
 
 
 def _record_missing(experts: Experts, missing: list, task, student: Student, optimizer: Optimizer, micro_batch) -> None:
     """Every expert that lacks something: first those that no other process has in hand, then, when they are free, the rest."""
-    total = sum(experts.step(i) - experts.step(i - 1) for _, i in missing if i)
-    left = sorted({e for e, _ in missing})
+    total = sum(experts.step(index) - experts.step(index - 1) for _, index in missing if index)
+    waiting = sorted({expert for expert, _ in missing})
     with progress(total=total, desc="recording experts", unit="step") as bar:
         for wait in (False, True):
-            for expert in tuple(left):
-                with contextlib.ExitStack() as held:
-                    try:
-                        held.enter_context(Claim(experts._place(expert, 0).parent, wait=wait))
-                    except StorageError:
-                        if wait:
-                            raise
-                        continue
+            for expert in tuple(waiting):
+                with suppress(InUse), Claim(experts.folder / f"expert-{expert:03d}", wait=wait):
                     _record(experts, expert, task, student, optimizer, micro_batch, bar)
-                left.remove(expert)
+                    waiting.remove(expert)
 
 
 def _record(experts: Experts, expert: int, task, student: Student, optimizer: Optimizer, micro_batch, bar) -> None:
     """Train one expert from its last snapshot on."""
-    there = [i for i in range(experts.snapshots) if not is_vacant(experts._place(expert, i))]
-    done = next((i for i in range(experts.snapshots) if i not in there), experts.snapshots) - 1
+    absent = (i for i in range(experts.snapshots) if not (experts.folder / _name(expert, i)).exists())
+    done = next(absent, experts.snapshots) - 1
     if done < 0:
         params = student.init(derive_seed("expert-init", experts.settings["seed"], expert))
         state, done = optimizer.init(params), 0
-        _save(experts._place(expert, 0), params, state)
+        _save(experts, expert, 0, params, state)
     else:
-        params, state = moved(experts.snapshot(expert, done), student.device)
+        params, state = to_device(experts.snapshot(expert, done), student.device)
     for index in range(done + 1, experts.snapshots):
         for rows in experts.batches(expert, index - 1, index):
             parts = real_parts(task, student, rows, micro_batch)
             params, state, *_ = inner_step(student, optimizer, params, state, parts, optimizer.step_size)
             bar.update()
-        kept = [params, *(v for v in state.values() if isinstance(v, dict))]
-        if not all(bool(t.isfinite().all()) for tensors in kept for t in tensors.values()):
-            raise FloatingPointError(f"expert {expert} is not finite after {experts.step(index)} steps at step size "
-                                     f"{optimizer.step_size}; lower it, or clip gradients (clip_norm)")
-        _save(experts._place(expert, index), params, state)
+        require(all(bool(tensor.isfinite().all()) for tensor in _flat(params, state).values()),
+                f"expert {expert} is not finite after {experts.step(index)} steps at step size {optimizer.step_size}; lower "
+                "it, or clip gradients (clip_norm)", FloatingPointError)
+        _save(experts, expert, index, params, state)
 
 
 def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = None, split: str = "train") -> Iterator[Part]:
@@ -250,69 +271,47 @@ def real_parts(task, student: Student, rows: Tensor, micro_batch: int | None = N
         yield len(part) / len(rows), batch, batch["labels"].to(student.device), None
 
 
-def moved(found: tuple[Params, State], device) -> tuple[Params, State]:
-    """Parameters and state on ``device``."""
-    params, state = found
-    return {n: p.to(device) for n, p in params.items()}, {
-        k: {n: t.to(device) for n, t in v.items()} if isinstance(v, dict) else v for k, v in state.items()
-    }
+def _name(expert: int, index: int) -> str:
+    return f"expert-{expert:03d}/{index:04d}.safetensors"
 
 
-def _save(place: Path, params: Params, state: State) -> None:
-    tensors = {f"params.{n}": p for n, p in params.items()}
-    for key, value in state.items():
-        if isinstance(value, dict):
-            tensors |= {f"state.{key}.{n}": t for n, t in value.items()}
-    numbers = {k: v for k, v in state.items() if not isinstance(v, dict)}
-    kept = [k for k, v in state.items() if isinstance(v, dict)]
-    save_folder(place, kind=SNAPSHOT, tensors=tensors, data={"numbers": numbers, "tensors": kept})
+def _recording(settings: dict) -> str:
+    """What all snapshots of a recording share, whatever is added to it later."""
+    return digest_of({key: value for key, value in settings.items() if key not in EXTENDABLE})
 
 
-def _unpacked(stored) -> tuple[Params, State]:
-    params = {n.removeprefix("params."): t for n, t in stored.tensors.items() if n.startswith("params.")}
-    state: State = dict(stored.data["numbers"])
-    for key in stored.data["tensors"]:
-        prefix = f"state.{key}."
-        state[key] = {n.removeprefix(prefix): t for n, t in stored.tensors.items() if n.startswith(prefix)}
-    return params, state
+def _identity_of(settings: dict, expert: int, index: int) -> dict:
+    return {"expert": expert, "index": index, "settings": _recording(settings)}
 
 
-def _batch(settings: dict, expert: int, step: int) -> Tensor:
-    epoch, place = divmod(step, settings["steps_per_epoch"])
-    draw = generator("expert-order", settings["seed"], expert, epoch)
-    order = torch.randperm(settings["rows"], generator=draw)
-    return order[place * settings["batch_size"] :][: settings["batch_size"]]
+def _flat(params: Params, state: State) -> dict[str, Tensor]:
+    """All tensors of a snapshot by name: ``params.NAME``, and such as ``m.NAME`` for the optimiser's."""
+    parts = {"params": params} | {key: value for key, value in state.items() if isinstance(value, dict)}
+    return {f"{part}.{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
 
-def _settled(folder: Path, settings: dict) -> dict:
-    """The settings to record with: those stored in ``folder``, if any, with as many experts and epochs as are asked for."""
-    remove_orphans(folder / "settings")  # a recording killed in its first write leaves nothing else
-    if is_vacant(folder / "settings"):
-        if not is_vacant(folder):
-            raise StorageError(f"{folder} holds something else than experts; choose another folder")
-        return settings
-    stored = load_folder(folder / "settings", kind=KIND).data
-    ours = json.loads(json.dumps(settings))
-    for key, value in ours.items():
-        if key not in EXTENDABLE and stored.get(key) != value:
-            raise ValueError(f"{folder} holds experts made with {key}={_short(stored.get(key))}, not {_short(value)}; record "
-                             "these in another folder")
-    return ours | {key: max(ours[key], stored[key]) for key in EXTENDABLE}
+def _save(experts: Experts, expert: int, index: int, params: Params, state: State) -> None:
+    write_file(experts.folder / _name(expert, index), kind=SNAPSHOT, tensors=_flat(params, state),
+               identity=_identity_of(experts.settings, expert, index),
+               data={key: value for key, value in state.items() if not isinstance(value, dict)})
+
+
+def _unpacked(tensors: dict[str, Tensor], numbers: dict) -> tuple[Params, State]:
+    parts: dict[str, dict] = {"params": {}}
+    for name, tensor in tensors.items():
+        part, _, name = name.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return parts.pop("params"), numbers | parts
 
 
 def _need_room(folder: Path, student: Student, optimizer: Optimizer, snapshots: int) -> None:
-    own = {n: p for n, p in student.module.named_parameters() if n in student.trained_names}
-    parameters = sum(p.numel() * p.element_size() for p in own.values())
-    states = sum(isinstance(v, dict) for v in optimizer.init({n: p[:0] for n, p in own.items()}).values())
-    wanted, existing = parameters * (1 + states) * snapshots, folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if wanted > free:
-        raise OSError(
-            f"{snapshots} snapshots of {len(own)} tensors take {wanted / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB "
-            "free; record fewer experts or snapshots, or load the student with trainable='lora'"
-        )
+    """Raise OSError unless the disk has room for so many snapshots."""
+    params = {n: p for n, p in student.module.named_parameters() if n in student.trained_names}
+    copies = 1 + sum(isinstance(value, dict) for value in optimizer.init({n: p[:0] for n, p in params.items()}).values())
+    size = copies * snapshots * sum(p.numel() * p.element_size() for p in params.values())
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    require(size <= free, f"{snapshots} snapshots of {len(params)} tensors take {size / 1e9:.1f} GB, and {folder} has "
+            f"{free / 1e9:.1f} GB free; record fewer experts or snapshots, or load the student with trainable='lora'", OSError)
 
 
 def _identity(student: Student, task) -> dict:
@@ -329,7 +328,3 @@ def _identity(student: Student, task) -> dict:
             "tokenizer": hashlib.sha256(json.dumps(sorted(student.tokenizer.get_vocab().items())).encode()).hexdigest(),
         }
     return student.cache["identity"] | {"task": task.fingerprint}
-
-
-def _short(value) -> str:
-    return f"{value[:12]}…" if isinstance(value, str) and len(value) == 64 else repr(value)

@@ -1,13 +1,13 @@
 """The inner loop: how a student trains.
 
-There is one inner step in the kit.  Distilling, recording experts, matching them and evaluating all call it:
+There is one inner step in the kit, :func:`inner_step`; distilling, recording experts, matching and evaluating all call it:
 
     g_t = ∇_θ ℓ(θ_t, φ_t)                        loss_and_grads
     θ_{t+1}, s_{t+1} = U(θ_t, s_t, g_t, η_t)     optimizer.update
 
-An optimiser is a pair of pure functions, ``init(params)`` and ``update(params, grads, state, step_size)``, so that U can
-be differentiated like any other function.  :class:`Unroll` says how many steps there are, which optimiser makes them and
-which examples each step sees.
+:class:`Unroll` says how many steps there are, which optimiser makes them and which examples each step sees.  That the step can
+be differentiated as a whole is proved by ``test_store_all_is_the_derivative`` in ``tests/test_metagrad.py``; that each
+optimiser's update is the one of ``torch.optim``, by ``tests/test_inner.py``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from distillkit.core.optimizers import SGD, Optimizer, State, check_optimizer, described, optimizer_from
 from distillkit.core.student import Batch, Params, Student
@@ -40,7 +41,7 @@ class Phi(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """Where an inner step leads, and the gradients it took of θ and, where they were asked for, of φ."""
+    """The result of an inner step, and the gradients it took of θ and, where they were asked for, of φ."""
 
     params: Params
     state: State
@@ -50,81 +51,6 @@ class Stepped(NamedTuple):
 
 # A micro-batch of a step: its share of the loss, inputs, targets, and the seed of its dropout masks (None: no dropout).
 Part = tuple[float, Batch, Tensor, int | None]
-
-
-def set_parts(
-    rows: Tensor, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None, dropout: tuple | None
-) -> Iterator[Part]:
-    """The micro-batches of one step on a distilled set: examples of like length together, without common padding.
-
-    Args:
-        rows: the examples of the step, an index tensor.
-        embeds, mask, targets: the set, on one device.
-        micro_batch: examples at a time, or None for all.
-        dropout: the address of the dropout masks, (seed, step), or None for no dropout.
-    """
-    rows = rows.to(embeds.device)
-    ends = ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)[rows]
-    if micro_batch is not None and micro_batch < len(rows):
-        ends, order = ends.sort(stable=True)
-        rows = rows[order]
-    size = micro_batch or len(rows)
-    for i, (part, longest) in enumerate(zip(rows.split(size), ends.split(size), strict=True)):
-        seed = None if dropout is None else derive_seed("dropout", *dropout, i)
-        end = int(longest.max())
-        inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
-        yield len(part) / len(rows), inputs, targets[part], seed
-
-
-def _halves(part: Part) -> list[Part]:
-    """A micro-batch in two; raises the exception that is being handled where it is a single example."""
-    share, batch, targets, seed = part
-    examples = len(targets)
-    if examples == 1:
-        raise
-    cut = examples // 2
-    warnings.warn(f"out of memory with {examples} examples at a time: they are taken again in parts of {examples - cut}, which "
-                  f"changes the gradient by rounding only{'' if seed is None else ' (and the masks of dropout)'}; set "
-                  f"micro_batch={cut} to spare the failed attempt", stacklevel=3)
-    found = []
-    for number, chosen in enumerate((slice(None, cut), slice(cut, None))):
-        own = None if seed is None else derive_seed("dropout-half", seed, number)
-        size = len(targets[chosen])
-        found.append((share * size / examples, {n: t[chosen] for n, t in batch.items()}, targets[chosen], own))
-    return found
-
-
-def loss_and_grads(
-    student: Student, params: Params, parts: Iterable[Part], phi: Phi | None = None, *, differentiable: bool = False
-) -> tuple[Tensor, Params, Phi | None]:
-    """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, one micro-batch at a time.
-
-    ``parts`` must be built from ``phi`` (and lazily, so that only one micro-batch's activations are alive).  A micro-batch
-    that memory has no room for is taken again in halves, with a warning; but for dropout, whose masks belong to a
-    micro-batch, the sum is the same up to rounding.  ``differentiable`` keeps the graph of g, which then depends on
-    ``params`` themselves.
-    """
-    leaves = params if differentiable else {n: p.detach().requires_grad_() for n, p in params.items()}
-    inputs, loss, total = (*leaves.values(), *(phi.tensors() if phi else ())), 0.0, None
-    for whole in parts:
-        waiting, halved = [whole], False
-        while waiting:
-            share, batch, targets, seed = waiting.pop()
-            part = None  # the graph of the one before goes
-            try:
-                part = share * student.loss(leaves, batch, targets, dropout_seed=seed)
-                # Halves are slices of one tensor, whose way back to ``phi`` all of them take.
-                grads = torch.autograd.grad(part, inputs, allow_unused=True, materialize_grads=True,
-                                            retain_graph=halved or differentiable, create_graph=differentiable)
-            except torch.OutOfMemoryError:
-                waiting += reversed(_halves((share, batch, targets, seed)))
-                halved = True
-                continue
-            loss = loss + part.detach()
-            total = grads if total is None else [a + b for a, b in zip(total, grads, strict=True)]
-    assert isinstance(loss, Tensor) and total is not None  # there is a part at least
-    n = len(leaves)
-    return loss, dict(zip(leaves, total[:n], strict=True)), Phi(*total[n:]) if phi else None
 
 
 def inner_step(
@@ -142,15 +68,162 @@ def inner_step(
     """The inner step: new parameters and optimiser state, and the gradients it took with respect to θ and ``phi``.
 
     Args:
+        parts: the micro-batches of the step (:func:`set_parts`), built from the leaves ``phi`` where their gradient is wanted.
         in_place: an optimiser that has an ``update_`` may overwrite ``params`` and ``state``, which makes a step on few
             examples cheaper.
-        differentiable: keep the graph, so that what comes out can be differentiated with respect to what went in.
+        differentiable: keep the graph, so that the result can be differentiated with respect to every input.
     """
     _, grads, d_phi = loss_and_grads(student, params, parts, phi, differentiable=differentiable)
     update = getattr(optimizer, "update_", optimizer.update) if in_place else optimizer.update
     with torch.set_grad_enabled(differentiable):
         params, state = update(params, grads, state, step_size)
     return Stepped(params, state, grads, d_phi)
+
+
+def loss_and_grads(
+    student: Student, params: Params, parts: Iterable[Part], phi: Phi | None = None, *, differentiable: bool = False
+) -> tuple[Tensor, Params, Phi | None]:
+    """ℓ(θ), g = ∇_θ ℓ, and ∇ of the leaves ``phi``, one micro-batch at a time.
+
+    A micro-batch that does not fit into memory is computed again in halves, with a warning; the sum is the same up to
+    rounding, but for dropout, whose masks belong to a micro-batch.
+
+    Args:
+        parts: made lazily, so that only one micro-batch's activations are alive.
+        differentiable: keep the graph of g, which then depends on ``params`` themselves.
+    """
+    theta = params if differentiable else leaves(params)
+    inputs = (*theta.values(), *(phi.tensors() if phi else ()))
+    loss, *grads = summed(_of_part(student, theta, inputs, part, differentiable) for part in parts)
+    return loss, dict(zip(theta, grads)), Phi(*grads[len(theta) :]) if phi else None
+
+
+def _of_part(student: Student, theta: Params, inputs, part: Part, differentiable: bool, halved: bool = False) -> list[Tensor]:
+    """A micro-batch's loss and the gradients of ``inputs``; where memory runs out, summed over its halves."""
+    share, batch, targets, seed = part
+
+    try:
+        loss = share * student.loss(theta, batch, targets, dropout_seed=seed)
+        # Halves are slices of one tensor and share its graph back to φ.
+        grads = grad(loss, inputs, retain_graph=halved or differentiable, create_graph=differentiable)
+        return [loss.detach(), *grads]
+    except torch.OutOfMemoryError:
+        cut = half_of(len(targets), dropout=seed is not None)
+    loss = None  # frees the graph of the failed attempt
+    halves = []
+    for number, rows in enumerate((slice(cut), slice(cut, None))):
+        half_seed = None if seed is None else derive_seed("dropout-half", seed, number)
+        half_share = share * len(targets[rows]) / len(targets)
+        halves.append((half_share, {n: t[rows] for n, t in batch.items()}, targets[rows], half_seed))
+    return summed(_of_part(student, theta, inputs, half, differentiable, halved=True) for half in halves)
+
+
+def half_of(examples: int, *, dropout: bool) -> int:
+    """Half of the examples that did not fit into memory, with a warning; for a single one an error that says what to lower."""
+    if examples == 1:
+        raise torch.OutOfMemoryError(
+            "out of memory with one example at a time (micro_batch=1): lower the set's length, the task's max_length or the "
+            "steps of the unroll; give metagrad=Replay(every=4) or Truncated(window=2), which store less; or train less of the "
+            "student (trainable='lora' or 'head')"
+        )
+    half = examples // 2
+    warnings.warn(f"out of memory with {examples} examples at a time: they are computed again in parts of about {half}, which "
+                  f"changes the gradient by rounding only{' (and the masks of dropout)' if dropout else ''}; set "
+                  f"micro_batch={half} to avoid the failed attempt", stacklevel=4)
+    return half
+
+
+def set_parts(
+    rows: Tensor, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None, dropout: tuple | None
+) -> Iterator[Part]:
+    """The micro-batches of one step on a distilled set: examples of similar length together, without common padding.
+
+    Args:
+        rows: the examples of the step, an index tensor.
+        embeds, mask, targets: the set, on one device.
+        micro_batch: examples at a time, or None for all.
+        dropout: the address of the dropout masks, (seed, step), or None for no dropout.
+    """
+    rows = rows.to(embeds.device)
+    ends = ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)[rows]
+    if micro_batch is not None and micro_batch < len(rows):
+        ends, order = ends.sort(stable=True)
+        rows = rows[order]
+    size = micro_batch or len(rows)
+    for i, (part, part_ends) in enumerate(zip(rows.split(size), ends.split(size), strict=True)):
+        seed = None if dropout is None else derive_seed("dropout", *dropout, i)
+        end = int(part_ends.max())
+        inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
+        yield len(part) / len(rows), inputs, targets[part], seed
+
+
+def leaves(params: Params) -> Params:
+    """Parameters that collect gradients; they share their memory with ``params``."""
+    return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def grad(outputs, inputs, **options) -> list[Tensor]:
+    """``torch.autograd.grad``, with zeros for inputs that the outputs do not depend on."""
+    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **options))
+
+
+def summed(rows: Iterable[list]) -> list:
+    """Sums by place over lists of tensors or numbers, which may be made one after the other."""
+    total = None
+    for row in rows:
+        total = row if total is None else [a + b for a, b in zip(total, row, strict=True)]
+    assert total is not None  # a step has at least one micro-batch
+    return total
+
+
+def to_device(values: Any, device: torch.device | str) -> Any:
+    """Nested dicts and tuples, such as parameters or an optimiser's state, with every tensor on ``device``."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unroll:
+    """T steps of the inner loop: how a student trains.
+
+    Args:
+        steps: T ≥ 1.
+        optimizer: :class:`SGD`, :class:`Momentum`, :class:`AdamW`, or another :class:`Optimizer`.
+        batch_size: examples per step; None: the whole distilled set at each step.  Otherwise each pass goes through the
+            set in a seeded order that is the same whenever the set is trained on.
+        micro_batch: examples whose activations are alive at a time; the gradient is the same.
+        dropout: train with the model's dropout; off by default, since its noise hides the gradient of a set.
+    """
+
+    steps: int
+    _: dataclasses.KW_ONLY
+    optimizer: Optimizer = SGD()
+    batch_size: int | None = None
+    micro_batch: int | None = None
+    dropout: bool = False
+
+    def __post_init__(self):
+        check_whole("steps", self.steps)
+        for name in ("batch_size", "micro_batch"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        check_flag("dropout", self.dropout)
+        check_optimizer(self.optimizer)
+
+    def rows(self, examples: int, order: int = 0) -> list[Tensor]:
+        """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""
+        if self.batch_size is None or self.batch_size >= examples:
+            return [torch.arange(examples)] * self.steps
+        rows: list[Tensor] = []
+        batches = -(-examples // self.batch_size)
+        for epoch in range(-(-self.steps // batches)):
+            address = (order, epoch) if order else (epoch,)
+            rows += torch.randperm(examples, generator=generator("inner-order", *address)).split(self.batch_size)
+        return rows[: self.steps]
+
+    def recipe(self) -> dict:
+        """What a reader needs to train as this does, as JSON values."""
+        settings = {name: getattr(self, name) for name in ("steps", "optimizer", "batch_size", "dropout")}
+        return settings | {"optimizer": described(self.optimizer)}
 
 
 def from_recipe(recipe: dict) -> Unroll:
@@ -165,54 +238,3 @@ def from_recipe(recipe: dict) -> Unroll:
                       dropout=recipe.get("dropout", False))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the recipe does not say how to train ({error}); choose another recipe than the set's own") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Unroll:
-    """T steps of the inner loop: how a student trains.
-
-    Args:
-        steps: T ≥ 1.
-        optimizer: :class:`SGD`, :class:`Momentum`, :class:`AdamW`, or another :class:`Optimizer`.
-        batch_size: examples a step; None: the whole distilled set at each step.  Otherwise each pass goes through the
-            set in a seeded order that is the same whenever the set is trained on.
-        micro_batch: examples whose activations are alive at a time; the gradient is the same.
-        dropout: train with the model's dropout; off, since a set has to be learned through the noise.
-    """
-
-    steps: int
-    _: dataclasses.KW_ONLY
-    optimizer: Optimizer = SGD()
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    dropout: bool = False
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "micro_batch"):
-            value = getattr(self, name)
-            if value is None and name != "steps":
-                continue
-            check_whole(name, value)
-        check_flag("dropout", self.dropout)
-        check_optimizer(self.optimizer)
-
-    def rows(self, examples: int, order: int = 0) -> list[Tensor]:
-        """Which examples each step sees: T index tensors into a set of ``examples``; 0 is the order sets are distilled in."""
-        if self.batch_size is None or self.batch_size >= examples:
-            return [torch.arange(examples)] * self.steps
-        rows: list[Tensor] = []
-        for epoch in range(self.steps):
-            address = (order, epoch) if order else (epoch,)
-            rows += torch.randperm(examples, generator=generator("inner-order", *address)).split(self.batch_size)
-            if len(rows) >= self.steps:
-                break
-        return rows[: self.steps]
-
-    def recipe(self) -> dict:
-        """What a reader needs to train as this does, as JSON values."""
-        return {
-            "steps": self.steps,
-            "optimizer": described(self.optimizer),
-            "batch_size": self.batch_size,
-            "dropout": self.dropout,
-        }

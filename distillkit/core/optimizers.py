@@ -1,13 +1,12 @@
 """Inner optimisers: pairs of pure functions, so that an update can be differentiated like any other function.
 
 ``init(params)`` makes the state and ``update(params, grads, state, step_size)`` returns new parameters and a new state, as in
-optax.  :class:`Optimizer` says what is asked of one defined elsewhere.
+optax.  :class:`Optimizer` says what an optimiser defined elsewhere must have.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Protocol
 
 import torch
@@ -15,28 +14,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from distillkit.core.student import Params
-from distillkit.io.checks import check_flag, check_number, check_rate
+from distillkit.io.checks import check_flag, check_number, check_rate, require
 
 State = dict[str, Any]
-
-
-def _positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
-
-
-def _clipped(grads: Params, clip_norm: float | None) -> Params:
-    """Gradients scaled down to a global norm of ``clip_norm`` if they exceed it, as ``clip_grad_norm_`` does."""
-    if clip_norm is None:
-        return grads
-    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-    scale = (clip_norm / (norm + 1e-6)).clamp_max(1.0)
-    return {n: scale * g for n, g in grads.items()}
-
-
-def _check_clip(clip_norm: float | None) -> None:
-    if clip_norm is not None:
-        _positive("clip_norm", clip_norm)
 
 
 class Optimizer(Protocol):
@@ -44,7 +24,7 @@ class Optimizer(Protocol):
 
     ``init(params)`` makes the state: a dict of numbers, tensors, or dicts of tensors by parameter name.  ``update`` returns
     new parameters and a new state, changes nothing in place, and can be differentiated with respect to all four arguments.
-    A dataclass also shows its settings in a set's recipe.  :class:`SGD`, :class:`Momentum` and :class:`AdamW` are such.
+    A dataclass also shows its settings in a set's recipe.  :class:`SGD`, :class:`Momentum` and :class:`AdamW` are examples.
     """
 
     @property
@@ -60,9 +40,29 @@ def check_optimizer(optimizer) -> None:
     missing = [name for name in ("init", "update") if not callable(getattr(optimizer, name, None))]
     if not isinstance(getattr(optimizer, "step_size", None), int | float):
         missing.append("step_size")
-    if missing or isinstance(optimizer, type):
-        raise TypeError(f"optimizer must be an object such as SGD(0.1), with init, update and step_size; {optimizer!r} "
-                        f"{'is a class' if isinstance(optimizer, type) else 'lacks ' + ', '.join(missing)}")
+    require(not missing and not isinstance(optimizer, type),
+            f"optimizer must be an object such as SGD(0.1), with init, update and step_size; {optimizer!r} "
+            f"{'is a class' if isinstance(optimizer, type) else 'lacks ' + ', '.join(missing)}", TypeError)
+
+
+def _check_sizes(optimizer) -> None:
+    """Raise ValueError unless the step size, and the clipping norm where there is one, are finite numbers above 0."""
+    check_number("step_size", optimizer.step_size, without="least")
+    if optimizer.clip_norm is not None:
+        check_number("clip_norm", optimizer.clip_norm, without="least")
+
+
+def _clipped(grads: Params, clip_norm: float | None) -> Params:
+    """Gradients scaled down to a global norm of ``clip_norm`` if they exceed it, as ``clip_grad_norm_`` does."""
+    if clip_norm is None:
+        return grads
+    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+    scale = (clip_norm / (norm + 1e-6)).clamp_max(1.0)
+    return {n: scale * g for n, g in grads.items()}
+
+
+def _zeros(params: Params) -> Params:
+    return {n: torch.zeros_like(p) for n, p in params.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,7 @@ class SGD:
     clip_norm: float | None = None
 
     def __post_init__(self):
-        _positive("step_size", self.step_size)
-        _check_clip(self.clip_norm)
+        _check_sizes(self)
 
     def init(self, params: Params) -> State:
         return {}
@@ -96,6 +95,7 @@ class Momentum:
     Args:
         step_size: η, used where no learned step sizes are given.
         decay: μ in [0, 1).
+        nesterov: look ahead along u.
         clip_norm: largest global norm of the gradient, or None.
     """
 
@@ -105,13 +105,12 @@ class Momentum:
     clip_norm: float | None = None
 
     def __post_init__(self):
-        _positive("step_size", self.step_size)
-        _check_clip(self.clip_norm)
+        _check_sizes(self)
         check_number("decay", self.decay, most=1, without="most")
         check_flag("nesterov", self.nesterov)
 
     def init(self, params: Params) -> State:
-        return {"u": {n: torch.zeros_like(p) for n, p in params.items()}}
+        return {"u": _zeros(params)}
 
     def update(self, params: Params, grads: Params, state: State, step_size: float | Tensor) -> tuple[Params, State]:
         grads = _clipped(grads, self.clip_norm)
@@ -139,18 +138,16 @@ class AdamW:
     clip_norm: float | None = None
 
     def __post_init__(self):
-        _positive("step_size", self.step_size)
-        _check_clip(self.clip_norm)
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas!r}")
+        _check_sizes(self)
+        require(isinstance(self.betas, tuple | list) and len(self.betas) == 2,
+                f"betas must be two numbers in [0, 1), not {self.betas!r}")
         for beta in self.betas:
             check_number("betas, both,", beta, most=1, without="most")
         for name in ("eps", "eps_root", "weight_decay"):
             check_rate(name, getattr(self, name))
 
     def init(self, params: Params) -> State:
-        zeros = {n: torch.zeros_like(p) for n, p in params.items()}
-        return {"count": 0, "m": zeros, "v": dict(zeros)}
+        return {"count": 0, "m": _zeros(params), "v": _zeros(params)}
 
     def update(self, params: Params, grads: Params, state: State, step_size: float | Tensor) -> tuple[Params, State]:
         b1, b2 = self.betas
@@ -173,39 +170,30 @@ class AdamW:
         """
         if self.eps_root or not all(p.is_floating_point() and p.is_contiguous() for p in params.values()):
             return self.update(params, grads, state, step_size)
-        grads, t = _clipped(grads, self.clip_norm), state["count"] + 1
-        if not state["count"]:  # zeros that :meth:`init` shares between the moments
-            state = {"m": {n: torch.zeros_like(p) for n, p in params.items()},
-                     "v": {n: torch.zeros_like(p) for n, p in params.items()}}
-        for decays in (True, False):  # matrices, then biases and norms
-            names = [n for n, p in params.items() if (p.ndim > 1) == decays]
-            if not names:
-                continue
-            adamw(
-                [params[n] for n in names], [grads[n] for n in names], [state["m"][n] for n in names],
-                [state["v"][n] for n in names], [], [torch.tensor(float(t - 1), device=params[n].device) for n in names],
-                fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=float(step_size),
-                weight_decay=self.weight_decay if decays else 0.0, eps=self.eps, maximize=False,
-            )
-        return params, {"count": t, "m": state["m"], "v": state["v"]}
+        grads, steps_before = _clipped(grads, self.clip_norm), float(state["count"])
+        matrices = [n for n, p in params.items() if p.ndim > 1]
+        others = [n for n, p in params.items() if p.ndim <= 1]
+        for names, weight_decay in ((matrices, self.weight_decay), (others, 0.0)):
+            tensors = [[values[n] for n in names] for values in (params, grads, state["m"], state["v"])]
+            counts = [torch.tensor(steps_before, device=params[n].device) for n in names]
+            adamw(*tensors, [], counts, fused=True, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1],
+                  lr=float(step_size), weight_decay=weight_decay, eps=self.eps, maximize=False)
+        return params, {**state, "count": state["count"] + 1}
 
 
 OPTIMIZERS = {kind.__name__: kind for kind in (SGD, Momentum, AdamW)}
 
 
 def described(optimizer: Optimizer) -> dict:
-    """The optimiser as JSON values (a tuple would come back as a list)."""
+    """The optimiser's name and settings as JSON values."""
     settings = dataclasses.asdict(optimizer) if dataclasses.is_dataclass(optimizer) else {"step_size": optimizer.step_size}
     return {"name": type(optimizer).__name__} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
 def optimizer_from(settings: dict) -> Optimizer:
     """The optimiser that :func:`described` wrote down."""
-    settings = dict(settings)
-    name = settings.pop("name", None)
-    kind = OPTIMIZERS.get(name)
-    if kind is None:
-        raise ValueError(f"the inner optimiser {name!r} is none of this kit's ({', '.join(OPTIMIZERS)}); give the object "
-                         "itself, in an Unroll")
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return kind(**given)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    name = values.pop("name", None)
+    require(name in OPTIMIZERS, f"the inner optimiser {name!r} is not one of this kit's ({', '.join(OPTIMIZERS)}); pass the "
+            "optimiser itself, in an Unroll")
+    return OPTIMIZERS[name](**values)

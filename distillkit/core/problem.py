@@ -2,19 +2,18 @@
 
 A :class:`Problem` binds a distilled set to a student: where training starts, which examples each step sees, and the outer
 loss J(θ_T).  A :class:`MetaGradient` is the answer, ∇J with respect to embeddings, soft labels and step sizes.
-:mod:`distillkit.core.metagrad` leads from one to the other.
+:mod:`distillkit.core.metagrad` computes one from the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Part, Phi, Stepped, inner_step, set_parts
+from distillkit.core.inner import Part, Phi, Stepped, grad, inner_step, leaves, set_parts, summed
 from distillkit.core.optimizers import Optimizer, State
 from distillkit.core.student import Params, Student
 
@@ -38,24 +37,27 @@ class MetaGradient:
     @classmethod
     def mean(cls, members: Sequence[MetaGradient]) -> MetaGradient:
         """The average of meta-gradients taken at several initialisations or experts."""
-
-        def average(name: str) -> Any:
-            values = [getattr(member, name) for member in members]
-            return None if values[0] is None else sum(values) / len(values)
-
-        return cls(*(average(field.name) for field in dataclasses.fields(cls)))
+        fields = zip(*(vars(member).values() for member in members), strict=True)
+        return cls(*(None if values[0] is None else sum(values) / len(values) for values in fields))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """One inner training run and the loss at its end.
 
-    ``embeds [m, l, d]``, ``mask [m, l]``, ``targets`` and ``step_sizes [T]`` live on the student's device; ``rows`` holds
-    T index tensors.  ``outer`` holds functions of θ_T whose values add up to the scalar J: one for each part of the real
-    batch, so that only one part's activations are alive at a time.  ``micro_batch`` bounds the examples of an inner step
-    that are alive at a time; ``dropout_seed`` switches dropout on, with masks drawn from it; ``state`` is the optimiser's
-    state at the start, fresh where it is None.  ``seed`` is the address of this run and differs between outer steps:
-    strategies that draw something draw it from there.
+    Args:
+        student, optimizer: what trains, and how.
+        params: θ_0.
+        embeds, mask, targets, step_sizes: the set φ, ``[m, l, d]``, ``[m, l]``, ``[m, c]`` or ``[m]``, and ``[T]``, on the
+            student's device.
+        rows: the examples of each step, T index tensors.
+        outer: functions of θ_T whose values add up to the scalar J: one for each part of the real batch, so that only one
+            part's activations are alive at a time.
+        micro_batch: the most examples of an inner step that are alive at a time; None: all.
+        dropout_seed: the seed that dropout masks are drawn from; None: no dropout.
+        state: the optimiser's state at the start; None: a fresh one.
+        seed: the address of this run, which differs between outer steps: strategies draw from it.
+        first_step: how many steps of the run came before ``params``, where this is a window of a longer run.
     """
 
     student: Student
@@ -71,9 +73,10 @@ class Problem:
     dropout_seed: int | None = None
     state: State | None = None
     seed: int | None = None
+    first_step: int = 0
 
     def start(self) -> tuple[Params, State]:
-        """Where the training run begins."""
+        """Parameters and optimiser state at the beginning of the run."""
         return self.params, self.optimizer.init(self.params) if self.state is None else self.state
 
     def phi(self) -> Phi:
@@ -81,10 +84,10 @@ class Problem:
         return Phi(leaf(self.embeds), leaf(self.targets) if self.targets.is_floating_point() else None)
 
     def parts(self, t: int, phi: Phi | None = None) -> Iterator[Part]:
-        """The micro-batches of step t, made of the leaves ``phi`` if given."""
+        """The micro-batches of step t, made of the leaves ``phi`` where they are passed."""
         embeds = self.embeds if phi is None else phi.embeds
         targets = self.targets if phi is None or phi.targets is None else phi.targets
-        dropout = None if self.dropout_seed is None else (self.dropout_seed, t)
+        dropout = None if self.dropout_seed is None else (self.dropout_seed, self.first_step + t)
         return set_parts(self.rows[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout)
 
     def loss(self, params: Params, t: int, phi: Phi) -> Iterator[Tensor]:
@@ -96,30 +99,38 @@ class Problem:
         """Inner step t without a graph; see :func:`~distillkit.core.inner.inner_step`."""
         return inner_step(self.student, self.optimizer, params, state, self.parts(t, phi), self.step_sizes[t], phi)
 
+    def trained(self, steps: int) -> tuple[Params, State]:
+        """Parameters and optimiser state after so many steps."""
+        params, state = self.start()
+        for t in range(steps):
+            params, state, *_ = self.step(t, params, state)
+        return params, state
+
+    def window(self, start: int, stop: int) -> Problem:
+        """The steps from ``start`` to ``stop`` − 1 as a problem of their own, after training through those before."""
+        params, state = self.trained(start)
+        return dataclasses.replace(self, params=params, state=state, rows=self.rows[start:stop],
+                                   step_sizes=self.step_sizes[start:stop], first_step=self.first_step + start)
+
+    def with_copies(self) -> Problem:
+        """The same run, in which each step sees a copy of the set of its own, so that gradients of φ are told apart by step."""
+        steps, examples = len(self.rows), len(self.embeds)
+        copies = {name: torch.cat([getattr(self, name)] * steps) for name in ("embeds", "mask", "targets")}
+        return dataclasses.replace(self, rows=[rows + t * examples for t, rows in enumerate(self.rows)], **copies)
+
 
 def leaf(tensor: Tensor) -> Tensor:
     """A copy of a tensor that collects a gradient of its own."""
     return tensor.detach().clone().requires_grad_()
 
 
-def leaves(params: Params) -> Params:
-    """Parameters that collect gradients; they share their memory with ``params``."""
-    return {name: p.detach().requires_grad_() for name, p in params.items()}
-
-
-def grad(outputs, inputs, **options) -> list[Tensor]:
-    """``torch.autograd.grad``, with zeros for inputs that the outputs do not depend on."""
-    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **options))
-
-
 def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Params]:
     """J(θ_T) and ∇J(θ_T), part by part."""
     theta = leaves(params)
-    total, grads = 0.0, None
-    for part in problem.outer:
+
+    def loss_and_grads(part: Callable[[Params], Tensor]) -> list:
         loss = part(theta)
-        part_grads = grad(loss, tuple(theta.values()))
-        total += float(loss.detach())
-        grads = part_grads if grads is None else [a + b for a, b in zip(grads, part_grads, strict=True)]
-    assert grads is not None  # there is a part at least
-    return total, dict(zip(theta, grads, strict=True))
+        return [float(loss.detach()), *grad(loss, tuple(theta.values()))]
+
+    loss, *grads = summed(map(loss_and_grads, problem.outer))
+    return loss, dict(zip(theta, grads, strict=True))

@@ -2,7 +2,7 @@
 
 :func:`evaluate` is the whole protocol.  For each seed it draws a fresh student, trains it as the recipe says
 (:mod:`distillkit.evaluation.recipes`), and scores it on a split that neither the set nor the recipe has seen
-(:mod:`distillkit.evaluation.scoring`).  The way down is short: a recipe gives a plan, the plan makes the kit's one inner step.
+(:mod:`distillkit.evaluation.scoring`).  A recipe gives a plan, and the plan makes the kit's one inner step.
 
 A score belongs to a recipe, so every :class:`Evaluation` names its own.  Initialisations for scoring, for tuning and for
 distilling come from disjoint seed streams.
@@ -13,11 +13,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 from torch.utils.flop_counter import FlopCounterMode
 
 from distillkit.core.distilled import DistilledSet
@@ -25,15 +27,15 @@ from distillkit.core.inner import Unroll, inner_step
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.recipes import Plan, Recipe, as_recipe
-from distillkit.evaluation.scoring import answered, has_accuracy, response_loss
-from distillkit.io.checks import check_is, check_seeds
+from distillkit.evaluation.scoring import answered, has_accuracy, mean_and_std, response_loss
+from distillkit.io.checks import check_are, check_is, check_seeds
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a set is worth under one recipe.
+    """The score of a set under one recipe.
 
     Classes and multiple choice are scored by accuracy.  Where the scored split has rows without choices, ``losses`` holds the
     scores instead; ``mean``, ``std`` and each of ``scores`` are then nan, and ``groups`` is empty.
@@ -42,13 +44,13 @@ class Evaluation:
         mean, std: accuracy over the seeds, std with n − 1 (nan for one seed).
         scores: one accuracy per seed.
         groups: accuracy by class, or by kind of question or subject, mean over the seeds.
-        seconds: of one training run without scoring, mean over the seeds.
+        seconds: duration of one training run without scoring, mean over the seeds.
         flops: floating-point operations of one training run.
         examples, nbytes: size of what was trained on.
         recipe: how it was trained, as JSON values.
-        normalized: multiple choice by length-normalised log-likelihood, one accuracy per seed; None where there is none.
+        normalized: multiple choice by length-normalised log-likelihood, one accuracy per seed; otherwise None.
         losses: where there are no choices: mean negative log-likelihood (nats) of the split's response tokens, one value
-            per seed; else None.
+            per seed; otherwise None.
     """
 
     mean: float
@@ -71,23 +73,23 @@ class Evaluation:
     @property
     def perplexity(self) -> float | None:
         """e to the power of ``loss``."""
-        return None if self.losses is None else float(np.exp(np.mean(self.losses)))
+        return None if self.loss is None else float(np.exp(self.loss))
 
     @property
     def worth(self) -> float:
-        """What to compare evaluations on one split by, the higher the better: accuracy, or minus the loss of the responses."""
-        return self.mean if self.losses is None else -float(np.mean(self.losses))
+        """One number to compare evaluations on one split by, the higher the better: accuracy, or minus the response loss."""
+        return self.mean if self.loss is None else -self.loss
 
     def score_text(self) -> str:
         """The score in words: mean ± std, without std for a single seed."""
+        mean, std = mean_and_std(self.losses or self.scores)
+        spread = f" ± {std:.3f}" if len(self.scores) > 1 else ""
         if self.losses is None:
-            return f"{self.mean:.3f}" + (f" ± {self.std:.3f}" if len(self.scores) > 1 else "")
-        spread = f" ± {np.std(self.losses, ddof=1):.3f}" if len(self.losses) > 1 else ""
-        return f"response loss {self.loss:.3f}{spread}, perplexity {self.perplexity:.3g}"
+            return f"{mean:.3f}{spread}"
+        return f"response loss {mean:.3f}{spread}, perplexity {self.perplexity:.3g}"
 
     def __str__(self) -> str:
-        score = f"{self.mean:.3f} ± {self.std:.3f}" if self.losses is None else self.score_text()
-        return f"{score} (n={len(self.scores)}, {self.recipe['name']})"
+        return f"{self.score_text()} (n={len(self.scores)}, {self.recipe['name']})"
 
 
 def evaluate(
@@ -105,21 +107,20 @@ def evaluate(
 
     Args:
         distilled: the set; None trains on the task's whole training split (recipe ``"standard"``).
-        seeds: one fresh initialisation each.
+        seeds: one fresh initialisation each, all different.
         recipe: how to train: :class:`~distillkit.evaluation.recipes.Own`, ``Standard``, ``Tuned``, ``Fixed``, their shorthands
             ``"own"``, ``"standard"``, ``"tuned"`` or an :class:`~distillkit.core.inner.Unroll`, or any other
-            :class:`~distillkit.evaluation.recipes.Recipe`.  Default: own where one is stored, else tuned.
+            :class:`~distillkit.evaluation.recipes.Recipe`.  Default: own where one is stored, otherwise tuned.
         split: ``"test"``, ``"validation"`` or ``"train"``.
 
     Raises:
-        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds, another model's embeddings,
-            classes of other names.  The same class names in another order are matched by name.
+        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds or repeated ones, another
+            model's embeddings, classes of other names.  The same class names in another order are matched by name.
     """
     if distilled is not None:
         check_is("distilled", distilled, DistilledSet)
-    check_is("task", task, Task)
-    check_is("student", student, Student)
-    check_seeds("seeds", tuple(seeds) if isinstance(seeds, range) else seeds)
+    check_are(task=(task, Task), student=(student, Student))
+    check_seeds("seeds", seeds)
     student = student.for_task(task)
     distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # an unknown name is an error before anything is trained
@@ -134,48 +135,29 @@ def evaluate(
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begin)
         outcomes.append((answered if accuracy else response_loss)(student, params, task, split))
+    fields = {"scores": (math.nan,) * len(seeds), "groups": {}, "losses": tuple(outcomes)}
+    if accuracy:
+        fields = _accuracies(task, split, outcomes)
+    mean, std = mean_and_std(fields["scores"])
+    columns = ("text",) if task.kind == "classification" else ("prompt", "response")
     return Evaluation(
-        **(_accuracies(task, split, outcomes) if accuracy else _without_accuracy(outcomes)),
+        mean, std, **fields,
         seconds=float(np.mean(seconds)),
         flops=_flops(plan, student, params),
         examples=len(task.train) if distilled is None else len(distilled),
-        nbytes=_text_bytes(task) if distilled is None else distilled.nbytes,
+        nbytes=sum(len(text.encode()) for c in columns for text in task.train[c]) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
     )
 
 
-def _accuracies(task: Task, split: str, answers: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """The scores of an :class:`Evaluation` from the answers of each run, as :func:`answered` gives them."""
-    plain, by_length = zip(*answers, strict=True)
-    scores = [float(right.mean()) for right in plain]
-    names, of_row = _groups(task, split)
-    groups = [[float(right[of_row == g].mean()) for g in range(len(names))] for right in plain]
-    return {
-        "mean": float(np.mean(scores)),
-        "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan"),
-        "scores": tuple(scores),
-        "groups": dict(zip(names, np.mean(groups, axis=0).tolist(), strict=True)),
-        "normalized": tuple(float(right.mean()) for right in by_length) if task.kind == "instruction" else None,
-    }
-
-
-def _without_accuracy(losses: list[float]) -> dict[str, Any]:
-    nan = float("nan")
-    return {"mean": nan, "std": nan, "scores": (nan,) * len(losses), "groups": {}, "losses": tuple(losses)}
-
-
-def _groups(task: Task, split: str) -> tuple[list[str], np.ndarray]:
-    """The names of the classes or groups of questions, and the number of each row's."""
-    if task.kind == "classification":
-        return list(task.classes), task.labels(split)
-    column = task.split(split)["group"][:]
-    names = list(dict.fromkeys(column))
-    return names, np.array([names.index(name) for name in column])
-
-
-def _text_bytes(task: Task) -> int:
-    columns = ("text",) if task.kind == "classification" else ("prompt", "response")
-    return sum(len(text.encode()) for column in columns for text in task.train[column])
+def _accuracies(task: Task, split: str, outcomes: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """The accuracies of an :class:`Evaluation` from the result of :func:`answered` for each run."""
+    plain, by_length = (np.stack(right).astype(float) for right in zip(*outcomes, strict=True))  # [seeds, rows]
+    classes = task.kind == "classification"
+    group = np.array(task.classes)[task.labels(split)] if classes else np.array(task.split(split)["group"][:])
+    shares = pd.DataFrame(plain.T).groupby(group, sort=False).mean().mean(axis=1)
+    return {"scores": tuple(plain.mean(1).tolist()), "groups": shares.reindex(task.classes or shares.index).to_dict(),
+            "normalized": None if classes else tuple(by_length.mean(1).tolist())}
 
 
 def flop_counter() -> FlopCounterMode:
@@ -188,7 +170,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _flops(plan: Plan, student: Student, params: Params) -> int:
-    """Operations of a training run, counted on up to eight of its steps, evenly spaced; ``params`` of any values do."""
+    """Operations of a training run, counted on up to eight evenly spaced steps; the values of ``params`` do not matter."""
     steps = len(plan.step_sizes)
     sample = range(0, steps, -(-steps // 8))
     with flop_counter() as counter:

@@ -6,24 +6,25 @@ tuning") makes a selection rule of that:
 
 1. Warm up on a random part of the training split, with a checkpoint i at the end of each epoch.
 2. At each checkpoint take Γ(z, θ_i), one Adam step's direction on each training example, and the plain mean gradient of
-   each validation subtask j; project both at random to a few thousand numbers (:class:`SparseProjection`).
+   each validation subtask j; project both at random to a few thousand numbers (:func:`sparse_projection`).
 3. Influence of z on j = Σ_i η̄_i cos(∇ℓ(D_val,j; θ_i), Γ(z, θ_i)), with η̄_i the mean step size of epoch i.
    The cosine keeps short examples, whose gradients are large, from winning by their length.
 4. The score of z is its influence on the subtask it helps most; take the highest scores.
 
 Subtasks are the values of the validation split's column ``group`` where there is one, else the split is one subtask.
-Classes are a poor choice of subtasks: a row's influence on its own class is mostly the pull towards that class, right or
-wrong.  With a fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one
-before a wrong one of its class with probability 0.80 by one subtask, and 0.60 by a subtask a class.
+Classes are no subtasks: a row's influence on its own class is mostly the pull towards that class, right or wrong.  With a
+fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one before a wrong one of
+its class with probability 0.80 by one subtask, and 0.60 by one subtask per class.
 
-In the paper only LoRA adapters are trained.  Here it is whatever the student trains: load it with ``trainable="lora"``
-for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
+The paper trains LoRA adapters only.  This module takes the gradients of all that the student trains: load it with
+``trainable="lora"`` for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,54 +35,44 @@ from distillkit.core.inner import inner_step, loss_and_grads
 from distillkit.core.optimizers import AdamW, State, described
 from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_choice, check_flag, check_number, check_whole
+from distillkit.io.checks import check_number, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
-CHUNK = 1 << 16  # coordinates that are projected at a time
 ROWS = 16  # examples whose activations are alive at a time
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
-WAY = "per-example gradients by"
 
 
 # --- gradients of single examples ------------------------------------------------------------------------------------
 
 
-def per_example_gradients(student: Student, params: Params, batch: Batch, targets: Tensor, *, by: str = "auto") -> Tensor:
+def per_example_gradients(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
     """The gradient of each example's own loss, ``[b, p]``: the trained parameters flattened, in the order of ``params``.
+
+    All examples are taken at once (``torch.func.vmap``); a student whose model does not allow that takes them one after the
+    other from then on.
 
     Args:
         params: as :meth:`Student.init` returns them.
         batch: b examples, tensors whose first axis counts them.
         targets: as :meth:`Student.loss` takes them.
-        by: ``"vmap"`` takes all at once (``torch.func.vmap`` of ``grad``), which not every model allows; ``"loop"`` one
-            after the other; ``"auto"`` tries vmap on the student's first call and remembers whether it worked.
-
-    Raises:
-        ValueError: another ``by``, or tensors that disagree on b.
     """
-    check_choice("by", by, ("auto", "vmap", "loop"))
-    sizes = {n: len(t) for n, t in batch.items()} | {"targets": len(targets)}
-    if len({*sizes.values()}) > 1:
-        raise ValueError(f"batch and targets must hold equally many examples, not {sizes}")
     params = {n: p.detach() for n, p in params.items()}
     batch, targets = {n: t.to(student.device) for n, t in batch.items()}, targets.to(student.device)
-    if by == "auto":
-        if WAY not in student.cache:
-            try:
-                gradients = _by_vmap(student, params, batch, targets)
-                student.cache[WAY] = "vmap"
-                return gradients
-            except torch.OutOfMemoryError:
+    if "no vmap" not in student.cache:
+        try:
+            return gradients_by_vmap(student, params, batch, targets)
+        except RuntimeError as error:  # what torch raises for code that it cannot vectorise
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            except RuntimeError:  # what torch raises for code that it cannot vectorise
-                student.cache[WAY] = "loop"
-        by = student.cache[WAY]
-    return {"vmap": _by_vmap, "loop": _by_loop}[by](student, params, batch, targets)
+            student.cache["no vmap"] = True
+    return gradients_by_loop(student, params, batch, targets)
 
 
-def _by_vmap(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+def gradients_by_vmap(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+    """:func:`per_example_gradients`, all examples at once."""
+
     def loss(params: Params, row: Batch, target: Tensor) -> Tensor:
         return student.loss(params, {n: t[None] for n, t in row.items()}, target[None])
 
@@ -89,7 +80,8 @@ def _by_vmap(student: Student, params: Params, batch: Batch, targets: Tensor) ->
     return torch.cat([grads[n].flatten(1) for n in params], 1)
 
 
-def _by_loop(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+def gradients_by_loop(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
+    """:func:`per_example_gradients`, one example after the other."""
     rows = ([(1.0, {n: t[i : i + 1] for n, t in batch.items()}, targets[i : i + 1], None)] for i in range(len(targets)))
     return torch.stack([_flat(loss_and_grads(student, params, row)[1]) for row in rows])
 
@@ -101,63 +93,29 @@ def _flat(values: Params) -> Tensor:
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class SparseProjection:
-    """A random linear map from ``dim_in`` to ``dim_out`` numbers that keeps inner products on average.
+def sparse_projection(x: Tensor, dim_out: int = 8192, *, seed: int = 0, entries: int = 2) -> Tensor:
+    """A random linear map of the rows of ``x [b, n]`` to ``[b, dim_out]`` that keeps inner products on average.
 
     Each coordinate goes, with random signs and divided by √s, to s outputs, one in each of s equal parts of the output
     (the block construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms"; s = 1 is the count-sketch).
     E⟨Px, Py⟩ = ⟨x, y⟩ and Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out, whatever s; a larger s costs more
-    and has lighter tails.  It takes s operations a coordinate where a dense matrix takes ``dim_out``.  The entries are
-    drawn anew from ``seed`` at each call, so nothing of size ``dim_in`` is stored.
+    and has lighter tails.  It takes s operations per coordinate where a dense matrix takes ``dim_out``.  The entries are
+    drawn anew from ``seed`` at each call, so nothing of size n is stored.  A row's image does not depend on the other rows; on
+    a CPU it is the same to the last bit, on a GPU sums may differ by rounding.
 
     LESS projects by a dense matrix of random signs, to 8192 numbers too.
 
     Args:
-        dim_in: n, length of the vectors.
-        dim_out: k, a multiple of s.
-        seed: any integer.
+        dim_out: a multiple of s.
+        seed: any integer; the same map for the same seed and n.
         entries: s.
-
-    Raises:
-        ValueError: a size below 1, or a ``dim_out`` that s does not divide.
     """
-
-    dim_in: int
-    dim_out: int = 8192
-    seed: int = 0
-    entries: int = 2
-
-    def __post_init__(self):
-        for name in ("dim_in", "dim_out", "entries"):
-            check_whole(name, getattr(self, name))
-        if self.dim_out % self.entries:
-            raise ValueError(f"dim_out must be a multiple of entries={self.entries}, not {self.dim_out}")
-
-    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Which outputs the coordinates ``start`` … ``stop − 1`` go to, and with which sign: int64, ``[s, stop − start]``."""
-        blocks, part = range(start // BLOCK, -(-stop // BLOCK)), self.dim_out // self.entries
-        streams = (generator("projection", self.seed, block) for block in blocks)
-        drawn = torch.cat([torch.randint(2 * part, (self.entries, BLOCK), generator=stream) for stream in streams], 1)
-        drawn = drawn[:, start - blocks.start * BLOCK :][:, : stop - start]
-        return drawn // 2 + part * torch.arange(self.entries)[:, None], 1 - 2 * (drawn % 2)
-
-    def __call__(self, x: Tensor, *, chunk: int = CHUNK) -> Tensor:
-        """Project the rows of ``x [b, n]`` to ``[b, k]``, ``chunk`` coordinates at a time, which bounds memory only.
-
-        The same to the last bit on a CPU, whatever the chunk and the other rows; on a GPU sums may differ by rounding.
-
-        Raises:
-            ValueError: rows that are not ``dim_in`` long.
-        """
-        if x.ndim != 2 or x.shape[1] != self.dim_in:
-            raise ValueError(f"x must be [b, {self.dim_in}], not {list(x.shape)}; make a projection of that dim_in")
-        out = x.new_zeros(len(x), self.dim_out)
-        for start in range(0, self.dim_in, chunk):
-            piece = x[:, start : start + chunk]
-            for target, sign in zip(*(c.to(x.device) for c in self.columns(start, start + piece.shape[1]))):
-                out.scatter_add_(1, target.expand_as(piece), piece * sign)
-        return out / self.entries**0.5
+    out, part = x.new_zeros(len(x), dim_out), dim_out // entries
+    for block, piece in enumerate(x.split(BLOCK, dim=1)):
+        draws = torch.randint(2 * part, (entries, BLOCK), generator=generator("projection", seed, block)).to(x.device)
+        for e, draw in enumerate(draws[:, : piece.shape[1]]):
+            out.scatter_add_(1, (draw // 2 + part * e).expand_as(piece), piece * (1 - 2 * (draw % 2)))
+    return out / entries**0.5
 
 
 # --- LESS ------------------------------------------------------------------------------------------------------------
@@ -177,10 +135,9 @@ class LessSettings:
         fraction: share of the training split to warm up on, in (0, 1].
         epochs: passes over it, each ending in a checkpoint.
         batch_size: examples a warm-up step.
-        optimizer: of the warm-up, and of Γ (without its weight decay and clipping, which are not the example's doing).
+        optimizer: makes the steps of the warm-up and, without its weight decay and clipping, Γ.
         projection: numbers that a gradient is projected to, even, or None; parameters of no more numbers are not projected.
-        validation_rows: at most so many in all, the same number for each subtask (at least 1), or None for all.
-        by_class: whether classes are the subtasks where the validation split has no column ``group``.
+        validation_rows: most validation rows in all, the same number for each subtask (at least 1), or None for all.
 
     Raises:
         ValueError: a value outside these ranges.
@@ -192,18 +149,15 @@ class LessSettings:
     optimizer: AdamW = AdamW(3e-4)
     projection: int | None = 8192
     validation_rows: int | None = None
-    by_class: bool = False
 
     def __post_init__(self):
         check_number("fraction", self.fraction, most=1, without="least")
-        check_flag("by_class", self.by_class)
-        if not isinstance(self.optimizer, AdamW):
-            raise ValueError(f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
-        for name in ("epochs", "batch_size", "projection", "validation_rows"):
-            if name in ("epochs", "batch_size") or getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
-        if self.projection is not None and self.projection % SparseProjection.entries:
-            raise ValueError(f"projection must be even, not {self.projection}")
+        require(isinstance(self.optimizer, AdamW),
+                f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
+        limits = {"projection": self.projection, "validation_rows": self.validation_rows}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **limits)
+        require(self.projection is None or self.projection % 2 == 0, f"projection must be even, not {self.projection}")
 
     def described(self) -> dict:
         """The settings as JSON values."""
@@ -213,8 +167,7 @@ class LessSettings:
 LESS = LessSettings()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Checkpoint:
+class WarmedUp(NamedTuple):
     """The end of an epoch of warming up: parameters, AdamW's state, and the epoch's mean step size."""
 
     params: Params
@@ -222,8 +175,8 @@ class Checkpoint:
     step_size: float
 
 
-def warm_up(task: Task, student: Student, *, seed: int = 0, settings: LessSettings = LESS) -> Iterator[Checkpoint]:
-    """Train a fresh student on a random part of the training split; one checkpoint an epoch, made when its turn comes."""
+def warm_up(task: Task, student: Student, *, seed: int = 0, settings: LessSettings = LESS) -> Iterator[WarmedUp]:
+    """Train a fresh student on a random part of the training split, yielding its state at the end of each epoch."""
     draw, n = generator("less-rows", seed), len(task.split("train"))
     rows = torch.randperm(n, generator=draw)[: max(1, round(settings.fraction * n))]
     steps = settings.epochs * -(-len(rows) // settings.batch_size)
@@ -235,7 +188,7 @@ def warm_up(task: Task, student: Student, *, seed: int = 0, settings: LessSettin
         for step_size, batch in zip(epoch.tolist(), batches, strict=True):
             parts = real_parts(task, student, batch, ROWS)
             params, state, *_ = inner_step(student, settings.optimizer, params, state, parts, step_size)
-        yield Checkpoint(params, state, epoch.mean().item())
+        yield WarmedUp(params, state, epoch.mean().item())
 
 
 def adam_direction(optimizer: AdamW, state: State, grads: Tensor) -> Tensor:
@@ -254,7 +207,7 @@ def adam_direction(optimizer: AdamW, state: State, grads: Tensor) -> Tensor:
 def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSettings = LESS) -> np.ndarray:
     """The LESS score of each training row, float64 ``[n]``; remembered by the student.
 
-    Takes one gradient a checkpoint and training row, and draws a progress bar meanwhile.
+    Takes one gradient per checkpoint and training row.
 
     Args:
         seed: stands for the warm-up's initialisation and rows, the projection, and the choice of validation rows.
@@ -263,22 +216,17 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
         ValueError: a gradient that is not finite.
     """
     key = f"less:{task.fingerprint}:{task.max_length}:{seed}:{settings}"
-    if key not in student.cache:
-        student.cache[key] = _influence(task, student, seed, settings)
-    return student.cache[key]
-
-
-def _influence(task: Task, student: Student, seed: int, settings: LessSettings) -> np.ndarray:
+    if key in student.cache:
+        return student.cache[key]
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
-    dim = sum(p.numel() for p in student.init(0).values())
+    dim, k = sum(p.numel() for p in student.init(0).values()), settings.projection
+    k, projection_seed = None if k is None or k >= dim else k, derive_seed("less-projection", seed)
     chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
-    k = settings.projection
-    projection = SparseProjection(dim, k, derive_seed("less-projection", seed)) if k is not None and k < dim else None
     subtasks = _subtasks(task, seed, settings)
 
     def feature(grads: Tensor) -> Tensor:
         wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        return torch.nn.functional.normalize(projection(wide) if projection else wide, dim=1)
+        return torch.nn.functional.normalize(wide if k is None else sparse_projection(wide, k, seed=projection_seed), dim=1)
 
     scores = torch.zeros(len(lengths), len(subtasks), dtype=torch.float64)
     with progress(total=settings.epochs * len(lengths), desc="influence", unit="row", leave=False) as bar:
@@ -296,43 +244,14 @@ def _influence(task: Task, student: Student, seed: int, settings: LessSettings) 
     if not best.isfinite().all():
         raise ValueError(f"training row {int((~best.isfinite()).nonzero()[0])} of task {task.name!r} has a gradient that is "
                          f"not finite; lower the warm-up's step size of {settings.optimizer.step_size}")
-    return best.numpy()
-
-
-def less_rows(
-    task: Task, student: Student, count_per_pool: int, *, seed: int = 0, settings: LessSettings = LESS
-) -> list[np.ndarray]:
-    """The training rows of the highest LESS scores, best first.
-
-    The pools are the classes of a classification task, so that the choice stays balanced, and the whole training split of
-    an instruction task.
-
-    Args:
-        count_per_pool: rows to take from each pool.
-        seed, settings: as :func:`influence` takes them.
-
-    Returns:
-        Row indices of each pool, ``[count_per_pool]`` each.
-
-    Raises:
-        ValueError: a count that a pool does not have.
-    """
-    pools = task.rows_by_class("train")
-    most, meaning = min(map(len, pools)), f"the rows of the smallest pool of task {task.name!r}"
-    check_whole("count_per_pool", count_per_pool, most=most, meaning=meaning)
-    scores = influence(task, student, seed=seed, settings=settings)
-    return [pool[np.argsort(-scores[pool], kind="stable")[:count_per_pool]] for pool in pools]
+    student.cache[key] = best.numpy()
+    return student.cache[key]
 
 
 def _subtasks(task: Task, seed: int, settings: LessSettings) -> list[Tensor]:
     """The validation rows of each subtask."""
-    split = task.split("validation")
-    if "group" in split.column_names:
-        names = split["group"][:]
-    else:
-        names = task.labels("validation") if settings.by_class else np.zeros(len(split))
-    _, number = np.unique(names, return_inverse=True)
-    draw = generator("less-validation", seed)
-    subtasks = [torch.from_numpy(np.flatnonzero(number == j)) for j in range(number.max() + 1)]
+    split, draw = task.split("validation"), generator("less-validation", seed)
+    names = np.array(split["group"][:]) if "group" in split.column_names else np.zeros(len(split))
+    subtasks = [torch.from_numpy(np.flatnonzero(names == name)) for name in np.unique(names)]
     most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(subtasks))
     return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in subtasks]

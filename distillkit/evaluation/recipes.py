@@ -1,6 +1,6 @@
 """Recipes: how a fresh student is trained on a set before it is scored.
 
-A score belongs to a recipe, so a recipe is an object, and what it did is noted in every score:
+A score belongs to a recipe, so a recipe is an object and every score records it:
 
 * :class:`Own`: the recipe stored with a distilled set, its learned step sizes included.
 * :class:`Standard`: AdamW fine-tuning with published settings (Devlin et al., 2019; Mosbach et al., 2021).
@@ -8,17 +8,17 @@ A score belongs to a recipe, so a recipe is an object, and what it did is noted 
   without a recipe, such as selected real sentences, a fair chance.
 * :class:`Fixed`: the optimiser and the steps of an :class:`~distillkit.core.inner.Unroll`.
 
-A recipe of your own is any object with the method ``plan`` of :class:`Recipe`.  It looks at the set, the task and the student
-once and returns a function from a seed to a :class:`Plan`; :func:`~distillkit.evaluation.evaluate.evaluate` asks for one plan
-per seed, trains it and scores the result.  The strings "own", "standard" and "tuned" are shorthand (:data:`NAMED`).
+A custom recipe is any object with the method ``plan`` of :class:`Recipe`.  The method looks at the set, the task and the
+student once and returns a function from a seed to a :class:`Plan`; :func:`~distillkit.evaluation.evaluate.evaluate` asks for
+one plan per seed, trains it and scores the result.  The strings "own", "standard" and "tuned" are shorthand (:data:`NAMED`).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -31,12 +31,12 @@ from distillkit.core.optimizers import AdamW, Optimizer, described
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
-from distillkit.io.checks import check_is, check_number, check_whole
+from distillkit.io.checks import check_is, check_number, check_whole, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
-GRID = {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)}
-LANGUAGE_GRID = {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}
+GRIDS = {"classification": {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)},
+         "instruction": {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}}
 BATCH, MICRO_BATCH = 32, 16  # 16 examples of like length at a time: less padding
 
 
@@ -65,17 +65,16 @@ class Plan:
 
 
 class Recipe(Protocol):
-    """What a recipe has to offer."""
+    """The interface of a recipe."""
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
-        """Settle how to train on a set; returns a function from the seed of a run to its plan.
+        """Decide how to train on a set; returns a function from the seed of a run to its plan.
 
         Args:
             distilled: the set, its classes in the student's order; None: the task's whole training split.
             task: what the student is scored on.  Look at its validation split for choices, never at its test split.
             student: draws its initialisation elsewhere, from the same seed.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,18 +83,18 @@ class Own:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
-        distilled = _a_set(distilled, self)
-        if "recipe" not in distilled.meta:
-            raise ValueError("recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
-                             "or 'standard'")
+        distilled = _checked_set(distilled, self)
+        require("recipe" in distilled.meta,
+                "recipe='own' asked for, but this set carries none (it was selected, not distilled); use 'tuned' "
+                "or 'standard'")
         stored = distilled.meta["recipe"]
-        if stored.get("trainable", student.trainable) != student.trainable:
-            raise ValueError(f"recipe='own' trains {stored['trainable']!r} parameters, the student was loaded with trainable="
-                             f"{student.trainable!r}; load it as the set wants it, or choose another recipe")
+        require(stored.get("trainable", student.trainable) == student.trainable,
+                f"recipe='own' trains {stored.get('trainable')!r} parameters, the student was loaded with trainable="
+                f"{student.trainable!r}; load the student with the set's value, or choose another recipe")
         unroll = from_recipe(stored)
         step_sizes = bound_step_sizes(distilled, unroll, student)
         recipe = {"name": "own", "step_sizes": step_sizes.tolist(), **unroll.recipe()}
-        return lambda seed: set_plan(distilled, student, unroll, step_sizes, recipe, seed=seed)
+        return lambda seed: set_plan(distilled, student, unroll, recipe, seed=seed, step_sizes=step_sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,67 +108,62 @@ class Fixed:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`."""
-        distilled = _a_set(distilled, self)
-        step_sizes, recipe = _constant(distilled, student, self.unroll), {"name": "unroll", **self.unroll.recipe()}
-        return lambda seed: set_plan(distilled, student, self.unroll, step_sizes, recipe, seed=seed)
+        distilled, recipe = _checked_set(distilled, self), {"name": "unroll", **self.unroll.recipe()}
+        return lambda seed: set_plan(distilled, student, self.unroll, recipe, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Standard:
     """AdamW fine-tuning with published settings, linear warm-up over a tenth of the steps and linear decay.
 
+    AdamW has weight decay 0.01 and step size 5e-5 for classifiers (Devlin et al., 2019), 2e-4 for LoRA (Dettmers et al., 2023),
+    and 1e-3 for all parameters of language models as small as the offline ones.
+
     Three epochs of a few examples train nothing (Mosbach et al., 2021), so there is a least number of steps.  A language
     model that knows its subject loses more than it gains by many passes over a few pairs, so its least number is lower.
 
     Args:
-        optimizer: default: AdamW with weight decay 0.01 and step size 5e-5 for classifiers (Devlin et al., 2019), 2e-4 for
-            LoRA (Dettmers et al., 2023), and 1e-3 for all parameters of language models as small as the offline ones.
         epochs: passes over the set.
         batch_size: examples per step.
         least_steps: steps in any case; default: 200 for classifiers, 60 for language models.
 
     Raises:
         ValueError: a number below 1.
-        TypeError: something without ``init`` and ``update`` as an optimiser.
     """
 
-    optimizer: Optimizer | None = None
     epochs: int = 3
     batch_size: int = BATCH
     least_steps: int | None = None
 
     def __post_init__(self):
-        if self.optimizer is not None and not all(callable(getattr(self.optimizer, n, None)) for n in ("init", "update")):
-            raise TypeError(f"optimizer must have init and update, as AdamW has, not {self.optimizer!r}")
-        for name in ("epochs", "batch_size") if self.least_steps is None else ("epochs", "batch_size", "least_steps"):
-            check_whole(name, getattr(self, name))
+        least = {} if self.least_steps is None else {"least_steps": self.least_steps}
+        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **least)
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; the seed also decides the order of the examples."""
         language = student.kind != "classification"
         examples = len(task.split("train")) if distilled is None else len(distilled)
         steps = max(self.epochs * -(-examples // self.batch_size), self.least_steps or (60 if language else 200))
-        usual = 5e-5 if not language else 2e-4 if student.trainable == "lora" else 1e-3
-        optimizer = self.optimizer or AdamW(usual, weight_decay=0.01)
+        optimizer = AdamW(5e-5 if not language else 2e-4 if student.trainable == "lora" else 1e-3, weight_decay=0.01)
         step_sizes = warm_up_and_decay(steps, optimizer.step_size)
         recipe = {"name": "standard", "steps": steps, "optimizer": described(optimizer), "batch_size": self.batch_size,
                   "schedule": "linear warm-up over 10 % of the steps, linear decay"}
         if distilled is None:
             return lambda seed: Plan(optimizer, step_sizes, _all_rows(task, student, steps, self.batch_size, seed), recipe)
         unroll = Unroll(steps, optimizer=optimizer, batch_size=self.batch_size, micro_batch=MICRO_BATCH)
-        return lambda seed: set_plan(distilled, student, unroll, step_sizes, recipe, seed=seed, order=seed)
+        return lambda seed: set_plan(distilled, student, unroll, recipe, seed=seed, order=seed, step_sizes=step_sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """AdamW with the constant step size and the number of steps that score best on the validation split.
 
-    The score of a point is the mean over some initialisations of accuracy, or of minus the response loss.  They come from a
-    seed stream of their own.  Of equal points the cheaper one is taken, then the smaller step size.
+    The score of a grid point is the mean over some initialisations of accuracy, or of minus the response loss.  The
+    initialisations come from their own seed stream.  Of equal points the one with fewer steps wins, then the one with
+    the smaller step size.
 
     Args:
-        grid: {"step_size": sizes, "steps": numbers of steps}; default: :data:`GRID` for classifiers, :data:`LANGUAGE_GRID` for
-            language models.
+        grid: {"step_size": sizes, "steps": numbers of steps}; default: the one of :data:`GRIDS` for the kind of task.
         seeds: initialisations to judge a point on; one where the student draws nothing at random.
         rows: validation rows to judge on, balanced over the classes; all where there are fewer.
 
@@ -182,13 +176,12 @@ class Tuned:
     rows: int = 300
 
     def __post_init__(self):
-        check_whole("seeds", self.seeds)
-        check_whole("rows", self.rows)
+        check_wholes(seeds=self.seeds, rows=self.rows)
         if self.grid is None:
             return
         lists = isinstance(self.grid, Mapping) and all(isinstance(v, Sequence) and v for v in self.grid.values())
-        if not lists or {*self.grid} != {*GRID}:
-            raise ValueError(f"grid must list step_size and steps, such as {GRID}, not {self.grid!r}")
+        require(lists and {*self.grid} == {"step_size", "steps"},
+                f"grid must list step_size and steps, such as {GRIDS['classification']}, not {self.grid!r}")
         for step_size in self.grid["step_size"]:
             check_number("grid['step_size']", step_size, without="least")
         for steps in self.grid["steps"]:
@@ -196,36 +189,32 @@ class Tuned:
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; the seed also decides the order of the examples."""
-        distilled = _a_set(distilled, self)
-        grid = self.grid or (GRID if student.kind == "classification" else LANGUAGE_GRID)
+        distilled, grid = _checked_set(distilled, self), self.grid or GRIDS[student.kind]
         scores = self._scores(distilled, task, student, grid)
-        means = {point: round(float(np.mean(values)), 6) for point, values in scores.items()}
-        best = max(means, key=lambda point: (-math.inf if math.isnan(means[point]) else means[point], -point[0], -point[1]))
-        validation = float(np.mean(scores[best]))
-        unroll = Unroll(best[0], optimizer=AdamW(best[1]), batch_size=BATCH, micro_batch=MICRO_BATCH)
+        # A loss that is not a number is the worst.
+        means = {p: np.round(np.nan_to_num(np.mean(values), nan=-np.inf, neginf=-np.inf), 6) for p, values in scores.items()}
+        steps, step_size = best = max(means, key=lambda point: (means[point], -point[0], -point[1]))
+        validation, unroll = float(np.mean(scores[best])), _adamw(steps, step_size)
         recipe = {"name": "tuned", **unroll.recipe(), "grid": {name: list(values) for name, values in grid.items()}}
         recipe |= {"validation": validation} if has_accuracy(task, "validation") else {"validation_loss": -validation}
-        step_sizes = _constant(distilled, student, unroll)
-        return lambda seed: set_plan(distilled, student, unroll, step_sizes, recipe, seed=seed, order=seed)
+        return lambda seed: set_plan(distilled, student, unroll, recipe, seed=seed, order=seed)
 
     def _scores(self, distilled, task: Task, student: Student, grid) -> dict[tuple[int, float], list[float]]:
-        """The validation score of each point (steps, step size) under each initialisation."""
+        """The validation score of each grid point (steps, step size) under each initialisation."""
         rows = task.balanced_rows("validation", min(self.rows, len(task.validation)), generator("tune-rows", 0)).numpy()
-        scores: dict[tuple[int, float], list[float]] = {}
+        scores = collections.defaultdict(list)
         for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
-            unroll = Unroll(max(grid["steps"]), optimizer=AdamW(step_size), batch_size=BATCH, micro_batch=MICRO_BATCH)
-            plan = set_plan(distilled, student, unroll, _constant(distilled, student, unroll), {}, seed=0)
+            plan = set_plan(distilled, student, _adamw(max(grid["steps"]), step_size), {}, seed=0)
             for seed in range(self.seeds if student.draws else 1):  # without a draw all runs would be the same
                 start = student.init(derive_seed("tune-init", seed))
                 # As the step size is constant, one run passes through all step counts of the grid.
                 for steps, params in enumerate(plan.train(student, start), start=1):
                     if steps in grid["steps"]:
-                        score = worth(student, params, task, "validation", rows)
-                        scores.setdefault((steps, step_size), []).append(score)
+                        scores[steps, step_size].append(worth(student, params, task, "validation", rows))
         return scores
 
 
-NAMED: dict[str, Recipe] = {"own": Own(), "standard": Standard(), "tuned": Tuned()}
+NAMED: Mapping[str, Recipe] = {"own": Own(), "standard": Standard(), "tuned": Tuned()}
 
 
 def as_recipe(recipe) -> Recipe:
@@ -236,24 +225,26 @@ def as_recipe(recipe) -> Recipe:
     """
     if isinstance(recipe, Unroll):
         return Fixed(recipe)
-    if isinstance(recipe, str) and recipe in NAMED:
-        return NAMED[recipe]
-    if callable(getattr(recipe, "plan", None)) and not isinstance(recipe, type):
-        return cast("Recipe", recipe)
-    raise ValueError(f"recipe must be {', '.join(map(repr, NAMED))}, an Unroll, or an object with plan, not {recipe!r}")
+    chosen = NAMED.get(recipe) if isinstance(recipe, str) else recipe
+    require(callable(getattr(chosen, "plan", None)) and not isinstance(chosen, type),
+            f"recipe must be {', '.join(map(repr, NAMED))}, an Unroll, or an object with plan, not {recipe!r}")
+    return cast("Recipe", chosen)
 
 
 def set_plan(
-    distilled: DistilledSet, student: Student, unroll: Unroll, step_sizes: Tensor, recipe: dict, *, seed: int, order: int = 0
+    distilled: DistilledSet, student: Student, unroll: Unroll, recipe: dict, *, seed: int, order: int = 0,
+    step_sizes: Tensor | None = None,
 ) -> Plan:
     """The plan that trains on a set by the optimiser and the batches of ``unroll``.
 
     Args:
-        step_sizes: of each step, ``[t]``.
         recipe: to note in the score.
         seed: of dropout masks.
         order: of the batches; 0 is the order that sets are distilled in.
+        step_sizes: of each step, ``[t]``; default: the optimiser's at every step, not those that the set has learned.
     """
+    if step_sizes is None:
+        step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
     mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
@@ -273,34 +264,30 @@ def warm_up_and_decay(steps: int, step_size: float) -> Tensor:
     return step_size * torch.minimum(t / warm, (steps + 1 - t) / (steps + 1 - warm))
 
 
-def _a_set(distilled: DistilledSet | None, recipe: Any) -> DistilledSet:
+def _checked_set(distilled: DistilledSet | None, recipe: Recipe) -> DistilledSet:
     if distilled is None:
         raise ValueError(f"the full training split is trained on by recipe='standard' only, not {recipe!r}")
     return distilled
 
 
-def _constant(distilled: DistilledSet, student: Student, unroll: Unroll) -> Tensor:
-    """The optimiser's step size at every step, whatever the set has learned."""
-    return bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
+def _adamw(steps: int, step_size: float) -> Unroll:
+    return Unroll(steps, optimizer=AdamW(step_size), batch_size=BATCH, micro_batch=MICRO_BATCH)
 
 
 def _all_rows(task: Task, student: Student, steps: int, batch_size: int, seed: int) -> Callable[[int], list[Part]]:
-    """The feed of a run over the training split: every row once per epoch, in an order drawn from ``seed``."""
+    """The feed of a run over the training split: every row once per epoch, in an order drawn from ``seed``.
+
+    A batch holds rows of like length among 16 batches' worth, which leaves little padding.
+    """
     draw, batches = generator("full-data-order", seed), []
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
     while len(batches) < steps:
-        batches += _grouped_by_length(torch.randperm(len(lengths), generator=draw), lengths, batch_size, draw)
+        pools = torch.randperm(len(lengths), generator=draw).split(16 * batch_size)
+        epoch = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+        batches += [epoch[i] for i in torch.randperm(len(epoch), generator=draw)]
 
     def feed(t: int) -> list[Part]:
         batch = task.batch(student.tokenizer, "train", batches[t])
         return [(1.0, batch, batch["labels"].to(student.device), None)]
 
     return feed
-
-
-def _grouped_by_length(order: Tensor, lengths: Tensor, batch_size: int, draw: torch.Generator) -> list[Tensor]:
-    """Batches of one pass in random order, each of rows of like length among 16 batches' worth: little padding."""
-    batches = []
-    for pool in order.split(16 * batch_size):
-        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=draw)]

@@ -1,4 +1,4 @@
-"""Scoring: what a trained student says of held-out real data.
+"""Scoring: how often a trained student is right on held-out real data.
 
 Classification is scored by the largest logit.  Multiple choice is scored as ARC and MMLU are: the model answers with the
 choice that has the highest log-likelihood after the prompt; a second score divides the log-likelihood by the number of
@@ -12,14 +12,17 @@ little padding is computed.
 
 from __future__ import annotations
 
+import collections
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distillkit.core.student import Params, Student
-from distillkit.data.tasks import NO_TARGET, Task
+from distillkit.data.tasks import Task
 
 if TYPE_CHECKING:
     from distillkit.data.instruction import InstructionTask
@@ -53,16 +56,14 @@ def answered(
     Raises:
         ValueError: rows of an instruction task without choices.
     """
-    rows = np.arange(len(task.split(split))) if rows is None else np.asarray(rows)
+    rows = np.arange(len(task.split(split))) if rows is None else rows
     if task.kind == "classification":
         right = classified(student, params, task, split, rows)
         return right, right
     questions = cast("InstructionTask", task)
     questions.check_choices(split, rows)
-    plain, by_length = (
-        questions.are_right(split, rows, picks(scores)) for scores in choice_scores(student, params, task, split, rows)
-    )
-    return plain, by_length
+    plain, by_length = choice_scores(student, params, task, split, rows)
+    return questions.are_right(split, rows, picks(plain)), questions.are_right(split, rows, picks(by_length))
 
 
 def classified(
@@ -85,18 +86,8 @@ def classified(
     return right
 
 
-def choice_accuracy(student: Student, params: Params, task: Task, split: str) -> tuple[float, float]:
-    """Share of a split's multiple-choice rows that ``params`` answer rightly, plainly and by length.
-
-    Raises:
-        ValueError: rows without choices.
-    """
-    plain, by_length = answered(student, params, task, split)
-    return float(plain.mean()), float(by_length.mean())
-
-
 def choice_scores(
-    student: Student, params: Params, task: Task, split: str, rows: Rows, batch_size: int = 256
+    student: Student, params: Params, task: Task, split: str, rows: Rows, batch_size: int = 64
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Log-likelihood of each choice of each row after its prompt, and the same per character of the choice.
 
@@ -105,30 +96,52 @@ def choice_scores(
         batch_size: choices at a time (rows, where each choice is a single token).
 
     Returns:
-        for each row an array with an entry per choice, twice; a NaN counts as −∞.
+        for each row an array with an entry per choice, twice.
     """
-    tokenizer = student.tokenizer
-    choices = [cast("InstructionTask", task).choice_ids(tokenizer, split, int(row)) for row in rows]
-    scores = [np.empty(len(ids)) for ids in choices]
-    prompt_lengths = [len(task.token_ids(tokenizer, split)[int(row)]) for row in rows]
-    # Where every choice is a single token, one reading of the prompt gives the scores of all of them.
-    single = [place for place, ids in enumerate(choices) if all(len(choice) == 1 for choice in ids)]
-    longer = [(place, i) for place in sorted({*range(len(rows))} - {*single}) for i in range(len(choices[place]))]
-    with torch.no_grad():
-        for part in by_size(single, prompt_lengths.__getitem__, batch_size):
-            batch = task.batch(tokenizer, split, [int(rows[place]) for place in part])
-            next_token = student.next_token(params, batch).double().cpu().numpy()
-            for place, of_token in zip(part, next_token, strict=True):
-                scores[place][:] = [of_token[token] for (token,) in choices[place]]
-        for part in by_size(longer, lambda item: prompt_lengths[item[0]] + len(choices[item[0]][item[1]]), batch_size):
-            batch = task.batch(tokenizer, split, [int(rows[place]) for place, _ in part])
-            targets = [torch.tensor(choices[place][i]) for place, i in part]
-            targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=NO_TARGET)
-            likelihoods = student.log_likelihood(params, batch, targets).sum(1).double().cpu().numpy()
-            for (place, i), likelihood in zip(part, likelihoods, strict=True):
-                scores[place][i] = likelihood
-    scores = without_nan(scores)
+    prompts = task.token_ids(student.tokenizer, split)
+    choices = [cast("InstructionTask", task).choice_ids(student.tokenizer, split, int(row)) for row in rows]
+    scores = log_likelihoods(student, [prompts[int(row)] for row in rows], choices, params=params, batch_size=batch_size)
     return scores, per_character(scores, task, split, rows)
+
+
+def log_likelihoods(
+    student: Student, prompts: Sequence[list[int]], choices: Sequence[list[list[int]]], *, params: Params | None = None,
+    memory=None, batch_size: int = 64,
+) -> list[np.ndarray]:
+    """Log-likelihood of each choice of each prompt.
+
+    Args:
+        prompts: token ids of each prompt, at least one token each.
+        choices: for each prompt, the token ids of each choice.
+        params: the student's parameters; default: as pretrained.
+        memory: keys and values of a context in front of all prompts, as the model returns them; not changed.
+        batch_size: prompts (choices, where these are longer than a token) at a time.
+
+    Returns:
+        for each prompt an array with an entry per choice.
+    """
+    likelihoods = [np.zeros(len(options)) for options in choices]
+    # Tokens to read → (place, token, prompt, choice) of each log-probability to take there: one-token choices share a reading.
+    spots: dict[tuple[int, ...], list[tuple[int, ...]]] = collections.defaultdict(list)
+    for row, (prompt, options) in enumerate(zip(prompts, choices, strict=True)):
+        for i, choice in enumerate(options):
+            spots[*prompt, *choice[:-1]] += [(place, token, row, i) for place, token in enumerate(choice, len(prompt) - 1)]
+    for part in by_size(spots, len, batch_size):
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in part], batch_first=True)
+        first = min(place for tokens in part for place, *_ in spots[tokens])
+        past = copy.deepcopy(memory)  # as reading adds to it
+        if past is not None:
+            past.batch_repeat_interleave(len(part))
+        embeds = student.scaled(F.embedding(ids.to(student.device), student.embedding))
+        kwargs = {"inputs_embeds": embeds, "past_key_values": past, "use_cache": past is not None,
+                  "logits_to_keep": ids.shape[1] - first}
+        with torch.no_grad():  # padding stands behind, where no token of interest looks
+            log_p = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).logits.log_softmax(-1)
+        where = [(n, place - first, *rest) for n, tokens in enumerate(part) for place, *rest in spots[tokens]]
+        n, place, token, row, choice = zip(*where, strict=True)
+        for r, c, value in zip(row, choice, log_p[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
+            likelihoods[r][c] += value
+    return likelihoods
 
 
 def response_loss(
@@ -150,11 +163,6 @@ def response_loss(
     return total / sum(len(responses[row]) for row in rows)
 
 
-def without_nan(scores: list[np.ndarray]) -> list[np.ndarray]:
-    """Log-likelihoods in which a NaN counts as −∞."""
-    return [np.nan_to_num(row_scores, nan=-np.inf, neginf=-np.inf) for row_scores in scores]
-
-
 def per_character(scores: list[np.ndarray], task: Task, split: str, rows: Rows) -> list[np.ndarray]:
     """Log-likelihoods of the choices of ``rows``, each divided by the number of characters of its choice."""
     choices = task.split(split)["choices"]
@@ -162,11 +170,17 @@ def per_character(scores: list[np.ndarray], task: Task, split: str, rows: Rows) 
 
 
 def picks(scores: list[np.ndarray]) -> list[int]:
-    """The likeliest choice of each row; −1, which is no choice, where none has a finite score."""
+    """The likeliest choice of each row, never one with a NaN; −1, which is no choice, where none has a finite score."""
+    scores = [np.nan_to_num(s, nan=-np.inf, neginf=-np.inf) for s in scores]
     return [int(np.argmax(s)) if np.isfinite(s).any() else -1 for s in scores]
+
+
+def mean_and_std(scores: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the standard deviation with n − 1 (nan for a single score)."""
+    return float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan")
 
 
 def by_size(items: Iterable, size: Callable[[Any], int], batch_size: int) -> Iterator[list]:
     """Batches of items of like ``size``, the smallest first; the padding in a batch is then little."""
     in_order = sorted(items, key=size)
-    yield from (in_order[i : i + batch_size] for i in range(0, len(in_order), batch_size))
+    return (in_order[i : i + batch_size] for i in range(0, len(in_order), batch_size))

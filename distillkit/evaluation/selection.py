@@ -7,9 +7,9 @@
 * ``less`` (Xia et al., 2024): the sentences whose gradients point where the validation loss falls
   (:mod:`distillkit.evaluation.influence`); it takes several gradients a training row.
 
-The two in the middle work on L2-normalised sentence representations under the student (mean of its last hidden states).
+``k_center`` and ``herding`` work on L2-normalised sentence representations of the student (mean of its last hidden states).
 Texts shorter than the budget are filled up with further real sentences, for every method alike (see
-:func:`distillkit.core.distilled.from_rows`).
+:meth:`distillkit.core.distilled.DistilledSet.from_rows`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, examples_per_class, from_rows
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import examples_per_class
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.evaluation.influence import LESS, LessSettings, less_rows
+from distillkit.evaluation.influence import LESS, LessSettings, influence
 from distillkit.evaluation.scoring import by_size
-from distillkit.io.checks import check_choice, check_flag, check_is
+from distillkit.io.checks import check_are, check_choice, check_flag
 from distillkit.io.progress import progress
 
 METHODS = ("random", "k_center", "herding")
@@ -49,30 +50,29 @@ def select(
     Args:
         method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
         per_class, fraction, length, fill, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
-            same sentences for every seed; the seed then steers only what short ones are filled up with.
+            same sentences for every seed; the seed then decides only what short ones are filled up with.
         less: settings of ``"less"``, noted in ``meta["selection"]``.  It compares gradients of what the student trains;
             the paper's method takes a student with ``trainable="lora"``.
 
     Raises:
-        ValueError: an unknown method or a size that cannot be had.
+        ValueError: an unknown method, or more examples than the task has.
     """
-    check_is("task", task, Task)
-    check_is("student", student, Student)
-    check_is("less", less, LessSettings)
+    check_are(task=(task, Task), student=(student, Student), less=(less, LessSettings))
     check_choice("method", method, ALL_METHODS)
     check_flag("fill", fill)
-    size = {"per_class": per_class, "fraction": fraction, "length": length, "fill": fill, "seed": seed}
+    k, settings = examples_per_class(task, per_class, fraction), {}
     if method == "random":
-        selected = DistilledSet.from_real(task, student, soft_labels=False, **size)
+        selected = DistilledSet.from_real(task, student, per_class=per_class, fraction=fraction, length=length, fill=fill,
+                                          soft_labels=False, seed=seed)
     else:
-        k = examples_per_class(task, per_class, fraction)
         if method == "less":
-            rows = less_rows(task, student.for_task(task), k, seed=seed, settings=less)
+            scores = influence(task, student.for_task(task), seed=seed, settings=less)
+            settings = {"trainable": student.trainable, **less.described()}
+            rows = [pool[np.argsort(-scores[pool], kind="stable")[:k]] for pool in task.rows_by_class("train")]
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
-            rows = [r[pick(x[r], k)] for r in task.rows_by_class("train")]
-        selected = from_rows(task, student, rows, length=length, fill=fill, seed=seed)
-    settings = {"trainable": student.trainable, **less.described()} if method == "less" else {}
+            rows = [pool[pick(x[pool], k)] for pool in task.rows_by_class("train")]
+        selected = DistilledSet.from_rows(task, student, rows, length=length, fill=fill, seed=seed)
     selected.meta["selection"] = {"method": method, "seed": seed, **settings}
     return selected
 

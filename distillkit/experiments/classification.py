@@ -8,30 +8,48 @@ The rows, all scored on the same test split with the same fresh seeds:
 * ``embeddings``: the distilled set, under its own recipe and, if asked for, under the others.
 * ``projected``: its nearest-token text.
 * ``full``: the whole training split, standard fine-tuning.
+
+A grid (:class:`GridJob`) has many cells, which differ from the common settings in a few: how many examples per class, how many
+tokens an example, how many inner steps (*scaling*), or which corpus and which student (the *slides'* table).  All cells stand
+in one result; the same command continues it, also from that result alone, and may be given single cells, rows or seeds.  A
+cell whose corpus or model cannot be had here is skipped, with the reason printed, and says *not run*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from distillkit.core.distilled import DistilledSet
-from distillkit.evaluation.evaluate import evaluate
-from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import as_json, markdown, read, write
-from distillkit.experiments.runner import Run
-from distillkit.experiments.settings import Data, Experiment, Inner, Outer, Scoring, SetSeed, Size, option, settings, whole
-from distillkit.io.storage import is_vacant
-from distillkit.text.projection import project
+import pandas as pd
 
-ROWS = (
-    *((m, "tuned") for m in METHODS),
-    ("real + learned labels", "own"),
-    *(("embeddings", r) for r in ("own", "standard", "tuned")),
-    *(("projected", r) for r in ("own", "standard", "tuned")),
-    ("full", "standard"),
+from distillkit.core.distilled import DistilledSet
+from distillkit.evaluation.selection import METHODS
+from distillkit.experiments.results import by_row, frame, markdown, number, read, spread, take_up
+from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.settings import (
+    Data,
+    Experiment,
+    Inner,
+    Outer,
+    Scoring,
+    Seeds,
+    SetSeed,
+    Size,
+    option,
+    settings,
+    whole,
 )
-ROW_NAMES = tuple(f"{m}/{r}" for m, r in ROWS)
+
+LEARNED_LABELS = "real + learned labels"
+ROW_NAMES = (
+    *(f"{method}/tuned" for method in METHODS),
+    f"{LEARNED_LABELS}/own",
+    *(f"{method}/{recipe}" for method in ("embeddings", "projected") for recipe in ("own", "standard", "tuned")),
+    "full/standard",
+)
 
 
 @settings(kind="classification", rows=ROW_NAMES, metagrad="forward_difference")
@@ -39,7 +57,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     """Settings of one experiment."""
 
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
-    full_seeds: tuple[int, ...] = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
+    full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 
@@ -56,81 +74,131 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
         return (self.seed,)
 
 
-class ClassificationRun(Run):
-    """An experiment on classification under way; see :class:`~distillkit.experiments.runner.Run`.
+class ClassificationCell(Cell):
+    """An experiment on classification, or a cell of a grid of them."""
 
-    Args:
-        committed: folder of the result that ``job.committed`` names; default: ``folder``.
-    """
+    texts, selections, projected = ("projected",), METHODS, {"projected": "embeddings"}
 
-    job: ClassificationJob
-    by_seed = False
+    def __init__(self, *args):
+        super().__init__(*args)
+        for row in self.job.committed_rows:
+            self._committed(row)  # a missing one is an error now, not after all other rows
 
-    def __init__(self, job: ClassificationJob, folder: str | Path, work: str | Path, committed: str | Path | None = None):
-        super().__init__(job, folder, work)
-        self.committed = Path(folder if committed is None else committed)
-        for name in job.committed_rows:
-            self._committed(name)  # said now if it is missing, not after all other rows
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
+        row = f"{method}/{recipe}"
+        return self._committed(row) if row in self.job.committed_rows else super().score(method, recipe, seed)
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
-        if (row := f"{method}/{recipe}") in self.job.committed_rows:
-            return self._committed(row)
-        if score := self.twin(method, recipe, seed):
-            return score | {"method": method}
-        set_, seeds = (None, self.job.full_seeds) if method == "full" else (self.set_of(method, seed), self.job.eval_seeds)
-        return {"method": method, **as_json(evaluate(set_, self.task, self.student, seeds=seeds, recipe=recipe))}
+    def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
+        return None if f"{method}/{recipe}" in self.job.committed_rows else super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        job = self.job
-        if method == "projected":
-            return project(self.set_of("embeddings", seed), self.student)
-        if method == "labels":
-            start = self.set_of("random", seed).soften()
-            steps = job.label_steps or job.outer_steps
-            return self.distil("labels", seed, start, self.objective(), steps=steps, learn=("targets", "step_sizes"))
-        start = DistilledSet.from_real(self.task, self.student, **job.size(seed))
-        return self.distil("embeddings", seed, start, self.objective())
+        if method != LEARNED_LABELS:
+            return super().create(method, seed)
+        return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
+                           learn=("targets", "step_sizes"))
 
-    def set_of(self, method: str, seed: int) -> DistilledSet:
-        return super().set_of("labels" if method == "real + learned labels" else method, seed)
-
-    def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
-        """The set; the losses of an earlier run, which the figure shows, are read from its checkpoint."""
-        if name not in self.result["distilling"] and not is_vacant(self.checkpoint(name, seed)):
-            self._check_work()
-            make().save(self.work / self._file(name, seed))
-        return super().saved(name, seed, make)
-
-    def finish(self) -> None:
-        """Keep the text of the projected set with the scores."""
-        # Asked of the rows, not of the sets at hand: an interrupted run may have made those rows in an earlier process.
-        if "text" not in self.result and any(r.startswith(("embeddings/", "projected/")) for r in self.result["rows"]):
-            self.result["text"] = self.set_of("projected", self.job.seed).to_text().to_list()
-            write(self.path, self.result)
-
-    def _committed(self, row: str) -> dict:
-        path = self.committed / f"{self.job.committed}.json"
+    def _committed(self, row: str) -> Scores:
+        path = self.results / f"{self.job.committed}.json"
         if not path.is_file():
             raise FileNotFoundError(f"committed={self.job.committed!r}, but there is no result {path}; make it first")
         result = read(path)
-        if (score := result["rows"].get(row)) is None:
+        scores = [score for score in result["scores"] if score["row"] == row]
+        if not scores:
             raise ValueError(f"committed={self.job.committed!r}, but {path} has no row {row}; finish it first")
+        (cell,) = result["cells"].values()
         # The docstring corpus follows the versions of the installed libraries.
-        same = result["corpus"]["sha256"] == self.task.fingerprint
-        return {**score, "committed": "same corpus" if same else "another version of the corpus"}
+        mark = "same corpus" if cell["corpus"]["sha256"] == self.task.fingerprint else "another version of the corpus"
+        return [score | {"committed": mark} for score in scores], cell["notes"][f"{row} {scores[0]['set_seed']}"]
 
 
 def table(result: Mapping) -> str:
     """The result as a Markdown table."""
+    rows = by_row(result).join(frame(result).groupby("row")["accuracy"].apply(spread).rename("score"))
+    marks = {score["row"]: f" (committed, {score['committed']})" for score in result["scores"] if "committed" in score}
     lines = []
-    for name in result["config"]["rows"]:
-        method, recipe = name.split("/")
-        if not (row := result["rows"].get(name)):
-            lines.append([method, recipe, None, None, "not run", None, None])
-            continue
-        mark = f" (committed, {row['committed']})" if "committed" in row else ""
-        deviation = "" if row["std"] is None else f" ± {row['std']:.3f}"
-        lines.append([f"{row['method']}{mark}", row["recipe"]["name"], f"{row['examples']:,}", f"{row['nbytes']:,}",
-                      f"{row['mean']:.3f}{deviation}", str(len(row["scores"])), f"{row['seconds']:.1f}"])
+    for row in rows.itertuples():
+        method, recipe = row.Index.split("/")
+        lines.append([method + marks.get(row.Index, ""), recipe, number(row.examples, ",.0f"), number(row.nbytes, ",.0f"),
+                      "not run" if math.isnan(row.mean) else row.score, number(row.size, ".0f"), number(row.seconds, ".1f")])
     heads = ["method", "recipe", "examples", "bytes", "accuracy (mean ± sd)", "seeds", "seconds to train"]
-    return "\n".join(markdown(heads, lines, "ll"))
+    return markdown(heads, lines, "ll")
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------------
+
+BASE = "base"  # the name of the cell that differs in nothing
+
+
+@settings(kind="scaling")
+class GridJob(Grid):
+    """Settings of a grid of experiments on classification; kinds differ in the table they are shown as."""
+
+    product: Mapping | None = option(None, "{setting: values}; every combination is a cell, or one with its variations")
+    around: Mapping | None = option(None, "{setting: values} varied one at a time from what base says, which is a cell too")
+
+    kinds, cell_job, of_grid = ("scaling", "slides"), ClassificationJob, (*Grid.of_grid, "committed", "committed_rows")
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by a name such as ``corpus=imdb,student=roberta-base``."""
+        axes, around = self.product or {}, self.around or {}
+        for key, chosen in {"product": axes, "around": around}.items():
+            self.check(key, chosen)
+            for setting, values in chosen.items():
+                if not isinstance(values, list | tuple) or not values:
+                    raise ValueError(f"{key}: {setting} must be a list of values, not {values!r}")
+        if self.kind == "slides" and not {"corpus", "student"} <= axes.keys():
+            raise ValueError("the slides' table is of a product of corpus and student; give both")
+        defaults, named = {f.name: f.default for f in dataclasses.fields(ClassificationJob)}, {}
+        changes = [{}, *({key: value} for key, values in around.items() for value in values)]
+        for values, change in itertools.product(itertools.product(*axes.values()), changes):
+            if all(self.base.get(key, defaults[key]) == value for key, value in change.items()):
+                change = {}  # the base itself
+            cell = {**dict(zip(axes, values, strict=True)), **change}
+            named.setdefault(",".join(f"{k}={v}" for k, v in cell.items()) or BASE, cell)
+        return named
+
+
+def committed(config: str | Path, folder: str | Path) -> dict:
+    """The result in ``folder`` of the grid that a file of settings describes; one without cells where there is none yet."""
+    job = GridJob.from_yaml(config)
+    return take_up(Path(folder) / f"{job.name}.json", job, job.cells())
+
+
+def scaling_table(result: Mapping) -> str:
+    """A scaling grid as a Markdown table: a line for each cell, its seeds together."""
+    job, scores = GridJob(**result["config"]), frame(result)
+    scores["place"] = scores["cell"].map(without_seed)
+    lines = {}
+    for key, cell in job.cells().items():
+        of_cell = scores[scores["place"] == without_seed(key)]
+        means, sizes = of_cell.groupby("row")["accuracy"].mean(), of_cell[of_cell["method"] == "embeddings"]["nbytes"]
+        lines[without_seed(key)] = [
+            without_seed(key), str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
+            f"{sizes.iloc[0]:,}" if len(sizes) else "",
+            *(f"{means[row]:.3f}" if row in means else "not run" for row in job.rows), str(of_cell["cell"].nunique())]
+    heads = ["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"]
+    return markdown(heads, [*lines.values()])
+
+
+def without_seed(key: str) -> str:
+    """The name of a cell without its set seed."""
+    return ",".join(part for part in key.split(",") if not part.startswith("seed=")) or BASE
+
+
+def slides_table(result: Mapping) -> str:
+    """The slides' table in Markdown: a line for each corpus and way of training, a column for each student.
+
+    Mean over sets; of a single one with the spread over its initialisations.
+    """
+    config, scores, lines = result["config"], frame(result), []
+    for corpus, row in itertools.product(config["product"]["corpus"], config["rows"]):
+        line = [corpus, row]
+        for student in config["product"]["student"]:
+            keys = [key for key, cell in result["cells"].items()
+                    if (cell["config"]["corpus"], cell["config"]["student"]) == (corpus, student)]
+            chosen = scores[scores["cell"].isin(keys) & (scores["row"] == row)]
+            score = chosen["accuracy"] if chosen["cell"].nunique() == 1 else pd.Series(chosen["accuracy"].mean())
+            line.append(spread(score) or "not run")
+        lines.append(line)
+    machines = ", ".join(sorted(scores["machine"].dropna().unique())) or "nothing has been run yet"
+    return f"{markdown(['corpus', 'trained on', *config['product']['student']], lines, 'll')}\n\nMade on: {machines}."

@@ -38,10 +38,9 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import as_json, markdown, means, spread
-from distillkit.experiments.runner import Run, load_corpus, unroll_of
+from distillkit.experiments.results import by_row, by_set, markdown, number, rounded, spread
+from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
@@ -92,69 +91,64 @@ class ContinualJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
             raise ValueError("the rows of an update need three groups, the second as large as the last")
 
 
-class ContinualRun(Run):
-    """Such an experiment under way; see :class:`~distillkit.experiments.runner.Run`."""
+class ContinualCell(Cell):
+    """An experiment on merging, streams and updates."""
 
-    job: ContinualJob
-
-    def __init__(self, job: ContinualJob, folder: str | Path, work: str | Path):
-        corpus, self.job = load_corpus(job), job
+    def __init__(self, job: ContinualJob, work: Path, results: Path):
+        self.job, corpus = job, load_corpus(job)
         self.tasks = [with_classes(corpus, group) for group in job.groups]
         whole_task = united(*self.tasks)
-        super().__init__(job, folder, work, whole_task, self._student(whole_task))
+        super().__init__(job, work, results, whole_task, self._student(whole_task))
         self._students = [self._student(task) for task in self.tasks]
 
     def _student(self, task: Task) -> Student:
         return load_student(self.job.student, task, trainable=self.job.trainable)
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
         if recipe == "stream":
             return self._streamed(method, seed)
         if recipe == "update":
             return self._updated(method, seed)
-        if method == "alone":
-            pairs = zip(self._apart("embeddings", seed), self.tasks, self._students, strict=True)
-            alone = {task.name: self._evaluated(s, task, student, "own")["mean"] for s, task, student in pairs}
-            return {"method": method, "mean": float(np.mean([*alone.values()])), "groups": alone}
-        return {"method": method, **self._evaluated(self.set_of(method, seed), self.task, self.student, recipe)}
+        if method != "alone":
+            return self._trained(self.set_of(method, seed), self.task, self.student, recipe)
+        scores, notes = [], {}
+        for distilled, task, student in zip(self._apart("embeddings", seed), self.tasks, self._students, strict=True):
+            rows, notes[task.name] = self._trained(distilled, task, student, "own")
+            scores += [row | {"task": task.name} for row in rows]
+        return scores, notes
 
-    def _evaluated(self, set_: DistilledSet, task: Task, student: Student, recipe: str) -> dict:
-        tried = None
-        if recipe == "own":
-            set_ = set_ if "recipe" in set_.meta else with_recipe(set_, unroll_of(self.job), student)
-            set_, tried = rescaled(set_, task, student)
-        score = as_json(evaluate(set_, task, student, seeds=self.job.eval_seeds, recipe=recipe))
-        return score if tried is None else {**score, "factors": {str(k): round(v, 6) for k, v in tried.items()}}
+    def _trained(self, distilled: DistilledSet, task: Task, student: Student, recipe: str) -> Scores:
+        if recipe != "own":
+            return self.evaluated(distilled, recipe, task=task, student=student)
+        if "recipe" not in distilled.meta:
+            distilled = with_recipe(distilled, unroll_of(self.job), student)
+        distilled, tried = rescaled(distilled, task, student)
+        rows, note = self.evaluated(distilled, recipe, task=task, student=student)
+        return rows, note | {"factors": {str(factor): rounded(score) for factor, score in tried.items()}}
 
-    def _streamed(self, method: str, seed: int) -> dict:
-        job = self.job
-        memories = {"none": lambda: None, "distilled": lambda: self._apart("embeddings", seed),
-                    "bytes": lambda: [rows_of_bytes(task, s.nbytes, seed)
-                                      for task, s in zip(self.tasks, self._apart("embeddings", seed), strict=True)]}
-        memory = memories[method]() if method in memories else self._apart(method, seed)
+    def _streamed(self, method: str, seed: int) -> Scores:
+        job, memory = self.job, self._memory(method, seed)
         stream = continual(
             self.tasks, self.student, memory, steps=job.stream_steps, batch_size=job.stream_batch,
             memory_batch=job.memory_batch, optimizer=AdamW(job.stream_step_sizes[0], clip_norm=job.stream_clip),
             step_sizes=job.stream_step_sizes, weights=job.weights, seeds=job.eval_seeds,
         )
-        return {
-            "method": method,
-            "mean": float(stream.average.mean()),
-            "forgetting": float(stream.forgetting.mean()),
-            "backward_transfer": float(stream.backward_transfer.mean()),
-            "accuracy": stream.accuracy.mean(0).round(4).tolist(),
-            "examples": 0 if memory is None else sum(len(m) for m in memory[:-1]),
-            "nbytes": 0 if memory is None else sum(map(self._nbytes, self.tasks, memory[:-1])),
-            "settings": stream.settings,
-        }
+        remembered = [] if memory is None else memory[:-1]
+        size = {"examples": sum(map(len, remembered)), "nbytes": sum(map(_nbytes, self.tasks, remembered))}
+        values = zip(job.eval_seeds, stream.average, stream.forgetting, stream.backward_transfer, strict=True)
+        rows = [{"init_seed": init, "accuracy": rounded(average), "forgetting": rounded(forgetting),
+                 "backward_transfer": rounded(backward), **size} for init, average, forgetting, backward in values]
+        return rows, {"accuracy": stream.accuracy.mean(0).round(4).tolist(), "settings": stream.settings}
 
-    @staticmethod
-    def _nbytes(task: Task, memory: DistilledSet | Sequence[int]) -> int:
-        if isinstance(memory, DistilledSet):
-            return memory.nbytes
-        return sum(len(text.encode()) for text in task.train[memory]["text"])
+    def _memory(self, method: str, seed: int) -> Sequence[DistilledSet | Sequence[int]] | None:
+        if method == "none":
+            return None
+        sets = self._apart(method if method in REAL else "embeddings", seed)
+        if method == "bytes":
+            return [rows_of_bytes(task, distilled.nbytes, seed) for task, distilled in zip(self.tasks, sets, strict=True)]
+        return sets
 
-    def _updated(self, method: str, seed: int) -> dict:
+    def _updated(self, method: str, seed: int) -> Scores:
         first, second, last = self.job.groups[0], self.job.groups[1], self.job.groups[-1]
         sets = self._apart("embeddings", seed)
         now = dict(zip(last, second, strict=True))
@@ -162,9 +156,10 @@ class ContinualRun(Run):
         if method == "after":
             merged = replaced(merged, sets[1].meta["task"], renamed(sets[-1], now))
         world = united(self.tasks[0], with_classes(self.tasks[-1], now))
-        row = self._evaluated(merged, world, self._student(world), "own")
-        share = {name: float(np.mean([row["groups"][c] for c in group])) for name, group in (("rest", first), ("new", second))}
-        return {"method": method, **row, **share}
+        rows, note = self._trained(merged, world, self._student(world), "own")
+        # Means over the initialisations, as accuracies by class are.
+        share = {name: float(np.mean([note["groups"][c] for c in group])) for name, group in (("rest", first), ("new", second))}
+        return [row | share for row in rows], note
 
     def create(self, method: str, seed: int) -> DistilledSet:
         if method == "merged":
@@ -180,29 +175,36 @@ class ContinualRun(Run):
                 for k, pair in enumerate(pairs)]
 
     def _learned(self, name: str, task: Task, student: Student, seed: int) -> DistilledSet:
-        start = DistilledSet.from_real(task, student, **self.job.size(seed))
-        return self.distil(name, seed, start, self.objective(task, student))
+        return self.distil(name, seed, self.start(seed, task, student), self.objective(task, student))
+
+
+def _nbytes(task: Task, memory: DistilledSet | Sequence[int]) -> int:
+    if isinstance(memory, DistilledSet):
+        return memory.nbytes
+    return sum(len(text.encode()) for text in task.train[memory]["text"])
 
 
 def continual_table(result: Mapping) -> str:
     """The result as Markdown tables: merging, the stream, and the update."""
-    rows, names = result["rows"], result["config"]["rows"]
+    values = {value: by_set(result, value) for value in ("accuracy", "forgetting", "new", "rest")}
+    names, sizes = [*values["accuracy"].index], by_row(result)
 
-    def cell(name: str, key: str) -> str:
-        return spread(means(rows, name, key)) or ("not run" if name in names else "")
+    def score(name: str, value: str = "accuracy") -> str:
+        return (spread(values[value].loc[name]) or "not run") if name in names else ""
 
-    merging, stream, update = [], [], []
-    for method in dict.fromkeys(n.split("/")[0] for n in names if n.endswith(("/own", "/tuned"))):
-        both = [f"{method}/own", f"{method}/tuned"]
-        merging.append([method, *(cell(name, "mean") for name in both), str(max(len(rows.get(name, {})) for name in both))])
-    for name in (n for n in names if n.endswith("/stream")):
-        size = [f"{means(rows, name, key)[0]:,}" if rows.get(name) else "" for key in ("examples", "nbytes")]
-        stream.append([name.split("/")[0], *size, cell(name, "mean"), cell(name, "forgetting"), str(len(rows.get(name, {})))])
-    for name in (n for n in names if n.endswith("/update")):
-        update.append([f"{name.split('/')[0]} the update", cell(name, "new"), cell(name, "rest"), str(len(rows.get(name, {})))])
-    tables = [
-        (["trained on", "own, rescaled", "AdamW, tuned", "sets"], merging),
-        (["memory", "examples", "bytes", "average accuracy", "forgetting", "sets"], stream),
-        (["set", "the new", "the rest", "sets"], update),
-    ]
-    return "\n\n".join("\n".join(markdown(heads, lines)) for heads, lines in tables if lines)
+    def sets(*rows: str) -> str:
+        return str(max(values["accuracy"].reindex([*rows]).count(axis=1)))
+
+    methods = dict.fromkeys(name.split("/")[0] for name in names if name.endswith(("/own", "/tuned")))
+    merging = [[method, score(f"{method}/own"), score(f"{method}/tuned"), sets(f"{method}/own", f"{method}/tuned")]
+               for method in methods]
+    stream = [[name.split("/")[0], number(sizes["examples"][name], ",.0f") or "", number(sizes["nbytes"][name], ",.0f") or "",
+               score(name), score(name, "forgetting"), sets(name)] for name in names if name.endswith("/stream")]
+    update = [[f"{name.split('/')[0]} the update", score(name, "new"), score(name, "rest"), sets(name)]
+              for name in names if name.endswith("/update")]
+    tables = {
+        ("trained on", "own, rescaled", "AdamW, tuned", "sets"): merging,
+        ("memory", "examples", "bytes", "average accuracy", "forgetting", "sets"): stream,
+        ("set", "the new", "the rest", "sets"): update,
+    }
+    return "\n\n".join(markdown(heads, lines) for heads, lines in tables.items() if lines)

@@ -18,9 +18,9 @@ too, since a set may be good for the recipe it was distilled with only.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
-
-import numpy as np
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import record_experts
@@ -28,18 +28,19 @@ from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
-from distillkit.evaluation.evaluate import evaluate
-from distillkit.evaluation.scoring import choice_accuracy
+from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
-from distillkit.experiments.runner import Run, neighbor_terms, strategy, unroll_of
+from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, paired_difference, rounded, spread
+from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
     Experiment,
     Expert,
     Inner,
     Neighbor,
+    Number,
     Outer,
+    Recipes,
     SetSeeds,
     Size,
     option,
@@ -47,7 +48,6 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.text.projection import project
 
 LEARNED = ("nacd", "bptt")
 ROWS = (
@@ -64,47 +64,47 @@ ROWS = (
     expert_batch=64, snapshots_per_epoch=8, match_epochs=0.125, unroll_steps=8, inner_batch=32, step_size=1e-3, outer_batch=64,
     lr=0.003, step_size_lr=0.1,
 )
-class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, SetSeeds):
+class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, SetSeeds, Recipes):
     """Settings of one experiment.
 
     ``eps_root`` is inside the root of AdamW, of students and experts alike.  Where it is small beside the squares of
     gradients, Adam's first steps depend on little but their signs, whose derivative is next to nothing.
     """
 
-    max_start_epoch: float | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
+    max_start_epoch: Number | None = option(None, "last epoch of an expert's path that a matched segment may begin with")
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
 
 
-class InstructionRun(Run):
-    """An experiment on instruction tuning under way; see :class:`~distillkit.experiments.runner.Run`."""
+class InstructionCell(Cell):
+    """An experiment on instruction tuning."""
 
-    job: InstructionJob
-    _adapted: Student | None = None
+    projected = {f"{method} text": method for method in LEARNED}
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":
-            plain, by_length = choice_accuracy(self.student, self.student.init(seed), self.task, "test")
-            return {"mean": round(plain, 6), "normalized": [round(by_length, 6)], "examples": 0, "nbytes": 0, "seconds": 0.0}
-        set_ = None if method == "full" else self.set_of(method, seed)
-        return as_json(evaluate(set_, self.task, self.student, seeds=(seed,), recipe=recipe))
+            right = answered(self.student, self.student.init(seed), self.task, "test")
+            plain, by_length = (float(column.mean()) for column in right)
+            score = {"init_seed": seed, "accuracy": rounded(plain), "normalized": rounded(by_length)}
+            return [score | {"examples": 0, "nbytes": 0, "seconds": 0.0}], {}
+        return self.evaluated(None if method == "full" else self.set_of(method, seed), recipe, (seed,))
 
     def selector(self, method: str) -> Student:
         """The student itself; for LESS with low-rank adapters, as its paper has it."""
-        if method != "less" or self.student.trainable == "lora":
-            return self.student
-        if self._adapted is None:
-            self._adapted = load_student(self.job.student, self.task, trainable="lora")
-        return self._adapted
+        return self._adapted if method == "less" and self.student.trainable != "lora" else self.student
+
+    @functools.cached_property
+    def _adapted(self) -> Student:
+        return load_student(self.job.student, self.task, trainable="lora")
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method.endswith(" text"):
-            return project(self.set_of(method.removesuffix(" text"), seed), self.student)
-        matching = method == "nacd"
-        start = DistilledSet.from_real(self.task, self.student, **self.job.size(seed))
-        terms = neighbor_terms(self.student, self.job.neighbor_weight) if matching else ()
-        return self.distil(method, seed, start, self.matching(seed) if matching else self.bptt(), regularizers=terms)
+        if method != "nacd":
+            return super().create(method, seed)
+        return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
+
+    def objective(self, *args, **unroll) -> BPTT:
+        return super().objective(*args, **self._training(), **unroll)
 
     def matching(self, seed: int) -> TrajectoryMatching:
         """Trajectory matching against experts of this seed, which are recorded at its first use."""
@@ -119,60 +119,41 @@ class InstructionRun(Run):
             expert_epochs=job.match_epochs, distance=job.distance, max_start_epoch=job.max_start_epoch,
         )
 
-    def bptt(self) -> BPTT:
-        """The loss on real data after the same inner loop."""
-        return self.objective(**self._training())
-
     def _training(self) -> dict:
-        job = self.job
-        return {"optimizer": AdamW(job.step_size, eps_root=job.eps_root), "micro_batch": job.micro_batch}
+        return {"optimizer": AdamW(self.job.step_size, eps_root=self.job.eps_root), "micro_batch": self.job.micro_batch}
+
+
+RANDOM, FULL = "random/standard", "full/standard"
 
 
 def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
-    rows, lines, marked = result["rows"], [], False
-    full = means(rows, "full/standard")
-    for name in result["config"]["rows"]:
-        method, recipe = name.split("/")
-        if not (scores := means(rows, name)):
-            lines.append([method, recipe, None, "not run", None, None, None])
-            continue
-        share = f"{np.mean(scores) / np.mean(full):.0%}" if full else ""
-        if recipe == "own" and _only_its_own(rows, method):
-            method, marked = f"{method} †", True
-        by_length = np.mean([first for first, *_ in means(rows, name, "normalized")])
-        lines.append([method, recipe, f"{means(rows, name, 'examples')[0]:,}", spread(scores), f"{by_length:.3f}",
-                      str(len(scores)), share])
+    sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
+    scored = sets.dropna(how="all")
+    marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
+              and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
+    for row in rows.itertuples():
+        method, recipe = row.Index.split("/")
+        lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
+                      spread(sets.loc[row.Index]) or "not run", number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
+                      number(row.mean / rows["mean"].get(FULL, math.nan), ".0%")])
     heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of full data"]
-    note = ["", "† above random selection by more than the 95 % interval under its own recipe, but not under standard "
-            "fine-tuning."]
-    return "\n".join([*markdown(heads, lines, "ll"), *(note if marked else ()), *_differences(result)])
+    note = ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
+            "fine-tuning.")
+    return markdown(heads, lines, "ll") + (note if marked else "") + _differences(scored)
 
 
-def _beats(rows: Mapping, one: str, other: str) -> bool:
-    mean, half = paired_difference(rows, one, other)
-    return mean > half
-
-
-def _only_its_own(rows: Mapping, method: str) -> bool:
-    own, standard, random = f"{method}/own", f"{method}/standard", "random/standard"
-    return {own, standard, random} <= rows.keys() and _beats(rows, own, random) and not _beats(rows, standard, random)
-
-
-def _differences(result: Mapping) -> list[str]:
-    """Lines of the table of paired differences; none where there is nothing to compare."""
-    rows, names = result["rows"], result["config"]["rows"]
-    learned = [name for name in names if name.startswith(LEARNED) and name in rows]
-    selected = [name for name in names if name.split("/")[0] in ALL_METHODS and name in rows]
+def _differences(sets) -> str:
+    """The table of paired differences; nothing where there is nothing to compare."""
+    learned = [name for name in sets.index if name.startswith(LEARNED)]
+    selected = [name for name in sets.index if name.split("/")[0] in ALL_METHODS]
     if not learned or not selected:
-        return []
-    lines = []
+        return ""
+    lines, (whole_way, _) = [], paired_difference(sets, FULL, RANDOM)
     for name in learned:
-        way = ""
-        if {"random/standard", "full/standard"} <= rows.keys():
-            gain, most = (paired_difference(rows, one, "random/standard")[0] for one in (name, "full/standard"))
-            way = f"{gain / most:.0%}"
-        lines.append([name.replace("/", ", "), *(shown(*paired_difference(rows, name, other)) for other in selected), way])
-    return ["", "Differences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
-            "column is the share of the way from random selection to the full data.", "",
-            *markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)]
+        way = paired_difference(sets, name, RANDOM)[0] / whole_way if whole_way else math.nan
+        lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected),
+                      number(way, ".0%")])
+    table = markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)
+    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
+            f"column is the share of the way from random selection to the full data.\n\n{table}")

@@ -19,26 +19,25 @@ The template is the one of several with the best accuracy on validation question
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import functools
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
-from distillkit.applications.prompting import FewShot, few_shot, questions
+from distillkit.applications.prompting import few_shot, questions
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.loading import load_student
+from distillkit.core.student import Student
+from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import markdown, means, paired_difference, shown
-from distillkit.experiments.runner import Run, load_corpus
+from distillkit.experiments.results import by_set, frame, gain, markdown, rounded
+from distillkit.experiments.runner import Scores, size_columns
 from distillkit.experiments.settings import (
     Data,
     Experiment,
     Inner,
     Outer,
-    Search,
     SetSeeds,
     Size,
     filled,
@@ -46,19 +45,15 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.ways_to_text import swapped
+from distillkit.experiments.ways_to_text import Swaps, TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
-from distillkit.text.projection import project
-from distillkit.text.sentences import nearest_sentences
 
-REAL = ("random", "k_center")
-LEARNED = ("embeddings", "projection", "nearest sentences", "swaps")
-SOURCES = ("zero-shot", *REAL, *LEARNED, "wrong labels")
+SOURCES = ("zero-shot", "random", "k_center", "embeddings", "projection", "nearest sentences", "swaps", "wrong labels")
 
 
 @settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
-class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
+class PromptingJob(Experiment, Data, Size, Inner, Outer, Swaps, SetSeeds):
     """Settings of one experiment; the student is a language model, and rows are ``source/k``, such as ``zero-shot/0``."""
 
     orders: int = whole(4, "orders of the demonstrations, for each set and each k")
@@ -77,44 +72,53 @@ class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
                 raise ValueError(f"a row is a source and its demonstrations, as in random/4 or zero-shot/0, not {row!r}")
 
 
-class PromptingRun(Run):
-    """An experiment on prompts under way; see :class:`~distillkit.experiments.runner.Run`.
+class PromptingCell(TextCell):
+    """An experiment on prompts: the student distils and selects as a classifier, and reads prompts as a language model."""
 
-    ``student`` is the classifier that distils and selects; ``reader`` the language model that is given demonstrations.
-    """
+    texts, selections = (), ()
 
-    job: PromptingJob
+    @functools.cached_property
+    def reader(self) -> Student:
+        """The language model that demonstrations are given to."""
+        return load_student(self.job.student, questions(self.task), trainable=self.job.trainable)
 
-    def __init__(self, job: PromptingJob, folder: str | Path, work: str | Path):
-        task = load_corpus(job)
-        super().__init__(job, folder, work, task)
-        self.reader = load_student(job.student, questions(task), trainable=job.trainable)
-        self._asked = None
+    @functools.cached_property
+    def asked(self) -> Task:
+        """The questions of the test split, in the chosen template."""
+        return questions(self.task, template=self.template())
 
-    def score(self, source: str, k: str, seed: int) -> dict:
-        if self._asked is None:
-            self._asked = questions(self.task, template=self._template())
+    def score(self, source: str, k: str, seed: int) -> Scores:
         rows = self.task.balanced_rows("test", min(self.job.test_rows, len(self.task.test)), generator("prompting-test", 0))
-        return as_row(few_shot(self._asked, self.reader, self._shots(source, seed), k=int(k), rows=rows.tolist(), seed=seed,
-                               **self._reading()))
+        scored = few_shot(self.asked, self.reader, self.shots(source, seed), k=int(k), rows=rows.tolist(), seed=seed,
+                          **self._reading())
+        calibrated = scored.calibrated or [None] * len(scored.scores)
+        columns = {"accuracy": scored.scores, "normalized": scored.normalized, "calibrated": calibrated,
+                   "dropped": scored.dropped, "context": scored.context}
+        return [{"order": order, "questions": scored.rows,
+                 **{name: None if value is None else rounded(value) for name, value in zip(columns, values, strict=True)}}
+                for order, values in enumerate(zip(*columns.values(), strict=True))], {}
 
-    def _shots(self, source: str, seed: int):
+    def columns(self, source: str, k: str) -> dict:
+        size = size_columns(self.job) if int(k) else {}
+        return {"source": self.job.student, "target": self.job.student, "method": source, "shots": int(k), **size}
+
+    def shots(self, source: str, seed: int):
+        """The demonstrations of a source."""
         if source == "zero-shot":
             return ()
         if source == "wrong labels":
             shown = self.set_of("random", seed)
-            names = shown.meta["classes"]
-            return [(text, names[(label + 1) % len(names)])
+            classes = shown.meta["classes"]
+            return [(text, classes[(label + 1) % len(classes)])
                     for text, label in zip(shown.meta["text"], shown.meta["labels"], strict=True)]
         return self.set_of(source, seed)
 
     def _reading(self) -> dict:
         return {"orders": self.job.orders, "length": self.job.length, "separator": self.job.separator}
 
-    def _template(self) -> str:
+    def template(self) -> str:
         """The template with the best accuracy on validation questions; judged once for a result."""
-        noted = self.result["distilling"]
-        if "template" not in noted:
+        if "template" not in self.notes:
             size = min(self.job.validation_rows, len(self.task.validation))
             rows = self.task.balanced_rows("validation", size, generator("prompting-validation", 0)).tolist()
             shots = select(self.task, self.student, "random", **self.job.size(derive_seed("prompting-template", 0)))
@@ -126,73 +130,50 @@ class PromptingRun(Run):
                     for k in (0, self.job.judged_shots)
                 ]
             best = max(accuracies, key=lambda template: np.mean(accuracies[template]))
-            noted["template"] = {"chosen": best, "validation": accuracies}
-        return noted["template"]["chosen"]
+            self.notes["template"] = {"chosen": best, "validation": accuracies}
+        return self.notes["template"]["chosen"]
 
     def create(self, source: str, seed: int) -> DistilledSet:
-        if source == "projection":
-            return project(self.set_of("embeddings", seed), self.student)
-        if source == "nearest sentences":
-            return nearest_sentences(self.set_of("embeddings", seed), self.task, self.student)
-        if source == "swaps":
-            return swapped(self, source, self.set_of("k_center", seed), seed)
-        start = DistilledSet.from_real(self.task, self.student, **self.job.size(seed))
-        objective = self.objective()
-        learned = self.distil(source, seed, start, objective)
-        # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
-        before, after = (evaluate(s, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
-                         for s, recipe in ((start, objective.unroll), (learned, "own")))
-        self.result["distilling"][f"{source} {seed}"] |= {
-            "trained on the start": round(before, 6), "trained on the set": round(after, 6)}
+        learned = super().create(source, seed)
+        if source == "embeddings":
+            # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
+            trained = {"start": (self.start(seed), self.objective().unroll), "set": (learned, "own")}
+            for name, (distilled, recipe) in trained.items():
+                score = evaluate(distilled, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
+                self.notes[f"{source} {seed}"][f"trained on the {name}"] = rounded(score)
         return learned
-
-
-def as_row(score: FewShot) -> dict:
-    """A score in context as JSON values, floats at six digits, null for what is not a number."""
-    row = dataclasses.asdict(score)
-    for key in ("mean", "std"):
-        row[key] = round(row[key], 6) if math.isfinite(row[key]) else None
-    for key in ("scores", "normalized", "calibrated"):
-        row[key] = [round(s, 6) for s in row[key]]
-    return row
 
 
 def prompting_table(result: Mapping) -> str:
     """The result as a Markdown table: accuracy for each source and k, plainly and calibrated, and what it gains on random."""
-    rows, lines = result["rows"], []
+    scores, lines, measures = frame(result), [], ("accuracy", "calibrated")
+    sets = {measure: by_set(result, measure) for measure in measures}
     for name in result["config"]["rows"]:
-        source, k = name.split("/")
-        if not rows.get(name):
+        (source, k), chosen = name.split("/"), scores[scores["row"] == name]
+        if chosen.empty:
             lines.append([source, k, "not run", *[None] * 5])
             continue
-        left_out = sum(map(sum, means(rows, name, "dropped")))
-        cells = []
-        for key in ("scores", "calibrated"):
-            scores = means(rows, name, key)
-            cells += [f"{np.mean(scores):.3f}{_deviation(scores)}", _gain(rows, source, k, key)]
-        lines.append([source, f"{k} ({left_out} left out)" if left_out else k, *cells,
-                      f"{np.mean(means(rows, name, 'context')):.0f}", str(len(rows[name]))])
+        line = [source, f"{k} ({chosen['dropped'].sum():.0f} left out)" if chosen["dropped"].any() else k]
+        for measure in measures:
+            deviation = order_deviation(chosen, measure)
+            line += [f"{sets[measure].loc[name].mean():.3f}" + ("" if np.isnan(deviation) else f" ({deviation:.3f})"),
+                     "" if source in ("zero-shot", "random") else gain(sets[measure], name, f"random/{k}")]
+        lines.append([*line, f"{chosen['context'].mean():.0f}", str(chosen["set_seed"].nunique())])
     heads = ["demonstrations", "k", "accuracy (sd over orders)", "minus random", "calibrated", "minus random", "tokens", "sets"]
-    lines = markdown(heads, lines)
-    if chosen := result["distilling"].get("template"):
-        judged = "; ".join(f"{template!r} {' / '.join(f'{s:.2f}' for s in scores)}"
-                           for template, scores in chosen["validation"].items())
-        lines += ["", f"Template: `{chosen['chosen']!r}`, chosen on validation questions (no demonstrations / "
-                  f"{result['config']['judged_shots']} random ones): `{judged}`."]
-    return "\n".join(lines)
+    return markdown(heads, lines) + _template(result)
 
 
-def _deviation(scores: list[list[float]]) -> str:
-    """The standard deviation over orders, n − 1, root mean square over the sets, in brackets; nothing for one order."""
-    if len(scores[0]) < 2:
+def order_deviation(scores, measure: str = "accuracy") -> float:
+    """The standard deviation over orders (n − 1), root mean square over sets; nan for one order."""
+    return float(np.sqrt(scores.groupby("set_seed")[measure].var().mean()))
+
+
+def _template(result: Mapping) -> str:
+    """What the templates scored on validation questions; nothing before one has been chosen."""
+    chosen = [cell["notes"]["template"] for cell in result["cells"].values() if "template" in cell["notes"]]
+    if not chosen:
         return ""
-    return f" ({np.sqrt(np.mean([np.var(orders, ddof=1) for orders in scores])):.3f})"
-
-
-def _gain(rows: Mapping, source: str, k: str, key: str) -> str:
-    """What a source gains on random demonstrations at the same k and seed, with half of its 95 % interval over sets."""
-    if source in ("zero-shot", "random") or f"random/{k}" not in rows:
-        return ""
-    averages = {name: {seed: {"mean": float(np.mean(row[key]))} for seed, row in rows[f"{name}/{k}"].items()}
-                for name in (source, "random")}
-    return shown(*paired_difference(averages, source, "random"))
+    judged = "; ".join(f"{template!r} {' / '.join(f'{score:.2f}' for score in scores)}"
+                       for template, scores in chosen[0]["validation"].items())
+    return (f"\n\nTemplate: `{chosen[0]['chosen']!r}`, chosen on validation questions (no demonstrations / "
+            f"{result['config']['judged_shots']} random ones): `{judged}`.")

@@ -1,13 +1,21 @@
-"""Results: a JSON file that grows row by row, and what tables are made of.
+"""Results: one JSON file per experiment, which grows score by score.
 
-A result holds the settings it was made with, the corpus by name and hash, the machine, the versions, and a row for each
-score.  It is written after every row, so that a run that was interrupted goes on with the first row it has not got, and
-nothing is ever added to a result of other settings or another corpus.
+A result holds ``config`` (the settings), ``cells`` and ``scores``.  A cell is one experiment with settings, a corpus and
+sets of its own: a grid has many, every other kind has one, named as the experiment.  Of each cell the file says the settings,
+the corpus by name and hash, the machine, the versions and the date; its ``notes`` hold what is not a score, by ``method seed``
+(losses, seconds and text of a set) and by ``row seed`` (accuracy by class, and how the students were trained).
+
+``scores`` is one tidy table with a row for each trained and scored student; :data:`COLUMNS` are its columns, and an experiment
+may add others.  A field that is not known is left out.  All printed tables, intervals and figures are computed from it by
+pandas.  Sets and initialisations are different sources of spread: :func:`by_set` gives a row's score for each set, the mean
+over its initialisations, from which spreads over sets come; :func:`by_row` describes all students of a row together.
+Differences are paired by set seed, with a 95 % interval by Student's t.  Means and deviations have six digits, as scores have.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,44 +26,56 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
+from scipy.stats import t
 
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
-from distillkit.experiments.settings import kind_of as kind_of
+from distillkit.io.checkpoint import first_difference
 from distillkit.io.storage import StorageError, save_text, sealed, unsealed
 
-REPLACE = "give --fresh to replace it, or the run another name"
+COLUMNS = (
+    "experiment", "cell", "row", "corpus", "source", "target", "method", "recipe", "per_class", "length", "set_seed",
+    "init_seed", "split", "accuracy", "seconds", "flops", "examples", "nbytes", "settings_hash", "machine",
+)
+# Settings that say which scores a run makes, not how its sets are made.
+SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
+          "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+REPLACE = "give --fresh to replace it, or the run another name"
 
 
-def take_up(path: Path, settings: Settings, task) -> dict:
-    """The result at ``path`` to go on with, or a fresh one.
+def take_up(path: Path | None, job, cells: Mapping[str, Settings]) -> dict:
+    """The result at ``path`` to go on with, or else an empty one of ``job``, whose cells are ``cells``.
 
     Raises:
-        ValueError: the result at ``path`` was made with other settings or another corpus; says in what they differ.
+        ValueError: a cell was made with other settings, which the message names; or the file holds no table of scores.
     """
-    fresh = {
+    config = as_config(job)
+    if path is None or not path.is_file():
+        return {"config": config, "cells": {}, "scores": []}
+    stored = read(path)
+    if not {"cells", "scores"} <= stored.keys():
+        raise ValueError(f"{path} has no table of scores: distillkit 0.1 wrote it, the last version that reads it; {REPLACE}")
+    for key, settings in cells.items():
+        if key in stored["cells"]:
+            where = path if len(cells) == 1 else f"{path}: the cell {key}"
+            check_same_settings(where, stored["cells"][key]["config"], settings)
+    return stored | {"config": config}
+
+
+def new_cell(settings: Settings, task) -> dict:
+    """What a result says of a cell before it has any score."""
+    return {
         "config": as_config(settings),
-        "corpus": {
-            "name": task.name,
-            "sha256": task.fingerprint,
-            "rows": {s: len(task.split(s)) for s in ("train", "validation", "test")},
-        },
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+        "corpus": {"name": task.name, "sha256": task.fingerprint,
+                   "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
+        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
         "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
         "date": time.strftime("%Y-%m-%d"),
-        "rows": {},
-        "distilling": {},
+        "notes": {},
     }
-    if not path.is_file():
-        return fresh
-    stored = read(path)
-    check_same_settings(path, stored.get("config", {}), settings)
-    if change := difference(stored.get("corpus"), fresh["corpus"]):
-        raise ValueError(f"{path} is the result of a run with another corpus ({change}); {REPLACE}")
-    return {**stored, "config": fresh["config"]}
 
 
 def as_config(settings: Settings) -> dict:
@@ -63,112 +83,163 @@ def as_config(settings: Settings) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
+def settings_hash(settings: Settings) -> str:
+    """The first 16 digits of the SHA-256 of the settings by which sets are made."""
+    values = {name: value for name, value in as_config(settings).items() if name not in SCORES}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_same_settings(where, config: Mapping, settings: Settings) -> None:
-    """Raise ValueError unless the stored ``config`` equals ``settings``: a setting that came later had its default, and more
-    rows may be asked of the same run."""
+    """Raise ValueError unless the stored ``config`` equals ``settings``.
+
+    A setting that is not stored had its default.  Other rows may be asked of the same run.
+    """
     defaults = {f.name: f.default for f in dataclasses.fields(settings) if f.default is not dataclasses.MISSING}
     stored = {**json.loads(json.dumps(defaults)), **config, "rows": list(getattr(settings, "rows", ()))}
-    if change := difference(stored, as_config(settings)):
-        raise ValueError(f"{where} is of a run with other settings ({change}); {REPLACE}")
+    if difference := first_difference(stored, as_config(settings)):
+        raise ValueError(f"{where} is of a run with other settings: {difference}; {REPLACE}")
 
 
-def difference(stored, current: Mapping) -> str | None:
-    """The first setting in which two differ, in words; None where they are equal."""
-    if stored == current:
-        return None
-    if not isinstance(stored, Mapping):
-        return "it has none"
-    key = next(k for k in {**current, **stored} if (k in stored, stored.get(k)) != (k in current, current.get(k)))
-    then, now = (repr(values[key]) if key in values else "absent" for values in (stored, current))
-    return f"{key}: {then} there, {now} here"
-
-
-def write(path: Path, result: dict) -> None:
-    """Write a result, all or nothing, with the SHA-256 of what it says; StorageError if it cannot be written."""
-    save_text(path, json.dumps(sealed(result), indent=1) + "\n")
+def write(path: Path, result: Mapping) -> None:
+    """Write a result, all or nothing, with the SHA-256 of its content; StorageError if it cannot be written."""
+    values = {key: [] if key == "scores" else value for key, value in sealed(result).items()}
+    # A line for each score, so that a change of the file shows which scores changed.
+    rows = ",\n  ".join(map(json.dumps, result.get("scores", ())))
+    save_text(path, json.dumps(values, indent=1).replace('"scores": []', f'"scores": [\n  {rows}\n ]', 1) + "\n")
 
 
 def read(path: Path) -> dict:
-    """The result that :func:`write` wrote.
-
-    Raises:
-        StorageError: one character of it is another than was written, or it is no result.
-    """
-    remedy = "take it from a copy (a committed one: git checkout), or make it again with --fresh"
+    """The result that :func:`write` wrote; StorageError if any character of it has changed since."""
     try:
         return unsealed(path.read_bytes())
     except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}; {remedy}") from error
+        raise StorageError(f"{path} is damaged: {error}; take it from a copy (a committed one: git checkout), or make it again "
+                           "with --fresh") from error
 
 
-def paired_difference(rows: dict, one: str, other: str) -> tuple[float, float]:
-    """Mean of the differences between two rows at the same seeds, and half the width of its 95 % interval (Student's t).
+def rows_of(evaluation: Evaluation, seeds: Sequence[int]) -> tuple[list[dict], dict]:
+    """A row of the table for each of the students of an evaluation, whose initialisations are ``seeds``, and the note beside.
 
-    The half width is infinite for fewer than two common seeds.
+    ``seconds`` is the mean over the initialisations.
     """
-    from scipy.stats import t
-
-    seeds = rows[one].keys() & rows[other].keys()
-    differences = np.array([rows[one][seed]["mean"] - rows[other][seed]["mean"] for seed in sorted(seeds)])
-    if len(differences) < 2:
-        return float(differences.mean()) if len(differences) else math.nan, math.inf
-    spread = differences.std(ddof=1) / math.sqrt(len(differences))
-    return float(differences.mean()), float(t.ppf(0.975, len(differences) - 1) * spread)
+    values = as_json(evaluation)
+    shared = {key: values[key] for key in ("seconds", "flops", "examples", "nbytes")}
+    rows = [{"init_seed": seed, "accuracy": score, **shared} for seed, score in zip(seeds, values["scores"], strict=True)]
+    for row, score in zip(rows, values.get("normalized", ()), strict=False):
+        row["normalized"] = score
+    return rows, {key: values[key] for key in ("groups", "recipe")}
 
 
-def shown(mean: float, half: float) -> str:
-    """What :func:`paired_difference` found, for a table."""
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else " (one set)")
+def as_json(evaluation: Evaluation) -> dict:
+    """An evaluation as JSON values, floats at six digits but for the recipe's, null for what is not a number."""
+    values = {key: value for key, value in dataclasses.asdict(evaluation).items() if value is not None}
+    six_digits = {"parse_float": lambda text: round(float(text), 6), "parse_constant": lambda _: None}
+    return json.loads(json.dumps(values), **six_digits) | {"recipe": values["recipe"]}
 
 
-def means(rows: Mapping, name: str, key: str = "mean") -> list[float]:
-    """A number of each set of a row; none where the row has not run."""
-    return [score[key] for score in rows.get(name, {}).values()]
+def rounded(value: float) -> float | None:
+    """``value`` at six digits; None for what is not a number."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard deviation over sets, for a table; of one set the value alone, of none nothing."""
-    if not values:
-        return ""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+def processor() -> str:
+    """The name of the GPU, or the kind of CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
 
 
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> list[str]:
-    """The lines of a Markdown table.
+# --- tables --------------------------------------------------------------------------------------------------------------
+
+
+def frame(result: Mapping) -> pd.DataFrame:
+    """The scores of a result, with all columns of :data:`COLUMNS` and those it has besides."""
+    scores = pd.DataFrame(result["scores"])
+    return scores.reindex(columns=[*COLUMNS, *(name for name in scores.columns if name not in COLUMNS)])
+
+
+def classes_of(result: Mapping) -> list[str]:
+    """The classes, or kinds of questions, that a result tells apart."""
+    notes = (note for cell in result["cells"].values() for note in cell["notes"].values())
+    return [*next(note["groups"] for note in notes if "groups" in note)]
+
+
+def by_set(result: Mapping, value: str = "accuracy", cell: str | None = None) -> pd.DataFrame:
+    """Mean of a column over the initialisations of each set: a line for each row of the settings, a column for each set seed.
+
+    Args:
+        value: the column.
+        cell: of a grid, the cell; default all.
+    """
+    scores = frame(result)
+    chosen = scores if cell is None else scores[scores["cell"] == cell]
+    if value not in chosen or chosen[value].isna().all():
+        return pd.DataFrame(index=result["config"]["rows"])
+    return chosen.pivot_table(index="row", columns="set_seed", values=value).round(6).reindex(result["config"]["rows"])
+
+
+def by_row(result: Mapping, cell: str | None = None) -> pd.DataFrame:
+    """What there is to say of each row: ``mean`` and ``std`` (n − 1) over all its students, their number, and its first size.
+
+    The lines are the rows of the settings; ``mean`` is nan where a row has not run.
+    """
+    scores = frame(result)
+    groups = (scores if cell is None else scores[scores["cell"] == cell]).groupby("row")
+    first = groups[["method", "recipe", "examples", "nbytes", "seconds", "flops"]].first()
+    summary = groups["accuracy"].agg(["mean", "std", "size"]).round(6)
+    return first.join(summary).reindex(result["config"]["rows"])
+
+
+def spread(values: pd.Series, digits: int = 3) -> str:
+    """Mean ± standard deviation (n − 1) in words; of one value that alone, of none nothing."""
+    values = values.dropna()
+    deviation = f" ± {round(values.std(), 6):.{digits}f}" if len(values) > 1 else ""
+    return f"{round(values.mean(), 6):.{digits}f}{deviation}" if len(values) else ""
+
+
+def number(value: float, form: str) -> str | None:
+    """A number for a table, as :func:`format` takes ``form``; None, an empty cell, for nan."""
+    return None if math.isnan(value) else format(value, form)
+
+
+def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:
+    """Mean of the differences between two rows at the same set seeds, and half the width of its 95 % interval (Student's t).
+
+    Args:
+        sets: as :func:`by_set` gives it.
+
+    Returns:
+        nan where the rows have no set in common; an infinite half width for a single one.
+    """
+    pair = sets.reindex([one, other])
+    differences = (pair.loc[one] - pair.loc[other]).dropna()
+    half = t.ppf(0.975, len(differences) - 1) * differences.sem() if len(differences) > 1 else math.inf
+    return float(differences.mean()), float(half)
+
+
+def beats(sets: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether one row is above another by more than half of the 95 % interval."""
+    mean, half = paired_difference(sets, one, other)
+    return mean > half
+
+
+def gain(sets: pd.DataFrame, one: str, other: str) -> str:
+    """:func:`paired_difference` in words; nothing where the rows have no set in common."""
+    mean, half = paired_difference(sets, one, other)
+    interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
+    return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> str:
+    """A Markdown table.
 
     Args:
         heads: titles of the columns.
-        lines: cells of each line; None is a cell of nothing but a space.
+        lines: cells of each line; None is a cell with nothing but a space.
         align: ``l`` or ``r`` for each of the first columns; the others are aligned to the right.
     """
     rule = "|".join("---" if place == "l" else "---:" for place in align.ljust(len(heads), "r"))
     body = ("|".join(" " if cell is None else f" {cell} " for cell in cells) for cells in (heads, *lines))
     first, *others = [f"|{line}|" for line in body]
-    return [first, f"|{rule}|", *others]
-
-
-def as_json(evaluation: Evaluation) -> dict:
-    """An evaluation as JSON values, floats at six digits, null for what is not a number."""
-    row = dataclasses.asdict(evaluation)
-    for key in ("mean", "std", "seconds"):
-        row[key] = _rounded(row[key])
-    for key in ("normalized", "losses"):
-        if row[key] is None:
-            del row[key]
-    for key in {"scores", "normalized", "losses"} & row.keys():
-        row[key] = [_rounded(s) for s in row[key]]
-    row["groups"] = {k: _rounded(v) for k, v in row["groups"].items()}
-    return row
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()})"
+    return "\n".join([first, f"|{rule}|", *others])
 
 
 MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -177,11 +248,11 @@ MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def with_tables(text: str, folder: str | Path, *, marker: str, draw: Callable[[dict], str]) -> str:
     """``text`` with the block after each ``<!-- marker: name -->`` replaced by ``draw`` of that result in ``folder``."""
 
-    def block(found: re.Match) -> str:
-        if found[2] != marker:
-            return found[0]
-        path = Path(folder) / f"{found[3]}.json"
+    def block(match: re.Match) -> str:
+        if match[2] != marker:
+            return match[0]
+        path = Path(folder) / f"{match[3]}.json"
         content = draw(read(path)) if path.is_file() else "*not run*"
-        return f"{found[1]}{content}\n{found[4]}"
+        return f"{match[1]}{content}\n{match[4]}"
 
     return MARKED.sub(block, text)

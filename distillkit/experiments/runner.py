@@ -1,39 +1,60 @@
-"""One runner for every experiment: its scores are made one by one, written as they come, and never made twice.
+"""One runner for every experiment: scores are computed one by one, written as they come, and never computed twice.
 
-A :class:`Run` has a table of cells, one for each row (``method/recipe``) and each seed of its settings.  A kind of experiment
-is a subclass that says how a cell is scored (:meth:`Run.score`) and how a set is made (:meth:`Run.create`).  All else stands
-here: the folder of work and who may use it, the result that is gone on with, the cells that are missing, sets that are kept
-and learned, several processes that share one result.
+An experiment yields cells.  A :class:`Cell` has a corpus, a student and the sets learned or selected for them; a kind of
+experiment is a subclass that says how a row is scored (:meth:`Cell.score`) and how a set is made (:meth:`Cell.create`).  A
+grid has many cells, every other kind has one.  :class:`Run` does the rest for all of them: which scores are missing, the
+result that grows, several processes that share it, selections that need no second training.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest
+from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
 from distillkit.core.optimizers import SGD, Optimizer
 from distillkit.core.student import Student
+from distillkit.data.corpus import CorpusError
 from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
-from distillkit.evaluation.selection import ALL_METHODS, METHODS, select
-from distillkit.experiments.results import as_config, check_same_settings, read, take_up, write
-from distillkit.experiments.settings import Data, names
+from distillkit.evaluation.evaluate import evaluate
+from distillkit.evaluation.recipes import Standard, Tuned
+from distillkit.evaluation.selection import ALL_METHODS, select
+from distillkit.experiments.results import (
+    REPLACE,
+    SCORES,
+    as_config,
+    check_same_settings,
+    new_cell,
+    processor,
+    read,
+    rows_of,
+    settings_hash,
+    take_up,
+    write,
+)
+from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, check_keys, names, option, settings
+from distillkit.io.checkpoint import first_difference
 from distillkit.io.checks import check_choice
+from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, is_vacant
-from distillkit.text.projection import NeighborLoss
+from distillkit.io.storage import Claim
+from distillkit.text.projection import NeighborLoss, project
 
 CONFIGS = Path(__file__).parent / "configs"
-# Settings that say which scores a run makes, not how its sets are made.
-SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows")
+Scores = tuple[list[dict], dict]  # a row of the table for each student, and the note beside them
 
 
 def load_corpus(settings: Data, *, seed: int = 0) -> Task:
@@ -47,140 +68,150 @@ def strategy(metagrad: str | None):
     return {"replay": Replay(), "forward_difference": ForwardDifference()}.get(metagrad or "")
 
 
+def recipe_of(settings, recipe):
+    """The recipe "standard" or "tuned" with the steps and the grid that settings name; any other recipe as it is."""
+    if recipe == "standard":
+        return Standard(least_steps=settings.standard_steps)
+    return Tuned(settings.tuned_grid) if recipe == "tuned" else recipe
+
+
 def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
     """The inner loop that settings describe, by default of SGD; ``more`` is as :class:`~distillkit.core.inner.Unroll` takes."""
     return Unroll(steps or settings.unroll_steps, optimizer=optimizer or SGD(settings.step_size),
                   batch_size=settings.inner_batch, **more)
 
 
-def neighbor_terms(student: Student, weight: float) -> tuple[NeighborLoss, ...]:
-    """The neighbour term that grows linearly to ``weight``; none for 0."""
-    return (NeighborLoss(student, weight=lambda progress: weight * progress),) if weight else ()
+@settings()
+class Grid(Experiment):
+    """Base of the settings of a grid."""
+
+    base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
+
+    cell_job: ClassVar[type]  # settings of a cell
+    of_grid: ClassVar[tuple[str, ...]] = ("rows", "kind")  # settings of a cell that the grid gives
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("base", self.base)
+        self.cells()  # every one of them is checked before the first is run
+
+    def check(self, where: str, values) -> None:
+        """Raise ValueError unless ``values`` holds settings that a cell may have."""
+        check_keys(where, values, {*names(self.cell_job)} - {*self.of_grid})
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by the cell's name, in the order they are run."""
+        raise NotImplementedError
+
+    def cells(self) -> dict[str, Any]:
+        """The settings of every cell by its name."""
+        cells = {}
+        for key, values in self.variations().items():
+            name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
+            try:
+                cells[key] = self.cell_job(name=name, rows=self.rows, **{**self.base, **values})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"cell {key}: {error}") from error
+        return cells
 
 
-class Run:
-    """An experiment under way; every score is written to ``folder/<name>.json`` as soon as it is made.
+class Cell:
+    """A corpus, a student, and the sets and scores of one experiment or of one cell of a grid.
 
     Args:
         job: the settings.
-        folder: where the result goes; a result that is there already is gone on with.
-        work: where experts, checkpoints and sets go, ``work/<name>``.
-        task, student: what it is about; by default what the settings name.
+        work: where experts, checkpoints and sets go.
+        results: the folder of results that committed rows are taken from.
+        task, student: by default what the settings name.
 
     Raises:
-        ValueError: the result in ``folder`` was made with other settings or another corpus; or a question of validation or test
-            has no choices, so there is no accuracy.
+        ValueError: a question of validation or test has no choices, so there is no accuracy.
     """
 
     job: Any
-    by_seed: ClassVar[bool] = True  # whether every seed has a set and a score of its own
+    texts: ClassVar[Sequence[str]] = ()  # sets whose text goes into the notes
+    selections: ClassVar[Sequence[str]] = ()  # methods whose equal sets are scored once
+    projected: ClassVar[Mapping[str, str]] = {}  # method of nearest tokens: the set that they are nearest to
 
-    def __init__(self, job, folder: str | Path, work: str | Path, task: Task | None = None, student: Student | None = None):
-        self.job, self.work, self.path = job, Path(work) / job.name, Path(folder) / f"{job.name}.json"
+    def __init__(self, job, work: Path, results: Path, task: Task | None = None, student: Student | None = None):
+        self.job, self.work, self.results = job, work, results
         self.task = load_corpus(job) if task is None else task
         if isinstance(self.task, InstructionTask):
             for split in ("validation", "test"):
                 self.task.check_choices(split)
         self.student = load_student(job.student, self.task, trainable=job.trainable) if student is None else student
-        self.claim = Claim(self.work, wait=True, shared=True)
-        self.result = take_up(self.path, job, self.task)
-        self._sets: dict[tuple[str, int], DistilledSet] = {}
-
-    def __call__(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict:
-        """Make every score that is missing, or those of the rows and seeds that are named; returns the result.
-
-        Processes with the same folder of results may work on different rows or seeds of one result at the same time.
-        """
-        for row in only:
-            check_choice("a row", row, self.job.rows)
-        if unknown := [seed for seed in seeds if seed not in self.job.seeds]:
-            raise ValueError(f"no seed {unknown[0]!r} in this job; it has {', '.join(map(str, self.job.seeds))}")
-        with self.claim:
-            for seed, row in progress(self.missing(self.result, self.job, only, seeds), desc="scores", unit="score"):
-                self._add(row, seed, self.score(*row.split("/"), seed))
-            self.finish()
-        return self.result
-
-    @classmethod
-    def missing(cls, result: Mapping, job, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[tuple[int, str]]:
-        """Seed and row of each score that ``result`` lacks, of those that are named or of all."""
-        rows = [row for row in job.rows if not only or row in only]
-        return [(seed, row) for seed in seeds or job.seeds for row in rows if cls.stored(result, row, seed) is None]
-
-    @classmethod
-    def stored(cls, result: Mapping, row: str, seed: int) -> dict | None:
-        """The score of a row and seed in a result; None where it has not been made."""
-        scores = result.get("rows", {}).get(row)
-        return scores.get(str(seed)) if scores and cls.by_seed else scores
-
-    def _add(self, row: str, seed: int, score: dict) -> None:
-        """Write a score, and take over what other processes have written meanwhile."""
-        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
-            result = take_up(self.path, self.job, self.task)
-            result["rows"][row] = result["rows"].get(row, {}) | {str(seed): score} if self.by_seed else score
-            result["distilling"] |= self.result["distilling"]
-            result["rows"] = {name: result["rows"][name] for name in self.job.rows if name in result["rows"]}
-            write(self.path, result)
-            self.result = result
+        self.notes: dict[str, Any] = {}
+        self.set_of = functools.cache(self._set_of)
 
     # What a kind of experiment says
 
-    def score(self, method: str, recipe: str, seed: int) -> dict:
-        """Train and score the students of one cell."""
-        raise NotImplementedError
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
+        """Train and score the students of one row and set seed."""
+        if method == "full":
+            return self.evaluated(None, recipe, getattr(self.job, "full_seeds", (seed,)))
+        return self.evaluated(self.set_of(method, seed), recipe)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        """Make the set of a method that is not a selection of real rows."""
-        raise NotImplementedError
+        """Make a set that is no selection of real rows: by default by BPTT, or the nearest tokens of another set."""
+        if method in self.projected:
+            return project(self.set_of(self.projected[method], seed), self.student)
+        return self.distil(method, seed, self.start(seed), self.objective())
 
     def selector(self, method: str) -> Student:
         """The student that a selection of real rows asks."""
         return self.student
 
-    def finish(self) -> None:
-        """What is left to do once every score is there."""
+    def columns(self, method: str, recipe: str) -> dict:
+        """What the table says of the students of a row besides their scores."""
+        has_set = method not in ("full", "zero-shot", "none", "bytes")
+        return {"source": self.job.student if has_set else None, "target": self.job.student, "method": method, "recipe": recipe,
+                **(size_columns(self.job) if has_set else {})}
 
     # What they share
 
-    def headline(self) -> str:
-        """What is about to be run, in a line."""
-        sizes = " / ".join(str(len(self.task.split(split))) for split in ("train", "validation", "test"))
-        return f"{self.task.name}: {sizes} rows; student {self.student.name}"
+    def evaluated(self, distilled: DistilledSet | None, recipe, seeds: Sequence[int] | None = None, *, task: Task | None = None,
+                  student: Student | None = None) -> Scores:
+        """Scores of fresh students, by default those of the settings; see :func:`~distillkit.evaluation.evaluate.evaluate`."""
+        seeds = self.job.eval_seeds if seeds is None else seeds
+        recipe = recipe_of(self.job, recipe)
+        return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
 
-    def set_of(self, method: str, seed: int) -> DistilledSet:
+    def _set_of(self, method: str, seed: int) -> DistilledSet:
         """The set of a method and a seed: selected, read from ``work``, or made."""
-        if (method, seed) not in self._sets:
-            if method in ALL_METHODS:
-                found = select(self.task, self.selector(method), method, **self.job.size(seed))
-            else:
-                found = self.saved(method, seed, lambda: self.create(method, seed))
-            self._sets[method, seed] = found
-        return self._sets[method, seed]
+        if method in ALL_METHODS:
+            return select(self.task, self.selector(method), method, **self.job.size(seed))
+        return self.saved(method, seed, lambda: self.create(method, seed))
 
     def saved(self, name: str, seed: int, make: Callable[[], DistilledSet]) -> DistilledSet:
-        """A set that is read from ``work`` if an earlier run has made it there, with the same settings."""
-        self._check_work()
-        folder = self.work / self._file(name, seed)
-        if is_vacant(folder):
-            make().save(folder)
-        return DistilledSet.load(folder)
+        """A set that is read from ``work`` if an earlier run with the same settings has made it, else made.
 
-    def _check_work(self) -> None:
-        """Raise ValueError if the sets in ``work`` were made with other settings; else write the settings down."""
+        Where its losses are not in the notes, they are read from its checkpoint.
+
+        Raises:
+            ValueError: the sets in ``work`` were made with other settings.
+        """
         path, current = self.work / "settings.json", as_config(self.job)
         if path.is_file():
-            stored = read(path)["config"]
-            check_same_settings(self.work, stored | {key: current[key] for key in SCORES if key in current}, self.job)
+            scores = {key: current[key] for key in SCORES if key in current}
+            check_same_settings(self.work, read(path)["config"] | scores, self.job)
         else:
             write(path, {"config": current})
+        set_path, key = self.work / _file(name, seed), f"{name} {seed}"
+        if not set_path.exists() or (key not in self.notes and self.checkpoint(name, seed).exists()):
+            make().save(set_path)
+        distilled = DistilledSet.load(set_path)
+        if name in self.texts:
+            self.notes[key] = self.notes.get(key, {}) | {"text": distilled.to_text().to_list()}
+        return distilled
 
     def distil(
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        self._check_work()
-        distiller = Distiller(start, objective, seed=seed, checkpoint_dir=self.checkpoint(name, seed),
+        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
                               **self.job.rates(), **options)
+        if not self.notes and not distiller.step:  # the first set that this experiment distils
+            announce(start, objective, steps or self.job.outer_steps)
         for _ in distiller.run(steps or self.job.outer_steps):
             pass
         records = distiller.records
@@ -189,32 +220,164 @@ class Run:
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
 
+    def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
+        """Real rows that distilling starts from."""
+        return DistilledSet.from_real(task or self.task, student or self.student, **self.job.size(seed))
+
     def objective(self, task: Task | None = None, student: Student | None = None, **unroll) -> BPTT:
         """The loss on real data after the inner loop; ``unroll`` is as :func:`unroll_of` takes it."""
         return BPTT(task or self.task, student or self.student, unroll_of(self.job, **unroll),
                     metagrad=strategy(self.job.metagrad), batch_size=self.job.outer_batch)
 
+    def neighbor_terms(self) -> tuple[NeighborLoss, ...]:
+        """The neighbour term, which grows linearly to the weight of the settings; none for 0."""
+        weight = self.job.neighbor_weight
+        return (NeighborLoss(self.student, weight=lambda progress: weight * progress),) if weight else ()
+
     def note(self, name: str, seed: int, losses: Sequence[float], seconds: float, **more) -> None:
         """Keep beside the scores how a set was made."""
-        self.result["distilling"][f"{name} {seed}" if self.by_seed else name] = {
+        self.notes[f"{name} {seed}"] = {
             "steps": len(losses), "seconds": round(seconds, 1), "losses": [round(loss, 4) for loss in losses], **more,
         }
 
     def checkpoint(self, name: str, seed: int) -> Path:
-        """The folder where the making of a set can be taken up."""
-        return self.work / f"checkpoint-{self._file(name, seed)}"
+        """Where an interrupted making of a set goes on."""
+        return self.work / f"checkpoint-{_file(name, seed)}"
 
-    def _file(self, name: str, seed: int) -> str:
-        return name.replace(" ", "_") + (f"-{seed}" if self.by_seed else "")
+    def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
+        """Hash of a selection of real rows and of how students train on it; None for sets that are not selections.
 
-    def twin(self, method: str, recipe: str, seed: int) -> dict | None:
-        """The score of another method that selected the very same sentences, as herding and k-centre do at one per class."""
-        for other in METHODS if method in METHODS else ():
-            score = None if other == method else self.stored(self.result, f"{other}/{recipe}", seed)
-            if score and digest(self.set_of(other, seed)) == digest(self.set_of(method, seed)):
-                return {**score, "same_set_as": other}
-        return None
+        Equal hashes mean equal scores, as of herding and k-centre at one example per class, or of cells of a grid that differ
+        in distilling only.
+        """
+        if method not in self.selections:
+            return None
+        config = as_config(self.job)
+        by_grid = {name: config[name] for name in names(Data, Scoring)}
+        scoring = by_grid if recipe in ("tuned", "standard") else settings_hash(self.job)
+        content = json.dumps([digest(self.set_of(method, seed)), recipe, scoring], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-# All that the score of a selected set depends on.
-SELECTING = (*names(Data), "per_class", "fraction", "length", "seed", "eval_seeds")
+def size_columns(job) -> dict:
+    """The size of a set, for the table."""
+    size = {"fraction": job.fraction} if job.fraction else {"per_class": job.per_class}
+    return size | {"length": job.length or job.max_length}
+
+
+def _file(name: str, seed: int) -> str:
+    return f"{name.replace(' ', '_')}-{seed}"
+
+
+class Run:
+    """An experiment under way; every score is written to ``folder/<name>.json`` as soon as it is computed.
+
+    Args:
+        cell_class: what computes the scores of a cell.
+        job: the settings.
+        folder: where the result goes; a result that is there already is gone on with.
+        work: experts, checkpoints and sets go to ``work/<name>``.
+        fresh: do not look at the result in ``folder``, which is about to be set aside.
+        committed: the folder of results that settings may take committed rows from; default ``folder``.
+
+    Raises:
+        ValueError: the result in ``folder`` was made with other settings or another corpus.
+    """
+
+    def __init__(self, cell_class: Callable[..., Cell], job, folder: str | Path, work: str | Path, *, fresh: bool = False,
+                 committed: str | Path | None = None):
+        self.cell_class, self.job, self.work = cell_class, job, Path(work) / job.name
+        self.path, self.committed = Path(folder) / f"{job.name}.json", Path(committed or folder)
+        self.claim = Claim(self.work, wait=True, shared=True)
+        self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
+        self.result = take_up(None if fresh else self.path, job, self.cells)
+        self.cell = None if isinstance(job, Grid) else self._load(job.name)
+
+    def headline(self) -> str:
+        """What is about to be run, in a line."""
+        if self.cell is None:
+            return f"{self.job.name}: {len(self.cells)} cells"
+        sizes = " / ".join(str(len(self.cell.task.split(split))) for split in ("train", "validation", "test"))
+        return f"{self.cell.task.name}: {sizes} rows; student {self.cell.student.name}"
+
+    def __call__(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> dict:
+        """Compute every score that is missing; returns the result.
+
+        Processes with the same folder of results may work on different cells, rows or seeds at the same time.
+
+        Args:
+            only: names of rows, of cells, or both: these for now.
+            seeds: set seeds: these for now.
+        """
+        for name in only:
+            check_choice("rows", name, (*self.cells, *self.job.rows))
+        known = {seed for cell in self.cells.values() for seed in cell.seeds}
+        if unknown := [seed for seed in seeds if seed not in known]:
+            raise ValueError(f"seeds: no seed {unknown[0]!r} in this job; it has {', '.join(map(str, sorted(known)))}")
+        rows = [row for row in self.job.rows if row in only or not {*only} & {*self.job.rows}]
+        with self.claim:
+            for key in self.cells:
+                if key in only or not {*only} & {*self.cells}:
+                    self._compute(key, rows, seeds)
+        return self.result
+
+    def _compute(self, key: str, rows: Sequence[str], seeds: Sequence[int]) -> None:
+        """Compute the missing scores of a cell; a cell of a grid that cannot be run is skipped, with the reason printed."""
+        scored = {(row["row"], row["set_seed"]) for row in self.result["scores"] if row["cell"] == key}
+        chosen = [seed for seed in self.cells[key].seeds if not seeds or seed in seeds]
+        missing = [(row, seed) for seed in chosen for row in rows if (row, seed) not in scored]
+        if not missing:
+            return
+        try:
+            cell = self.cell or self._load(key)
+            for row, seed in progress(missing, desc=key, unit="score"):
+                self._add(key, cell, row, seed)
+        except (CorpusError, FileNotFoundError, FloatingPointError) as error:
+            if self.cell:
+                raise
+            say(f"{key}: skipped: {one_line(error)}")
+
+    def _load(self, key: str) -> Cell:
+        job = self.cells[key]
+        cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed)
+        if stored := self.result["cells"].get(key):
+            if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
+                raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
+            cell.notes |= stored["notes"]
+        return cell
+
+    def _add(self, key: str, cell: Cell, row: str, seed: int) -> None:
+        """Score a row and write it, beside what other processes have written meanwhile."""
+        method, recipe = row.split("/")
+        training = cell.training_hash(method, recipe, seed)
+        scores, note = self._twin(training) or cell.score(method, recipe, seed)
+        place = {"experiment": self.job.name, "cell": key, "row": row, "set_seed": seed}
+        columns = place | {"corpus": cell.task.name, **cell.columns(method, recipe), "split": "test", "training_hash": training,
+                           "settings_hash": settings_hash(cell.job), "machine": processor()}
+        rows = [columns | score | place for score in scores]
+        notes = cell.notes | ({f"{row} {seed}": note} if note else {})
+        if self.cell is None:  # curves of losses of dozens of cells would bury the scores
+            notes = {name: {k: v for k, v in values.items() if k != "losses"} for name, values in notes.items()}
+        with Claim(self.path, wait=True):  # beside the result, which other work folders may share
+            self.result = take_up(self.path, self.job, self.cells)
+            self.result["cells"].setdefault(key, new_cell(cell.job, cell.task))["notes"] |= notes
+            others = [score for score in self.result["scores"] if _place(score) != (key, row, seed)]
+            added = [{k: v for k, v in score.items() if v is not None} for score in rows]
+            self.result["scores"] = sorted(others + added, key=_place)
+            write(self.path, self.result)
+
+    def _twin(self, training: str | None) -> Scores | None:
+        """The scores of students that trained on the very same sentences in the same way."""
+        scores = self.result["scores"]
+        first = next((score for score in scores if training and score.get("training_hash") == training), None)
+        if first is None:
+            return None
+        cell, row, seed = _place(first)
+        mark = {"same_set_as": f"{cell}: {row}, set {seed}"}
+        same = [{k: v for k, v in score.items() if k not in ("method", "recipe")} | mark
+                for score in scores if _place(score) == (cell, row, seed)]
+        return same, self.result["cells"][cell]["notes"].get(f"{row} {seed}", {})
+
+
+def _place(score: Mapping) -> tuple[str, str, int]:
+    return score["cell"], score["row"], score["set_seed"]

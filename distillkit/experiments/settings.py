@@ -1,8 +1,9 @@
 """Settings from a YAML file or from flags: frozen dataclasses put together from parts, so that each setting is declared once.
 
 A part (:class:`Data`, :class:`Size`, :class:`Inner`, :class:`Outer`, ...) holds the settings of one concern.  A kind of
-experiment, and the command line's ``Work``, is a subclass of the parts that it needs.  A field carries its help, which flags
-show too, and its check: whoever builds settings with a bad value gets a ValueError that names the setting.
+experiment, and the command line's ``Work``, is a subclass of the parts that it needs.  A field says its type, its limits and
+its help, which flags show too.  pydantic checks the values: whoever builds settings with a bad value gets a ValueError that
+names the setting, the value and what it must be.
 
 An experiment is described by one such object and takes nothing else, so the file repeats the run.
 """
@@ -10,76 +11,52 @@ An experiment is described by one such object and takes nothing else, so the fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import reprlib
-import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import pydantic
 import yaml
 
-from distillkit.io.checks import check_choice, check_number, check_seeds, check_whole, limits_by_split
+from distillkit.io.checks import check_choice, check_seeds
 from distillkit.io.escaping import one_line
 
 LARGEST = 1_000_000  # bytes of a file of settings
-LONGEST_NAME = 200  # bytes: file systems take 255, of which the hidden names beside it need some
-LISTED = {int: ("whole numbers", (int,)), float: ("numbers", (int, float)), str: ("texts", (str,))}
-METAGRADS = ("replay", "forward_difference", "recommended")
 REQUIRED = dataclasses.MISSING
+Whole = typing.Annotated[int, pydantic.Field(strict=True, ge=1)]
+Number = pydantic.StrictInt | pydantic.StrictFloat  # 2 stays 2: the hash of settings tells it from 2.0
 
 
-def option(default, told: str, check: Callable[[str, Any], None] | None = None) -> Any:
-    """A field with its help and a function that raises ValueError for a bad value, given the field's name and the value."""
-    return dataclasses.field(default=default, metadata={"help": told, "check": check})
+def option(default, description: str, **limits) -> Any:
+    """A setting with its help and the limits of its value, as :func:`pydantic.Field` takes them."""
+    return dataclasses.field(default=default, metadata={"description": description, **limits})
 
 
-def whole(default, told: str) -> Any:
+def whole(default, description: str) -> Any:
     """A whole number of at least 1."""
-    return option(default, told, check_whole)
+    return option(default, description, strict=True, ge=1)
 
 
-def positive(default, told: str) -> Any:
+def positive(default, description: str) -> Any:
     """A number above 0."""
-    return option(default, told, _check_positive)
+    return option(default, description, strict=True, gt=0)
 
 
-def choice(default, told: str, allowed) -> Any:
-    """One of several texts."""
-    return option(default, told, partial(_check_one_of, allowed))
-
-
-def whole_numbers(default, told: str) -> Any:
-    """A list of one or more whole numbers."""
-    return option(default, told, _check_whole_numbers)
-
-
-def filled(default, told: str) -> Any:
+def filled(default, description: str) -> Any:
     """A list of one or more values."""
-    return option(default, told, _check_filled)
+    return option(default, description, min_length=1)
 
 
-def _check_positive(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name} must be a number above 0, not {value!r} (YAML reads 1e-3 as text; write 0.001)")
+def _check_seeds(value, field: pydantic.ValidationInfo):
+    check_seeds(field.field_name, value)
+    return value
 
 
-def _check_one_of(allowed, name: str, value) -> None:
-    check_choice(name, value, allowed)
-
-
-def _check_whole_numbers(name: str, value) -> None:
-    try:
-        check_seeds(name, value)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a list of whole numbers, not {value!r}") from error
-
-
-def _check_filled(name: str, value) -> None:
-    if not value:
-        raise ValueError(f"{name} must not be empty")
+Seeds = typing.Annotated[tuple[pydantic.StrictInt, ...], pydantic.AfterValidator(_check_seeds)]
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -87,88 +64,68 @@ def settings(**defaults) -> Callable[[type], Any]:
     """Decorator: makes a class a frozen dataclass of keyword arguments; ``defaults`` replace those of inherited settings."""
 
     def decorate(cls: type) -> type:
+        types = typing.get_type_hints(cls, include_extras=True)
         inherited = {field.name: field for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)
                      for field in dataclasses.fields(base)}
         for name, default in defaults.items():
-            cls.__annotations__[name] = inherited[name].type
-            setattr(cls, name, dataclasses.field(default=default, metadata=inherited[name].metadata))
-        return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+            cls.__annotations__[name] = types[name]
+            setattr(cls, name, option(default, **inherited[name].metadata))
+        cls = pydantic.dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.__init__ = _with_plain_errors(cls.__init__)
+        return cls
 
     return decorate
+
+
+def _with_plain_errors(build: Callable[..., None]) -> Callable[..., None]:
+    """``build``, whose errors fit in a line: which setting must be what, and what it is instead."""
+
+    @functools.wraps(build)
+    def build_or_explain(self, **values):
+        try:
+            build(self, **values)
+        except pydantic.ValidationError as error:
+            raise ValueError("; ".join(map(_explained, error.errors()))) from None
+
+    return build_or_explain
+
+
+def _explained(error: Mapping) -> str:
+    """One of pydantic's errors in words, or the message of an error that a class of settings raised itself."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    name = error["loc"][0]
+    if error["type"].startswith("missing"):
+        return f"the setting {name!r} is missing"
+    _, _, demand = error["msg"].removesuffix(", not 0").removesuffix(" after validation").partition(" should ")
+    return f"{name} must {demand or 'not be given: there is no such setting'}, not {reprlib.repr(error['input'])}"
 
 
 @settings()
 class Settings:
     """Base of all settings, which have a ``name``."""
 
-    name: str = option(REQUIRED, "run name; outputs go to WORK/NAME")
-
-    flags: typing.ClassVar[bool] = False  # whether each setting is a flag of the command line too
-
-    def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            if value is None and types.NoneType in kinds:
-                continue
-            _check_type(field.name, value, kinds)
-            if check := field.metadata.get("check"):
-                check(field.name, value)
-        if not self.name.replace("_", "").replace("-", "").isalnum() or len(self.name.encode()) > LONGEST_NAME:
-            raise ValueError(f"name must be letters, digits, '_' and '-' ({LONGEST_NAME} bytes at most), as it names a file, "
-                             f"not {reprlib.repr(self.name)}")
+    name: str = option(REQUIRED, "run name: letters, digits, '_' and '-'; outputs go to WORK/NAME",
+                       pattern=r"^[\w-]+$", max_length=200)  # file systems take 255 bytes; files beside it need some
 
     @classmethod
-    def from_yaml(cls, path: str | Path | None, **given):
+    def from_yaml(cls, path: str | Path | None, **flags):
         """Read settings.
 
         Args:
             path: the file; None: there is none.
-            given: settings that take the place of the file's.
+            flags: settings from the command line, which take the place of the file's.
 
         Raises:
-            ValueError: a key that is no setting, or a value that cannot be: the message names the file and the key, or,
-                of a setting in ``given``, its flag.
+            ValueError: an unknown key or a bad value.  The message names the flag, or the file and the key.
         """
-        values = {**({} if path is None else read(path)), **given}
-        needed = {f.name: f.default is REQUIRED for f in dataclasses.fields(cls)}
-        for key in values:
-            if key not in needed:
-                raise ValueError(f"{path}: unknown setting {key!r}; there are {', '.join(sorted(needed))}")
-        if missing := [key for key, is_needed in needed.items() if is_needed and key not in values]:
-            raise ValueError(f"{path}: the setting {missing[0]!r} is missing")
+        values = {**({} if path is None else read(path)), **flags}
+        check_keys(path, values, cls.__dataclass_fields__)
         try:
-            return cls(**tupled(values))
+            return cls(**values)
         except ValueError as error:
-            message = renamed(error, cls.origins(path, given))
-            placed = path is None or message.startswith(("--", str(path)))
-            raise ValueError(message if placed else f"{path}: {message}") from error
-
-    @classmethod
-    def origins(cls, path: str | Path | None, given: Mapping) -> dict[str, str]:
-        """What the user calls each setting: by its key in the file at ``path``, or by its flag if it has one."""
-        own = set() if path is None else read(path).keys() - given.keys()
-        flag = {name: f"--{name.replace('_', '-')}" if cls.flags else name for name in cls.__dataclass_fields__}
-        return {name: f"{path}: {name}" if name in own else flag[name] for name in flag}
-
-
-def _check_type(name: str, value, kinds: tuple) -> None:
-    """Raise ValueError unless a setting that is text, a list or a table is one; numbers have checks of their own."""
-    origins, told = {typing.get_origin(kind) or kind for kind in kinds}, reprlib.repr(value)
-    if str in kinds and not isinstance(value, str):
-        raise ValueError(f"{name} must be text, not {told}")
-    if origins & {Mapping, dict} and int not in origins and not isinstance(value, Mapping):
-        raise ValueError(f"{name} must hold settings as 'key: value' lines, not {told}")
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple:
-            word, items = LISTED[typing.get_args(kind)[0]]
-            if not isinstance(value, list | tuple) or not all(type(item) in items for item in value):
-                raise ValueError(f"{name} must be a list of {word}, not {told}")
-
-
-def _check_limit(name: str, value) -> None:
-    limits_by_split(value, ("train", "validation", "test"))
+            message = renamed(error, {name: flag(name) for name in flags})
+            raise ValueError(message if path is None or message.startswith("--") else f"{path}: {message}") from error
 
 
 @settings()
@@ -178,10 +135,9 @@ class Experiment(Settings):
     rows: tuple[str, ...] = option(REQUIRED, "rows of the table, as method/recipe")
     kind: str = option(REQUIRED, "kind of experiment that these settings are for")
 
-    kinds: typing.ClassVar[tuple[str, ...]] = ()  # where a class is of several
+    kinds: ClassVar[tuple[str, ...]] = ()  # where a class is of several
 
     def __post_init__(self):
-        super().__post_init__()
         check_choice("kind", self.kind, self.kinds or (self.__dataclass_fields__["kind"].default,))
         known = self.__dataclass_fields__["rows"].default
         for row in self.rows if known is not REQUIRED else ():
@@ -194,10 +150,11 @@ class Data(Settings):
 
     corpus: str = option(REQUIRED, "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
     student: str = option(REQUIRED, "offline:minilm, ..., a folder, or a hub id")
-    trainable: str | None = choice(None, "what trains: full, head or lora", ("full", "head", "lora"))
-    text_column: str | None = option(None, "column of the text, where it has another name than usual")
-    label_column: str | None = option(None, "column of the label, where it has another name than usual")
-    limit: int | dict[str, int] | None = option(None, "rows of each split at most; in a file also {test: 900}", _check_limit)
+    trainable: Literal["full", "head", "lora"] | None = option(None, "what trains: full, head or lora")
+    text_column: str | None = option(None, "column of the text, if its name is not a usual one")
+    label_column: str | None = option(None, "column of the label, if its name is not a usual one")
+    limit: Whole | dict[Literal["train", "validation", "test"], Whole] | None = option(
+        None, "most rows of each split; a file may also say {test: 900}")
     max_length: int = whole(32, "tokens that a real text is cut to")
 
 
@@ -205,8 +162,8 @@ class Data(Settings):
 class Size(Settings):
     """The size of every set."""
 
-    per_class: int = whole(1, "synthetic examples of each class")
-    fraction: float | None = positive(None, "or: their share of the training rows; an instruction task takes only this")
+    per_class: int = whole(1, "synthetic examples per class")
+    fraction: float | None = positive(None, "or: their share of the training rows; instruction tasks need this one")
     length: int | None = whole(None, "tokens of a synthetic example (default: max_length)")
 
     def size(self, seed: int) -> dict:
@@ -221,9 +178,9 @@ class Inner(Settings):
 
     unroll_steps: int = whole(3, "inner steps T")
     step_size: float = positive(0.2, "inner step size; the learned step sizes start from it")
-    inner_batch: int | None = whole(None, "synthetic examples of an inner step (default: all)")
-    metagrad: str | None = choice(None, "replay (exact), forward_difference, or recommended: what suits the student (default)",
-                                  METAGRADS)
+    inner_batch: int | None = whole(None, "synthetic examples per inner step (default: all)")
+    metagrad: Literal["replay", "forward_difference", "recommended"] | None = option(
+        None, "replay (exact), forward_difference, or recommended: what suits the student (default)")
 
 
 @settings()
@@ -231,7 +188,7 @@ class Outer(Settings):
     """The outer loop: how a set is learned."""
 
     outer_steps: int = whole(100, "updates of the synthetic examples")
-    outer_batch: int = whole(48, "real examples in an outer loss")
+    outer_batch: int = whole(48, "real examples per outer loss")
     lr: float = positive(0.08, "outer learning rate")
     label_lr: float | None = positive(None, "outer learning rate of labels (default: a multiple of lr)")
     step_size_lr: float | None = positive(None, "outer learning rate of step sizes (default: a multiple of lr)")
@@ -248,9 +205,9 @@ class Expert(Settings):
     expert_count: int = whole(1, "experts")
     expert_epochs: int = whole(1, "epochs that an expert trains")
     expert_step_size: float = positive(1e-3, "step size of an expert's AdamW")
-    expert_batch: int = whole(32, "rows of an expert's step")
+    expert_batch: int = whole(32, "rows per step of an expert")
     snapshots_per_epoch: int = whole(1, "snapshots of an expert's path per epoch")
-    match_epochs: float = positive(1, "epochs of an expert's path that training on the set has to match")
+    match_epochs: Number = option(1, "epochs of an expert's path that training on the set has to match", gt=0)
 
 
 @settings()
@@ -267,7 +224,8 @@ class Search(Settings):
 class Neighbor(Settings):
     """The neighbour term."""
 
-    neighbor_weight: float = option(0.0, "weight of the neighbour term at the end; it grows linearly from 0", check_number)
+    neighbor_weight: float = option(0.0, "weight of the neighbour term at the end; it grows linearly from 0",
+                                    strict=True, ge=0, allow_inf_nan=False)
 
 
 @settings()
@@ -281,39 +239,48 @@ class Target(Settings):
 class SetSeed(Settings):
     """One seed for all that is drawn."""
 
-    seed: int = option(0, "seed of everything that is drawn")
+    seed: int = option(0, "seed of everything that is drawn", strict=True)
 
 
 @settings()
 class SetSeeds(Settings):
     """Several sets of everything."""
 
-    seeds: tuple[int, ...] = whole_numbers((0, 1, 2), "one set of everything for each seed")
+    seeds: Seeds = option((0, 1, 2), "one set of everything for each seed")
 
 
 @settings()
-class Scoring(Settings):
+class Recipes(Settings):
+    """How the recipes ``standard`` and ``tuned`` train, where not by their defaults."""
+
+    standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
+    tuned_grid: dict[typing.Literal["step_size", "steps"], tuple[int | float, ...]] | None = option(
+        None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", min_length=2)
+
+
+@settings()
+class Scoring(Recipes):
     """How often a student is trained on a set."""
 
-    eval_seeds: tuple[int, ...] = whole_numbers((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
+    eval_seeds: Seeds = option((0, 1, 2, 3, 4), "fresh initialisations that each set is scored on")
 
 
 def names(*parts: type[Settings]) -> tuple[str, ...]:
     """The settings that the parts declare, without the name."""
-    return tuple(dict.fromkeys(f.name for part in parts for f in dataclasses.fields(part) if f.name != "name"))
+    return tuple(dict.fromkeys(field.name for part in parts for field in dataclasses.fields(part) if field.name != "name"))
 
 
-def check_keys(where: str, values, known) -> None:
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_keys(where, values, known) -> None:
     """Raise ValueError unless ``values`` is a mapping of settings, all of which are ``known``."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must hold settings as 'key: value' lines, not {values!r}")
+        raise ValueError(f"{where} must hold settings as 'key: value' lines, not {reprlib.repr(values)}")
     if unknown := sorted(map(str, values.keys() - known)):
         raise ValueError(f"{where}: unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-
-
-def tupled(settings: Mapping) -> dict[str, Any]:
-    """Settings as a frozen dataclass takes them: lists, which is what YAML and JSON have, become tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def kind_of(path: str | Path) -> str:
@@ -323,17 +290,14 @@ def kind_of(path: str | Path) -> str:
 
 def read(path: str | Path) -> dict:
     """The settings in a file, as they stand there."""
+    if Path(path).stat().st_size > LARGEST:
+        raise ValueError(f"{path} is no file of settings: it has more than {LARGEST:,} bytes")
     try:
-        if Path(path).stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST:,} bytes")
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Plain)
-    except RecursionError as error:
-        raise ValueError(f"{path} is no file of settings: it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # a value that YAML knows and Python cannot hold, such as a date
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a value that Python cannot hold, as 2024-13-45
         raise ValueError(f"{path} is not YAML: {one_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold settings as 'key: value' lines")
-    return found
+    check_keys(path, values, values)
+    return values
 
 
 class _Plain(yaml.SafeLoader):
@@ -341,19 +305,14 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read; write the value out")
+            raise yaml.YAMLError("aliases, such as *name, are not read; write the value out")
         return super().compose_node(parent, index)
 
 
-def renamed(error: Exception, names: Mapping[str, str]) -> str:
-    """The message of ``error`` with the arguments that it names called as ``names`` says.
+# YAML 1.1 reads 1e-3, a number without a dot, as text.
+_Plain.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), [*"-+0123456789"])
 
-    An argument is known by its place, at the beginning, before ``=`` or ``must`` or as the setting that differs, or by a
-    name with an underscore.
-    """
-    words = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    compound = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if "_" in name)
-    places = [rf"^({words})(?![\w./-])", rf"({words})(?==| must\b)", rf"(?<=settings: )({words})(?= is )"]
-    known = rf"(?<![\w./'\"-])(?:{'|'.join(places)}|({compound or words})(?![\w./'\"-]))"
-    # The file that a key stands in is named once, in front.
-    return re.sub(known, lambda match: names[match[0]].rpartition(": ")[2] if match.start() else names[match[0]], str(error))
+
+def renamed(error: Exception, names: Mapping[str, str]) -> str:
+    """The message of ``error``, in which the argument it begins with, or that differs, is called as ``names`` says."""
+    return re.sub(r"^\w+|(?<=settings: )[\w.]+", lambda match: names.get(match[0], match[0]), str(error))

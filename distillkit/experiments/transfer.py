@@ -17,43 +17,41 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
+import pandas as pd
 
 from distillkit.applications.transfer import retokenize, transfer
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
-from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import ALL_METHODS
-from distillkit.experiments.instruction import LEARNED, InstructionJob, InstructionRun
-from distillkit.experiments.results import as_json, markdown, means, paired_difference, shown, spread
-from distillkit.experiments.runner import Run, load_corpus
+from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
+from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
+from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
     Experiment,
     Scoring,
     SetSeeds,
     check_keys,
-    choice,
     names,
     option,
     settings,
-    tupled,
 )
-from distillkit.experiments.ways_to_text import TEXTS, TextJob, TextRun, hardened
+from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
 from distillkit.io.checks import check_choice, check_number, check_whole
 
-# For each kind of experiment that makes sets: its settings, its run, and those of its methods that end in text.
+# For each kind of experiment that makes sets: its settings, its cell, and those of its methods that end in text.
 MAKERS = {
-    "text": (TextJob, TextRun, TEXTS),
-    "instruction": (InstructionJob, InstructionRun, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
+    "text": (TextJob, TextCell, TEXTS),
+    "instruction": (InstructionJob, InstructionCell, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
-RECIPES = ("tuned", "standard", "fixed")
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
-AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}  # what gains are told over
+# Selections that gains are measured over.
+AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
 UNTRAINED = ("offline:small-bert",)
-NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "target")
+NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "standard_steps", "tuned_grid", "target")
 
 
 @settings(kind="transfer")
@@ -66,7 +64,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
 
     sets: dict = option(REQUIRED, "how sets are made on each source: kind (text or instruction) and its settings")
     students: tuple[str, ...] = option(REQUIRED, "every source and target, as load_student takes them")
-    recipe: str = choice("tuned", "how a target is trained: tuned, standard or fixed", RECIPES)
+    recipe: Literal["tuned", "standard", "fixed"] = option("tuned", "how a target is trained: tuned, standard or fixed")
     fixed: dict | None = option(None, "of the last: {target: {steps, step_size, batch}} of AdamW, the same for every text")
 
     def __post_init__(self):
@@ -74,24 +72,18 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_choice("kind of sets", self.sets.get("kind"), MAKERS)
         if len(self.by_name) != len(self.students):
             raise ValueError(f"two of the students have one short name: {', '.join(self.students)}")
-        for row in self.rows:
-            self._check_row(row)
         if not any(parsed(row)[0] for row in self.rows):
             raise ValueError(f"rows must hold at least one '<source> to <target>/<method>', not {self.rows!r}")
-        if self.recipe == "fixed":
-            for target in dict.fromkeys(target for source, target, _ in map(parsed, self.rows) if source):
+        for row in self.rows:
+            source, target, method = parsed(row)
+            for name in (target, source or target):
+                check_choice(f"row {row!r}: a student", name, self.by_name)
+            check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
+            if source and self.by_name[source] in UNTRAINED:
+                raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
+            if source:  # settings that cannot be are an error before anything runs
+                self.making(source)
                 self.training(target)
-
-    def _check_row(self, row: str) -> None:
-        source, target, method = parsed(row)
-        for name in (target, source or target):
-            check_choice(f"row {row!r}: a student", name, self.by_name)
-        check_choice(f"row {row!r}: the method", method, MAKERS[self.sets["kind"]][2] if source else ("full",))
-        if not source:
-            return
-        if self.by_name[source] in UNTRAINED:
-            raise ValueError(f"row {row!r}: {source} has random weights, so what it selects or finds would be random too")
-        self.making(source)  # settings that cannot be are an error before anything runs
 
     def training(self, target: str) -> str | Unroll:
         """What a target is trained by on every text: a recipe's name, or the fixed training."""
@@ -116,7 +108,7 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         check_keys("sets", self.sets, {*names(job_class)} - {*NOT_HERE})
         if "corpus" not in self.sets:
             raise ValueError("sets: the setting 'corpus' is missing")
-        return job_class(**tupled(self.sets), name=source, student=self.by_name[source], seeds=self.seeds)
+        return job_class(**self.sets, name=source, student=self.by_name[source], seeds=self.seeds)
 
 
 def short_name(student: str) -> str:
@@ -132,84 +124,94 @@ def parsed(row: str) -> tuple[str, str, str]:
     return source, target, method
 
 
-class TransferRun(Run):
-    """An experiment on transfer under way; see :class:`~distillkit.experiments.runner.Run`."""
+class TransferCell(Cell):
+    """An experiment on transfer."""
 
-    job: TransferJob
-
-    def __init__(self, job: TransferJob, folder: str | Path, work: str | Path):
+    def __init__(self, job: TransferJob, work: Path, results: Path):
         task = load_corpus(job.making(next(source for source, *_ in map(parsed, job.rows) if source)))
         self.reader = functools.cache(lambda name: load_student(job.by_name[name], task))
         self.maker = functools.cache(self._maker)
-        super().__init__(job, folder, work, task, self.reader(parsed(job.rows[0])[1]))
+        super().__init__(job, work, results, task, self.reader(parsed(job.rows[0])[1]))
 
-    def _maker(self, source: str) -> Run:
-        """The experiment whose sets are taken; it writes no result of its own."""
-        return MAKERS[self.job.sets["kind"]][1](self.job.making(source), self.work, self.work)
+    def _maker(self, source: str) -> Cell:
+        """The experiment whose sets are used, with what is already known of them."""
+        cell, prefix = MAKERS[self.job.sets["kind"]][1], f"{source} "
+        maker = cell(self.job.making(source), self.work / source, self.results, self.task)
+        maker.notes |= {name.removeprefix(prefix): note for name, note in self.notes.items() if name.startswith(prefix)}
+        return maker
 
-    def score(self, pair: str, method: str, seed: int) -> dict:
+    def score(self, pair: str, method: str, seed: int) -> Scores:
         source, target, _ = parsed(pair)
         student = self.reader(target)
         if method == "full":
-            return as_json(evaluate(None, self.task, student, seeds=(seed,)))
+            return self.evaluated(None, "standard", (seed,), student=student)
         text = self.maker(source).set_of(method, seed)
-        self.result["distilling"] |= {f"{source} {k}": v for k, v in self.maker(source).result["distilling"].items()}
+        self.notes |= {f"{source} {name}": note for name, note in self.maker(source).notes.items()}
         text = hardened(text) if self.task.kind == "classification" else text
-        score = as_json(transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=self.job.training(target)))
-        return score | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
+        recipe = recipe_of(self.job, self.job.training(target))
+        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=recipe)
+        rows, note = rows_of(scored, self.job.eval_seeds)
+        return rows, note | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
+
+    def columns(self, pair: str, method: str) -> dict:
+        source, target, _ = parsed(pair)
+        columns = {"target": self.job.by_name[target], "method": method, "recipe": self.job.recipe if source else "standard"}
+        if not source:
+            return columns
+        return columns | {"source": self.job.by_name[source], **size_columns(self.job.making(source))}
 
 
 def transfer_table(result: Mapping) -> str:
-    """The result as a Markdown table: a row a pair and method, beside random real text and the target's full data."""
-    rows, names, lines = result["rows"], result["config"]["rows"], []
-    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in names)]
-    for name in names:
+    """The result as a Markdown table: a row for each pair and method, beside random real text and the target's full data."""
+    sets, lines = by_set(result), []
+    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in sets.index)]
+    shares = of_full(sets)
+    for name in sets.index:
         source, target, method = parsed(name)
-        cells = [source or "—", target, method if source else "full data"]
-        if scores := means(rows, name):
-            share = of_full(rows, name)
-            cells += [spread(scores), *(_gain(rows, name, other) for other in against), "" if share is None else f"{share:.0%}",
-                      str(len(scores))]
+        line = [source or "—", target, method if source else "full data"]
+        if score := spread(sets.loc[name]):
+            line += [score, *(_gain(sets, name, other) for other in against),
+                     "" if pd.isna(shares[name]) else f"{shares[name]:.0%}", str(sets.loc[name].count())]
         else:
-            cells += ["not run", *[None] * (len(against) + 2)]
-        lines.append(cells)
+            line += ["not run", *[None] * (len(against) + 2)]
+        lines.append(line)
     gains = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
     heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data", "sets"]
-    return "\n".join([*markdown(heads, lines, "lll"), *_verdict(rows, names)])
+    return markdown(heads, lines, "lll") + _verdict(sets)
 
 
-def of_full(rows: Mapping, name: str) -> float | None:
-    """A row's mean score as a share of its target's score on the full data; None where either has not run."""
-    full, scores = means(rows, f"{parsed(name)[1]}/full"), means(rows, name)
-    return float(np.mean(scores) / np.mean(full)) if full and scores else None
+def of_full(sets: pd.DataFrame) -> pd.Series:
+    """Each row's mean score as a share of its target's on the full data; nan where either has not run.
+
+    Args:
+        sets: as :func:`~distillkit.experiments.results.by_set` gives it.
+    """
+    mean = sets.mean(axis=1)
+    return mean / mean.reindex([f"{parsed(name)[1]}/full" for name in sets.index]).to_numpy()
 
 
-def _beside(name: str, other: str) -> str:
+def beside(name: str, other: str) -> str:
     """The row of another text that made the same way."""
     return f"{name.split('/')[0]}/{other}"
 
 
-def _gain(rows: Mapping, name: str, other: str) -> str:
-    """What a row gains, seed by seed, on selected text that made the same way; of selected text itself, on random text only."""
+def _gain(sets: pd.DataFrame, name: str, other: str) -> str:
+    """What a row gains, set by set, on selected text that made the same way; of selected text itself, on random text only."""
     source, _, method = parsed(name)
-    if not source or method == "random" or (method in AGAINST and other != "random") or not rows.get(_beside(name, other)):
+    if not source or method == "random" or (method in AGAINST and other != "random"):
         return ""
-    mean, half = paired_difference(rows, name, _beside(name, other))
-    return shown(mean, half) if np.isfinite(mean) else ""
+    return gain(sets, name, beside(name, other))
 
 
-def _verdict(rows: Mapping, names: list[str]) -> list[str]:
-    """For each method that is no selection: in how many pairs it beats real text; none where nothing is to be said."""
-    lines = []
-    for method in dict.fromkeys(parsed(name)[2] for name in names):
-        if method in (*ALL_METHODS, "full"):
-            continue
-        for other, words in AGAINST.items():
-            pairs = [n for n in names if parsed(n)[2] == method and rows.get(n) and rows.get(_beside(n, other))]
-            if not pairs:
-                continue
-            gains = [paired_difference(rows, name, _beside(name, other)) for name in pairs]
-            above, surely = sum(mean > 0 for mean, _ in gains), sum(mean > half for mean, half in gains)
-            lines.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                         f"{surely}.")
-    return ["", " ".join(lines)] if lines else []
+def _verdict(sets: pd.DataFrame) -> str:
+    """For each method that is no selection: in how many pairs it beats real text; nothing where nothing was compared."""
+    scored, sentences = sets.dropna(how="all"), []
+    for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
+        for other, words in AGAINST.items() if method not in (*ALL_METHODS, "full") else ():
+            pairs = [(name, beside(name, other)) for name in scored.index
+                     if parsed(name)[2] == method and beside(name, other) in scored.index]
+            if pairs:
+                above = sum(paired_difference(scored, *pair)[0] > 0 for pair in pairs)
+                sentences.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
+                                 f"{sum(beats(scored, *pair) for pair in pairs)}.")
+    return "\n\n" + " ".join(sentences) if sentences else ""

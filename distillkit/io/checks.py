@@ -7,6 +7,12 @@ import reprlib
 from collections.abc import Mapping, Sequence
 
 
+def require(condition: object, message: str, kind: type[Exception] = ValueError) -> None:
+    """Raise an error of ``kind`` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise kind(message)
+
+
 def check_whole(name: str, value, *, least: int = 1, most: int | None = None, meaning: str = "") -> None:
     """Raise ValueError unless ``value`` is a whole number from ``least`` to ``most`` (None: no limit)."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most):
@@ -63,13 +69,25 @@ def check_flag(name: str, value) -> None:
 
 
 def check_seeds(name: str, value) -> None:
-    """Raise ValueError unless ``value`` is a sequence of whole numbers, one at least."""
-    if isinstance(value, Sequence) and value and all(isinstance(s, int) and not isinstance(s, bool) for s in value):
-        return
-    raise ValueError(f"{name} must name at least one seed, such as (0, 1, 2), not {value!r}")
+    """Raise ValueError unless ``value`` is a sequence of different whole numbers, one at least."""
+    whole = isinstance(value, Sequence) and all(isinstance(s, int) and not isinstance(s, bool) for s in value)
+    if not whole or not value or len({*value}) < len(value):  # a seed that is repeated would pass for a spread of 0
+        raise ValueError(f"{name} must name at least one seed, each once, such as (0, 1, 2), not {value!r}")
 
 
 def check_is(name: str, value, kind: type) -> None:
     """Raise TypeError unless ``value`` is a ``kind``, told by the beginning of what it is instead."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, not the {type(value).__name__} {reprlib.repr(value)}")
+
+
+def check_are(**arguments: tuple) -> None:
+    """:func:`check_is` for several arguments, each given as ``name=(value, kind)``."""
+    for name, (value, kind) in arguments.items():
+        check_is(name, value, kind)
+
+
+def check_wholes(**arguments) -> None:
+    """:func:`check_whole` for several arguments of at least 1, each given as ``name=value``."""
+    for name, value in arguments.items():
+        check_whole(name, value)

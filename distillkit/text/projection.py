@@ -4,14 +4,15 @@ The search runs over chunks of positions and of the vocabulary, so that memory s
 Special tokens and unused rows of the table (``[unused12]``, padding rows) are no words and are left out.
 
 Projection is where text distillation loses most: an embedding carries information in directions no token has.  Measure the
-loss with :func:`~distillkit.evaluation.evaluate.evaluate`.
+loss with :func:`~distillkit.evaluation.evaluate.evaluate`.  Two remedies act while the set is learned: :class:`NeighborLoss`
+pulls embeddings towards tokens, and :class:`ThroughProjection` trains the student on the nearest tokens, whose gradient moves
+the embeddings behind them (the straight-through estimator of Bengio et al., 2013).  :func:`relabel` learns soft labels and step
+sizes for a finished text by the same budget for every text, so that what labels gain is not credited to the words.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import cast
@@ -19,10 +20,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, decode, embed
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.distiller import Distiller
+from distillkit.core.examples import decode, embed
+from distillkit.core.objectives import Objective, Wrapper, check_objective
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_choice, check_is, check_whole
+from distillkit.io.checks import check_are, check_choice, check_is, check_rate, check_whole, check_wholes, require
 
 METRICS = ("l2", "cosine")
 UNUSED = re.compile(r"^(\[unused\d+\]|<unused\d+>|madeupword\d+)$")
@@ -30,39 +34,31 @@ UNUSED = re.compile(r"^(\[unused\d+\]|<unused\d+>|madeupword\d+)$")
 
 def allowed_tokens(tokenizer, vocabulary: int) -> Tensor:
     """Which of the table's ``vocabulary`` rows are words: ``[v]`` bool, False for special, unused and absent tokens."""
-    allowed = torch.zeros(vocabulary, dtype=torch.bool)
-    for token, i in tokenizer.get_vocab().items():
-        if i < vocabulary and not UNUSED.match(token):
-            allowed[i] = True
-    allowed[[i for i in tokenizer.all_special_ids if i < vocabulary]] = False
-    return allowed
+    words = {i for token, i in tokenizer.get_vocab().items() if i < vocabulary and not UNUSED.match(token)}
+    return torch.isin(torch.arange(vocabulary), torch.tensor(sorted(words - {*tokenizer.all_special_ids})))
 
 
 def corpus_tokens(task: Task, student: Student, *, least: int = 2) -> Tensor:
     """Which tokens may stand in a text: words seen ``least`` times in the training split, ``[v]`` bool."""
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(task=(task, Task), student=(student, Student))
     check_whole("least", least)
-    allowed = allowed_tokens(student.tokenizer, len(student.embedding))
-    counts = collections.Counter(i for ids in task.token_ids(student.tokenizer, "train") for i in ids)
-    seen = torch.zeros_like(allowed)
-    seen[[i for i, n in counts.items() if n >= least]] = True
-    return allowed & seen
+    ids = torch.tensor([i for ids in task.token_ids(student.tokenizer, "train") for i in ids])
+    vocabulary = len(student.embedding)
+    return allowed_tokens(student.tokenizer, vocabulary) & (ids.bincount(minlength=vocabulary) >= least)
 
 
 def choosable(student: Student, allowed: Tensor | None) -> Tensor:
-    """Which tokens a search may choose: the words of the vocabulary, and of them those that are ``allowed``, ``[v]`` bool.
+    """Which tokens a search may choose, ``[v]`` bool: words of the vocabulary that are also ``allowed`` (None: all words).
 
     Raises:
-        ValueError: there is none.
+        ValueError: no token remains.
         TypeError: ``allowed`` is no tensor.
     """
     words = allowed_tokens(student.tokenizer, len(student.embedding))
     if allowed is not None:
         check_is("allowed", allowed, Tensor)
         words = words & allowed.cpu()
-    if not words.any():
-        raise ValueError("allowed leaves no token to choose from")
+    require(words.any(), "allowed leaves no token to choose from")
     return words
 
 
@@ -101,28 +97,25 @@ def nearest_tokens(
         ValueError: unknown metric, widths that differ, or fewer than ``k`` rows to choose from.
     """
     check_choice("metric", metric, METRICS)
-    for name, value in (("queries", queries), ("table", table), *([] if allowed is None else [("allowed", allowed)])):
-        check_is(name, value, Tensor)
-    for name, value in (("k", k), ("query_chunk", query_chunk), ("table_chunk", table_chunk)):
-        check_whole(name, value)
-    if queries.shape[-1] != table.shape[-1]:
-        raise ValueError(f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
-    candidates = torch.arange(len(table)) if allowed is None else allowed.nonzero().squeeze(1).cpu()
-    if len(candidates) < k:
-        raise ValueError(f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
+    check_are(queries=(queries, Tensor), table=(table, Tensor))
+    allowed = torch.ones(len(table), dtype=torch.bool) if allowed is None else allowed
+    check_is("allowed", allowed, Tensor)
+    check_wholes(k=k, query_chunk=query_chunk, table_chunk=table_chunk)
+    require(queries.shape[-1] == table.shape[-1],
+            f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
+    candidates = allowed.nonzero().squeeze(1).to(table.device)
+    require(len(candidates) >= k, f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
     dtype = torch.promote_types(table.dtype, torch.float32)  # half precision cannot tell neighbours apart
-    ids, distances = [], []
-    for block in queries.split(query_chunk):
-        best_d = torch.empty(len(block), 0, dtype=dtype, device=table.device)
-        best_i = torch.empty(len(block), 0, dtype=torch.long, device=table.device)
-        for chunk in candidates.to(table.device).split(table_chunk):
-            d = _distances(block.to(table.device, dtype), table[chunk].to(dtype), metric)
-            near, where = d.topk(min(k, len(chunk)), largest=False)
-            best_d, order = torch.cat([best_d, near], 1).sort(dim=1, stable=True)
-            best_i = torch.cat([best_i, chunk[where]], 1).gather(1, order)
-            best_d, best_i = best_d[:, :k], best_i[:, :k]
-        ids.append(best_i.cpu())
-        distances.append(best_d.cpu())
+    nearest = []
+    for block in queries.to(table.device, dtype).split(query_chunk):
+        distances, ids = table.new_empty(len(block), 0, dtype=dtype), candidates.new_empty(len(block), 0)
+        for chunk in candidates.split(table_chunk):
+            near, place = _distances(block, table[chunk].to(dtype), metric).topk(min(k, len(chunk)), largest=False)
+            distances, order = torch.cat([distances, near], 1).sort(dim=1, stable=True)
+            ids = torch.cat([ids, chunk[place]], 1).gather(1, order)
+            distances, ids = distances[:, :k], ids[:, :k]
+        nearest.append((ids.cpu(), distances.cpu()))
+    ids, distances = zip(*nearest, strict=True)
     return torch.cat(ids), torch.cat(distances)
 
 
@@ -157,17 +150,14 @@ class NeighborLoss:
     def weight_at(self, progress: float) -> float:
         """The factor at a progress in 0..1."""
         weight = self.weight(progress) if callable(self.weight) else self.weight
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise ValueError(f"the weight of NeighborLoss must be a finite number of 0 or more, not {weight!r} at progress "
-                             f"{progress:g}")
+        check_rate(f"the weight of NeighborLoss at progress {progress:g}", weight)
         return float(weight)
 
     def __call__(self, distilled: DistilledSet) -> tuple[float, Tensor]:
         """The mean over free positions of ‖e − nearest‖², unweighted, and its gradient ``[m, l, d]``."""
         distilled.check_table(self.student)
-        table = self.student.embedding
         free = distilled.embeds[distilled.free]
-        words, _ = nearest_tokens(free, table, allowed=allowed_tokens(self.student.tokenizer, len(table)))
+        words, _ = nearest_tokens(free, self.student.embedding, allowed=choosable(self.student, None))
         gap = free - embed(self.student, words.squeeze(1)).to(free.dtype)
         gradient = torch.zeros_like(distilled.embeds)
         gradient[distilled.free] = 2 * gap / max(1, len(gap))
@@ -187,26 +177,73 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         metric: ``"l2"`` or ``"cosine"``.
 
     Returns:
-        A set with ``tokens`` and text, embeddings equal to those tokens', labels, step sizes and recipe kept;
-        ``meta["projection"]`` tells the metric and the mean distance moved.
+        A set with ``tokens`` and text, embeddings equal to those tokens', and the same labels, step sizes and recipe;
+        ``meta["projection"]`` holds the metric and the mean distance moved.
 
     Raises:
         ValueError: an unknown metric, or a set that was made with another embedding table.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), student=(student, Student))
     check_choice("metric", metric, METRICS)
     distilled.check_table(student)
-    table = student.embedding
+    free, fixed = distilled.free, distilled.mask & ~distilled.free
     tokens = torch.full(distilled.mask.shape, cast("int", student.tokenizer.pad_token_id or 0))
-    words, moved = nearest_tokens(
-        distilled.embeds[distilled.free], table, metric=metric, allowed=allowed_tokens(student.tokenizer, len(table))
+    words, distances = nearest_tokens(
+        distilled.embeds[free], student.embedding, metric=metric, allowed=choosable(student, None)
     )
-    tokens[distilled.free] = words.squeeze(1)
-    fixed = distilled.mask & ~distilled.free  # these never moved: their own rows are at distance 0
-    if fixed.any():
-        tokens[fixed] = nearest_tokens(distilled.embeds[fixed], table, metric=metric)[0].squeeze(1)
-    meta = {**distilled.meta, "table_sha256": student.table_sha256}
-    meta["text"] = decode(student.tokenizer, tokens, distilled.free)
-    meta["projection"] = {"metric": metric, "mean_distance": float(moved.mean()) if len(moved) else 0.0}
-    return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)
+    tokens[free] = words.squeeze(1)
+    if fixed.any():  # these never moved: their own rows are at distance 0
+        tokens[fixed] = nearest_tokens(distilled.embeds[fixed], student.embedding, metric=metric)[0].squeeze(1)
+    text = with_tokens(distilled, student, tokens)
+    text.meta["projection"] = {"metric": metric, "mean_distance": float(distances.mean()) if len(distances) else 0.0}
+    return text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThroughProjection(Wrapper):
+    """An objective whose students train on the nearest tokens of the embeddings that are learned.
+
+    Use it in the place of the ``objective`` it wraps.  The meta-gradient is that of the projected set; the
+    :class:`~distillkit.core.distiller.Distiller` applies it to the embeddings behind, which in time cross into another token's
+    cell.  The end is a set to be projected.
+
+    Args:
+        objective: such as :class:`~distillkit.core.objectives.BPTT`.
+        metric: of :func:`~distillkit.text.projection.project`.
+    """
+
+    objective: Objective
+    _: dataclasses.KW_ONLY
+    metric: str = "l2"
+
+    def __post_init__(self):
+        check_objective(self.objective)
+        check_choice("metric", self.metric, METRICS)
+
+    def problems(self, distilled: DistilledSet, seed: int):
+        """The wrapped objective's problems of the projected set."""
+        return self.objective.problems(project(distilled, self.student, metric=self.metric), seed)
+
+    def recipe(self) -> dict:
+        """The wrapped objective's recipe, with the projection noted."""
+        return {**self.objective.recipe(), "through_projection": self.metric}
+
+
+def relabel(
+    distilled: DistilledSet, objective, *, steps: int, lr: float = 0.08, seed: int = 0, **settings
+) -> DistilledSet:
+    """Learn soft labels and step sizes for a set whose examples stay as they are.
+
+    Learned labels gain accuracy that the words do not, so a comparison of texts is fair only if all of them get labels.
+
+    Args:
+        distilled: hard labels are softened first; its step sizes are dropped.
+        objective, steps, lr, seed, settings: as :class:`~distillkit.core.distiller.Distiller` takes them.
+    """
+    check_is("distilled", distilled, DistilledSet)
+    check_whole("steps", steps, least=0)
+    start = dataclasses.replace(distilled if distilled.soft else distilled.soften(), step_sizes=None)
+    distiller = Distiller(start, objective, lr=lr, learn=("targets", "step_sizes"), seed=seed, **settings)
+    for _ in distiller.run(steps):
+        pass
+    return distiller.distilled

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
-from distillkit.io.checks import check_number, check_rate, check_whole
+from distillkit.io.checks import check_number, check_rate, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
-from distillkit.text.judges import Judge, check_search
+from distillkit.text.judges import Judge, check_search, swapped
 from distillkit.text.projection import choosable, with_tokens
 
 
@@ -26,9 +26,9 @@ def relax_tokens(
     distilled: DistilledSet, student: Student, judge: Judge, *, steps: int = 100, lr: float = 0.3, hot: float = 1.0,
     cold: float = 0.1, start_weight: float = 0.9, allowed: Tensor | None = None, seed: int = 0,
 ) -> DistilledSet:
-    """Words found by a relaxed choice: a distribution over all allowed tokens at every free place, annealed to one of them.
+    """Choose words by a relaxed choice: a distribution over all allowed tokens at every free place, annealed to one of them.
 
-    A place holds logits z over the tokens and stands for the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
+    A place holds logits z over the tokens and represents the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
     embedding gives the one in z, which Adam follows; the temperature τ falls geometrically, so that the mixture, which no
     text can be, becomes a token (the relaxation of Jang et al., 2017, and Maddison et al., 2017, without their noise; for
     text Guo et al., 2021, "Gradient-based adversarial attacks against text transformers").  A step takes one gradient and
@@ -37,51 +37,49 @@ def relax_tokens(
     Args:
         distilled: a set with tokens, such as one that was selected.
         student: whose tokenizer and embedding table.
-        judge: any :class:`~distillkit.text.judges.Judge`; only its gradient is asked for.
+        judge: any :class:`~distillkit.text.judges.Judge`; only its gradient is used.
         steps: of Adam.
-        lr: its learning rate, of the logits.
+        lr: learning rate of the logits.
         hot, cold: the temperature at the first step and at the last.
-        start_weight: probability of the token that stands at a place, at τ = 1; the others share the rest alike.  A token
-            that is not allowed has no say.
+        start_weight: probability, at τ = 1, of the token that stands at a place; the others share the rest equally.  A token
+            that is not allowed has no part in the mixture.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.text.projection.allowed_tokens`.
             Memory is about 16 bytes for each of them at each free place.
         seed: draws the real rows of each step.
 
     Returns:
-        the set with the likeliest token at each free place, its labels, and no recipe; the judge's loss of the mixture
-        before each step is in ``meta["search"]``.
+        the set with the likeliest token at each free place, its labels, and no recipe; ``meta["search"]`` holds the judge's
+        loss of the mixture before each step.
 
     Raises:
         ValueError: a set without tokens, or no tokens to choose from.
         FloatingPointError: the judge's loss or gradient is not finite.
     """
-    check_search(distilled, student, {"judge": (judge, ("gradient",))})
+    check_search(distilled, student, judge, "gradient")
     check_whole("steps", steps)
     check_rate("lr", lr)
-    for name, value in (("hot", hot), ("cold", cold)):
-        check_number(name, value, without="least")
+    check_number("hot", hot, without="least")
+    check_number("cold", cold, without="least")
     check_number("start_weight", start_weight, most=1.0, without="least most")
-    derive_seed("relax", seed)  # an error now if it is none
     words = choosable(student, allowed).nonzero().squeeze(1)
-    assert distilled.tokens is not None  # check_search has seen to it
-    current = distilled.tokens[distilled.free][:, None] == words
-    logits = (current * math.log(start_weight / (1 - start_weight) * max(1, len(words) - 1))).to(student.embedding)
+    tokens, table = swapped(distilled, []), student.embedding[words.to(student.device)]
+    current = tokens[distilled.free][:, None] == words
+    logits = (current * math.log(start_weight / (1 - start_weight) * max(1, len(words) - 1))).to(table).requires_grad_()
     temperatures = [hot * (cold / hot) ** (step / max(1, steps - 1)) for step in range(steps)]
-    table = student.embedding[words.to(student.device)]
-    losses = _anneal(logits.requires_grad_(), distilled, table, judge, temperatures, lr, seed)
-    tokens = distilled.tokens.clone()
+    losses = _anneal(logits, distilled, table, judge, temperatures, lr, seed)
     tokens[distilled.free] = words[logits.argmax(1).cpu()]
     text = with_tokens(distilled, student, tokens)
-    meta = {k: v for k, v in text.meta.items() if k not in ("recipe", "selection")}
-    meta["search"] = {"judge": judge.describe(), "steps": steps, "lr": lr, "hot": hot, "cold": cold,
-                      "start_weight": start_weight, "losses": losses}
-    return dataclasses.replace(text, meta=meta)
+    for key in ("recipe", "selection"):
+        text.meta.pop(key, None)
+    text.meta["search"] = {"judge": judge.describe(), "steps": steps, "lr": lr, "hot": hot, "cold": cold,
+                           "start_weight": start_weight, "losses": losses}
+    return text
 
 
 def _anneal(
     logits: Tensor, distilled: DistilledSet, table: Tensor, judge: Judge, temperatures: list[float], lr: float, seed: int
 ) -> list[float]:
-    """Learn ``logits [places, words]`` in place, a step per temperature; the loss of the mixture before each step."""
+    """Learn ``logits [places, words]`` in place, a step per temperature; returns the mixture's loss before each step."""
     adam, losses = torch.optim.Adam([logits], lr=lr), []
     for step, temperature in enumerate(progress(temperatures, desc="choosing words", unit="step")):
         mixed = (logits / temperature).softmax(1) @ table
@@ -89,9 +87,9 @@ def _anneal(
         embeds[distilled.free] = mixed.detach().to(embeds)
         mixture = dataclasses.replace(distilled, embeds=embeds, tokens=None)
         loss, gradient = judge.gradient(mixture, derive_seed("relax", seed, step))
-        if not math.isfinite(loss) or not bool(gradient.isfinite().all()):
-            raise FloatingPointError(f"step {step + 1}: the judge's loss is {loss} or its gradient not finite; lower lr, or "
-                                     "the step size of the judge's student")
+        require(math.isfinite(loss) and gradient.isfinite().all(),
+                f"step {step + 1}: the judge's loss is {loss} or its gradient not finite; lower lr, or "
+                "the step size of the judge's student", FloatingPointError)
         adam.zero_grad()
         mixed.backward(gradient[distilled.free].to(mixed))
         adam.step()

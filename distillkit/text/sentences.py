@@ -8,6 +8,7 @@ was written by people, so it cannot exploit what is odd about the judge's repres
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillkit.core.distilled import DistilledSet, from_rows
+from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import sentence_features
-from distillkit.io.checks import check_is, check_whole
+from distillkit.io.checks import check_are, check_is, check_wholes
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import FrozenJudge, check_search
@@ -38,7 +39,7 @@ def search_sentences(
     distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
     examples: int = 16, sentences: int = 2048, seed: int = 0,
 ) -> DistilledSet:
-    """Real sentences that a judge likes best: whole sentences are changed for others of their class.
+    """Real sentences with the lowest outer loss of a judge: whole sentences are changed for others of their class.
 
     A step looks at some examples.  The judge's gradient in their representations says which sentences of the pool look
     better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in, as in
@@ -60,9 +61,8 @@ def search_sentences(
         TypeError: a judge without representations.
     """
     check_is("task", task, Task)
-    check_search(distilled, student, {"judge": (judge, ("features", "labels", "head_losses"))})
-    for name, value in (("steps", steps), ("candidates", candidates), ("examples", examples), ("sentences", sentences)):
-        check_whole(name, value)
+    check_search(distilled, student, judge, "features", "labels", "head_losses")
+    check_wholes(steps=steps, candidates=candidates, examples=examples, sentences=sentences)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
     start.label_names()  # a set that does not tell them is an error
     labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
@@ -76,11 +76,7 @@ def search_sentences(
         features = x[now].clone().requires_grad_()
         (slope,) = torch.autograd.grad(judge.head_losses(features[None], labels, address)[0], features)
         changes = _changes(x, now, slope, offered, candidates, examples, draw)
-
-        def judged(groups: list[list[Sentence]], now=now, address=address) -> list[float]:
-            with torch.no_grad():
-                return judge.head_losses(x[torch.stack([_changed(now, group) for group in groups])], labels, address).tolist()
-
+        judged = functools.partial(_losses, judge, x, labels, address, now)
         before, *each = judged([[], *([change] for change in changes)])
         chosen, after = combined(changes, each, before, judged)
         now = _changed(now, chosen)
@@ -95,19 +91,21 @@ def _changes(
     changes: list[Sentence] = []
     share = max(1, candidates // min(examples, len(now)))
     for i in torch.randperm(len(now), generator=draw)[:examples].tolist():
-        taken = torch.tensor([*now.tolist(), *(change.new for change in changes)])
+        used = torch.tensor([*now.tolist(), *(change.new for change in changes)])
         gains = slope[i] @ x[now[i]] - x[offered[i]] @ slope[i]
-        gains[torch.isin(offered[i], taken)] = -math.inf  # no sentence stands twice
+        gains[torch.isin(offered[i], used)] = -math.inf  # no sentence stands twice
         best = gains.topk(min(6 * share, len(gains)))
         likely = offered[i][best.indices[best.values > -math.inf]]  # a sentence is a long way: the sign tells little
         changes += [Sentence(i, int(n)) for n in likely[torch.randperm(len(likely), generator=draw)[:share]]]
     return changes
 
 
-def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) -> DistilledSet:
-    rows = task.balanced_rows("train", min(sentences, len(task.train)), generator("sentence-pool", seed)).numpy()
-    labels = task.labels("train")[rows]
-    return from_rows(task, student, [rows[labels == c] for c in range(len(task.classes))], length=length, seed=seed)
+def _losses(
+    judge: FrozenJudge, x: Tensor, labels: Tensor, seed: int, now: Tensor, groups: Sequence[Sequence[Sentence]]
+) -> list[float]:
+    """The outer loss after each of several groups of changes to the sentences that stand at ``now`` in ``x``."""
+    with torch.no_grad():
+        return judge.head_losses(x[torch.stack([_changed(now, group) for group in groups])], labels, seed).tolist()
 
 
 def _changed(now: Tensor, changes: Sequence[Sentence]) -> Tensor:
@@ -117,27 +115,30 @@ def _changed(now: Tensor, changes: Sequence[Sentence]) -> Tensor:
     return now
 
 
+def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) -> DistilledSet:
+    rows = task.balanced_rows("train", min(sentences, len(task.train)), generator("sentence-pool", seed)).numpy()
+    labels = task.labels("train")[rows]
+    by_class = [rows[labels == c] for c in range(len(task.classes))]
+    return DistilledSet.from_rows(task, student, by_class, length=length, seed=seed)
+
+
 def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, search: dict) -> DistilledSet:
     """The examples at ``now`` of the pool and the start, one behind the other."""
-    width = max(pool.embeds.shape[1], start.embeds.shape[1])
-
-    def joined(name: str) -> Tensor:
-        parts = (getattr(pool, name), getattr(start, name))
-        tail = (0, 0) if name == "embeds" else ()
-        return torch.cat([torch.nn.functional.pad(t, (*tail, 0, width - t.shape[1])) for t in parts])[now]
-
     meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection", "rows")}
     for key in {"text", "rows"} & start.meta.keys():
         values = [*pool.meta[key], *start.meta[key]]
         meta[key] = [values[i] for i in now]
-    meta["search"] = search
-    assert pool.tokens is not None and start.tokens is not None
-    parts = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
-    return dataclasses.replace(start, **parts, step_sizes=None, meta=meta)
+    parts = {}
+    for name in ("embeds", "mask", "free", "tokens"):
+        first, last = getattr(pool, name).transpose(1, -1), getattr(start, name).transpose(1, -1)
+        # The pool's sentences may be shorter than the start, never longer.
+        first = torch.nn.functional.pad(first, (0, last.shape[-1] - first.shape[-1]))
+        parts[name] = torch.cat([first, last])[now].transpose(1, -1).contiguous()
+    return dataclasses.replace(start, **parts, step_sizes=None, meta=meta | {"search": search})
 
 
 def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, length: int | None = None) -> DistilledSet:
-    """For each example the real training sentence of its class whose representation is nearest; none is taken twice.
+    """For each example the real training sentence of its class whose representation is nearest, each used once.
 
     Args:
         distilled: a set of a classification task, embeddings or text.
@@ -146,23 +147,20 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
     Returns:
         a set of real sentences with hard labels and no recipe.
     """
-    check_is("distilled", distilled, DistilledSet)
-    check_is("task", task, Task)
-    check_is("student", student, Student)
+    check_are(distilled=(distilled, DistilledSet), task=(task, Task), student=(student, Student))
     distilled.check_table(student)
     distilled = distilled.in_classes(task.classes, f"task {task.name!r}")
     real = sentence_features(task, student)
     with torch.no_grad():
         x = student.features({"inputs_embeds": distilled.embeds, "attention_mask": distilled.mask.long()})
     x = torch.nn.functional.normalize(x.float(), dim=1).cpu().numpy()
-    distilled.label_names()  # a set that does not tell them is an error
-    rows, labels = [], np.array(distilled.meta["labels"])
-    for label, pool in enumerate(task.rows_by_class("train")):
+    names, rows = np.array(distilled.label_names()), []
+    for name, pool in zip(task.classes, task.rows_by_class("train"), strict=True):
         chosen: list[int] = []
-        for example in np.flatnonzero(labels == label):
+        for example in np.flatnonzero(names == name):
             near = pool[np.argsort(-(real[pool] @ x[example]), kind="stable")]
             chosen.append(int(next(row for row in near if row not in chosen)))
-        rows.append(np.array(chosen))
-    sentences = from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
+        rows.append(chosen)
+    sentences = DistilledSet.from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
     sentences.meta["selection"] = {"method": "nearest sentences"}
     return sentences

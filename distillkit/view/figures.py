@@ -10,31 +10,36 @@ from __future__ import annotations
 import contextlib
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-METHOD_COLOURS = dict(
-    zip(
-        ("embeddings", "projected", "full", "random", "k_center", "herding", "real + learned labels"),
-        (sns.color_palette("colorblind", 10)[i] for i in (0, 1, 7, 8, 2, 4, 9)),
-        strict=True,
-    )
-)
-LABELS = {
-    "embeddings": "distilled embeddings",
-    "projected": "… projected to words",
-    "full": "full training data",
-    "k_center": "real, k-centre",
-    "herding": "real, herding",
-    "random": "real, random",
-    "real + learned labels": "real, labels learned",
+from distillkit.experiments.results import by_row, by_set, classes_of, frame, paired_difference, spread
+from distillkit.experiments.transfer import of_full, parsed, short_name
+
+_BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
+METHOD_COLOURS = {
+    "embeddings": _BRIGHT[0], "projected": _BRIGHT[1], "full": _BRIGHT[7], "random": _BRIGHT[8], "k_center": _BRIGHT[2],
+    "herding": _BRIGHT[4], "real + learned labels": _BRIGHT[9], "projection": _BRIGHT[1], "swaps": _BRIGHT[3],
+    "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6], "through projection": _DARK[4], "nearest sentences": _DARK[2],
+    "swaps from random": _DARK[3], "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
+    "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9], "bptt": _BRIGHT[0], "bptt text": _DARK[0],
+    "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
 }
+LABELS = {
+    "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
+    "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
+    "real + learned labels": "real, labels learned", "less": "real, LESS", "sentences": "real, chosen by a judge",
+    "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
+    "zero-shot": "no training",
+}
+STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 DPI = 150
 LONGEST = 200  # characters of a label or title
 FEW = 4  # lines that a legend inside a panel leaves room for
@@ -42,8 +47,9 @@ FEW = 4  # lines that a legend inside a panel leaves room for
 
 @contextlib.contextmanager
 def style():
-    """The kit's style, for the figures made inside; the caller's own settings are left alone."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"), matplotlib.rc_context({"figure.dpi": 100}):
+    """The kit's style, for the figures made inside; the caller's own settings stay as they are.  Also a decorator."""
+    more = {"figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False}
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"), matplotlib.rc_context(more):
         yield
 
 
@@ -80,71 +86,76 @@ def draw_curve(axes, losses: Sequence[float], window: int = 10) -> None:
     axes.legend(frameon=False)
 
 
-def draw_scores(axes, rows: Sequence[dict], chance: float | None = None) -> None:
-    """A bar for each row of a result: mean accuracy, a dot for each seed, the recipe in the label."""
-    names = []
-    for place, row in enumerate(rows):
-        axes.barh(place, row["mean"], color=METHOD_COLOURS[row["method"]], alpha=0.85, height=0.65)
-        axes.plot(row["scores"], [place] * len(row["scores"]), ".", color="black", ms=4, alpha=0.6)
-        reach = max(row["mean"], *row["scores"])
-        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
-        axes.text(reach + 0.012, place, f"{row['mean']:.2f}{spread}", va="center", fontsize=9)
-        names.append(f"{LABELS[row['method']]}\n({row['examples']:,} examples, {row['recipe']['name']})")
-    if chance is not None:
-        axes.axvline(chance, color="black", lw=1, ls=":")
-        axes.annotate("chance", (chance, -0.5), xytext=(3, 0), textcoords="offset points", va="top", fontsize=8)
-    axes.set(yticks=range(len(rows)), xlim=(0, 1), xlabel="accuracy on the test split (dots: seeds)")
-    axes.set_yticklabels(names, fontsize=9)
-    axes.set_ylim(len(rows) - 0.4, -0.75)
+def draw_bars(axes, bars: Sequence[tuple[str, str, pd.Series]]) -> None:
+    """A bar for the mean of each of several series of accuracies, a dot for each value.
+
+    Args:
+        bars: from above, the method, the label and the values of each.
+    """
+    for place, (method, _, values) in enumerate(bars):
+        axes.barh(place, values.mean(), color=METHOD_COLOURS[method], alpha=0.85, height=0.65)
+        axes.plot(values, [place] * len(values), ".", color="black", ms=4, alpha=0.6)
+        axes.text(max(values) + 0.012, place, spread(values, 2), va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [label for _, label, _ in bars], fontsize=9)
+    axes.set_xlim(0, 1)
     axes.grid(axis="y", visible=False)
 
 
+def draw_scores(axes, result: Mapping) -> None:
+    """The rows of a classification result as bars, the best on top, a dot for each initialisation, and chance."""
+    rows, students = by_row(result).dropna(subset="mean").sort_values("mean", ascending=False, kind="stable"), frame(result)
+    draw_bars(axes, [
+        (row.method, f"{LABELS[row.method]}\n({row.examples:,.0f} examples, {row.recipe})",
+         students[students["row"] == row.Index]["accuracy"])
+        for row in rows.itertuples()])
+    chance = 1 / len(classes_of(result))
+    axes.axvline(chance, color="black", lw=1, ls=":")
+    axes.annotate("chance", (chance, -0.5), xytext=(3, 0), textcoords="offset points", va="top", fontsize=8)
+    axes.set(xlabel="accuracy on the test split (dots: seeds)", ylim=(len(rows) - 0.4, -0.75))
+
+
+@style()
 def learning_curve(losses: Sequence[float]) -> Figure:
     """The outer loss of one distillation."""
-    with style():
-        figure, (axes,) = _figure(6, 3.4)
-        draw_curve(axes, losses)
-        sns.despine(figure)
+    figure, (axes,) = _figure(6, 3.4)
+    draw_curve(axes, losses)
     return figure
 
 
-def scores(rows: Sequence[dict], chance: float | None = None) -> Figure:
-    """The rows of a result as bars."""
-    with style():
-        figure, (axes,) = _figure(7, 0.62 * len(rows) + 1)
-        draw_scores(axes, rows, chance)
-        sns.despine(figure)
+@style()
+def scores(result: Mapping) -> Figure:
+    """The rows of a classification result as bars."""
+    figure, (axes,) = _figure(7, 0.62 * frame(result)["row"].nunique() + 1)
+    draw_scores(axes, result)
     return figure
 
 
-def quickstart(result: dict) -> Figure:
+@style()
+def quickstart(result: Mapping) -> Figure:
     """The whole story of a classification result: how the set was learned, and what it is worth beside real text."""
-    rows = sorted(result["rows"].values(), key=lambda r: -r["mean"])
-    with style():
-        figure, (left, right) = _figure(11, 0.6 * len(rows) + 1.2, 2, ratios=(2, 3))
-        draw_curve(left, result["distilling"]["embeddings"]["losses"])
-        classes = len(rows[0]["groups"])
-        draw_scores(right, rows, 1 / classes)
-        k = result["config"]["per_class"]
-        right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
-        sns.despine(figure)
+    (cell,), k, classes = result["cells"].values(), result["config"]["per_class"], len(classes_of(result))
+    figure, (left, right) = _figure(11, 0.6 * frame(result)["row"].nunique() + 1.2, 2, ratios=(2, 3))
+    draw_curve(left, cell["notes"][f"embeddings {result['config']['seed']}"]["losses"])
+    draw_scores(right, result)
+    right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
     return figure
 
 
+@style()
 def soft_labels(before, after, classes: Sequence[str]) -> Figure:
     """Label probabilities ``[m, c]`` before and after distilling, as two heat maps on one scale."""
-    with style():
-        figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
-        for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
-            sns.heatmap(
-                np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
-                xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
-            )
-            where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
-            where.tick_params(axis="x", rotation=30)
+    figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
+    for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
+        sns.heatmap(
+            np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
+            xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
+        )
+        where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
+        where.tick_params(axis="x", rotation=30)
     return figure
 
 
+@style()
 def curves(
     panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]], log: str = ""
 ) -> Figure:
@@ -154,22 +165,19 @@ def curves(
         panels: for each its title, the labels of x and y, and {name of a line: (x values, y values)}.
         log: the axes with a logarithmic scale: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
     """
-    with style():
-        figure, axes = _figure(5 * len(panels), 3.4, len(panels))
-        for where, (title, x, y, lines) in zip(axes, panels, strict=True):
-            for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
-                where.plot(xs, ys, marker=marker, color=colour, label=name)
-            where.set(title=title, xlabel=x, ylabel=y)
-            where.set_xscale("log" if "x" in log else "linear")
-            where.set_yscale("log" if "y" in log else "linear")
-            if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
-                where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        if max(len(lines) for *_, lines in panels) > FEW:
-            _legend_below(figure)
-        else:
-            for where in axes:
-                where.legend(frameon=False)
-        sns.despine(figure)
+    figure, axes = _figure(5 * len(panels), 3.4, len(panels))
+    for where, (title, x, y, lines) in zip(axes, panels, strict=True):
+        for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
+            where.plot(xs, ys, marker=marker, color=colour, label=name)
+        where.set(title=title, xlabel=x, ylabel=y, xscale="log" if "x" in log else "linear",
+                  yscale="log" if "y" in log else "linear")
+        if "x" not in log and all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
+            where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    if max(len(lines) for *_, lines in panels) > FEW:
+        _legend_below(figure)
+    else:
+        for where in axes:
+            where.legend(frameon=False)
     return figure
 
 
@@ -179,6 +187,7 @@ def _legend_below(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
 
 
+@style()
 def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], Sequence[float]]], diagonal=False) -> Figure:
     """Points of one or more clouds.
 
@@ -187,16 +196,14 @@ def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], 
         clouds: {name: (x values, y values)}.
         diagonal: draw the line on which y is x.
     """
-    with style():
-        figure, (axes,) = _figure(5.5, 4)
-        for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
-            axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
-        if diagonal:
-            axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
-        axes.axhline(0, color="black", lw=0.5)
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.legend(frameon=False)
-        sns.despine(figure)
+    figure, (axes,) = _figure(5.5, 4)
+    for colour, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), clouds.items(), strict=False):
+        axes.plot(xs, ys, "o", color=colour, alpha=0.6, ms=5, label=name)
+    if diagonal:
+        axes.axline((0, 0), slope=1, color="black", lw=1, ls=":", label="y = x")
+    axes.axhline(0, color="black", lw=0.5)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -208,11 +215,10 @@ def describe(figure: Figure) -> str:
             f"{line.get_label()}: {len(np.asarray(line.get_ydata()))} points" for line in axes.lines
             if not str(line.get_label()).startswith("_")
         ]
-        bars = len(axes.patches)
-        cells = [a.size for c in axes.collections if (a := c.get_array()) is not None]
-        parts = [f"{bars} bars"] * (bars > 0) + [f"{n} cells" for n in cells] + series
-        title = axes.get_title() or "untitled"
-        lines.append(f"panel {number}: {title} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | {'; '.join(parts)}")
+        bars = [f"{len(axes.patches)} bars"] if axes.patches else []
+        cells = [f"{values.size} cells" for meshes in axes.collections if (values := meshes.get_array()) is not None]
+        lines.append(f"panel {number}: {axes.get_title() or 'untitled'} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | "
+                     f"{'; '.join(bars + cells + series)}")
     return "\n".join(lines)
 
 
@@ -256,126 +262,78 @@ def _html_cell(value, left: bool) -> str:
     return f"<td{style}>{html.escape(value)}</td>"
 
 
-# Methods of the larger experiments; nobody else has their colours.
-_BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
-MORE_COLOURS = METHOD_COLOURS | {
-    "projection": METHOD_COLOURS["projected"], "swaps": _BRIGHT[3], "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6],
-    "through projection": _DARK[4], "nearest sentences": _DARK[2], "swaps from random": _DARK[3],
-    "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
-    "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9],
-    "bptt": METHOD_COLOURS["embeddings"], "bptt text": _DARK[0], "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
-}
-MORE_LABELS = LABELS | {
-    "less": "real, LESS", "sentences": "real, chosen by a judge", "nacd": "distilled, NACD", "nacd text": "NACD → text",
-    "bptt": "distilled, BPTT", "bptt text": "BPTT → text", "zero-shot": "no training",
-}
-STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
-
-
-def seeded(result: dict, title: str) -> Figure:
-    """Every row of a result whose scores belong to seeds that has run: a bar for the mean, a dot a set.
-
-    Args:
-        result: as the experiments on text or on instruction tuning write it.
-        title: of the figure.
-    """
-    with style():
-        names = [name for name in result["config"]["rows"] if result["rows"].get(name)]
-        figure, (axes,) = _figure(7, 0.36 * len(names) + 1.3)
-        _draw_seeded(axes, result["rows"], names, title)
+@style()
+def seeded(result: Mapping, title: str) -> Figure:
+    """Every row that has run of a result on text or on instruction tuning: a bar for the mean, a dot a set."""
+    sets = by_set(result).dropna(how="all")
+    figure, (axes,) = _figure(7, 0.36 * len(sets) + 1.3)
+    draw_bars(axes, [(name.split("/")[0], _row_label(name), sets.loc[name].dropna()) for name in sets.index])
+    axes.set(title=title, xlabel="accuracy on the test split (dots: sets)", ylim=(len(sets) - 0.4, -0.6))
     return figure
 
 
-def seeded_grid(result: dict) -> Figure:
+@style()
+def seeded_grid(result: Mapping) -> Figure:
     """A grid of texts, as far as it has run: accuracy against examples a class, a panel a corpus, a dot a set.
 
     Rows that have run at one size only make no line and are left to the table, unless there is no more than one size.
 
     Args:
-        result: as :mod:`distillkit.experiments.text_grid` writes it.
+        result: as :class:`~distillkit.experiments.ways_to_text.TextGridJob` writes it.
     """
-    cells = {tuple(key.rsplit(",", 1)): cell["rows"] for key, cell in result["cells"].items() if cell["rows"]}
-    corpora = [corpus for corpus in result["config"]["corpora"] if any(corpus == made for made, _ in cells)]
-    sizes = sorted({int(size) for _, size in cells})
-    at = {name: {size for (_, size), rows in cells.items() if rows.get(name)} for name in result["config"]["rows"]}
-    names = [name for name, where in at.items() if len(where) >= min(2, len(sizes))]
+    sets = frame(result).groupby(["cell", "row", "set_seed"])["accuracy"].mean().reset_index()
+    sets[["corpus", "size"]] = sets["cell"].str.rsplit(",", n=1, expand=True)
+    sizes = sorted(sets["size"].unique(), key=int)
+    corpora = [corpus for corpus in result["config"]["corpora"] if corpus in {*sets["corpus"]}]
+    counts = sets.groupby("row")["size"].nunique()
+    names = [name for name in result["config"]["rows"] if counts.get(name, 0) >= min(2, len(sizes))]
     one = len({name.split("/")[1] for name in names}) == 1  # recipe: no need to say it on every line
-
-    def label(name: str) -> str:
-        method = name.split("/")[0]
-        return MORE_LABELS.get(method, method) if one else _row_label(name)
-
-    with style():
-        figure, every = _figure(3.8 * len(corpora) + 0.6, 3.6, columns=len(corpora))
-        for axes, corpus in zip(every, corpora, strict=True):
-            for number, name in enumerate(names):
-                means = {place: [row["mean"] for row in cells.get((corpus, str(size)), {}).get(name, {}).values()]
-                         for place, size in enumerate(sizes)}
-                shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
-                colour = MORE_COLOURS[name.split("/")[0]]
-                line = [(place + shift, np.mean(found)) for place, found in means.items() if found]
-                dots = [(place + shift, value) for place, found in means.items() for value in found]
-                axes.plot(*zip(*line, strict=True) if line else ((), ()), color=colour, lw=1.8, marker="_", ms=9, mew=2,
-                          label=label(name))
-                axes.plot(*zip(*dots, strict=True) if dots else ((), ()), ".", color=colour, ms=5, alpha=0.6)
-            axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
-        every[0].set_ylabel("test accuracy (dots: sets)")
-        _legend_below(figure)
-        sns.despine(figure)
+    sets["place"] = sets["size"].map(sizes.index)
+    figure, panels = _figure(3.8 * len(corpora) + 0.6, 3.6, columns=len(corpora))
+    for axes, corpus in zip(panels, corpora, strict=True):
+        for number, name in enumerate(names):
+            dots = sets[(sets["corpus"] == corpus) & (sets["row"] == name)]
+            line = dots.groupby("place")["accuracy"].mean()
+            shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
+            colour = METHOD_COLOURS[name.split("/")[0]]
+            axes.plot(line.index + shift, line, color=colour, lw=1.8, marker="_", ms=9, mew=2,
+                      label=_row_label(name, not one))
+            axes.plot(dots["place"] + shift, dots["accuracy"], ".", color=colour, ms=5, alpha=0.6)
+        axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
+    panels[0].set_ylabel("test accuracy (dots: sets)")
+    _legend_below(figure)
     return figure
 
 
-def _draw_seeded(axes, rows: dict, names: Sequence[str], title: str) -> None:
-    for place, name in enumerate(names):
-        means = [row["mean"] for row in rows.get(name, {}).values()]
-        if not means:
-            axes.text(0.012, place, "not run", va="center", fontsize=9)
-            continue
-        axes.barh(place, np.mean(means), color=MORE_COLOURS[name.split("/")[0]], alpha=0.85, height=0.65)
-        axes.plot(means, [place] * len(means), ".", color="black", ms=4, alpha=0.6)
-        spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
-        axes.text(max(means) + 0.012, place, f"{np.mean(means):.2f}{spread}", va="center", fontsize=9)
-    axes.set(yticks=range(len(names)), xlim=(0, 1), title=title, xlabel="accuracy on the test split (dots: sets)")
-    axes.set_yticklabels([_row_label(name) for name in names], fontsize=9)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    sns.despine(axes.figure)
-
-
-def _row_label(name: str) -> str:
+def _row_label(name: str, with_recipe: bool = True) -> str:
     """A row ``method/recipe`` in words."""
     method, recipe = name.split("/")
-    return MORE_LABELS.get(method, method) + (f" ({recipe})" if recipe != "none" else "")
+    return LABELS.get(method, method) + (f" ({recipe})" if with_recipe and recipe != "none" else "")
 
 
-def differences(result: dict, against: Sequence[str]) -> Figure:
+@style()
+def differences(result: Mapping, against: Sequence[str]) -> Figure:
     """How much better learned sets are than selected ones, seed by seed: mean and 95 % interval of the paired differences.
 
     Args:
         result: of an experiment on instruction tuning.
         against: rows to compare with, as ``method/recipe``; those that have not run are left out.
     """
-    from distillkit.experiments.results import paired_difference
-
-    rows = result["rows"]
-    others = [name for name in against if name in rows]
-    learned = [n for n in result["config"]["rows"] if n in rows and n.startswith(("nacd", "bptt"))]
-    with style():
-        figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
-        for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
-            found = np.array([paired_difference(rows, name, other) for name in learned])
-            halves = np.where(np.isfinite(found[:, 1]), found[:, 1], 0)  # of a single seed there is no interval
-            axes.errorbar(
-                found[:, 0], np.arange(len(learned)) + shift, xerr=halves, fmt="o", ms=5, capsize=3,
-                color=MORE_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
-            )
-        axes.axvline(0, color="black", lw=1, ls=":")
-        axes.set(yticks=range(len(learned)), xlabel="difference of accuracy at the same seed (95 % interval)")
-        axes.set_yticklabels([_row_label(name) for name in learned], fontsize=9)
-        axes.set_ylim(len(learned) - 0.5, -0.5)
-        axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
-        sns.despine(figure)
+    sets = by_set(result).dropna(how="all")
+    others = [name for name in against if name in sets.index]
+    learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
+    figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
+    for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
+        means, halves = np.array([paired_difference(sets, name, other) for name in learned]).T
+        axes.errorbar(
+            means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt="o", ms=5, capsize=3,
+            color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
+        )  # of a single set there is no interval
+    axes.axvline(0, color="black", lw=1, ls=":")
+    axes.set_yticks(range(len(learned)), [_row_label(name) for name in learned], fontsize=9)
+    axes.set(xlabel="difference of accuracy at the same seed (95 % interval)", ylim=(len(learned) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
     return figure
 
 
@@ -385,15 +343,14 @@ def metagrad_cost(result: dict) -> Figure:
     Args:
         result: what ``tests/benchmarks/metagrad.py`` writes; its first model is drawn.
     """
-    entry, lines = result["entries"][0], ({}, {})
-    for name in STRATEGIES_SHOWN:
-        rows = [row for row in entry["rows"] if row["contender"] == name and row.get("cost") is not None]
-        if rows:
-            lines[0][name] = [row["steps"] for row in rows], [row["cost"] for row in rows]
-            lines[1][name] = [row["steps"] for row in rows], [row["bytes"] / 1e6 for row in rows]
+    entry = result["entries"][0]
+    rows = pd.DataFrame(entry["rows"]).dropna(subset="cost")
+    groups = {name: rows[rows["contender"] == name] for name in STRATEGIES_SHOWN if name in {*rows["contender"]}}
     figure = curves([
-        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training", lines[0]),
-        ("Memory, copies of the parameters included", "inner steps T", "live MB", lines[1]),
+        (f"Time, {entry['student'].removeprefix('offline:')}", "inner steps T", "times plain training",
+         {name: (group["steps"], group["cost"]) for name, group in groups.items()}),
+        ("Memory, copies of the parameters included", "inner steps T", "live MB",
+         {name: (group["steps"], group["bytes"] / 1e6) for name, group in groups.items()}),
     ], log="x")
     steps = sorted({row["steps"] for row in entry["rows"]})
     for axes in figure.axes:
@@ -402,7 +359,8 @@ def metagrad_cost(result: dict) -> Figure:
     return figure
 
 
-def transfer_map(result: dict) -> Figure:
+@style()
+def transfer_map(result: Mapping) -> Figure:
     """Scores of texts on other models: a row a source and method, a column a target, absolute and by the target's full data.
 
     Cells that have not run stay white; so do those of a text on its own source, which is no transfer.  Where no target's full
@@ -411,37 +369,30 @@ def transfer_map(result: dict) -> Figure:
     Args:
         result: of an experiment on transfer.
     """
-    from distillkit.experiments.transfer import of_full, parsed, short_name
+    sets = by_set(result)
+    pairs = pd.DataFrame([parsed(name) for name in sets.index], columns=["source", "target", "method"], index=sets.index)
+    pairs = pairs.assign(accuracy=sets.mean(axis=1), share=of_full(sets))[pairs["source"] != ""]
+    pairs["words"] = [spread(sets.loc[name], 2) or "not run" for name in pairs.index]
+    shares = pairs["share"].map("{:.0%}".format).where(pairs["share"].notna(), "no full score")
+    pairs["share words"] = shares.where(pairs["accuracy"].notna(), "not run")
+    targets = [name for name in map(short_name, result["config"]["students"]) if name in {*pairs["target"]}]
+    sides = pairs[["source", "method"]].drop_duplicates().agg(tuple, axis=1)
 
-    rows, names = result["rows"], [n for n in result["config"]["rows"] if parsed(n)[0]]
-    sides = list(dict.fromkeys((source, method) for source, _, method in map(parsed, names)))
-    reached = {target for _, target, _ in map(parsed, names)}
-    targets = [name for name in map(short_name, result["config"]["students"]) if name in reached]
-    values = np.full((2, len(sides), len(targets)), np.nan)
-    words = np.full(values.shape, "", dtype=object)
-    for name in names:
-        source, target, method = parsed(name)
-        place = sides.index((source, method)), targets.index(target)
-        scores, share = [row["mean"] for row in rows.get(name, {}).values()], of_full(rows, name)
-        spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
-        values[0][place], values[1][place] = np.mean(scores) if scores else np.nan, np.nan if share is None else share
-        words[0][place] = f"{np.mean(scores):.2f}{spread}" if scores else "not run"
-        words[1][place] = f"{share:.0%}" if share is not None else "no full score" if scores else "not run"
-    with style():
-        panels = 2 if np.isfinite(values[1]).any() else 1
-        figure, axes = _figure(3 + 2.3 * len(targets) * panels / 2, 0.42 * len(sides) + 1.4, panels)
-        labels = [f"{source}: {MORE_LABELS.get(method, method)}" for source, method in sides]
-        titles = ("accuracy", "share of the target's full data")[:panels]
-        for where, value, word, title in zip(axes, values[:panels], words[:panels], titles, strict=True):
-            sns.heatmap(value, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
-                        yticklabels=labels)
-            for place in np.ndindex(value.shape):
-                dark = np.isfinite(value[place]) and value[place] > 0.45
-                where.text(place[1] + 0.5, place[0] + 0.5, word[place], ha="center", va="center", fontsize=9,
-                           color="white" if dark else "0.1")
-            where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
-            where.tick_params(axis="y", rotation=0)
-            where.grid(False)
-        for where in axes[1:]:
-            where.set_yticklabels([])
+    def arranged(column: str) -> pd.DataFrame:
+        return pairs.pivot(index=["source", "method"], columns="target", values=column).reindex(index=sides, columns=targets)
+
+    panels = [("accuracy", "words", "accuracy"), ("share", "share words", "share of the target's full data")]
+    panels = panels if pairs["share"].notna().any() else panels[:1]
+    figure, axes = _figure(3 + 2.3 * len(targets) * len(panels) / 2, 0.42 * len(sides) + 1.4, len(panels))
+    labels = [f"{source}: {LABELS.get(method, method)}" for source, method in sides]
+    for where, (value, word, title) in zip(axes, panels, strict=True):
+        values, words = arranged(value).to_numpy(float), arranged(word).fillna("").to_numpy()
+        sns.heatmap(values, ax=where, vmin=0, vmax=1, cmap="crest", cbar=False, linewidths=1, xticklabels=targets,
+                    yticklabels=labels if where is axes[0] else [])
+        for place in np.ndindex(values.shape):
+            where.text(place[1] + 0.5, place[0] + 0.5, words[place], ha="center", va="center", fontsize=9,
+                       color="white" if values[place] > 0.45 else "0.1")
+        where.set(title=title, xlabel="trained on", ylabel="made on" if where is axes[0] else "")
+        where.tick_params(axis="y", rotation=0)
+        where.grid(False)
     return figure

@@ -15,29 +15,24 @@ from distillkit.experiments.results import read
 from distillkit.view import figures as plots
 
 
-def _classification(result: dict) -> Figure:
-    rows = sorted(result["rows"].values(), key=lambda row: -row["mean"])
-    return plots.scores(rows, chance=1 / len(rows[0]["groups"]))
-
-
 def _instruction(result: dict) -> Figure:
     return plots.differences(result, ("random/standard", "k_center/standard", "less/standard"))
 
 
 def _text(result: dict) -> Figure:
-    return plots.seeded(result, f"Ways to text, one example a class: {result['corpus']['name']}")
+    return plots.seeded(result, f"Ways to text, one example a class: {result['config']['corpus']}")
 
 
 # File → the result it is drawn from, and how.
 FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "quickstart": ("quickstart", plots.quickstart),
-    "classification_docstrings": ("classification_docstrings", _classification),
-    "classification_rotten_tomatoes": ("classification_rotten_tomatoes", _classification),
-    "classification_ag_news": ("classification_ag_news", _classification),
-    "instruction_library": ("instruction_library", lambda found: plots.seeded(found, "Which library?")),
+    "classification_docstrings": ("classification_docstrings", plots.scores),
+    "classification_rotten_tomatoes": ("classification_rotten_tomatoes", plots.scores),
+    "classification_ag_news": ("classification_ag_news", plots.scores),
+    "instruction_library": ("instruction_library", lambda result: plots.seeded(result, "Which library?")),
     "instruction_library_differences": ("instruction_library", _instruction),
-    "instruction_function": ("instruction_function", lambda found: plots.seeded(found, "Which function?")),
-    "instruction_arc_easy": ("instruction_arc_easy", lambda found: plots.seeded(found, "ARC-Easy")),
+    "instruction_function": ("instruction_function", lambda result: plots.seeded(result, "Which function?")),
+    "instruction_arc_easy": ("instruction_arc_easy", lambda result: plots.seeded(result, "ARC-Easy")),
     "text_docstrings": ("text_docstrings", _text),
     "text_rotten_tomatoes": ("text_rotten_tomatoes", _text),
     "text_ag_news": ("text_ag_news", _text),
@@ -62,7 +57,7 @@ def regenerate(results: Path, folder: Path) -> Iterator[str]:
             yield f"{name}: skipped, no result {path}"
             continue
         result = read(path)
-        if not (result.get("rows") or result.get("entries") or result.get("cells")):
+        if not (result.get("scores") or result.get("entries")):
             yield f"{name}: skipped, nothing in {path} has run"
             continue
         yield f"{name}: {plots.save(draw(result), Path(folder) / f'{name}.png')}"

@@ -2,12 +2,12 @@
 
 A picture of high-dimensional points is a claim about neighbours, so every view here comes with a number for what it claims:
 
-* :func:`flat_map` draws points in the plane, by PCA or by UMAP (McInnes et al., 2018), which keeps neighbourhoods and
-  invents gaps between them.  :func:`neighbour_overlap` says how far groups really are apart, and :func:`preservation` how
-  many neighbours a map has kept.
+* :func:`flat_map` places points in the plane, by PCA or by UMAP (McInnes et al., 2018), which keeps neighbourhoods and
+  invents gaps between them.  :func:`neighbour_overlap` measures how far groups really are apart, and :func:`preservation`
+  how many neighbours a map keeps.
 * :func:`distance_to_words` has a yardstick: how far words are from each other.
 * :func:`attention` gives the weights of every head; :func:`attention_entropy` and :func:`attention_shares` condense them
-  (Clark et al., 2019), and :func:`uniform_attention` is what a head without preferences would do.
+  (Clark et al., 2019), and :func:`uniform_attention` is the attention of a head without preferences.
 * :func:`history` follows a set through its snapshots.
 
 Data in, arrays out; the figures are in :mod:`distillkit.view.set_figures`.
@@ -15,9 +15,8 @@ Data in, arrays out; the figures are in :mod:`distillkit.view.set_figures`.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ import torch
 from scipy.special import entr
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
-from torch import Tensor
+from sklearn.utils import check_array, check_consistent_length
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Batch, Params, Student
@@ -34,6 +33,11 @@ from distillkit.io.seeds import generator
 from distillkit.text.projection import METRICS, allowed_tokens, nearest_tokens
 
 MAPS = ("umap", "pca")
+# Each function below that returns one of these describes its fields.
+Overlap = namedtuple("Overlap", ("share", "chance"))
+WordDistances = namedtuple("WordDistances", ("distances", "tokens", "yardstick"))
+AttentionShares = namedtuple("AttentionShares", ("special", "content", "own", "previous", "next"))
+History = namedtuple("History", ("steps", "free", "moved", "tokens", "flipped", "away", "labels"))
 
 
 def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15) -> np.ndarray:
@@ -43,8 +47,8 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
         points: ``[n, d]``, array or tensor.
         method: ``"umap"``: neighbours stay neighbours, distances and gaps between groups mean nothing (McInnes et al.,
             2018); ``"pca"``: the plane of the largest variance, which keeps distances as far as a plane can.
-        seed: of UMAP's start and its sampling; it runs on one thread, so that a seed gives one map.
-        neighbors: of each point that UMAP holds on to, at least 2.
+        seed: for UMAP's start and sampling; UMAP runs on one thread, so that a seed gives one map.
+        neighbors: neighbours of each point that UMAP preserves, at least 2.
 
     Returns:
         ``[n, 2]`` float64.
@@ -55,78 +59,60 @@ def flat_map(points, *, method: str = "umap", seed: int = 0, neighbors: int = 15
     check_choice("method", method, MAPS)
     points = _points(points)
     if method == "pca":
-        if min(points.shape) < 2:
-            raise ValueError(f"PCA to a plane needs two points of two coordinates at least, not {points.shape}")
         return PCA(2, svd_solver="full").fit_transform(points)
     check_whole("neighbors", neighbors, least=2)
-    if len(points) < neighbors + 2:
+    if len(points) < neighbors + 2:  # UMAP would take fewer neighbours and only warn
         raise ValueError(
             f"UMAP with neighbors={neighbors} needs at least {neighbors + 2} points, not {len(points)}; "
             "ask for fewer neighbors, or for method='pca'"
         )
-    import umap  # compiles for seconds: only for those who draw
+    import umap  # takes seconds to compile, so it is imported only here
 
-    fitted = umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points)
-    return np.asarray(fitted, dtype=np.float64)
-
-
-@dataclasses.dataclass(frozen=True)
-class Overlap:
-    """How far groups keep to themselves: ``share`` of neighbours of the own group, and what ``chance`` would give."""
-
-    share: float
-    chance: float
+    return np.asarray(umap.UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(points), dtype=np.float64)
 
 
 def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
-    """Whether points lie among their own group, in the original space and not in a picture of it.
+    """How many of a point's neighbours belong to its own group, in the original space and not in a picture of it.
 
     Args:
         points: ``[n, d]``.
         groups: the group of each point, n labels of any kind.
-        k: neighbours looked at, from 1 to n − 1.
+        k: neighbours per point, from 1 to n − 1.
         metric: ``"cosine"`` or ``"l2"``.
 
     Returns:
-        ``share``: the mean over points of the share of their ``k`` nearest others that are of their own group; ``chance``:
-        its expectation if the groups were dealt out at random, the mean of (n_own − 1) / (n − 1).
+        ``share``: the mean over points of the share of their ``k`` nearest other points that are in their group; ``chance``:
+        its expectation if groups were assigned at random, the mean of (size of the group − 1) / (n − 1).
 
     Raises:
         ValueError: another number of groups than points, an unknown metric, or ``k`` out of range.
     """
-    points, groups = _points(points), np.asarray(groups)
-    if groups.shape != (len(points),):
-        raise ValueError(f"groups must be one label for each of {len(points)} points, not of shape {groups.shape}")
-    near = _nearest(points, k, metric)
-    _, own, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    return Overlap(float((own[near] == own[:, None]).mean()), float((sizes[own] - 1).mean() / (len(points) - 1)))
+    points = _points(points)
+    check_consistent_length(points, groups)
+    nearest = _nearest(points, k, metric)
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return Overlap(float((group[nearest] == group[:, None]).mean()), float((sizes[group] - 1).mean() / (len(points) - 1)))
 
 
 def preservation(points, flat, k: int, *, metric: str = "l2") -> float:
-    """The mean share of a point's ``k`` nearest others that are among its ``k`` nearest on a map too; 1: all of them.
+    """The mean share of a point's ``k`` nearest other points that are among its ``k`` nearest on a map too; 1: all of them.
 
     A map that shuffles the points would keep k / (n − 1).
 
     Args:
-        points: ``[n, d]``; ``metric``, ``"cosine"`` or ``"l2"``, is how near they are.
-        flat: ``[n, 2]``, where Euclidean distance is what one sees.
+        points: ``[n, d]``; ``metric`` (``"cosine"`` or ``"l2"``) measures how near they are.
+        flat: ``[n, 2]``, the map, with Euclidean distance.
         k: from 1 to n − 1.
     """
     points, flat = _points(points), _points(flat)
-    if len(points) != len(flat):
-        raise ValueError(f"the map has {len(flat)} points, the original {len(points)}; give the same points to both")
-    near, seen = _nearest(points, k, metric), _nearest(flat, k, "l2")
-    return float((near[:, :, None] == seen[:, None, :]).any(2).mean())
+    check_consistent_length(points, flat)
+    shared = _nearest(points, k, metric)[:, :, None] == _nearest(flat, k, "l2")[:, None, :]
+    return float(shared.any(2).mean())
 
 
 def _points(points) -> np.ndarray:
-    """``[n, d]`` finite float64."""
-    found = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64)
-    if found.ndim != 2:
-        raise ValueError(f"points must be an array [n, d], not of shape {found.shape}")
-    if not np.isfinite(found).all():
-        raise ValueError(f"{int((~np.isfinite(found)).any(1).sum())} of {len(found)} points are not finite; leave them out")
-    return found
+    """``points``, an array, tensor or list ``[n, d]``, as float64; raises ValueError for another shape or values not finite."""
+    return check_array(torch.as_tensor(points).detach().cpu().double().numpy())
 
 
 def _nearest(points: np.ndarray, k: int, metric: str) -> np.ndarray:
@@ -137,29 +123,18 @@ def _nearest(points: np.ndarray, k: int, metric: str) -> np.ndarray:
     return search.fit(points).kneighbors(return_distance=False)  # without a query, a point is not its own neighbour
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class WordDistances:
-    """How far learned embeddings are from words.
-
-    Attributes:
-        distances: ``[n]``, from each free position, in reading order, to its nearest word.
-        tokens: ``[n]``, the ids of those words.
-        yardstick: the median distance between a word and the word nearest to it.
-    """
-
-    distances: np.ndarray
-    tokens: np.ndarray
-    yardstick: float
-
-
 def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int = 1000, seed: int = 0) -> WordDistances:
-    """Euclidean distance of each free position to the nearest word, beside how far words are from each other.
+    """Euclidean distance of each free position to its nearest word, beside how far words are from each other.
 
-    A distance well below the yardstick is inside the cell of a word; well above it is where no word is.
+    A distance well below the yardstick lies inside the cell of a word; one well above it lies far from every word.
 
     Args:
         distilled: a set in ``student``'s embedding space.
-        sample: words the yardstick is taken on (all of them where there are fewer), drawn from ``seed``.
+        sample: number of words, drawn from ``seed``, that the yardstick is measured on (all where there are fewer).
+
+    Returns:
+        ``distances [n]`` of the free positions in reading order; ``tokens [n]``, the ids of their nearest words; and the
+        ``yardstick``, the median distance between a word and the word nearest to it.
     """
     check_whole("sample", sample)
     distilled.check_table(student)
@@ -167,14 +142,13 @@ def distance_to_words(distilled: DistilledSet, student: Student, *, sample: int 
     allowed = allowed_tokens(student.tokenizer, len(table))
     free = distilled.embeds[distilled.free].to(table.device, table.dtype)
     ids = nearest_tokens(free, table, allowed=allowed)[0].squeeze(1)
-    # From the difference: the search's own distances lose digits where they are small.
+    # From the difference: the distances of the search lose digits where they are small.
     distances = (free - table[ids.to(table.device)]).float().norm(dim=1)
 
     words = allowed.nonzero().squeeze(1)
     words = words[torch.randperm(len(words), generator=generator("yardstick", seed))[:sample]]
-    near, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
-    others = torch.where(near[:, 0] == words, away[:, 1], away[:, 0])
-    return WordDistances(distances.cpu().numpy(), ids.numpy(), float(others.median()))
+    _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
+    return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
 
 
 def attention(student: Student, examples: DistilledSet | Batch, params: Params | None = None) -> np.ndarray:
@@ -191,54 +165,40 @@ def attention(student: Student, examples: DistilledSet | Batch, params: Params |
         in front).  Rows of present positions sum to 1; rows and columns of absent ones are 0.  That is
         examples · layers · heads · l² numbers: give a large set in parts.
     """
-    batch = _batch(examples, student)
-    kwargs = student._inputs(batch) | {"output_attentions": True}
-    with torch.no_grad(), _eager(student.module.config):
-        found = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).attentions
-    weights = torch.stack([layer.to(torch.promote_types(layer.dtype, torch.float32)) for layer in found], 1)
-    mask = batch["attention_mask"].to(student.device) != 0
+    if isinstance(examples, DistilledSet):
+        examples.check_table(student)
+        examples = {"inputs_embeds": examples.embeds, "attention_mask": examples.mask}
+    kwargs, config = student._inputs(examples) | {"output_attentions": True}, student.module.config
+    loaded_with, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        with torch.no_grad():
+            layers = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).attentions
+    finally:
+        config._attn_implementation = loaded_with
+    weights = torch.stack([layer.to(torch.promote_types(layer.dtype, torch.float32)) for layer in layers], 1)
+    mask = examples["attention_mask"].to(student.device) != 0
     if student.causal:
         _, source = student._to_the_right(mask)
-        back = source.argsort(1)  # where each position of the examples stands in the pass
-        rows = torch.arange(len(back), device=student.device)[:, None, None]
-        weights = weights.movedim((3, 4), (1, 2))[rows, back[:, :, None], back[:, None, :]].movedim((1, 2), (3, 4))
+        place = source.argsort(1)[:, None, None]  # where each position of the examples stands in the pass
+        weights = weights.take_along_dim(place[..., None], 3).take_along_dim(place[..., None, :], 4)
     present = mask[:, None, None, :, None] & mask[:, None, None, None, :]
     return (weights * present).cpu().numpy()
 
 
-def _batch(examples: DistilledSet | Batch, student: Student) -> Batch:
-    if isinstance(examples, DistilledSet):
-        examples.check_table(student)
-        return {"inputs_embeds": examples.embeds, "attention_mask": examples.mask}
-    return examples
-
-
-@contextlib.contextmanager
-def _eager(config) -> Iterator[None]:
-    """Attention that forms its weights; what the model was loaded with is put back."""
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def uniform_attention(mask, *, causal: bool = False) -> np.ndarray:
     """``[examples, 1, 1, l, l]``: equal weight on every present position (of those so far, if ``causal``): a yardstick."""
-    mask = _bool(mask)
-    seen = (mask[:, :, None] & mask[:, None, :])[:, None, None]
-    if causal:
-        seen = seen & np.tril(np.ones(seen.shape[-2:], dtype=bool))
-    return seen / seen.sum(-1, keepdims=True).clip(1)
+    mask = np.asarray(mask, dtype=bool)
+    visible = (mask[:, :, None] & mask[:, None, :])[:, None, None]
+    visible = np.tril(visible) if causal else visible
+    return visible / visible.sum(-1, keepdims=True).clip(1)
 
 
 def attention_entropy(weights, mask) -> np.ndarray:
-    """Entropy of each head's attention in nats, the mean over the positions that are there: 0 looks at one place, ln l at all.
+    """Entropy of each head's attention in nats, the mean over present positions: 0 looks at one place, ln l at all alike.
 
     Args:
         weights: ``[examples, layers, heads, l, l]``, as :func:`attention` returns them.
-        mask: ``[examples, l]``, the positions that are there.
+        mask: ``[examples, l]``, the present positions.
 
     Returns:
         ``[examples, layers, heads]``.
@@ -247,42 +207,26 @@ def attention_entropy(weights, mask) -> np.ndarray:
     return _mean(entr(weights).sum(-1), mask[:, None, None])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class AttentionShares:
-    """Where attention goes, each ``[examples, layers, heads]`` in 0..1.
-
-    ``special`` and ``content`` add up to 1; ``own``, ``previous`` and ``next`` position are parts of the same whole, cut the
-    other way.
-    """
-
-    special: np.ndarray
-    content: np.ndarray
-    own: np.ndarray
-    previous: np.ndarray
-    next: np.ndarray
-
-
 def attention_shares(weights, mask, special) -> AttentionShares:
-    """Where attention goes: means over the positions that are there (Clark et al., 2019, "What does BERT look at?").
+    """Where attention goes: means over present positions (Clark et al., 2019, "What does BERT look at?").
 
     Args:
         weights: ``[examples, layers, heads, l, l]``, as :func:`attention` returns them.
-        mask: ``[examples, l]``, the positions that are there.
-        special: ``[examples, l]``, those of them that hold special tokens (of a distilled set ``mask & ~free``).
+        mask: ``[examples, l]``, the present positions.
+        special: ``[examples, l]``, the positions with special tokens (of a distilled set ``mask & ~free``).
 
     Returns:
-        Shares of the weight; those of the previous and the next position are means over the positions that have one.
+        Shares of the weight, each ``[examples, layers, heads]`` in 0..1.  ``special`` and ``content`` add up to 1; ``own``,
+        ``previous`` and ``next`` position are parts of the same whole, cut the other way.  Shares of the previous and of the
+        next position are means over the positions that have one.
     """
     weights, mask = _weights(weights, mask)
-    special = _bool(special) & mask
-    l = mask.shape[1]
+    special = np.asarray(special, dtype=bool) & mask
 
     def at(offset: int) -> np.ndarray:
         """The mean weight on the position ``offset`` further on."""
-        queries = slice(max(0, -offset), l - max(0, offset))
-        keys = slice(max(0, offset), l - max(0, -offset))
-        both = mask[:, queries] & mask[:, keys]
-        return _mean(np.diagonal(weights, offset, axis1=-2, axis2=-1), both[:, None, None])
+        present = np.diagonal(mask[:, :, None] & mask[:, None, :], offset, axis1=1, axis2=2)
+        return _mean(np.diagonal(weights, offset, axis1=-2, axis2=-1), present[:, None, None])
 
     def on(keys: np.ndarray) -> np.ndarray:
         return _mean((weights * keys[:, None, None, None, :]).sum(-1), mask[:, None, None])
@@ -290,83 +234,59 @@ def attention_shares(weights, mask, special) -> AttentionShares:
     return AttentionShares(on(special), on(mask & ~special), at(0), at(-1), at(1))
 
 
-def _bool(values) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values) != 0
-
-
 def _weights(weights, mask) -> tuple[np.ndarray, np.ndarray]:
-    weights, mask = np.asarray(weights, dtype=np.float64), _bool(mask)
+    weights, mask = np.asarray(weights, dtype=np.float64), np.asarray(mask, dtype=bool)
     if weights.ndim != 5 or weights.shape[0] != len(mask) or weights.shape[3:] != (mask.shape[1],) * 2:
         raise ValueError(
             f"weights of shape {weights.shape} do not fit a mask of shape {mask.shape}; they must be "
-            "[examples, layers, heads, l, l] and [examples, l], as views.attention and the set's mask are"
+            "[examples, layers, heads, l, l] and [examples, l], as measures.attention and the set's mask are"
         )
     return weights, mask
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is ``where``; 0 where there is nothing."""
+    """The mean over the last axis of the values selected by ``where``; 0 where none is."""
     return (values * where).sum(-1) / where.sum(-1).clip(1)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class History:
-    """A set through its s snapshots.
-
-    Attributes:
-        steps: ``[s]``, outer steps made at each (0, 1, 2, … where the sets do not say).
-        free: ``[m, l]``, the positions that are learned; the others stay.
-        moved: ``[s, m, l]``, Euclidean distance of each position from where it was at the first.
-        tokens: ``[s, m, l]``, the id of the nearest word of each free position, -1 elsewhere.
-        flipped: ``[s, m, l]``, whether that word is another than at the snapshot before; False at the first.
-        labels: ``[s, m, c]``, the label probabilities, or None without soft labels.
-    """
-
-    steps: np.ndarray
-    free: np.ndarray
-    moved: np.ndarray
-    tokens: np.ndarray
-    flipped: np.ndarray
-    labels: np.ndarray | None
-
-    @property
-    def away(self) -> np.ndarray:
-        """``[s]``, the share of free positions whose nearest word is another than at the first snapshot."""
-        return (self.tokens != self.tokens[0])[:, self.free].mean(1)
-
-
 def history(snapshots: Sequence[DistilledSet | str | Path], student: Student) -> History:
-    """How a set moved from its first snapshot on, which words its positions passed through, and what its labels did.
+    """How a set moved from its first snapshot on, which words its positions passed through, and how its labels changed.
 
     Args:
-        snapshots: two or more states of one set in order, as sets (``distiller.distilled`` is a copy) or folders of saved
-            sets.
-        student: whose words they are near to.
+        snapshots: two or more states of one set in order, as sets (``distiller.distilled`` is a copy) or files of saved sets.
+        student: the model whose words are the nearest ones.
+
+    Returns:
+        ``steps [s]``, outer steps made at each snapshot (0, 1, 2, … where the sets do not record them);
+        ``free [m, l]``, the learned positions;
+        ``moved [s, m, l]``, Euclidean distance of each position from where it was at the first snapshot;
+        ``tokens [s, m, l]``, the id of the nearest word of each free position, -1 elsewhere;
+        ``flipped [s, m, l]``, whether that word differs from the one at the snapshot before, False at the first;
+        ``away [s]``, the share of free positions whose nearest word differs from the one at the first snapshot;
+        ``labels [s, m, c]``, the label probabilities, or None without soft labels.
 
     Raises:
         ValueError: fewer than two snapshots, snapshots that are not of one set, or not in ``student``'s embedding space.
     """
     sets = [s if isinstance(s, DistilledSet) else DistilledSet.load(s) for s in snapshots]
     if len(sets) < 2:
-        raise ValueError(f"a history needs two snapshots at least, not {len(sets)}; keep distiller.distilled while it runs")
-    first = sets[0]
-    for place, one in enumerate(sets):
-        one.check_table(student)
-        if one.embeds.shape != first.embeds.shape or not torch.equal(one.free, first.free):
-            raise ValueError(
-                f"snapshot {place} is of another set: embeddings {tuple(one.embeds.shape)} and {int(one.free.sum())} free "
-                f"positions, where the first has {tuple(first.embeds.shape)} and {int(first.free.sum())}"
-            )
-    tokens = torch.full((len(sets), *first.free.shape), -1)
+        raise ValueError(f"a history needs at least two snapshots, not {len(sets)}; keep distiller.distilled while it runs")
+    first, free = sets[0], sets[0].free
+    for place, snapshot in enumerate(sets):
+        snapshot.check_table(student)
+        if snapshot.embeds.shape != first.embeds.shape or not torch.equal(snapshot.free, free):
+            raise ValueError(f"snapshot {place} is of another set: its embeddings {tuple(snapshot.embeds.shape)} or learned "
+                             f"positions differ from those of snapshot 0, {tuple(first.embeds.shape)}")
+    embeds = torch.stack([snapshot.embeds for snapshot in sets])
     allowed = allowed_tokens(student.tokenizer, len(student.embedding))
-    for place, one in enumerate(sets):
-        tokens[place, first.free] = nearest_tokens(one.embeds[one.free], student.embedding, allowed=allowed)[0].squeeze(1)
-    steps = [one.meta.get("recipe", {}).get("outer_steps", place) for place, one in enumerate(sets)]
+    tokens = torch.full(embeds.shape[:3], -1)
+    tokens[:, free] = nearest_tokens(embeds[:, free].flatten(0, 1), student.embedding, allowed=allowed)[0].view(len(sets), -1)
     return History(
-        steps=np.array(steps),
-        free=first.free.numpy(),
-        moved=torch.stack([(one.embeds - first.embeds).norm(dim=-1) for one in sets]).numpy(),
+        steps=np.array([s.meta.get("recipe", {}).get("outer_steps", place) for place, s in enumerate(sets)]),
+        free=free.numpy(),
+        moved=(embeds - first.embeds).norm(dim=-1).numpy(),
         tokens=tokens.numpy(),
-        flipped=torch.cat([torch.zeros_like(first.free)[None], tokens[1:] != tokens[:-1]]).numpy(),
-        labels=torch.stack([one.targets.softmax(-1) for one in sets]).numpy() if first.soft else None,
+        flipped=np.diff(tokens, axis=0, prepend=tokens[:1]) != 0,
+        away=(tokens != tokens[0])[:, free].double().mean(1).numpy(),
+        labels=torch.stack([s.targets.softmax(-1) for s in sets]).numpy() if first.soft else None,
     )

@@ -12,9 +12,10 @@ meta-gradient.  The outer loss is a fixed random linear function of the paramete
 the unroll alone is measured; what a real outer batch costs stands apart.  Plain training and a contender take turns
 (A B A B ...), and the median of the ratios is reported: a noisy neighbour slows both.
 
-*Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`).  Tensors shaped like a trained parameter
-are counted apart, in sets of parameters: parameters kept for the way back, gradients, cotangents.  So are the gradients
-of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations and what autograd saves of them.
+*Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`); on a GPU, the allocator's peak.  Tensors
+shaped like a trained parameter are counted apart, in sets of parameters: parameters kept for the way back, gradients,
+cotangents.  So are the gradients of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations
+and what autograd saves of them.
 
 *Error* and *cosine* compare the gradient of the examples with ``StoreAll``'s, inner step by inner step, for the loss on a
 real outer batch.
@@ -50,7 +51,8 @@ from torch import Tensor
 
 import distillkit as dk
 from distillkit.core.inner import Phi
-from distillkit.core.metagrad import Contribution, compare, update_vjp
+from distillkit.core.metagrad import compare, step_contributions, update_vjp
+from distillkit.core.objectives import trained_loss
 from distillkit.core.problem import MetaGradient, Problem, outer_loss_and_grads
 from distillkit.core.student import Params, Student
 from distillkit.experiments.results import read, with_tables, write
@@ -207,24 +209,6 @@ CONTENDERS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """Contributions that were computed before, in the place of a strategy."""
-
-    loss: float
-    steps: list
-
-    def contributions(self, problem: Problem, start: int, stop: int):
-        """See :meth:`distillkit.core.metagrad.StoreAll.contributions`."""
-        return self.loss, iter(self.steps)
-
-    @classmethod
-    def of(cls, strategy, problem: Problem) -> Known:
-        """Those of ``strategy``, in memory of their own (a view would keep its graph alive)."""
-        loss, steps = strategy.contributions(problem, 0, len(problem.rows))
-        return cls(loss, [Contribution(t, Phi(*(d.clone() for d in phi.tensors())), size.clone()) for t, phi, size in steps])
-
-
 # The problem ---------------------------------------------------------------------------------------------------------
 
 
@@ -279,22 +263,26 @@ def seconds(device: torch.device, work: Callable, *args) -> float:
 
 def live_bytes(contender: Contender, problem: Problem) -> dict[str, float]:
     """Peak of live bytes: in all, without what is counted apart (``activations``), and the number of parameter ``sets``."""
-    shapes = [p.shape for p in problem.params.values()]
-    with LiveBytes(problem.student.device, apart=shapes) as live:
+    device, shapes = problem.student.device, [p.shape for p in problem.params.values()]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with LiveBytes(apart=shapes) as live:
         contender.run(problem)
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else live.total.peak
     kept = len(problem.rows) * _size(problem.phi().tensors()) if contender.keeps_phi else 0
     sets = live.apart.peak / _size(problem.params.values())
-    return {"bytes": live.peak, "activations": live.rest.peak - kept, "kept_examples": kept, "sets": round(sets, 2)}
+    return {"bytes": peak, "activations": live.rest.peak - kept, "kept_examples": kept, "sets": round(sets, 2)}
 
 
 def _size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def accuracy_of(contender: Contender, problem: Problem, oracle: Known) -> dict[str, list]:
-    """Cosine and relative error with respect to ``oracle``, and its share of the largest contribution, by inner step."""
-    found = compare(contender.run, oracle, problem)
-    return {key: [_rounded(step[key]) for step in found] for key in ("cosine", "error", "share")}
+def accuracy_of(contributions: Tensor, exact: Tensor) -> dict[str, list]:
+    """Cosine and relative error with respect to ``exact``, and its share of the largest contribution, by inner step."""
+    steps = compare(contributions, exact)
+    return {key: [_rounded(step[key]) for step in steps] for key in ("cosine", "error", "share")}
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -324,19 +312,18 @@ def timed(problems: dict[str, Problem], contenders: list[Contender], repeats: in
     return rows
 
 
-def examined(contender: Contender, problem: Problem, oracle: Known) -> dict:
+def examined(contender: Contender, problem: Problem, exact: Tensor) -> dict:
     """One contender's bytes and accuracy; this is its warm-up, too."""
     row = live_bytes(contender, with_linear_outer(problem))
     if contender.peer:
-        total = sum(c.phi.embeds for c in oracle.steps)
-        return row | {"total_error": _rounded(difference(contender.run(problem).embeds, total))}
-    return row | accuracy_of(contender, problem, oracle)
+        return row | {"total_error": _rounded(difference(contender.run(problem).embeds, exact.sum(0)))}
+    return row | accuracy_of(step_contributions(contender.run, problem), exact)
 
 
 def at_steps(task: dk.Task, students: dict[str, Student], steps: int, settings: dict) -> list[dict]:
     """The rows of the table for one T: one a contender, with ``failed`` in place of figures where it could not run."""
     problems = {name: real_problem(task, student, steps, settings) for name, student in students.items()}
-    oracle, rows, able = Known.of(dk.StoreAll(), problems["eager"]), {}, []
+    exact, rows, able = step_contributions(dk.StoreAll(), problems["eager"]), {}, []
     for contender in CONTENDERS:
         row = rows[contender.name] = {"contender": contender.name, "steps": steps, "attention": contender.attention}
         row["peer"] = contender.peer
@@ -344,7 +331,7 @@ def at_steps(task: dk.Task, students: dict[str, Student], steps: int, settings: 
             row["failed"] = "not installed"
             continue
         try:
-            row |= examined(contender, problems[contender.attention], oracle)
+            row |= examined(contender, problems[contender.attention], exact)
             able.append(contender)
         except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory, or no derivative of its kind
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -472,15 +459,17 @@ def measure_accuracy(run: Run) -> None:
 def differences(task: dk.Task, student: Student, steps: int, settings: dict) -> list[dict]:
     """Differences of each kind with every ``change`` on one problem."""
     problem = real_problem(task, student, steps, settings)
-    oracle, rows = Known.of(dk.Replay(), problem), []  # Replay is exact, and 32 graphs need not fit into memory
+    exact, rows = step_contributions(dk.Replay(), problem), []  # Replay is exact, and 32 graphs need not fit into memory
+    loss = _rounded(trained_loss(problem))
     for way, central in WAYS.items():
         for change in settings["changes"]:
-            contender = Contender("", dk.ForwardDifference(central=central, change=change))
+            strategy = dk.ForwardDifference(central=central, change=change)
             row = {"step_size": settings["step_size"], "steps": steps, "way": way, "change": change}
-            rows.append(row | {"loss": _rounded(oracle.loss)} | accuracy_of(contender, problem, oracle))
-    again = Known.of(dk.Replay(), nudged(problem))
-    row = {"step_size": settings["step_size"], "steps": steps, "way": NUDGED, "change": None, "loss": _rounded(again.loss)}
-    return [*rows, row | accuracy_of(Contender("", again), problem, oracle)]
+            rows.append(row | {"loss": loss} | accuracy_of(step_contributions(strategy, problem), exact))
+    moved = nudged(problem)
+    row = {"step_size": settings["step_size"], "steps": steps, "way": NUDGED, "change": None}
+    row["loss"] = _rounded(trained_loss(moved))
+    return [*rows, row | accuracy_of(step_contributions(dk.Replay(), moved), exact)]
 
 
 def nudged(problem: Problem) -> Problem:
