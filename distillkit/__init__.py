@@ -19,6 +19,7 @@ import importlib
 
 from distillkit.io.version import __version__ as __version__
 
+# The public names by the module that defines them, in the order in which a distillation uses them.
 _HOMES = {
     # a corpus as a task, a model as a student
     "data.load": ("load_task",),
@@ -34,12 +35,13 @@ _HOMES = {
     # how a gradient flows back through it
     "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated"),
     "core.problem": ("MetaGradient",),
-    # what a set is learned by, and the outer loop
+    # the outer loop: the objective that a set is learned by, and its optimisation
     "core.objectives": ("BPTT", "TrajectoryMatching", "meta_gradient", "search_step_size"),
     "core.experts": ("Experts", "record_experts"),
-    "core.estimate": ("Estimate", "estimate", "recommend"),
     "core.distiller": ("Distiller", "StepRecord"),
-    # honest scores, and real examples to compare with
+    # which strategy suits a student, and what a distillation will cost
+    "core.estimate": ("Estimate", "estimate", "recommend"),
+    # scores of a set, and selected real examples to compare with
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "evaluation.recipes": ("Fixed", "Own", "Standard", "Tuned"),
     "evaluation.selection": ("select",),
@@ -50,12 +52,12 @@ _HOMES = {
     "text.swaps": ("SwapSearch",),
     "text.relaxed": ("relax_tokens",),
     "text.sentences": ("nearest_sentences", "search_sentences"),
-    # what a finished set is used for
+    # uses of a finished set: other models, prompts, a description of its text, publishing
     "applications.transfer": ("retokenize", "transfer"),
     "applications.prompting": ("FewShot", "few_shot", "questions"),
     "applications.wording": ("Wording", "describe_text", "wording_table"),
     "applications.publish": ("from_hub", "push_to_hub"),
-    # the ground: errors, random streams, sizes of the notebooks
+    # errors of storage, seeds of random streams, sizes of the notebooks
     "io.storage": ("StorageError",),
     "io.seeds": ("derive_seed",),
     "view.scale": ("scale",),

@@ -12,7 +12,7 @@ from distillkit.applications import merging
 from distillkit.applications.processes import team
 from distillkit.applications.publish import card, load_published, save_published
 from distillkit.applications.trainer import Examples
-from distillkit.core.objectives import bound_step_sizes
+from distillkit.core.problem import bound_step_sizes
 from distillkit.view import widgets
 from distillkit.view.measures import attention, distance_to_words, history
 

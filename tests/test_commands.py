@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import yaml
@@ -176,9 +177,9 @@ def test_fresh_leaves_what_distillkit_did_not_write(copy, capsys):
     assert dk.DistilledSet.load(copy / "tiny" / "set").meta["recipe"]["outer_steps"] == 1
     (copy / "tiny" / "set").write_text("mine")
     before = contents(copy)
-    for fresh in ([], ["--fresh"]):
+    for fresh, message in (([], "will not overwrite"), (["--fresh"], "will not start over at")):
         assert call("distil", "--name", "tiny", "--outer-steps", 1, "--work", copy, *fresh) == 2
-        assert "tiny/set" in capsys.readouterr().err and contents(copy) == before
+        assert f"{message} {copy / 'tiny' / 'set'}" in capsys.readouterr().err and contents(copy) == before
 
 
 def test_a_folder_of_the_users_is_not_touched(tmp_path, standin_hub, monkeypatch, capsys):
@@ -431,7 +432,7 @@ def test_verify_names_every_file_and_every_harm(work, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line[12:].removeprefix(f"{runs}/") for line in lines if line.startswith("ok ")} == {
         "published: files of SHA256SUMS", "published/set.safetensors: distilled-set", "tiny/checkpoint: distiller-checkpoint",
-        "tiny/checkpoint.log.jsonl: 3 lines", "tiny/scores.jsonl: 1 lines", "tiny/set: distilled-set",
+        "tiny/checkpoint.log.jsonl: 3 lines", f"tiny/scores.jsonl: {len(scores(work))} lines", "tiny/set: distilled-set",
         f"tiny/settings.yaml: text, {len(dataclasses.fields(Work)) + 3} lines", "tiny/text: distilled-set"}
     others = [line for line in lines if line.startswith("not checked")]
     assert [line.split(": ")[0].rpartition("/")[2] for line in others] == ["link", "notes.txt", "README.md"]
@@ -462,6 +463,12 @@ def test_verify_checks_a_single_file_results_and_indexes(work, world, tmp_path, 
     assert call("verify", tmp_path) == 1
     out = capsys.readouterr().out
     assert "names expert-000/0001.safetensors, which is missing" in out and "2 DAMAGED" in out
+
+
+@pytest.mark.parametrize("head", ["{", "[]", '{"kind": 3}', "[" * 100_000])
+def test_verify_stands_any_header(tmp_path, head):
+    (tmp_path / "set").write_bytes(safetensors.torch.save({}, {"distillkit": head}))
+    assert call("verify", tmp_path) == 1
 
 
 def test_nothing_of_strangers_reaches_the_terminal_raw(work, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 import distillkit as dk
 from distillkit.core.inner import from_recipe
-from distillkit.core.objectives import inner_problem
+from distillkit.core.problem import inner_problem
 from distillkit.evaluation.recipes import Plan
 from distillkit.evaluation.scoring import classified
 

@@ -18,6 +18,7 @@ from distillkit.core.experts import Experts, record_experts
 from distillkit.experiments.results import read, write
 from distillkit.experiments.runner import Cell, Run
 from distillkit.experiments.settings import Settings
+from distillkit.io.checkpoint import Checkpoint
 from distillkit.io.files import read_file, write_file
 from distillkit.io.restart import started
 from distillkit.io.signals import ENDING, Ended, ending_signals
@@ -52,6 +53,47 @@ def test_a_file_killed_at_every_stage_of_its_replacement(tmp_path):
         write(stage)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "settings.yaml"]
     assert len(seen) > 6
+
+
+@dataclasses.dataclass
+class Addition:
+    step: int
+    loss: float
+
+
+class Adding:
+    """A run whose state after a step is the sum of all steps."""
+
+    def __init__(self):
+        self.records, self.total = [], torch.tensor(0)
+
+    def make_step(self, n):
+        self.total = self.total + len(self.records) + 1
+        self.records = [*self.records, Addition(len(self.records) + 1, 0.5)]
+        return self.records[-1]
+
+    def state(self):
+        return {"total": self.total}, {}
+
+    def restore(self, tensors, data, records):
+        self.total, self.records = tensors["total"], [Addition(**fields) for fields in records]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_killed_at_every_stage_can_be_taken_up(tmp_path, every):
+    """Also while it is being taken up, when the log is written anew."""
+    def checkpoint():
+        return Checkpoint(tmp_path / "run", kind="test", settings={"every": every}, every=every, activity="adding")
+
+    saved = [0]
+    for _ in at_every_stage(lambda: list(checkpoint().steps(Adding(), 12)), tmp_path):
+        run = Adding()
+        checkpoint().resume(run)
+        saved.append(len(run.records))
+        assert saved[-1] >= saved[-2] and int(run.total) == sum(range(saved[-1] + 1))
+    assert len(saved) > 6 and max(saved) > 0
+    checkpoint().resume(run := Adding())
+    assert [record.step for record in run.records] == list(range(1, 13)) and int(run.total) == 78
 
 
 def test_publishing_leaves_what_is_not_its_own(start, tmp_path):

@@ -164,7 +164,7 @@ def test_the_settings_that_come_with_the_kit(path):
     ({"sets": SETS | {"kind": "poetry"}}, "kind of sets must be one of text, instruction"),
     ({"sets": SETS | {"swap_step": 2}}, "sets: unknown setting 'swap_step'"),
     ({"sets": SETS | {"student": "gpt2"}}, "sets: unknown setting 'student'"),
-    ({"sets": {"kind": "text"}}, "sets: the setting 'corpus' is missing"),
+    ({"sets": {"kind": "text"}}, "the setting 'corpus' is missing"),
     ({"sets": SETS | {"candidates": 0}}, "candidates must be"),
     ({"sets": "text"}, "sets must be a valid dictionary"),
     ({"rows": ["roberta-base/full"]}, "rows must hold at least one"),

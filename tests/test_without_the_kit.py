@@ -11,6 +11,7 @@ import yaml
 
 import distillkit as dk
 from distillkit.applications.publish import save_published
+from distillkit.io.version import __version__
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,7 @@ def test_a_published_set_is_read_without_the_kit(world, tmp_path, kind):
 
 def test_the_citation_names_this_version_and_both_source_works():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__
     assert citation["license"] == "Apache-2.0" and citation["authors"] == [{"name": "the distillkit authors"}]
     titles = [reference["title"] for reference in citation["references"]]
     assert titles == ["Transferable text data distillation by trajectory matching",

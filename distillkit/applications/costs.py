@@ -1,17 +1,16 @@
-"""What a distilled set costs, and when it has paid for itself.
+"""What a distilled set costs, and after how many trainings it has paid for itself.
 
-Three accounts, and one opponent for each:
+Three costs, each beside an alternative:
 
-* **Compute.**  Distilling is dear and training on its outcome cheap, so the question is after how many trainings the one
-  has paid for the other (:func:`break_even`).  The opponent is training on everything each time.
-* **Bits.**  A learned embedding is as long as hundreds of words, so a handful of examples is not a small thing.  The
-  opponent is text under an ordinary compressor (:func:`text_bytes`), as many real rows of it as reach the same accuracy
-  (:func:`rows_needed`).
-* **Accuracy at equal budget.**  The opponent is as many random real sentences (:func:`over_random`).
+* **Compute.**  Distilling is expensive and training on a distilled set is cheap.  :func:`break_even` is the number of
+  trainings after which distilling has cost less than training on all data each time.
+* **Bits.**  A learned embedding takes as many bytes as hundreds of words.  The alternative is compressed text
+  (:func:`text_bytes`): as many real rows as reach the same accuracy (:func:`rows_needed`).
+* **Accuracy at equal budget.**  The alternative is the same number of random real sentences (:func:`over_random`).
 
 FLOPs are counted by ``torch.utils.flop_counter``: two for each multiplication with its addition in matrix products and
-attention, nothing for the rest, which is what papers count too.  Scoring on the test split is left out on both sides, and
-so is the search for settings.  Seconds belong to the machine that a result names; FLOPs do not.
+attention, and none for the rest, as in papers.  Scoring on the test split and the search for settings are not counted on
+either side.  Seconds depend on the machine that a result names; FLOPs do not.
 """
 
 from __future__ import annotations
@@ -47,14 +46,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 def distilling_flops(distilled: DistilledSet, objective, steps: int, *, sample: int = 1, seed: int = 0) -> int:
-    """Floating-point operations of ``steps`` outer steps, from a few that are made and counted.
+    """Floating-point operations of ``steps`` outer steps, extrapolated from the first few, which are computed and counted.
 
     Args:
-        distilled: the set at the start (or at any step; its values do not matter, its shape does).
-        objective: what it is learned by.  An outer step is one meta-gradient of it; Adam's own arithmetic is not counted.
-        sample: steps to count; they differ with the lengths of the real sentences they draw.  Where experts are followed,
-            recording them comes on top.
-        seed: of the distillation whose first steps these are.
+        distilled: the set at any step; its shape counts, and its values do not.
+        objective: what the set is learned by.  An outer step is one meta-gradient; Adam's own arithmetic is not counted, nor
+            is the recording of experts.
+        steps: outer steps.
+        sample: how many steps to count; they differ in the lengths of the real sentences that they draw.
+        seed: the seed of the distillation.
     """
     check_whole("steps", steps)
     check_whole("sample", sample)
@@ -73,15 +73,15 @@ def distilling_flops(distilled: DistilledSet, objective, steps: int, *, sample: 
 
 
 def break_even(distilling: float, full: float, distilled: float) -> float:
-    """The number of trainings after which distilling has cost no more than training on everything each time would have.
+    """The number of trainings after which distilling has cost no more than training on all data each time.
 
     Args:
         distilling: cost of distilling, once.
         full: cost of one training on all data.
-        distilled: cost of one training on the distilled set; all three in one unit, FLOPs or seconds.
+        distilled: cost of one training on the distilled set.  All three are in one unit, FLOPs or seconds.
 
     Returns:
-        the least n with ``distilling + n·distilled ≤ n·full``; infinite where a training on the set is not the cheaper one.
+        the least n with ``distilling + n·distilled ≤ n·full``; infinity where training on the set is not cheaper.
 
     Raises:
         ValueError: a cost below 0.
@@ -98,9 +98,8 @@ def text_bytes(rows: Iterable[tuple[str, int]], codec: str = "lzma") -> int:
     """Bytes of labelled text under a compressor.
 
     Args:
-        rows: (text, label) pairs; a training set has no order, so they are sorted, which a compressor is glad of.
-        codec: ``"none"``, ``"zlib"`` or ``"lzma"``.  What the reader has to know besides, the codec and its settings, is
-            not counted.
+        rows: (text, label) pairs.  They are sorted: order carries no information, and sorted text compresses better.
+        codec: ``"none"``, ``"zlib"`` or ``"lzma"``; the codec and its settings, which a reader must know, are not counted.
     """
     check_choice("codec", codec, CODECS)
     lines = sorted((label, text) for text, label in rows)
@@ -108,16 +107,16 @@ def text_bytes(rows: Iterable[tuple[str, int]], codec: str = "lzma") -> int:
 
 
 def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "none") -> int:
-    """Bytes of a distilled set under a compressor, as its reader needs it.
+    """Bytes of a distilled set under a compressor.
 
     Args:
-        dtype: of the numbers, ``"float32"`` or ``"float16"``: embeddings, soft labels, step sizes.  Whether the set still
-            trains as well in half the bits is for :func:`as_float16` and an evaluation to say.
+        dtype: type of embeddings, soft labels and step sizes, ``"float32"`` or ``"float16"``.  To see whether the set trains
+            as well in half the bits, evaluate :func:`as_float16`.
         codec: ``"none"``, ``"zlib"`` or ``"lzma"``.
 
     Returns:
-        for embeddings in float32 without a codec ``distilled.nbytes``; a set of tokens counts as its text, not as the
-        four bytes a token that ``nbytes`` takes.
+        for float32 embeddings without a codec ``distilled.nbytes``.  A set of tokens counts as its text, and not as the
+        four bytes per token of ``nbytes``.
     """
     check_choice("dtype", dtype, DTYPES)
     check_choice("codec", codec, CODECS)
@@ -134,7 +133,7 @@ def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "
 
 
 def as_float16(distilled: DistilledSet) -> DistilledSet:
-    """The set with its numbers rounded to what float16 can hold; kept in the type they had."""
+    """The set with its numbers rounded to float16 and stored in their original type."""
 
     names = ["embeds"] + ["targets"] * distilled.soft + ["step_sizes"] * (distilled.step_sizes is not None)
     halves = {name: getattr(distilled, name).half().to(getattr(distilled, name).dtype) for name in names}
@@ -142,15 +141,15 @@ def as_float16(distilled: DistilledSet) -> DistilledSet:
 
 
 def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
-    """How many real examples reach an accuracy, read off a measured curve.
+    """How many real examples reach an accuracy, interpolated on a measured curve.
 
     Args:
-        accuracy: to be reached.
+        accuracy: the accuracy to reach.
         curve: number of examples → accuracy when training on that many.
 
     Returns:
-        the number where the curve, drawn straight between its points over the logarithm of the number, first comes to
-        ``accuracy``; its smallest number where that is enough, infinity where its largest is not.
+        the number where the curve, linear in the logarithm of the number between its points, first reaches ``accuracy``; its
+        smallest number where that is enough, infinity where its largest is not.
     """
     points = sorted(curve.items())
     if not points:
@@ -175,11 +174,11 @@ def random_rows(task: Task, examples: int, seed: int = 0) -> list[tuple[str, int
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """What one row of a result has on another, both with the same number of examples and tokens.
+    """The gain of one row of a result over another with the same number of examples and tokens.
 
     Attributes:
-        points: difference of their mean accuracies.
-        of_the_way: ``points`` as a share of what the full data has on the other; nan where that is not measured, or nothing.
+        points: difference of the mean accuracies.
+        of_the_way: ``points`` as a share of the gain of the full data; nan where that is not measured, or not positive.
     """
 
     points: float
@@ -187,7 +186,7 @@ class Gain:
 
 
 def over_random(rows: Mapping[str, Mapping], row: str, base: str = "random/tuned") -> Gain:
-    """What a row gains on random real sentences.
+    """The gain of a row over random real sentences.
 
     Args:
         rows: by name, of a result, or ``vars(evaluation)``: ``mean`` and ``examples`` of each.

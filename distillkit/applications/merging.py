@@ -1,24 +1,23 @@
-"""Sets that were distilled apart, put together: merging, memory for a stream of tasks, and bringing knowledge up to date.
+"""Joining sets that were distilled apart: merging, replay in a stream of tasks, and exchanging a part of a set.
 
-A distilled set stands for a corpus, so what one does with corpora can be asked of sets: join two, keep one when its
-corpus is gone, exchange one for another.  None of it is given.  A set was learned to be trained on *alone*, by its own
-few steps, for its own classes.
+A distilled set stands for a corpus, so sets can be joined, replayed when their corpus is gone, and exchanged.  None of this
+works by itself: a set was learned to be trained on *alone*, by its own few steps, for its own classes.
 
-What joining does (:func:`merge`):
+:func:`merge` joins sets like this:
 
-* *Classes* are told by their names: sets of the same classes share them, others are put side by side (:func:`united` does
+* *Classes* are matched by name: sets of the same classes share them, other classes are put side by side (:func:`united` does
   the same with tasks).
-* *Label vectors* are extended in log space.  To an example of one task the classes of another are wrong answers, so they
-  get no probability: a logit 30 below the example's own mass (``foreign`` gives them a share instead).  Among its own
-  classes the vector stays as it was learned, temperature and all.
-* *Step sizes.*  The loss of a merged set is a mean over all examples, in which a set's gradient counts by its share.  So
-  step sizes add up, t by t: where all sets have the same size, each one's gradient is followed as far as when it was
-  alone.  Now the sets pull at one network together, and that may be too far: :func:`rescaled` finds a common factor on the
-  validation split.  Sets whose recipes differ in more than step sizes keep none when merged, and train as real text does.
+* *Soft labels* are extended in log space.  For an example of one task the classes of another are wrong answers.  They get a
+  logit 30 below the example's own mass, which is no probability, or the share ``foreign``.  Among its own classes the label
+  stays as it was learned.
+* *Step sizes* add up, step by step.  The loss of a merged set is a mean over all examples, in which the gradient of a set
+  counts by its share; so the sum follows each gradient as far as when its set was alone, where all sets have the same size.
+  All sets move one network now, and that may be too far: :func:`rescaled` finds a common factor on the validation split.
+  Sets whose recipes differ in more than step sizes have no recipe when merged, and train as real text does.
 
-A *stream* of tasks, each trained on when those before it are gone but for what a memory holds (:func:`continual`), is
-judged by the accuracies R[k, j] on task j after task k (Lopez-Paz & Ranzato, 2017, "Gradient episodic memory"; Chaudhry et
-al., 2018, "Riemannian walk for incremental learning"); see :class:`Stream`.
+In a *stream* (:func:`continual`) a student trains on one task after the other, and of earlier tasks only a memory is left.
+The measure is the accuracy R[k, j] on task j after task k (Lopez-Paz & Ranzato, 2017, "Gradient episodic memory"; Chaudhry
+et al., 2018, "Riemannian walk for incremental learning"); see :class:`Stream`.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
-from distillkit.core.objectives import bound_step_sizes, equal_step_sizes
 from distillkit.core.optimizers import AdamW, Optimizer
+from distillkit.core.problem import bound_step_sizes, equal_step_sizes
 from distillkit.core.student import Student
 from distillkit.data.corpus import SPLITS
 from distillkit.data.tasks import Task, task_of_rows
@@ -72,9 +71,12 @@ def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task
     for name in names:
         check_choice(f"a class of {task.name!r}", name, task.classes)
     new = tuple(dict.fromkeys(names.values()))
+    if len(new) < 2:
+        raise ValueError(f"a task needs two classes or more, not {', '.join(new) or 'none'}")
     label = {task.classes.index(old): new.index(name) for old, name in names.items()}
     rows = {split: [(text, label[y]) for text, y in _pairs(task, split) if y in label] for split in SPLITS}
-    return _task(f"{task.name}[{', '.join(new)}]", new, rows, task, f"{task.origin}; of it the classes {', '.join(names)}")
+    return task_of_rows(f"{task.name}[{', '.join(new)}]", new, rows, max_length=task.max_length,
+                        origin=f"{task.origin}; of it the classes {', '.join(names)}")
 
 
 def united(*tasks: Task) -> Task:
@@ -90,17 +92,12 @@ def united(*tasks: Task) -> Task:
     classes = _all_classes(task.classes for task in tasks)
     label = [[classes.index(name) for name in task.classes] for task in tasks]
     rows = {split: [(text, label[k][y]) for k, task in enumerate(tasks) for text, y in _pairs(task, split)] for split in SPLITS}
-    return _task(" + ".join(t.name for t in tasks), classes, rows, tasks[0], " + ".join(t.origin for t in tasks))
+    return task_of_rows(" + ".join(task.name for task in tasks), classes, rows, max_length=tasks[0].max_length,
+                        origin=" + ".join(task.origin for task in tasks))
 
 
 def _pairs(task: Task, split: str) -> Iterable[tuple[str, int]]:
     return zip(task.split(split)["text"][:], task.labels(split).tolist(), strict=True)
-
-
-def _task(name: str, classes: tuple[str, ...], rows: dict, like: Task, origin: str) -> Task:
-    if len(classes) < 2:
-        raise ValueError(f"a task needs two classes or more, not {', '.join(classes) or 'none'}")
-    return task_of_rows(name, classes, rows, max_length=like.max_length, origin=origin)
 
 
 def _all_classes(groups: Iterable[Sequence[str]]) -> tuple[str, ...]:
@@ -152,7 +149,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
 
 
 def _check_one_table(sets: Sequence[DistilledSet]) -> None:
-    """Raise ValueError unless all sets were made with one student, as far as they say: its name, its table, its width."""
+    """Raise ValueError unless all sets have the same student, embedding table and width, as far as they are known."""
     names = {str(s.meta.get("student")) for s in sets}
     tables = {s.meta["table_sha256"] for s in sets if s.meta.get("table_sha256")}
     widths = {s.embeds.shape[-1] for s in sets}
@@ -169,7 +166,7 @@ def _of_parts(parts: list[dict], tensors: dict[str, Any], meta: dict) -> Distill
 
 
 def _parts(distilled: DistilledSet) -> list[dict]:
-    """Whose the examples are, as JSON values: of each part its source, its size, and how it was trained on alone."""
+    """The parts of a set as JSON values: source, number of examples, recipe and step sizes of each."""
     if "parts" in distilled.meta:
         return distilled.meta["parts"]
     recipe = distilled.meta.get("recipe")
@@ -221,7 +218,7 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
 
 
 def replaced(merged: DistilledSet, source: str, new: DistilledSet, *, foreign: float = 0.0) -> DistilledSet:
-    """A merged set in which another takes the place of one source: knowledge brought up to date without distilling again.
+    """A merged set in which another set replaces one source, without distilling again.
 
     Args:
         merged, source: as :func:`without` takes them.
@@ -232,7 +229,7 @@ def replaced(merged: DistilledSet, source: str, new: DistilledSet, *, foreign: f
 
 
 def renamed(distilled: DistilledSet, names: Mapping[str, str]) -> DistilledSet:
-    """The set with other names for some of its classes; by their names merging knows them.
+    """The set with other names for some of its classes; merging matches classes by name.
 
     Raises:
         ValueError: a name that is no class of the set, or two classes of one name.
@@ -246,7 +243,7 @@ def renamed(distilled: DistilledSet, names: Mapping[str, str]) -> DistilledSet:
 
 
 def with_recipe(distilled: DistilledSet, unroll: Unroll, student: Student) -> DistilledSet:
-    """A set that has no recipe, such as real sentences, with that of ``unroll``: its steps, its step size at each.
+    """A set without a recipe, such as real sentences, with the recipe of ``unroll`` and its step size at each step.
 
     It lets :func:`rescaled` treat real and distilled sets alike.
     """
@@ -290,7 +287,7 @@ def rescaled(
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What a student knew on the way through a stream of tasks.
+    """The accuracies of a student on its way through a stream of tasks.
 
     Attributes:
         accuracy: R ``[seeds, tasks, tasks]``: of each seed, after task k, on the rows of task j, among the classes of all.
@@ -339,7 +336,7 @@ def continual(
     seeds: Sequence[int] = (0, 1, 2),
     split: str = "test",
 ) -> Stream:
-    """Train one student on tasks one after the other, replaying what a memory holds of those that are over.
+    """Train one student on one task after the other, replaying a memory of the earlier ones.
 
     Args:
         tasks: the stream; the student knows the classes of all from the start, and is never told which task a row is of.
@@ -394,12 +391,12 @@ def rows_of_bytes(task: Task, nbytes: int, seed: int = 0) -> list[int]:
 
 
 def _starts(tasks: Sequence[Task], split: str) -> list[int]:
-    """Where the rows of each task begin in the united task, and where they all end."""
+    """The first row of each task in the united task, and the number of all rows."""
     return list(itertools.accumulate((len(task.split(split)) for task in tasks), initial=0))
 
 
 def _in_classes_of(whole: Task, student: Student, examples: Memory, start: int) -> DistilledSet | Tensor:
-    """What a memory holds of a task, in the terms of all tasks: a set for all classes, or rows of the united training split."""
+    """The memory of one task for the united task: a set for all classes, or rows of the united training split."""
     if not isinstance(examples, DistilledSet):
         return torch.as_tensor(examples, dtype=torch.long) + start
     examples.check_table(student)
@@ -433,24 +430,20 @@ class _Run:
         return np.array(accuracies)
 
     def parts(self, k: int, weight: float, draw: torch.Generator) -> list[Part]:
-        """A step on task k: its real rows, and of each past task what is replayed, in equal shares of ``weight``."""
+        """The parts of a step on task k: real rows, and replayed examples of each past task in equal shares of ``weight``."""
         rows = self.tasks[k].balanced_rows("train", self.batch_size, draw) + _starts(self.tasks, "train")[k]
-        past = self.memory[:k]
+        past, device, dtype = self.memory[:k], self.student.device, self.student.dtype
         parts = [self._real(1.0 - weight if past else 1.0, rows)]
         for examples in past:
             chosen = torch.randperm(len(examples), generator=draw)[: max(1, self.memory_batch // len(past))]
-            if len(chosen):
-                parts.append(self._replayed(weight / len(past), examples, chosen))
+            if isinstance(examples, Tensor):
+                parts += [self._real(weight / len(past), examples[chosen])] if len(chosen) else []
+                continue
+            targets = examples.targets.to(device, dtype if examples.soft else None)
+            tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
+            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
+            parts.append((weight / len(past), *part))
         return parts
-
-    def _replayed(self, share: float, examples: DistilledSet | Tensor, chosen: Tensor) -> Part:
-        if isinstance(examples, Tensor):
-            return self._real(share, examples[chosen])
-        device, dtype = self.student.device, self.student.dtype
-        targets = examples.targets.to(device, dtype if examples.soft else None)
-        tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
-        ((_, inputs, labels, seed),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
-        return share, inputs, labels, seed
 
     def _real(self, share: float, rows: Tensor) -> Part:
         batch = self.whole.batch(self.student.tokenizer, "train", rows)

@@ -43,8 +43,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.estimate import members
-from distillkit.core.objectives import Wrapper, bound_step_sizes, meta_gradient
-from distillkit.core.problem import MetaGradient
+from distillkit.core.objectives import Wrapper, meta_gradient
+from distillkit.core.problem import MetaGradient, bound_step_sizes
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import from_recipe
-from distillkit.core.objectives import bound_step_sizes
 from distillkit.core.optimizers import SGD, AdamW, Momentum, Optimizer
+from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import NO_TARGET
 

@@ -1,9 +1,8 @@
 """Command line: ``python -m distillkit demo``, ``run CONFIG``, the single steps ``distil``, ``evaluate``, ..., and ``doctor``.
 
-``demo`` is ``run`` with the quickstart configuration, and draws its figure.  A run that was interrupted goes on when the
-same command is given again; ``--fresh`` starts over.  ``demo`` keeps its result and its figure beside its checkpoints and
-starts over once it was finished; the committed result of it is made by ``run quickstart --fresh``, the committed figures
-by ``figures``.
+A run that was interrupted goes on when the same command is given again; ``--fresh`` starts over.  ``demo`` runs the quickstart
+configuration, writes its result and its figure beside its checkpoints, and starts over once it is complete.  The committed
+result is made by ``run quickstart --fresh``, the committed figures by ``figures``.
 
 This module imports nothing heavy, so that ``--help`` is quick.  Each command is a function of that name: experiments are in
 :mod:`distillkit.cli.runs`, steps in :mod:`distillkit.cli.steps`, ``verify`` and ``doctor`` in :mod:`distillkit.cli.looks`.

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.objectives import bound_step_sizes, check_objective, fitted, meta_gradient
+from distillkit.core.objectives import check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
+from distillkit.core.problem import bound_step_sizes
 from distillkit.io.checkpoint import Checkpoint
 from distillkit.io.checks import check_choice, check_flag, check_is, check_rate, check_whole, require
 from distillkit.io.seeds import derive_seed

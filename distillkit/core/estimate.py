@@ -84,7 +84,8 @@ def recommend(
     check_whole("outer_steps", outer_steps)
     size = {"per_class": 1} if task.classes else {"fraction": min(1.0, 8 / len(task.train))}
     start = DistilledSet.from_real(task, student, **size) if distilled is None else distilled
-    objective = BPTT(task, student, unroll or Unroll(10), metagrad=strategy, batch_size=min(64, len(task.train)))
+    unroll = Unroll(10) if unroll is None else unroll
+    objective = BPTT(task, student, unroll, metagrad=strategy, batch_size=min(64, len(task.train)))
     return strategy, f"{reason}; {estimate(start, objective, outer_steps)}"
 
 

@@ -80,6 +80,8 @@ class Experts:
 
     @classmethod
     def _open(cls, folder: Path) -> Experts:
+        if not folder.is_dir():
+            raise StorageError(f"there is no folder {folder}; check the path, or record experts there with record_experts")
         if (folder / "settings").is_dir():
             read_header(folder / "settings")  # says which version reads it
         index = read_file(folder / INDEX, kind=KIND)

@@ -56,7 +56,7 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
         task: the :class:`~distillkit.data.tasks.Task` it will learn; it sets kind, classes and longest input.
         trainable: ``"full"`` (all but the embedding table), ``"head"`` (the layers above the body), or ``"lora"`` (adapters of
             rank 8 where peft puts them, and a classifier's head).  Default: LoRA for a language model that does not come
-            one, as these are large; otherwise full.
+            with the package, as these are large; otherwise full.
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``; or ``torch.float32`` and so on.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (``init`` draws everything but the embedding table).  Default: pretrained, but
@@ -93,8 +93,6 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     """``trainable``, ``dtype`` as torch has it and ``weights``, with their defaults."""
     require(getattr(task, "kind", None) in ("classification", "instruction"),
             f"task must be what load_task returns, not {task!r}", TypeError)
-    require(not source.startswith("offline:") or source in (*OFFLINE, *FETCHED_SOURCES),
-            f"source {source!r} is no offline student; there are {', '.join((*OFFLINE, *FETCHED_SOURCES))}")
     if trainable is None:
         trainable = "lora" if task.kind == "instruction" and source not in OFFLINE else "full"
     if weights is None:
@@ -104,6 +102,8 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     check_choice("dtype", dtype, tuple(DTYPES))
     check_choice("weights", weights, WEIGHTS)
     check_choice("attention", attention, ("eager", "sdpa"))
+    require(not source.startswith("offline:") or source in (*OFFLINE, *FETCHED_SOURCES),
+            f"source {source!r} is no offline student; there are {', '.join((*OFFLINE, *FETCHED_SOURCES))}")
     require(source != "offline:small-bert" or weights == "random",
             "offline:small-bert was never trained: leave weights alone, or load offline:distil-minilm")
     require(trainable != "lora" or weights == "pretrained",

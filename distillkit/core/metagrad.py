@@ -7,8 +7,7 @@ Walk back the cotangents (λ, σ) of (θ, s), starting from (∇J(θ_T), 0).  At
    of the examples and of their labels at that step.
 
 U enters only through its own product, so any optimiser will do.  A strategy is an object with one method,
-``__call__(problem) -> MetaGradient``; give it to an objective as ``metagrad=``.  Those of this module differ in what they store
-of each step, and in how they compute the product of step 2:
+``__call__(problem) -> MetaGradient``; those of this module differ in what they store, and in the product of step 2:
 
 * :class:`StoreAll` lets autograd walk through the whole run: the definition, and the oracle in tests; memory grows with T.
 * :class:`Replay` stores parameters and no graphs, and repeats each step on the way back: exact, and the memory of
@@ -18,9 +17,8 @@ of each step, and in how they compute the product of step 2:
 * :class:`Truncated` walks back through a window of steps only: biased, and cheaper by the steps it leaves out (Feng et al.,
   2024, "Embarrassingly simple dataset distillation", place the window at random).
 
-The proofs are in ``tests/test_metagrad.py``: ``StoreAll`` against central differences of the outer loss
-(``test_store_all_is_the_derivative``), the step-by-step walk against autograd through the whole run
-(``test_replay_equals_store_all``).
+The proofs are in ``tests/test_metagrad.py``: ``test_store_all_is_the_derivative`` compares with differences of the outer loss,
+``test_replay_equals_store_all`` the walk back with autograd through the whole run.
 """
 
 from __future__ import annotations
@@ -62,9 +60,6 @@ class StoreAll:
         return MetaGradient(loss=float(loss.detach()), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
 
 
-# --- the walk back, step by step -------------------------------------------------------------------------------------
-
-
 class Step(NamedTuple):
     """Inner step t as the way back needs it: its beginning, and the gradients it took, where the strategy keeps them."""
 
@@ -75,8 +70,7 @@ class Step(NamedTuple):
     d_phi: Phi | None = None
 
 
-# The second-order product of one step: (γ, whether the step is the first) → ∇²_θθ ℓ·γ and ∇²_φθ ℓ·γ.  At the first step the
-# former is not needed, and is None.
+# The second-order product of a step: (γ, whether the step is the first) → ∇²_θθ ℓ·γ (None at the first step) and ∇²_φθ ℓ·γ.
 Product = Callable[[Params, bool], tuple[Params | None, Phi]]
 # (problem, step, notes) → g_t and the product of that step; ``notes`` is a dict that goes from each step to the one before it.
 Linearise = Callable[[Problem, Step, dict], tuple[Params, Product]]
@@ -96,9 +90,8 @@ def step_back(
     return cotangents, sigma, d_phi, d_step_size
 
 
-def update_vjp(
-    optimizer, params: Params, state: State, grads: Params, step_size: Tensor, cotangents: Params, sigma: list | None
-) -> tuple[Params, Params, list, Tensor]:
+def update_vjp(optimizer, params: Params, state: State, grads: Params, step_size: Tensor, cotangents: Params,
+               sigma: list | None) -> tuple[Params, Params, list, Tensor]:
     """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): the cotangents of θ, g, s (a list) and η.
 
     ``sigma`` holds the cotangents of the floating-point tensors of s', in the order of their tree; None at the last step,
@@ -166,9 +159,6 @@ def _steps(problem: Problem, first: Step, stop: int, keep: tuple[str, ...]) -> I
     yield Step(stop, params, state)
 
 
-# --- strategies that walk back step by step --------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """Exact, with the activations of one step at a time: store θ_t, repeat each step on the way back.
@@ -223,9 +213,8 @@ class ForwardDifference:
     Where training has come to rest, the gradient is no measure for its own change: no ε is below 4 u ‖θ‖, which moves the
     parameters by a few bits, and a step that asks for less takes a central difference, for which 0.03 √u ‖θ‖ is the least.
 
-    It needs a smooth model: where θ_t and θ_t + ε lie on two sides of a ReLU's kink, the gradient jumps, and the jump is
-    divided by ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).  :func:`compare` measures the
-    error on a problem.
+    It needs a smooth model: where a ReLU's kink lies between θ_t and θ_t + ε, the gradient jumps, and the jump is divided by
+    ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).  :meth:`report_error` measures the error.
 
     Args:
         every, host: as for :class:`Replay`.
@@ -288,10 +277,12 @@ class ForwardDifference:
         # At most 1e-4 ‖θ‖: along a flat direction ε would grow without end.
         return least, min(max(aim, least), 1e-4 * scale), central
 
+    def report_error(self, problem: Problem) -> list[dict[str, float]]:
+        """This strategy beside :class:`Replay` on one problem, step by step; see :func:`compare`."""
+        return compare(step_contributions(self, problem), step_contributions(Replay(), problem))
 
-def _difference(
-    problem: Problem, step: Step, gamma: Params, h: float, central: bool, *, phi_only: bool
-) -> tuple[Params, Phi]:
+
+def _difference(problem: Problem, step: Step, gamma: Params, h: float, central: bool, *, phi_only: bool) -> tuple[Params, Phi]:
     """(∇(θ + hγ) − ∇(θ)) / h, or the central form, where ∇ is the gradient of θ (empty if ``phi_only``) and of φ."""
 
     def gradient(h: float) -> list[Tensor]:
@@ -341,9 +332,6 @@ class Truncated:
         d_step_sizes = torch.zeros_like(problem.step_sizes)
         d_step_sizes[start:stop] = windowed.step_sizes
         return dataclasses.replace(windowed, step_sizes=d_step_sizes)
-
-
-# --- which strategy, and how good it is ------------------------------------------------------------------------------
 
 
 def suited(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
@@ -401,14 +389,12 @@ def _norm(tensors: Params) -> float:
 
 def _need_second_derivatives(student: Student, strategy: str) -> None:
     # Fused attention raises deep inside autograd, with a message that does not help.
-    require(student.attention == "eager",
-            f"{strategy} differentiates twice, and attention={student.attention!r} of student {student.name!r} has no second "
-            "derivative; load the student with attention='eager', or use ForwardDifference")
+    require(student.attention == "eager", f"{strategy} differentiates twice, and attention={student.attention!r} of student "
+            f"{student.name!r} has no second derivative; load it with attention='eager', or use ForwardDifference")
     _need_precision(student, strategy)
 
 
 def _need_precision(student: Student, strategy: str) -> None:
     # bfloat16 has 8 bits: a training run of small steps mostly rounds to no step, and a difference of two gradients to 0.
-    require(student.dtype != torch.bfloat16,
-            f"{strategy} in bfloat16 would give a meta-gradient of rounding errors: load student {student.name!r} with "
-            "dtype='float32'")
+    require(student.dtype != torch.bfloat16, f"{strategy} in bfloat16 would give a meta-gradient of rounding errors: load "
+            f"student {student.name!r} with dtype='float32'")

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distillkit.core.inner import Part, Phi, Stepped, grad, inner_step, leaves, set_parts, summed
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
 from distillkit.core.optimizers import Optimizer, State
 from distillkit.core.student import Params, Student
+from distillkit.io.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,49 @@ class Problem:
         steps, examples = len(self.rows), len(self.embeds)
         copies = {name: torch.cat([getattr(self, name)] * steps) for name in ("embeds", "mask", "targets")}
         return dataclasses.replace(self, rows=[rows + t * examples for t, rows in enumerate(self.rows)], **copies)
+
+
+def inner_problem(
+    distilled: DistilledSet, student: Student, unroll: Unroll, seed: int, outer, *, params=None, state=None
+) -> Problem:
+    """Bind a set to a student: the training run on the set, and ``outer`` at its end.
+
+    It starts from ``student.init(seed)`` with a fresh optimiser, or from ``params`` and ``state``; everything else that is
+    drawn in the run is drawn from ``seed`` too.
+    """
+    distilled = distilled.for_student(student)
+    move = {"device": student.device, "dtype": student.dtype}
+    return Problem(
+        student=student,
+        optimizer=unroll.optimizer,
+        params=student.init(seed) if params is None else params,
+        embeds=distilled.embeds.to(**move),
+        mask=distilled.mask.to(student.device),
+        targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
+        step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
+        rows=unroll.rows(len(distilled)),
+        outer=outer,
+        micro_batch=unroll.micro_batch,
+        dropout_seed=seed if unroll.dropout else None,
+        state=state,
+        seed=seed,
+    )
+
+
+def equal_step_sizes(distilled: DistilledSet, steps: int, size: float, student: Student | None = None) -> Tensor:
+    """``size`` at each of the ``steps``: float64 where the set or the ``student`` that trains on it is, float32 otherwise."""
+    exact = torch.float64 in (distilled.embeds.dtype, None if student is None else student.dtype)
+    return torch.full((steps,), float(size), dtype=torch.float64 if exact else torch.float32)
+
+
+def bound_step_sizes(distilled: DistilledSet, unroll: Unroll, student: Student | None = None) -> Tensor:
+    """The set's own step sizes, ``[t]``, or the optimiser's at every step if it has none yet."""
+    if distilled.step_sizes is None:
+        return equal_step_sizes(distilled, unroll.steps, unroll.optimizer.step_size, student)
+    require(len(distilled.step_sizes) == unroll.steps,
+            f"the set carries {len(distilled.step_sizes)} step sizes but the unroll has {unroll.steps} steps; use the unroll "
+            "it was distilled with, or set step_sizes to None")
+    return distilled.step_sizes
 
 
 def leaf(tensor: Tensor) -> Tensor:

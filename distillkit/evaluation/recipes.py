@@ -26,8 +26,8 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
-from distillkit.core.objectives import bound_step_sizes
 from distillkit.core.optimizers import AdamW, Optimizer, described
+from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth

@@ -163,7 +163,7 @@ class Size(Settings):
     """The size of every set."""
 
     per_class: int = whole(1, "synthetic examples per class")
-    fraction: float | None = positive(None, "or: their share of the training rows; instruction tasks need this one")
+    fraction: float | None = positive(None, "share of the training rows, instead of per_class; instruction tasks need it")
     length: int | None = whole(None, "tokens of a synthetic example (default: max_length)")
 
     def size(self, seed: int) -> dict:
@@ -215,9 +215,9 @@ class Search(Settings):
     """The search for words by swaps; see :class:`~distillkit.text.swaps.SwapSearch`."""
 
     judge_steps: int = whole(400, "steps of the head that judges swaps")
-    swap_steps: int = whole(100, "steps of the search, from every start alike")
-    candidates: int = whole(64, "swaps that are judged in a step")
-    least: int = whole(2, "how often a token must occur in the training split to be put into a text")
+    swap_steps: int = whole(100, "steps of the search, the same number from every start")
+    candidates: int = whole(64, "swaps that are judged per step")
+    least: int = whole(2, "least number of times that a token occurs in the training split before it may be put into a text")
 
 
 @settings()
@@ -232,26 +232,26 @@ class Neighbor(Settings):
 class Target(Settings):
     """The model that a text is read by."""
 
-    target: str = option("offline:distil-minilm", "the other model")
+    target: str = option("offline:distil-minilm", "model that reads the text")
 
 
 @settings()
 class SetSeed(Settings):
-    """One seed for all that is drawn."""
+    """One seed for every random draw."""
 
-    seed: int = option(0, "seed of everything that is drawn", strict=True)
+    seed: int = option(0, "seed of every random draw", strict=True)
 
 
 @settings()
 class SetSeeds(Settings):
-    """Several sets of everything."""
+    """Several sets per method."""
 
-    seeds: Seeds = option((0, 1, 2), "one set of everything for each seed")
+    seeds: Seeds = option((0, 1, 2), "each seed makes one set per method")
 
 
 @settings()
 class Recipes(Settings):
-    """How the recipes ``standard`` and ``tuned`` train, where not by their defaults."""
+    """How the recipes ``standard`` and ``tuned`` train, if not by their defaults."""
 
     standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
     tuned_grid: dict[typing.Literal["step_size", "steps"], tuple[int | float, ...]] | None = option(

@@ -106,8 +106,6 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         """Settings of the experiment that makes the sets of a source, by its short name."""
         job_class = MAKERS[self.sets["kind"]][0]
         check_keys("sets", self.sets, {*names(job_class)} - {*NOT_HERE})
-        if "corpus" not in self.sets:
-            raise ValueError("sets: the setting 'corpus' is missing")
         return job_class(**self.sets, name=source, student=self.by_name[source], seeds=self.seeds)
 
 

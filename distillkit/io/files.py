@@ -155,7 +155,7 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[Stored, bytes]:
             f"than {LARGEST_HEADER}; make or download it again", StorageError)
     header = file.read(size)
     try:
-        head = strict_json(strict_json(header)["__metadata__"][FORMAT])
+        head = json.loads(json.loads(header)["__metadata__"][FORMAT], parse_constant=_refuse_constant)
         version, stored = head["version"], Stored(head["kind"], head["identity"], head["data"], head["sha256"], {})
         whole = isinstance(stored.identity, dict) and isinstance(stored.data, dict) and isinstance(stored.kind, str)
         require(head["format"] == FORMAT and whole and re.fullmatch("[0-9a-f]{64}", stored.sha256), "another header")
@@ -165,11 +165,6 @@ def _parsed(path: Path, file: BinaryIO) -> tuple[Stored, bytes]:
     require(version == VERSION, f"{path} has format version {version!r}, and this distillkit reads {VERSION}; update "
             "distillkit, or make the file again", StorageError)
     return stored, length + header
-
-
-def strict_json(text: str | bytes):
-    """The value of UTF-8 JSON without NaN and infinity; ValueError or RecursionError where it is something else."""
-    return json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_refuse_constant)
 
 
 def _refuse_constant(name: str):

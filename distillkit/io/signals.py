@@ -14,7 +14,6 @@ from contextlib import contextmanager
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 _blocks = 0
-_replaced: dict[int, signal.Handlers] = {}
 _ending = False
 
 
@@ -34,41 +33,30 @@ def ending_signals() -> Iterator[None]:
     which there is a handler already, or that is ignored (as under ``nohup``), is left alone, and so are all of them where
     the block does not run in the main thread.
     """
-    global _blocks
+    global _blocks, _ending
     main = threading.current_thread() is threading.main_thread()
-    if main:
-        _blocks += 1
-        if _blocks == 1:
-            _take_over()
+    _blocks += main
+    if main and _blocks == 1:
+        _ending = False
+        _replace(signal.SIG_DFL, _raise)
     try:
         yield
     finally:
-        if main:
-            _blocks -= 1
-            if not _blocks and threading.current_thread() is threading.main_thread():
-                _give_back()
+        _blocks -= main
+        if main and not _blocks and threading.current_thread() is threading.main_thread():
+            _replace(_raise, signal.SIG_DFL)
 
 
-def _take_over() -> None:
-    global _ending
-    _ending = False
+def _replace(old, new) -> None:
     for number in ENDING:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _raise)
-            _replaced[number] = signal.SIG_DFL
-
-
-def _give_back() -> None:
-    for number, handler in _replaced.items():
-        if signal.getsignal(number) is _raise:
-            signal.signal(number, handler)
-    _replaced.clear()
+        if signal.getsignal(number) is old:
+            signal.signal(number, new)
 
 
 def _raise(number: int, frame) -> None:
     global _ending
     if not _blocks:  # the last block ended in another thread, which cannot set handlers
-        _give_back()
+        _replace(_raise, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     elif not _ending:  # a second one must not end the saving that the first began
         _ending = True
