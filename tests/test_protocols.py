@@ -84,9 +84,12 @@ def test_an_optimiser_of_ones_own(exact, start):
     assert losses[best] == min(losses.values()) and losses[0.01] != losses[0.3]
     distiller = dk.Distiller(start, goal)
     assert len(list(distiller.run(2))) == 2
-    assert dk.evaluate(distiller.distilled, *exact, seeds=(0,), recipe=goal.unroll).scores
-    with pytest.raises(ValueError, match="NormedSteps.*Unroll"):  # a recipe is data, and cannot hold the object
-        from_recipe(distiller.distilled.meta["recipe"])
+    learned = distiller.distilled
+    assert dk.evaluate(learned, *exact, seeds=(0,), recipe=goal.unroll).recipe["name"] == "unroll"
+    with pytest.raises(ValueError, match=r"NormedSteps.*Own\(optimizer"):  # a recipe is data, and cannot hold the object
+        from_recipe(learned.meta["recipe"])
+    trained = dk.evaluate(learned, *exact, seeds=(0,), recipe=dk.Own(optimizer=NormedSteps()))
+    assert trained.recipe["step_sizes"] == learned.step_sizes.tolist()
 
 
 @pytest.mark.parametrize("lacking", ["init", "update", "step_size"])

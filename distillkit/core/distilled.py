@@ -6,7 +6,7 @@ response, which are not learned.  A set begins as real sentences (:meth:`Distill
 while it is distilled, and comes back to words when it is projected; ``tokens`` is there exactly while each embedding *is*
 the embedding of a token.
 
-On disk a set is one safetensors file that carries its own SHA-256 (:mod:`distillkit.io.storage`); the recipe it was distilled
+On disk a set is one safetensors file that carries its own SHA-256 (:mod:`distillkit.io.files`); the recipe it was distilled
 with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.
 """
 
@@ -191,10 +191,9 @@ class DistilledSet:
     def check_table(self, student: Student) -> None:
         """Raise ValueError unless this set lies in the embedding space of ``student``.
 
-        A set carries the SHA-256 of the table it was made with.  One that was saved before sets did so is accepted where
-        the widths agree and what it has of the table is so in the student's: the embeddings of its tokens; of learned
-        embeddings those that stay fixed, which are special tokens.  An object of the caller's own in the place of a
-        student is asked for its width alone.
+        A set carries the SHA-256 of the table it was made with.  Older sets have none.  They are accepted if the widths agree
+        and if those embeddings that are known to be tokens (all of a set with tokens, else the fixed special tokens) equal
+        the student's.  Of an object that is no :class:`Student` only the width is checked.
         """
         require(self.embeds.shape[-1] == student.width, f"the set's embeddings are {self.embeds.shape[-1]} wide, student "
                 f"{student.name!r} wants {student.width}; {WAY_ACROSS}")

@@ -226,15 +226,19 @@ class Unroll:
         return settings | {"optimizer": described(self.optimizer)}
 
 
-def from_recipe(recipe: dict) -> Unroll:
+def from_recipe(recipe: dict, optimizer: Optimizer | None = None) -> Unroll:
     """The :class:`Unroll` that ``Unroll.recipe()`` described (read from a saved set).
+
+    Args:
+        optimizer: in the place of the one it describes.
 
     Raises:
         ValueError: it describes none, or one of more than ``MOST_STEPS`` steps.
     """
     try:
         check_whole("steps", recipe["steps"], most=MOST_STEPS)
-        return Unroll(recipe["steps"], optimizer=optimizer_from(recipe["optimizer"]), batch_size=recipe["batch_size"],
-                      dropout=recipe.get("dropout", False))
+        return Unroll(recipe["steps"], optimizer=optimizer or optimizer_from(recipe["optimizer"]),
+                      batch_size=recipe["batch_size"], dropout=recipe.get("dropout", False))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the recipe does not say how to train ({error}); choose another recipe than the set's own") from error
+        raise ValueError(f"the recipe does not say how to train: {error}; or choose another recipe than the set's own, which "
+                         "ignores its learned step sizes") from error

@@ -70,7 +70,8 @@ class Step(NamedTuple):
     d_phi: Phi | None = None
 
 
-# The second-order product of a step: (γ, whether the step is the first) → ∇²_θθ ℓ·γ (None at the first step) and ∇²_φθ ℓ·γ.
+# The second-order product of a step: (γ, at_start) → ∇²_θθ ℓ·γ and ∇²_φθ ℓ·γ.  ``at_start`` says that t = 0, where the former
+# is not needed and is None.
 Product = Callable[[Params, bool], tuple[Params | None, Phi]]
 # (problem, step, notes) → g_t and the product of that step; ``notes`` is a dict that goes from each step to the one before it.
 Linearise = Callable[[Problem, Step, dict], tuple[Params, Product]]
@@ -127,9 +128,9 @@ def walk_back(problem: Problem, linearise: Linearise, keep: tuple[str, ...], eve
     sigma, notes, t = None, {}, len(problem.rows)
     while stored:
         steps = [to_device(stored.pop(), problem.student.device)]
-        if every > 1:  # the result of the last of them is needed only for the gradients that it is to keep
-            first = steps.pop()
-            steps = list(_steps(problem, first, t if keep else t - 1, keep))[: t - first.t]
+        if every > 1:  # repeat the steps up to t − 1; the last one is run only if its gradients are kept
+            begin = steps.pop()
+            steps = list(_steps(problem, begin, t if keep else t - 1, keep))[: t - begin.t]
         while steps:
             t -= 1
             cotangents, sigma, d_phi, d_step_sizes[t] = step_back(problem, steps.pop(), cotangents, sigma, linearise, notes)
@@ -192,11 +193,11 @@ def _exact(problem: Problem, step: Step, notes: dict) -> tuple[Params, Product]:
         graphs = list(graphs)
         grads = dict(zip(theta, graphs[0], strict=True))
 
-    def product(gamma: Params, first: bool) -> tuple[Params | None, Phi]:
-        inputs = phi.tensors() if first else (*phi.tensors(), *theta.values())
+    def product(gamma: Params, at_start: bool) -> tuple[Params | None, Phi]:
+        inputs = phi.tensors() if at_start else (*phi.tensors(), *theta.values())
         products = summed(grad(gradient, inputs, grad_outputs=list(gamma.values())) for gradient in graphs)
         along_phi, along_theta = products[: len(phi.tensors())], products[len(phi.tensors()) :]
-        return None if first else dict(zip(theta, along_theta, strict=True)), Phi(*along_phi)
+        return None if at_start else dict(zip(theta, along_theta, strict=True)), Phi(*along_phi)
 
     return grads, product
 
@@ -205,13 +206,15 @@ def _exact(problem: Problem, step: Step, notes: dict) -> tuple[Params, Product]:
 class ForwardDifference:
     """∇²ℓ·γ ≈ (∇ℓ(θ_t + εγ/‖γ‖) − ∇ℓ(θ_t))·‖γ‖/ε, for θ, φ and labels together: first-order gradients only.
 
-    The gradient at θ_t is the one of the forward pass, so a step costs two gradients; a central one, with θ_t ± ε, three.
-    The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  The rule for ε balances
-    them: the gradient should change by ``change`` of its own norm.  How fast it changes along γ is estimated from the step
-    walked before; where it then changes by more than three times as much, the product is computed again with a corrected
-    ε; the first step walked takes ε = 0.03 √u ‖θ‖, u being the unit of the floating-point type (1e-5 ‖θ‖ in float32).
-    Where training has come to rest, the gradient is no measure for its own change: no ε is below 4 u ‖θ‖, which moves the
-    parameters by a few bits, and a step that asks for less takes a central difference, for which 0.03 √u ‖θ‖ is the least.
+    The gradient at θ_t is the one of the forward pass, so a step costs two gradients; a central difference, with θ_t ± ε,
+    costs three.  The error has two parts: the curvature's own change over ε, and rounding, amplified by 1/ε.  ε is chosen
+    by three rules, in which u is the unit of the floating-point type:
+
+    1. Step T − 1, the first that is walked, takes ε = 0.03 √u ‖θ‖ (1e-5 ‖θ‖ in float32).
+    2. Every other step aims at a gradient that changes by ``change`` of its norm.  The slope along γ is taken from the step
+       walked before.  If the gradient changes by more than three times the aim, the product is computed again.
+    3. ε is never below 4 u ‖θ‖, which moves the parameters by a few bits.  A step that asks for less (its gradient is almost
+       zero) takes a central difference, with an ε of at least 0.03 √u ‖θ‖.
 
     It needs a smooth model: where a ReLU's kink lies between θ_t and θ_t + ε, the gradient jumps, and the jump is divided by
     ε (DistilBERT's head and OPT have ReLU units; BERT, RoBERTa, Llama have none).  :meth:`report_error` measures the error.
@@ -243,7 +246,7 @@ class ForwardDifference:
     def _linearise(self, problem: Problem, step: Step, notes: dict) -> tuple[Params, Product]:
         return cast("Params", step.grads), functools.partial(self._product, problem, step, notes)
 
-    def _product(self, problem: Problem, step: Step, notes: dict, gamma: Params, first: bool) -> tuple[Params | None, Phi]:
+    def _product(self, problem: Problem, step: Step, notes: dict, gamma: Params, at_start: bool) -> tuple[Params | None, Phi]:
         """One difference, and more where ε was wrong; the slope ‖∇²ℓ·γ‖ / ‖γ‖ is noted for the next step."""
         norm, size, scale = _norm(gamma), _norm(cast("Params", step.grads)), _norm(step.params)
         if norm == 0.0:
@@ -251,8 +254,8 @@ class ForwardDifference:
         unit = torch.finfo(next(iter(gamma.values())).dtype).eps
         for _ in range(ATTEMPTS):
             least, epsilon, central = self.epsilon(scale, size, notes.get("slope"), unit)
-            along_theta, along_phi = _difference(problem, step, gamma, epsilon / norm, central, phi_only=first)
-            if first:
+            along_theta, along_phi = _difference(problem, step, gamma, epsilon / norm, central, phi_only=at_start)
+            if at_start:
                 return None, along_phi
             notes["slope"] = _norm(along_theta) / norm
             if not notes["slope"] * epsilon > 3 * self.change * size or epsilon <= least:
@@ -264,16 +267,16 @@ class ForwardDifference:
 
         Args:
             scale, size: ‖θ‖ and ‖g‖.
-            slope: ‖∇²ℓ·γ‖ / ‖γ‖ at the step walked before; None at the first.
+            slope: ‖∇²ℓ·γ‖ / ‖γ‖ at step t + 1, which was walked before; None at step T − 1.
             unit: of the floating-point type.
         """
-        first, least = 0.03 * math.sqrt(unit) * scale, 4 * unit * scale
+        safe, least = 0.03 * math.sqrt(unit) * scale, 4 * unit * scale
         if not slope:
-            return least, first, bool(self.central)
+            return least, safe, bool(self.central)
         aim = self.change * size / slope
         at_rest = aim < least  # a gradient of next to nothing is no measure for its own change
         central = at_rest if self.central is None else self.central
-        least = first if central else least
+        least = safe if central else least
         # At most 1e-4 ‖θ‖: along a flat direction ε would grow without end.
         return least, min(max(aim, least), 1e-4 * scale), central
 

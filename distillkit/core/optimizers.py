@@ -195,5 +195,5 @@ def optimizer_from(settings: dict) -> Optimizer:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     name = values.pop("name", None)
     require(name in OPTIMIZERS, f"the inner optimiser {name!r} is not one of this kit's ({', '.join(OPTIMIZERS)}); pass the "
-            "optimiser itself, in an Unroll")
+            "optimiser itself, as recipe=Own(optimizer=...)")
     return OPTIMIZERS[name](**values)

@@ -79,7 +79,14 @@ class Recipe(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """The recipe a distilled set carries, with its learned step sizes."""
+    """The recipe a distilled set carries, with its learned step sizes.
+
+    Args:
+        optimizer: the inner optimiser, if it is one of your own: a stored recipe holds its name only.  Default: the one
+            that the set's recipe describes.
+    """
+
+    optimizer: Optimizer | None = None
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; raises ValueError for a set without a recipe, or one that trains other parameters."""
@@ -91,7 +98,7 @@ class Own:
         require(stored.get("trainable", student.trainable) == student.trainable,
                 f"recipe='own' trains {stored.get('trainable')!r} parameters, the student was loaded with trainable="
                 f"{student.trainable!r}; load the student with the set's value, or choose another recipe")
-        unroll = from_recipe(stored)
+        unroll = from_recipe(stored, self.optimizer)
         step_sizes = bound_step_sizes(distilled, unroll, student)
         recipe = {"name": "own", "step_sizes": step_sizes.tolist(), **unroll.recipe()}
         return lambda seed: set_plan(distilled, student, unroll, recipe, seed=seed, step_sizes=step_sizes)

@@ -1,7 +1,8 @@
 """What lies on disk, file by file: whole, damaged, left over from a write that was interrupted, or not checked.
 
-Every file that the kit writes can be checked by itself (:mod:`distillkit.io.storage`).  Some name others, which are checked
-too: an index its members, a checkpoint its log, ``SHA256SUMS`` the files of a published set.  No link is followed.
+Every file that the kit writes can be checked by itself (:mod:`distillkit.io.files`, :mod:`distillkit.io.storage`).  Some
+name others, which are checked too: an index its members, a checkpoint its log, ``SHA256SUMS`` the files of a published set.
+No link is followed.
 """
 
 from __future__ import annotations

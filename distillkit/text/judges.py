@@ -92,17 +92,17 @@ def check_search(distilled: DistilledSet, student: Student, judge, *methods: str
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
-    A sentence is represented by all layers and not by the last alone, since training the whole student moves all of them: the
-    parts that :meth:`~distillkit.core.student.Student.layer_features` gives, each less its mean over the training split and
-    scaled to the same mean square there, side by side; their squared lengths are 1 on average.  A head without bias starts at
-    zero and takes ``steps`` steps of gradient descent on the set's representations and labels, as long as their curvature
-    allows anywhere; its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of which
-    one sentence changes needs one forward pass of that sentence.
+    A sentence is represented by all layers and not by the last alone, since training the whole student moves all of them.  The
+    parts that :meth:`~distillkit.core.student.Student.layer_features` gives are centred on the training split, scaled to the
+    same mean square there, and put side by side; their squared lengths are 1 on average.  A head without bias starts at zero
+    and takes ``steps`` steps of gradient descent on the set's representations and labels, with the largest step size that is
+    stable everywhere.  Its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of
+    which one sentence changes needs one forward pass of that sentence.
 
     Args:
         task, student: a classification task and the student whose body is the encoder.
         steps: of the head's training.
-        batch_size: real rows, balanced, drawn afresh at every address; None: the whole training split.
+        batch_size: real rows, balanced, drawn anew for each seed; None: the whole training split.
 
     The judge remembers every sentence that it has read since the last gradient, so that a step of a search reads each once.
 
