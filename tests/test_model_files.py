@@ -389,7 +389,7 @@ def test_the_files_of_an_installed_package_may_be_links(task, monkeypatch, tmp_p
     import importlib.util
     from importlib.machinery import ModuleSpec
 
-    from distillkit.core.loading import MINILM_PACKAGE
+    from distillkit.io.packaged import MINILM_PACKAGE
 
     whole = dk.load_student("offline:minilm", task)
     package = Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations)))

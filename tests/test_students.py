@@ -16,7 +16,8 @@ import transformers
 import distillkit as dk
 from distillkit.applications.trainer import hugging_face_model
 from distillkit.core import loading
-from distillkit.core.loading import MINILM_HUB_ID, MINILM_PACKAGE, MINILM_SHA256
+from distillkit.core.loading import MINILM_HUB_ID, MINILM_SHA256
+from distillkit.io.packaged import MINILM_PACKAGE
 
 HUB_NAMES = ["bert-base-uncased", "distilbert-base-uncased", "roberta-base", "microsoft/mpnet-base",
              "answerdotai/ModernBERT-base", "microsoft/deberta-v3-base", "google/electra-base-discriminator", "albert-base-v2"]

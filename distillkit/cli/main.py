@@ -69,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--student", default="offline:minilm", help="the model to look at (default offline:minilm)")
     for command in (verify, doctor):
         command.set_defaults(module="looks")
+    fetch = _with_examples(
+        commands, "fetch", "bring a published model from the package index into the cache, verified and converted",
+        "example:\n  python -m distillkit fetch --list\n  python -m distillkit fetch offline:mpnet\n\nNo code of the packages "
+        "is run. An interrupted download goes on with the next package.")
+    fetch.add_argument("names", nargs="*", metavar="offline:NAME", help="the models to fetch")
+    fetch.add_argument("--list", action="store_true", help="say which models there are, with size and licence")
+    fetch.add_argument("--accept-licence", action="store_true", help="of a model that is not under a free licence")
+    fetch.set_defaults(module="fetch")
     return top
 
 

