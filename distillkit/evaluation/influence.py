@@ -32,10 +32,9 @@ from torch import Tensor
 
 from distillkit.core.experts import real_parts
 from distillkit.core.inner import inner_step, loss_and_grads
-from distillkit.core.optimizers import AdamW, State, described
+from distillkit.core.optimizers import AdamW, State
 from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_number, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -136,32 +135,14 @@ class LessSettings:
         epochs: passes over it, each ending in a checkpoint.
         batch_size: examples a warm-up step.
         optimizer: makes the steps of the warm-up and, without its weight decay and clipping, Γ.
-        projection: numbers that a gradient is projected to, even, or None; parameters of no more numbers are not projected.
-        validation_rows: most validation rows in all, the same number for each subtask (at least 1), or None for all.
-
-    Raises:
-        ValueError: a value outside these ranges.
+        projection: numbers that a gradient is projected to, even; parameters of no more numbers are not projected.
     """
 
     fraction: float = 0.05
     epochs: int = 4
     batch_size: int = 32
     optimizer: AdamW = AdamW(3e-4)
-    projection: int | None = 8192
-    validation_rows: int | None = None
-
-    def __post_init__(self):
-        check_number("fraction", self.fraction, most=1, without="least")
-        require(isinstance(self.optimizer, AdamW),
-                f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
-        limits = {"projection": self.projection, "validation_rows": self.validation_rows}
-        limits = {name: value for name, value in limits.items() if value is not None}
-        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **limits)
-        require(self.projection is None or self.projection % 2 == 0, f"projection must be even, not {self.projection}")
-
-    def described(self) -> dict:
-        """The settings as JSON values."""
-        return dataclasses.asdict(self) | {"optimizer": described(self.optimizer)}
+    projection: int = 8192
 
 
 LESS = LessSettings()
@@ -210,7 +191,7 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     Takes one gradient per checkpoint and training row.
 
     Args:
-        seed: stands for the warm-up's initialisation and rows, the projection, and the choice of validation rows.
+        seed: stands for the warm-up's initialisation and rows, and the projection.
 
     Raises:
         ValueError: a gradient that is not finite.
@@ -219,14 +200,17 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     if key in student.cache:
         return student.cache[key]
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
-    dim, k = sum(p.numel() for p in student.init(0).values()), settings.projection
-    k, projection_seed = None if k is None or k >= dim else k, derive_seed("less-projection", seed)
+    dim, projection_seed = sum(p.numel() for p in student.init(0).values()), derive_seed("less-projection", seed)
     chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
-    subtasks = _subtasks(task, seed, settings)
+    validation = task.split("validation")
+    groups = np.array(validation["group"][:]) if "group" in validation.column_names else np.zeros(len(validation))
+    subtasks = [torch.from_numpy(np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
     def feature(grads: Tensor) -> Tensor:
         wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        return torch.nn.functional.normalize(wide if k is None else sparse_projection(wide, k, seed=projection_seed), dim=1)
+        if dim > settings.projection:
+            wide = sparse_projection(wide, settings.projection, seed=projection_seed)
+        return torch.nn.functional.normalize(wide, dim=1)
 
     scores = torch.zeros(len(lengths), len(subtasks), dtype=torch.float64)
     with progress(total=settings.epochs * len(lengths), desc="influence", unit="row", leave=False) as bar:
@@ -246,12 +230,3 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
                          f"not finite; lower the warm-up's step size of {settings.optimizer.step_size}")
     student.cache[key] = best.numpy()
     return student.cache[key]
-
-
-def _subtasks(task: Task, seed: int, settings: LessSettings) -> list[Tensor]:
-    """The validation rows of each subtask."""
-    split, draw = task.split("validation"), generator("less-validation", seed)
-    names = np.array(split["group"][:]) if "group" in split.column_names else np.zeros(len(split))
-    subtasks = [torch.from_numpy(np.flatnonzero(names == name)) for name in np.unique(names)]
-    most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(subtasks))
-    return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in subtasks]
