@@ -81,8 +81,7 @@ CALLS = {
     "Experts": (dk.Experts.load, {"folder": None}, {"folder": st.just("no-such-folder")}),
     "NeighborLoss": (dk.NeighborLoss, {"student": None, "weight": 1.0}, {"student": THING, "weight": RATE}),
     "nearest_tokens": (dk.nearest_tokens, dict.fromkeys(("queries", "table")), {
-        "queries": THING, "table": THING, "k": st.one_of(WHOLE, st.just(5)), "metric": CHOICE, "allowed": THING,
-        "query_chunk": WHOLE, "table_chunk": WHOLE}),
+        "queries": THING, "table": THING, "k": st.one_of(WHOLE, st.just(5)), "metric": CHOICE, "allowed": THING}),
     "project": (dk.project, dict.fromkeys(("distilled", "student")), {"distilled": THING, "student": THING, "metric": CHOICE}),
     "select": (dk.select, {"task": None, "student": None, "method": "random", "per_class": 1, "length": 8}, {
         "task": THING, "student": THING, "method": CHOICE, "per_class": or_none(WHOLE), "length": or_none(WHOLE),
@@ -122,16 +121,16 @@ CALLS = {
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
         "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
-        "per_position": WHOLE, "pool": WHOLE, "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
-    "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING, "metric": CHOICE}),
+        "allowed": THING, "seed": SEED, "checkpoint_every": WHOLE}),
+    "ThroughProjection": (dk.ThroughProjection, {"objective": None}, {"objective": THING}),
     "nearest_sentences": (dk.nearest_sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
     "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
-        "examples": WHOLE, "sentences": WHOLE, "seed": SEED}),
+        "sentences": WHOLE, "seed": SEED}),
     "relax_tokens": (dk.relax_tokens, dict.fromkeys(("distilled", "student", "judge")), {
-        "distilled": THING, "student": THING, "judge": THING, "steps": WHOLE, "lr": RATE, "hot": POSITIVE, "cold": POSITIVE,
-        "start_weight": SHARE, "allowed": THING, "seed": SEED}),
+        "distilled": THING, "student": THING, "judge": THING, "steps": WHOLE, "lr": RATE,
+        "allowed": THING, "seed": SEED}),
     "relabel": (dk.relabel, {"distilled": None, "objective": None, "steps": 1}, {
         "distilled": THING, "objective": THING, "steps": WHOLE.filter(bool), "lr": RATE, "seed": SEED}),
     "load_task": (dk.load_task, {"source": "docstrings"}, {
@@ -149,7 +148,7 @@ RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
-APART = {"checkpoint", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
+APART = {"checkpoint", "optimizer", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
 
 def names_it(error: Exception, argument: str) -> bool:
