@@ -33,56 +33,14 @@ from torch import Tensor
 from distillkit.core.experts import real_parts
 from distillkit.core.inner import inner_step, loss_and_grads
 from distillkit.core.optimizers import AdamW, State
-from distillkit.core.student import Batch, Params, Student
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
-ROWS = 16  # examples whose activations are alive at a time
+ROWS = 16  # examples whose activations, or whose gradients, are alive at a time
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
-
-
-# --- gradients of single examples ------------------------------------------------------------------------------------
-
-
-def per_example_gradients(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """The gradient of each example's own loss, ``[b, p]``: the trained parameters flattened, in the order of ``params``.
-
-    All examples are taken at once (``torch.func.vmap``); a student whose model does not allow that takes them one after the
-    other from then on.
-
-    Args:
-        params: as :meth:`Student.init` returns them.
-        batch: b examples, tensors whose first axis counts them.
-        targets: as :meth:`Student.loss` takes them.
-    """
-    params = {n: p.detach() for n, p in params.items()}
-    batch, targets = {n: t.to(student.device) for n, t in batch.items()}, targets.to(student.device)
-    if "no vmap" not in student.cache:
-        try:
-            return gradients_by_vmap(student, params, batch, targets)
-        except RuntimeError as error:  # what torch raises for code that it cannot vectorise
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            student.cache["no vmap"] = True
-    return gradients_by_loop(student, params, batch, targets)
-
-
-def gradients_by_vmap(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """:func:`per_example_gradients`, all examples at once."""
-
-    def loss(params: Params, row: Batch, target: Tensor) -> Tensor:
-        return student.loss(params, {n: t[None] for n, t in row.items()}, target[None])
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, batch, targets)
-    return torch.cat([grads[n].flatten(1) for n in params], 1)
-
-
-def gradients_by_loop(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """:func:`per_example_gradients`, one example after the other."""
-    rows = ([(1.0, {n: t[i : i + 1] for n, t in batch.items()}, targets[i : i + 1], None)] for i in range(len(targets)))
-    return torch.stack([_flat(loss_and_grads(student, params, row)[1]) for row in rows])
 
 
 def _flat(values: Params) -> Tensor:
@@ -199,9 +157,9 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     key = f"less:{task.fingerprint}:{task.max_length}:{seed}:{settings}"
     if key in student.cache:
         return student.cache[key]
-    lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
+    n = len(task.split("train"))
     dim, projection_seed = sum(p.numel() for p in student.init(0).values()), derive_seed("less-projection", seed)
-    chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
+    chunks = torch.arange(n).split(min(ROWS, max(1, NUMBERS // dim)))
     validation = task.split("validation")
     groups = np.array(validation["group"][:]) if "group" in validation.column_names else np.zeros(len(validation))
     subtasks = [torch.from_numpy(np.flatnonzero(groups == group)) for group in np.unique(groups)]
@@ -212,15 +170,15 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
             wide = sparse_projection(wide, settings.projection, seed=projection_seed)
         return torch.nn.functional.normalize(wide, dim=1)
 
-    scores = torch.zeros(len(lengths), len(subtasks), dtype=torch.float64)
-    with progress(total=settings.epochs * len(lengths), desc="influence", unit="row", leave=False) as bar:
+    scores = torch.zeros(n, len(subtasks), dtype=torch.float64)
+    with progress(total=settings.epochs * n, desc="influence", unit="row", leave=False) as bar:
         for point in warm_up(task, student, seed=seed, settings=settings):
             parts = (real_parts(task, student, rows, ROWS, "validation") for rows in subtasks)
             means = (loss_and_grads(student, point.params, subtask)[1] for subtask in parts)
             aims = torch.cat([feature(_flat(mean)[None]) for mean in means])
             for rows in chunks:
-                batch = task.batch(student.tokenizer, "train", rows)
-                grads = per_example_gradients(student, point.params, batch, batch["labels"])
+                singles = (real_parts(task, student, row, 1) for row in rows.split(1))
+                grads = torch.stack([_flat(loss_and_grads(student, point.params, single)[1]) for single in singles])
                 influences = feature(adam_direction(settings.optimizer, point.state, grads)) @ aims.T
                 scores[rows] += point.step_size * influences.cpu().double()
                 bar.update(len(rows))
