@@ -50,29 +50,28 @@ def _flat(values: Params) -> Tensor:
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-def sparse_projection(x: Tensor, dim_out: int = 8192, *, seed: int = 0, entries: int = 2) -> Tensor:
+def sparse_projection(x: Tensor, dim_out: int, *, seed: int) -> Tensor:
     """A random linear map of the rows of ``x [b, n]`` to ``[b, dim_out]`` that keeps inner products on average.
 
-    Each coordinate goes, with random signs and divided by √s, to s outputs, one in each of s equal parts of the output
-    (the block construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms"; s = 1 is the count-sketch).
-    E⟨Px, Py⟩ = ⟨x, y⟩ and Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out, whatever s; a larger s costs more
-    and has lighter tails.  It takes s operations per coordinate where a dense matrix takes ``dim_out``.  The entries are
+    Each coordinate goes, with random signs and divided by √2, to two outputs, one in each half of the output (the block
+    construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms").  E⟨Px, Py⟩ = ⟨x, y⟩ and
+    Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out.  It takes two operations per coordinate where a dense
+    matrix takes ``dim_out``.  The entries are
     drawn anew from ``seed`` at each call, so nothing of size n is stored.  A row's image does not depend on the other rows; on
     a CPU it is the same to the last bit, on a GPU sums may differ by rounding.
 
     LESS projects by a dense matrix of random signs, to 8192 numbers too.
 
     Args:
-        dim_out: a multiple of s.
+        dim_out: an even number.
         seed: any integer; the same map for the same seed and n.
-        entries: s.
     """
-    out, part = x.new_zeros(len(x), dim_out), dim_out // entries
+    out, part = x.new_zeros(len(x), dim_out), dim_out // 2
     for block, piece in enumerate(x.split(BLOCK, dim=1)):
-        draws = torch.randint(2 * part, (entries, BLOCK), generator=generator("projection", seed, block)).to(x.device)
-        for e, draw in enumerate(draws[:, : piece.shape[1]]):
-            out.scatter_add_(1, (draw // 2 + part * e).expand_as(piece), piece * (1 - 2 * (draw % 2)))
-    return out / entries**0.5
+        draws = torch.randint(2 * part, (2, BLOCK), generator=generator("projection", seed, block)).to(x.device)
+        for half, draw in enumerate(draws[:, : piece.shape[1]]):
+            out.scatter_add_(1, (draw // 2 + part * half).expand_as(piece), piece * (1 - 2 * (draw % 2)))
+    return out / 2**0.5
 
 
 # --- LESS ------------------------------------------------------------------------------------------------------------
