@@ -45,7 +45,6 @@ _HOMES = {
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "evaluation.recipes": ("Fixed", "Own", "Standard", "Tuned"),
     "evaluation.selection": ("select",),
-    "evaluation.influence": ("LessSettings",),
     # from embeddings to words
     "text.projection": ("NeighborLoss", "ThroughProjection", "corpus_tokens", "nearest_tokens", "project", "relabel"),
     "text.judges": ("FrozenJudge", "StudentJudge"),

@@ -15,16 +15,12 @@ from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,
     adam_direction,
-    gradients_by_loop,
-    gradients_by_vmap,
     influence,
-    per_example_gradients,
     sparse_projection,
     warm_up,
 )
 from standin_hub import SUBJECTS, rounding, sentences
 
-WAYS = (gradients_by_vmap, gradients_by_loop)
 SHORT = LessSettings(fraction=0.25, epochs=2, batch_size=8, projection=256)
 
 
@@ -36,81 +32,25 @@ def flat(values):
     return torch.cat([v.flatten() for v in values.values()])
 
 
-def assert_same_gradients(student, gradient, expected):
-    assert expected.abs().max() > 1e-3
-    assert (gradient - expected).abs().max() <= rounding(student) * expected.abs().max()
-
-
 def single(task, student, params, split, row):
     """The gradient of one row's loss, from its own unpadded batch."""
     batch = task.batch(student.tokenizer, split, [row])
     return flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
 
 
-# --- gradients of single examples ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("hub_id", "trainable"), [("bert-base-uncased", "full"), ("bert-base-uncased", "lora"),
-                                                   ("distilbert-base-uncased", "full"), ("facebook/opt-1.3b", "lora"),
-                                                   ("microsoft/mpnet-base", "full")])
-def test_both_ways_give_each_rows_own_gradient(task, standin_hub, hub_id, trainable):
-    student, rows = tiny(task, trainable, hub_id), [3, 40, 17]
-    params = {n: p + 0.05 * torch.ones_like(p) for n, p in student.init(1).items()}  # LoRA's B = 0 would hide ∇A
-    batch = task.batch(student.tokenizer, "train", rows)
-    assert not batch["attention_mask"].all(), "padding is part of the question"
-    ways = [of(student, params, batch, batch["labels"]) for of in WAYS]
-    for found in ways:
-        assert found.shape == (3, sum(p.numel() for p in params.values())) and not found.requires_grad
-        for row, gradient in zip(rows, found, strict=True):
-            assert_same_gradients(student, gradient, single(task, student, params, "train", row))
-    mean = flat(loss_and_grads(student, params, [(1.0, batch, batch["labels"], None)])[1])
-    assert_same_gradients(student, ways[0].mean(0), mean)
-
-
-def test_soft_labels(task, standin_hub):
-    student = tiny(task, "head")
-    params, batch = student.init(0), task.batch(student.tokenizer, "train", range(4))
-    soft = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    vmap, loop = (of(student, params, batch, soft) for of in WAYS)
-    assert (vmap - loop).abs().max() <= 1e-10 and vmap.abs().max() > 1e-3
-
-
-def test_vmap_is_tried_once(task, standin_hub, monkeypatch):
-    student = tiny(task, "head")
-    params, batch = student.init(0), task.batch(student.tokenizer, "train", [0, 1, 2])
-    expected = per_example_gradients(student, params, batch, batch["labels"])
-    calls, loss = [], dk.Student.loss
-
-    def branching(self, params, batch, targets, **kwargs):
-        calls.append(len(targets))
-        if batch["attention_mask"].sum() < 0:  # depends on data, which vmap cannot follow
-            raise AssertionError
-        return loss(self, params, batch, targets, **kwargs)
-
-    monkeypatch.setattr(dk.Student, "loss", branching)
-    with pytest.raises(RuntimeError, match="vmap"):
-        gradients_by_vmap(student, params, batch, batch["labels"])
-    other = tiny(task, "head")
-    calls.clear()
-    for _ in range(2):
-        assert (per_example_gradients(other, params, batch, batch["labels"]) - expected).abs().max() <= 1e-10
-    assert calls == [1] * 7, "one try, then three rows twice"
-
-
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entries", [1, 4])
-def test_projection_is_a_sparse_matrix(entries):
-    """Each coordinate goes to one output of each part; whole numbers and 1/√s = 1/2 add without rounding."""
+def test_projection_is_a_sparse_matrix():
+    """Each coordinate goes to one output of each half."""
     n, draw = 5000, torch.Generator().manual_seed(0)
-    matrix = sparse_projection(torch.eye(n, dtype=torch.float64), 40, seed=3, entries=entries)
-    used = matrix.reshape(n, entries, -1) != 0
-    assert (used.sum(2) == 1).all() and {*matrix.abs().unique().tolist()} == {0.0, entries**-0.5}
-    counts = (matrix != 0).sum(0) / entries  # n / 40 = 125 each, standard deviation 11 or less
-    assert counts.min() > 75 and counts.max() < 175 and abs(matrix.sign().sum() / n / entries) < 0.05
+    matrix = sparse_projection(torch.eye(n, dtype=torch.float64), 40, seed=3)
+    used = matrix.reshape(n, 2, -1) != 0
+    assert (used.sum(2) == 1).all() and matrix.abs().unique().tolist() == pytest.approx([0.0, 2**-0.5])
+    counts = (matrix != 0).sum(0) / 2  # n / 40 = 125 each, standard deviation 11 or less
+    assert counts.min() > 75 and counts.max() < 175 and abs(matrix.sign().sum() / n / 2) < 0.05
     x = torch.randint(-9, 9, (5, n), generator=draw).double()
-    assert torch.equal(sparse_projection(x, 40, seed=3, entries=entries), x @ matrix)
+    assert torch.allclose(sparse_projection(x, 40, seed=3), x @ matrix)
 
 
 def test_rows_blocks_and_seeds_of_a_projection():
@@ -124,14 +64,13 @@ def test_rows_blocks_and_seeds_of_a_projection():
     assert not torch.equal(*(sparse_projection(of, 64, seed=1) for of in (first, second))), "blocks have streams of their own"
 
 
-@pytest.mark.parametrize("entries", [1, 4])
-def test_inner_products_are_unbiased(entries):
+def test_inner_products_are_unbiased():
     """Mean and variance over 1000 seeds, against the exact ones; √(2/1000) = 0.04 is about a variance's relative error."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(60, generator=draw, dtype=torch.float64)
     y = x + torch.randn(60, generator=draw, dtype=torch.float64)
     both = torch.stack([x, y])
-    products = torch.stack([sparse_projection(both, 16, seed=s, entries=entries).prod(0).sum() for s in range(1000)])
+    products = torch.stack([sparse_projection(both, 16, seed=s).prod(0).sum() for s in range(1000)])
     variance = (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * y).square().sum()) / 16
     assert abs(products.mean() - x @ y) < 4 * (variance / 1000).sqrt()
     assert products.var() / variance == pytest.approx(1, abs=0.15)
@@ -206,7 +145,7 @@ def by_definition(task, student, settings, subtasks):
 
 def test_scores_by_definition(task, standin_hub):
     student = tiny(task, "lora")
-    exact = dataclasses.replace(SHORT, projection=None)
+    exact = dataclasses.replace(SHORT, projection=10**9)
     expected = by_definition(task, student, exact, [range(len(task.validation))])
     assert np.allclose(influence(task, student, settings=exact), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     projected = influence(task, student, settings=dataclasses.replace(exact, projection=256))
@@ -230,33 +169,13 @@ def questions(tmp_path, standin_hub):
 def test_groups_of_an_instruction_task(questions):
     """They are the subtasks, and all training rows are one pool."""
     task, student = questions
-    params, rows = {n: p + 0.05 for n, p in student.init(0).items()}, [0, 7, 14]
-    batch = task.batch(student.tokenizer, "train", rows)
-    for of in WAYS:
-        for row, gradient in zip(rows, of(student, params, batch, batch["labels"]), strict=True):
-            assert_same_gradients(student, gradient, single(task, student, params, "train", row))
-    exact = dataclasses.replace(SHORT, projection=None)
+    exact = dataclasses.replace(SHORT, projection=10**9)
     expected = by_definition(task, student, exact, [range(place, 9, 3) for place in range(3)])
     scores = influence(task, student, settings=exact)
     assert np.allclose(scores, expected, rtol=0, atol=rounding(student) * np.abs(expected).max())
-    chosen = dk.select(task, student, "less", fraction=0.35, less=exact)
+    scores = influence(task, student)
+    chosen = dk.select(task, student, "less", fraction=0.35)
     assert chosen.meta["rows"] == sorted(range(20), key=lambda row: -scores[row])[:7]
-
-
-def test_validation_rows_are_spread_over_the_subtasks(questions, monkeypatch):
-    task, student = questions
-    seen, batch = [], dk.InstructionTask.batch
-
-    def noted(self, tokenizer, split, rows):
-        seen.append((split, [*map(int, rows)]))
-        return batch(self, tokenizer, split, rows)
-
-    monkeypatch.setattr(dk.InstructionTask, "batch", noted)
-    for limit, each in ((7, 2), (1, 1), (10_000, 3)):
-        seen.clear()
-        influence(task, student, settings=dataclasses.replace(SHORT, epochs=1, validation_rows=limit))
-        rows = [row for split, rows in seen if split == "validation" for row in rows]
-        assert np.bincount(np.array(rows) % 3).tolist() == [each] * 3, "the group of a row is its number modulo 3"
 
 
 class WordCounts:
@@ -275,7 +194,7 @@ class WordCounts:
         return torch.nn.functional.cross_entropy(counts, targets)
 
 
-@pytest.mark.parametrize("projection", [None, 64])
+@pytest.mark.parametrize("projection", [10**9, 64])
 def test_rows_with_the_wrong_label_come_last(world, tmp_path, projection):
     """Three words of one class make a row; a fifth of the training rows of each class are under the other one."""
     folder, draw, wrong = tmp_path / "mislabelled", random.Random(0), {row for row in range(100) if row % 10 in (3, 6)}
@@ -298,34 +217,7 @@ def test_seeds(world, standin_hub):
     assert np.array_equal(first, again) and not np.array_equal(first, influence(task, student, seed=2, settings=SHORT))
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"fraction": 0}, r"fraction must be a number in \(0, 1\], not 0"),
-        ({"fraction": float("nan")}, "fraction must be a number in .*, not nan"),
-        ({"epochs": 0}, "epochs must be a whole number of at least 1, not 0"),
-        ({"batch_size": True}, "batch_size must be a whole number of at least 1, not True"),
-        ({"optimizer": dk.SGD(0.1)}, "optimizer must be an AdamW, .*not SGD"),
-        ({"projection": 0}, "projection must be a whole number of at least 1, not 0"),
-        ({"projection": 9}, "projection must be even, not 9"),
-        ({"validation_rows": 0.5}, "validation_rows must be a whole number of at least 1, not 0.5"),
-    ],
-)
-def test_settings_that_cannot_be(bad, message):
-    with pytest.raises(ValueError, match=message):
-        LessSettings(**bad)
-
-
 def test_a_diverging_warm_up_is_named(world):
     settings = dataclasses.replace(SHORT, optimizer=AdamW(1e30))
     with pytest.raises(ValueError, match=r"training row \d+ of task 'rotten_tomatoes' .*not finite; lower .* 1e\+30"):
         influence(*world, settings=settings)
-
-
-def test_settings_are_json(world):
-    described = json.loads(json.dumps(SHORT.described()))
-    assert described["fraction"] == 0.25 and described["optimizer"]["name"] == "AdamW"
-    assert described["optimizer"]["betas"] == [0.9, 0.999]

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distillkit as dk
+from distillkit.text import projection
 from distillkit.text.projection import allowed_tokens
 
 
@@ -36,11 +37,12 @@ def brute_force(queries, table, metric, allowed):
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 @pytest.mark.parametrize("k", [1, 4])
-@pytest.mark.parametrize(("query_chunk", "table_chunk"), [(1, 1), (3, 3), (3, 10**6), (10**6, 3), (1024, 16384)])
-def test_nearest_is_nearest(metric, k, query_chunk, table_chunk):
+@pytest.mark.parametrize(("queries_at_once", "rows_at_once"), [(1, 1), (3, 3), (3, 10**6), (10**6, 3), (1024, 4096)])
+def test_nearest_is_nearest(monkeypatch, metric, k, queries_at_once, rows_at_once):
+    monkeypatch.setattr(projection, "QUERIES", queries_at_once)
+    monkeypatch.setattr(projection, "ROWS", rows_at_once)
     queries, table, allowed = draw(11, 8), draw(50, 8, seed=1), draw(50, seed=2) > -0.5
-    chunks = {"query_chunk": query_chunk, "table_chunk": table_chunk}
-    ids, distances = dk.nearest_tokens(queries, table, k=k, metric=metric, allowed=allowed, **chunks)
+    ids, distances = dk.nearest_tokens(queries, table, k=k, metric=metric, allowed=allowed)
     expected, order = brute_force(queries, table, metric, allowed)
     assert torch.equal(ids, order[:, :k])
     assert torch.allclose(distances.double(), expected[:, :k], atol=1e-5)
@@ -48,7 +50,7 @@ def test_nearest_is_nearest(metric, k, query_chunk, table_chunk):
 
 def test_all_rows_are_allowed_by_default():
     table = draw(50, 8)
-    ids, distances = dk.nearest_tokens(table, table, table_chunk=7)
+    ids, distances = dk.nearest_tokens(table, table)
     assert torch.equal(ids.squeeze(1), torch.arange(50)) and distances.max() < 1e-2
 
 
@@ -80,8 +82,8 @@ def test_memory_is_bounded(metric):
     table[-1] = 5.0
     queries = torch.cat([draw(1999, 64, seed=1), torch.full((1, 64), 4.9)])
     with Largest() as seen:
-        ids, _ = dk.nearest_tokens(queries, table, metric=metric, query_chunk=500, table_chunk=4000)
-    assert seen.elements <= 500 * 4000
+        ids, _ = dk.nearest_tokens(queries, table, metric=metric)
+    assert seen.elements <= 1024 * 4096
     assert ids[-1] == 127_999 and len(ids) == 2000
 
 

@@ -71,12 +71,8 @@ def is_finished(path: Path) -> bool:
 
 def table(args: argparse.Namespace) -> None:
     """``python -m distillkit table``."""
-    path = args.results / f"{args.name}.json"
-    result = read_result(path)
-    try:
-        say(table_of(result))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is no result that this distillkit can show ({error!r}); make it again") from error
+    result = read_result(args.results / f"{args.name}.json")
+    say(table_of(result))
     if args.figure:
         plots.save(plots.quickstart(result), args.figure)
 

@@ -71,11 +71,6 @@ class Evaluation:
         return None if self.losses is None else float(np.mean(self.losses))
 
     @property
-    def perplexity(self) -> float | None:
-        """e to the power of ``loss``."""
-        return None if self.loss is None else float(np.exp(self.loss))
-
-    @property
     def worth(self) -> float:
         """One number to compare evaluations on one split by, the higher the better: accuracy, or minus the response loss."""
         return self.mean if self.loss is None else -self.loss
@@ -86,7 +81,7 @@ class Evaluation:
         spread = f" ± {std:.3f}" if len(self.scores) > 1 else ""
         if self.losses is None:
             return f"{mean:.3f}{spread}"
-        return f"response loss {mean:.3f}{spread}, perplexity {self.perplexity:.3g}"
+        return f"response loss {mean:.3f}{spread}, perplexity {math.exp(mean):.3g}"
 
     def __str__(self) -> str:
         return f"{self.score_text()} (n={len(self.scores)}, {self.recipe['name']})"

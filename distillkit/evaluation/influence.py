@@ -32,58 +32,15 @@ from torch import Tensor
 
 from distillkit.core.experts import real_parts
 from distillkit.core.inner import inner_step, loss_and_grads
-from distillkit.core.optimizers import AdamW, State, described
-from distillkit.core.student import Batch, Params, Student
+from distillkit.core.optimizers import AdamW, State
+from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_number, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
-ROWS = 16  # examples whose activations are alive at a time
+ROWS = 16  # examples whose activations, or whose gradients, are alive at a time
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
-
-
-# --- gradients of single examples ------------------------------------------------------------------------------------
-
-
-def per_example_gradients(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """The gradient of each example's own loss, ``[b, p]``: the trained parameters flattened, in the order of ``params``.
-
-    All examples are taken at once (``torch.func.vmap``); a student whose model does not allow that takes them one after the
-    other from then on.
-
-    Args:
-        params: as :meth:`Student.init` returns them.
-        batch: b examples, tensors whose first axis counts them.
-        targets: as :meth:`Student.loss` takes them.
-    """
-    params = {n: p.detach() for n, p in params.items()}
-    batch, targets = {n: t.to(student.device) for n, t in batch.items()}, targets.to(student.device)
-    if "no vmap" not in student.cache:
-        try:
-            return gradients_by_vmap(student, params, batch, targets)
-        except RuntimeError as error:  # what torch raises for code that it cannot vectorise
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            student.cache["no vmap"] = True
-    return gradients_by_loop(student, params, batch, targets)
-
-
-def gradients_by_vmap(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """:func:`per_example_gradients`, all examples at once."""
-
-    def loss(params: Params, row: Batch, target: Tensor) -> Tensor:
-        return student.loss(params, {n: t[None] for n, t in row.items()}, target[None])
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, batch, targets)
-    return torch.cat([grads[n].flatten(1) for n in params], 1)
-
-
-def gradients_by_loop(student: Student, params: Params, batch: Batch, targets: Tensor) -> Tensor:
-    """:func:`per_example_gradients`, one example after the other."""
-    rows = ([(1.0, {n: t[i : i + 1] for n, t in batch.items()}, targets[i : i + 1], None)] for i in range(len(targets)))
-    return torch.stack([_flat(loss_and_grads(student, params, row)[1]) for row in rows])
 
 
 def _flat(values: Params) -> Tensor:
@@ -93,29 +50,28 @@ def _flat(values: Params) -> Tensor:
 # --- projection ------------------------------------------------------------------------------------------------------
 
 
-def sparse_projection(x: Tensor, dim_out: int = 8192, *, seed: int = 0, entries: int = 2) -> Tensor:
+def sparse_projection(x: Tensor, dim_out: int, *, seed: int) -> Tensor:
     """A random linear map of the rows of ``x [b, n]`` to ``[b, dim_out]`` that keeps inner products on average.
 
-    Each coordinate goes, with random signs and divided by √s, to s outputs, one in each of s equal parts of the output
-    (the block construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms"; s = 1 is the count-sketch).
-    E⟨Px, Py⟩ = ⟨x, y⟩ and Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out, whatever s; a larger s costs more
-    and has lighter tails.  It takes s operations per coordinate where a dense matrix takes ``dim_out``.  The entries are
+    Each coordinate goes, with random signs and divided by √2, to two outputs, one in each half of the output (the block
+    construction of Kane & Nelson, 2014, "Sparser Johnson–Lindenstrauss transforms").  E⟨Px, Py⟩ = ⟨x, y⟩ and
+    Var⟨Px, Py⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ x_i² y_i²) / dim_out.  It takes two operations per coordinate where a dense
+    matrix takes ``dim_out``.  The entries are
     drawn anew from ``seed`` at each call, so nothing of size n is stored.  A row's image does not depend on the other rows; on
     a CPU it is the same to the last bit, on a GPU sums may differ by rounding.
 
     LESS projects by a dense matrix of random signs, to 8192 numbers too.
 
     Args:
-        dim_out: a multiple of s.
+        dim_out: an even number.
         seed: any integer; the same map for the same seed and n.
-        entries: s.
     """
-    out, part = x.new_zeros(len(x), dim_out), dim_out // entries
+    out, part = x.new_zeros(len(x), dim_out), dim_out // 2
     for block, piece in enumerate(x.split(BLOCK, dim=1)):
-        draws = torch.randint(2 * part, (entries, BLOCK), generator=generator("projection", seed, block)).to(x.device)
-        for e, draw in enumerate(draws[:, : piece.shape[1]]):
-            out.scatter_add_(1, (draw // 2 + part * e).expand_as(piece), piece * (1 - 2 * (draw % 2)))
-    return out / entries**0.5
+        draws = torch.randint(2 * part, (2, BLOCK), generator=generator("projection", seed, block)).to(x.device)
+        for half, draw in enumerate(draws[:, : piece.shape[1]]):
+            out.scatter_add_(1, (draw // 2 + part * half).expand_as(piece), piece * (1 - 2 * (draw % 2)))
+    return out / 2**0.5
 
 
 # --- LESS ------------------------------------------------------------------------------------------------------------
@@ -136,32 +92,14 @@ class LessSettings:
         epochs: passes over it, each ending in a checkpoint.
         batch_size: examples a warm-up step.
         optimizer: makes the steps of the warm-up and, without its weight decay and clipping, Γ.
-        projection: numbers that a gradient is projected to, even, or None; parameters of no more numbers are not projected.
-        validation_rows: most validation rows in all, the same number for each subtask (at least 1), or None for all.
-
-    Raises:
-        ValueError: a value outside these ranges.
+        projection: numbers that a gradient is projected to, even; parameters of no more numbers are not projected.
     """
 
     fraction: float = 0.05
     epochs: int = 4
     batch_size: int = 32
     optimizer: AdamW = AdamW(3e-4)
-    projection: int | None = 8192
-    validation_rows: int | None = None
-
-    def __post_init__(self):
-        check_number("fraction", self.fraction, most=1, without="least")
-        require(isinstance(self.optimizer, AdamW),
-                f"optimizer must be an AdamW, whose moments the directions are made of, not {self.optimizer!r}")
-        limits = {"projection": self.projection, "validation_rows": self.validation_rows}
-        limits = {name: value for name, value in limits.items() if value is not None}
-        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **limits)
-        require(self.projection is None or self.projection % 2 == 0, f"projection must be even, not {self.projection}")
-
-    def described(self) -> dict:
-        """The settings as JSON values."""
-        return dataclasses.asdict(self) | {"optimizer": described(self.optimizer)}
+    projection: int = 8192
 
 
 LESS = LessSettings()
@@ -210,7 +148,7 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     Takes one gradient per checkpoint and training row.
 
     Args:
-        seed: stands for the warm-up's initialisation and rows, the projection, and the choice of validation rows.
+        seed: stands for the warm-up's initialisation and rows, and the projection.
 
     Raises:
         ValueError: a gradient that is not finite.
@@ -218,25 +156,28 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     key = f"less:{task.fingerprint}:{task.max_length}:{seed}:{settings}"
     if key in student.cache:
         return student.cache[key]
-    lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
-    dim, k = sum(p.numel() for p in student.init(0).values()), settings.projection
-    k, projection_seed = None if k is None or k >= dim else k, derive_seed("less-projection", seed)
-    chunks = lengths.argsort(stable=True).split(min(ROWS, max(1, NUMBERS // dim)))  # rows of like length: little padding
-    subtasks = _subtasks(task, seed, settings)
+    n = len(task.split("train"))
+    dim, projection_seed = sum(p.numel() for p in student.init(0).values()), derive_seed("less-projection", seed)
+    chunks = torch.arange(n).split(min(ROWS, max(1, NUMBERS // dim)))
+    validation = task.split("validation")
+    groups = np.array(validation["group"][:]) if "group" in validation.column_names else np.zeros(len(validation))
+    subtasks = [torch.from_numpy(np.flatnonzero(groups == group)) for group in np.unique(groups)]
 
     def feature(grads: Tensor) -> Tensor:
         wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
-        return torch.nn.functional.normalize(wide if k is None else sparse_projection(wide, k, seed=projection_seed), dim=1)
+        if dim > settings.projection:
+            wide = sparse_projection(wide, settings.projection, seed=projection_seed)
+        return torch.nn.functional.normalize(wide, dim=1)
 
-    scores = torch.zeros(len(lengths), len(subtasks), dtype=torch.float64)
-    with progress(total=settings.epochs * len(lengths), desc="influence", unit="row", leave=False) as bar:
+    scores = torch.zeros(n, len(subtasks), dtype=torch.float64)
+    with progress(total=settings.epochs * n, desc="influence", unit="row", leave=False) as bar:
         for point in warm_up(task, student, seed=seed, settings=settings):
             parts = (real_parts(task, student, rows, ROWS, "validation") for rows in subtasks)
             means = (loss_and_grads(student, point.params, subtask)[1] for subtask in parts)
             aims = torch.cat([feature(_flat(mean)[None]) for mean in means])
             for rows in chunks:
-                batch = task.batch(student.tokenizer, "train", rows)
-                grads = per_example_gradients(student, point.params, batch, batch["labels"])
+                singles = (real_parts(task, student, row, 1) for row in rows.split(1))
+                grads = torch.stack([_flat(loss_and_grads(student, point.params, single)[1]) for single in singles])
                 influences = feature(adam_direction(settings.optimizer, point.state, grads)) @ aims.T
                 scores[rows] += point.step_size * influences.cpu().double()
                 bar.update(len(rows))
@@ -246,12 +187,3 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
                          f"not finite; lower the warm-up's step size of {settings.optimizer.step_size}")
     student.cache[key] = best.numpy()
     return student.cache[key]
-
-
-def _subtasks(task: Task, seed: int, settings: LessSettings) -> list[Tensor]:
-    """The validation rows of each subtask."""
-    split, draw = task.split("validation"), generator("less-validation", seed)
-    names = np.array(split["group"][:]) if "group" in split.column_names else np.zeros(len(split))
-    subtasks = [torch.from_numpy(np.flatnonzero(names == name)) for name in np.unique(names)]
-    most = len(split) if settings.validation_rows is None else max(1, settings.validation_rows // len(subtasks))
-    return [rows[torch.randperm(len(rows), generator=draw)[:most]] for rows in subtasks]

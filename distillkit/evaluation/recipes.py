@@ -31,12 +31,14 @@ from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
-from distillkit.io.checks import check_is, check_number, check_whole, check_wholes, require
+from distillkit.io.checks import check_is, check_number, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
 GRIDS = {"classification": {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)},
          "instruction": {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}}
+EPOCHS = 3  # passes of the standard recipe
+TUNING_SEEDS, TUNING_ROWS = 2, 300  # initialisations and validation rows that judge a point of a grid
 BATCH, MICRO_BATCH = 32, 16  # 16 examples of like length at a time: less padding
 
 
@@ -133,35 +135,33 @@ class Standard:
     Three epochs of a few examples train nothing (Mosbach et al., 2021), so there is a least number of steps.  A language
     model that knows its subject loses more than it gains by many passes over a few pairs, so its least number is lower.
 
+    There are three passes over the set.
+
     Args:
-        epochs: passes over the set.
-        batch_size: examples per step.
         least_steps: steps in any case; default: 200 for classifiers, 60 for language models.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number of steps below 1.
     """
 
-    epochs: int = 3
-    batch_size: int = BATCH
     least_steps: int | None = None
 
     def __post_init__(self):
-        least = {} if self.least_steps is None else {"least_steps": self.least_steps}
-        check_wholes(epochs=self.epochs, batch_size=self.batch_size, **least)
+        if self.least_steps is not None:
+            check_whole("least_steps", self.least_steps)
 
     def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
         """As :meth:`Recipe.plan`; the seed also decides the order of the examples."""
         language = student.kind != "classification"
         examples = len(task.split("train")) if distilled is None else len(distilled)
-        steps = max(self.epochs * -(-examples // self.batch_size), self.least_steps or (60 if language else 200))
+        steps = max(EPOCHS * -(-examples // BATCH), self.least_steps or (60 if language else 200))
         optimizer = AdamW(5e-5 if not language else 2e-4 if student.trainable == "lora" else 1e-3, weight_decay=0.01)
         step_sizes = warm_up_and_decay(steps, optimizer.step_size)
-        recipe = {"name": "standard", "steps": steps, "optimizer": described(optimizer), "batch_size": self.batch_size,
+        recipe = {"name": "standard", "steps": steps, "optimizer": described(optimizer), "batch_size": BATCH,
                   "schedule": "linear warm-up over 10 % of the steps, linear decay"}
         if distilled is None:
-            return lambda seed: Plan(optimizer, step_sizes, _all_rows(task, student, steps, self.batch_size, seed), recipe)
-        unroll = Unroll(steps, optimizer=optimizer, batch_size=self.batch_size, micro_batch=MICRO_BATCH)
+            return lambda seed: Plan(optimizer, step_sizes, _all_rows(task, student, steps, seed), recipe)
+        unroll = Unroll(steps, optimizer=optimizer, batch_size=BATCH, micro_batch=MICRO_BATCH)
         return lambda seed: set_plan(distilled, student, unroll, recipe, seed=seed, order=seed, step_sizes=step_sizes)
 
 
@@ -169,25 +169,20 @@ class Standard:
 class Tuned:
     """AdamW with the constant step size and the number of steps that score best on the validation split.
 
-    The score of a grid point is the mean over some initialisations of accuracy, or of minus the response loss.  The
-    initialisations come from their own seed stream.  Of equal points the one with fewer steps wins, then the one with
-    the smaller step size.
+    The score of a grid point is the mean of accuracy, or of minus the response loss, over two initialisations (one where the
+    student draws nothing at random).  The initialisations come from their own seed stream.  At most 300 validation rows are
+    scored, balanced over the classes.  Of equal points the one with fewer steps wins, then the one with the smaller step size.
 
     Args:
         grid: {"step_size": sizes, "steps": numbers of steps}; default: the one of :data:`GRIDS` for the kind of task.
-        seeds: initialisations to judge a point on; one where the student draws nothing at random.
-        rows: validation rows to judge on, balanced over the classes; all where there are fewer.
 
     Raises:
         ValueError: a grid without one of its two lists, or a number out of range.
     """
 
     grid: Mapping[str, Sequence] | None = None
-    seeds: int = 2
-    rows: int = 300
 
     def __post_init__(self):
-        check_wholes(seeds=self.seeds, rows=self.rows)
         if self.grid is None:
             return
         lists = isinstance(self.grid, Mapping) and all(isinstance(v, Sequence) and v for v in self.grid.values())
@@ -212,11 +207,11 @@ class Tuned:
 
     def _scores(self, distilled, task: Task, student: Student, grid) -> dict[tuple[int, float], list[float]]:
         """The validation score of each grid point (steps, step size) under each initialisation."""
-        rows = task.balanced_rows("validation", min(self.rows, len(task.validation)), generator("tune-rows", 0)).numpy()
+        rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0)).numpy()
         scores = collections.defaultdict(list)
         for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
             plan = set_plan(distilled, student, _adamw(max(grid["steps"]), step_size), {}, seed=0)
-            for seed in range(self.seeds if student.draws else 1):  # without a draw all runs would be the same
+            for seed in range(TUNING_SEEDS if student.draws else 1):  # without a draw all runs would be the same
                 start = student.init(derive_seed("tune-init", seed))
                 # As the step size is constant, one run passes through all step counts of the grid.
                 for steps, params in enumerate(plan.train(student, start), start=1):
@@ -285,7 +280,7 @@ def _adamw(steps: int, step_size: float) -> Unroll:
     return Unroll(steps, optimizer=AdamW(step_size), batch_size=BATCH, micro_batch=MICRO_BATCH)
 
 
-def _all_rows(task: Task, student: Student, steps: int, batch_size: int, seed: int) -> Callable[[int], list[Part]]:
+def _all_rows(task: Task, student: Student, steps: int, seed: int) -> Callable[[int], list[Part]]:
     """The feed of a run over the training split: every row once per epoch, in an order drawn from ``seed``.
 
     A batch holds rows of like length among 16 batches' worth, which leaves little padding.
@@ -293,8 +288,8 @@ def _all_rows(task: Task, student: Student, steps: int, batch_size: int, seed: i
     draw, batches = generator("full-data-order", seed), []
     lengths = torch.tensor([len(ids) for ids in task.token_ids(student.tokenizer, "train")])
     while len(batches) < steps:
-        pools = torch.randperm(len(lengths), generator=draw).split(16 * batch_size)
-        epoch = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(batch_size)]
+        pools = torch.randperm(len(lengths), generator=draw).split(16 * BATCH)
+        epoch = [batch for pool in pools for batch in pool[lengths[pool].argsort(stable=True)].split(BATCH)]
         batches += [epoch[i] for i in torch.randperm(len(epoch), generator=draw)]
 
     def feed(t: int) -> list[Part]:

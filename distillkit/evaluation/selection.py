@@ -14,6 +14,7 @@ Texts shorter than the budget are filled up with further real sentences, for eve
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.examples import examples_per_class
+from distillkit.core.optimizers import described
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.evaluation.influence import LESS, LessSettings, influence
+from distillkit.evaluation.influence import LESS, influence
 from distillkit.evaluation.scoring import by_size
-from distillkit.io.checks import check_are, check_choice, check_flag
+from distillkit.io.checks import check_are, check_choice
 from distillkit.io.progress import progress
 
 METHODS = ("random", "k_center", "herding")
@@ -41,38 +43,35 @@ def select(
     per_class: int | None = None,
     fraction: float | None = None,
     length: int | None = None,
-    fill: bool = True,
     seed: int = 0,
-    less: LessSettings = LESS,
 ) -> DistilledSet:
     """Real training sentences as a set with hard labels and no recipe.
 
     Args:
         method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
-        per_class, fraction, length, fill, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
+        per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
             same sentences for every seed; the seed then decides only what short ones are filled up with.
-        less: settings of ``"less"``, noted in ``meta["selection"]``.  It compares gradients of what the student trains;
-            the paper's method takes a student with ``trainable="lora"``.
+
+    ``"less"`` compares gradients of what the student trains; the paper's method takes a student with ``trainable="lora"``.
 
     Raises:
         ValueError: an unknown method, or more examples than the task has.
     """
-    check_are(task=(task, Task), student=(student, Student), less=(less, LessSettings))
+    check_are(task=(task, Task), student=(student, Student))
     check_choice("method", method, ALL_METHODS)
-    check_flag("fill", fill)
     k, settings = examples_per_class(task, per_class, fraction), {}
     if method == "random":
-        selected = DistilledSet.from_real(task, student, per_class=per_class, fraction=fraction, length=length, fill=fill,
+        selected = DistilledSet.from_real(task, student, per_class=per_class, fraction=fraction, length=length,
                                           soft_labels=False, seed=seed)
     else:
         if method == "less":
-            scores = influence(task, student.for_task(task), seed=seed, settings=less)
-            settings = {"trainable": student.trainable, **less.described()}
+            scores = influence(task, student.for_task(task), seed=seed)
+            settings = {"trainable": student.trainable, **dataclasses.asdict(LESS), "optimizer": described(LESS.optimizer)}
             rows = [pool[np.argsort(-scores[pool], kind="stable")[:k]] for pool in task.rows_by_class("train")]
         else:
             x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
             rows = [pool[pick(x[pool], k)] for pool in task.rows_by_class("train")]
-        selected = DistilledSet.from_rows(task, student, rows, length=length, fill=fill, seed=seed)
+        selected = DistilledSet.from_rows(task, student, rows, length=length, seed=seed)
     selected.meta["selection"] = {"method": method, "seed": seed, **settings}
     return selected
 
@@ -100,19 +99,19 @@ def herding(x: np.ndarray, k: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def sentence_features(task: Task, student: Student, batch_size: int = 128) -> np.ndarray:
+def sentence_features(task: Task, student: Student) -> np.ndarray:
     """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
     key = f"features:{task.fingerprint}:{task.max_length}"
     if key not in student.cache:
-        features = over_training_rows(task, student, student.features, batch_size)
+        features = over_training_rows(task, student, student.features)
         student.cache[key] = torch.nn.functional.normalize(features, dim=1).numpy()
     return student.cache[key]
 
 
-def over_training_rows(task: Task, student: Student, read: Callable, batch_size: int = 128) -> Tensor:
+def over_training_rows(task: Task, student: Student, read: Callable) -> Tensor:
     """What ``read`` gives for batches of the training split: ``[rows, …]`` float32 on the CPU, in the split's order."""
     lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
-    batches = list(by_size(range(len(lengths)), lengths.__getitem__, batch_size))
+    batches = list(by_size(range(len(lengths)), lengths.__getitem__, 128))
     with torch.no_grad():
         values = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu()
                             for rows in progress(batches, desc="reading the corpus", leave=False)])

@@ -26,9 +26,10 @@ from distillkit.core.examples import decode, embed
 from distillkit.core.objectives import Objective, Wrapper, check_objective
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_choice, check_is, check_rate, check_whole, check_wholes, require
+from distillkit.io.checks import check_are, check_choice, check_is, check_rate, check_whole, require
 
 METRICS = ("l2", "cosine")
+QUERIES, ROWS = 1024, 4096  # queries and rows of the table that are compared at a time
 UNUSED = re.compile(r"^(\[unused\d+\]|<unused\d+>|madeupword\d+)$")
 
 
@@ -77,18 +78,14 @@ def nearest_tokens(
     k: int = 1,
     metric: str = "l2",
     allowed: Tensor | None = None,
-    query_chunk: int = 1024,
-    table_chunk: int = 4096,
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest rows of an embedding table.
+    """The ``k`` nearest rows of an embedding table; the search takes about 16 kB · (1024 + d) of memory.
 
     Args:
         queries: ``[n, d]``.
         table: ``[v, d]``, on any device; queries are moved to it.
         metric: ``"l2"``: Euclidean distance; ``"cosine"``: 1 − cosine.
         allowed: ``[v]`` bool; rows to choose from, default all.
-        query_chunk, table_chunk: rows at a time; memory is about
-            4 · table_chunk · (query_chunk + d) bytes.
 
     Returns:
         ids ``[n, k]`` and distances ``[n, k]``, nearest first, on the CPU.
@@ -100,16 +97,16 @@ def nearest_tokens(
     check_are(queries=(queries, Tensor), table=(table, Tensor))
     allowed = torch.ones(len(table), dtype=torch.bool) if allowed is None else allowed
     check_is("allowed", allowed, Tensor)
-    check_wholes(k=k, query_chunk=query_chunk, table_chunk=table_chunk)
+    check_whole("k", k)
     require(queries.shape[-1] == table.shape[-1],
             f"queries are {queries.shape[-1]} wide, the embedding table {table.shape[-1]}")
     candidates = allowed.nonzero().squeeze(1).to(table.device)
     require(len(candidates) >= k, f"k={k} neighbours asked for, but only {len(candidates)} tokens are allowed")
     dtype = torch.promote_types(table.dtype, torch.float32)  # half precision cannot tell neighbours apart
     nearest = []
-    for block in queries.to(table.device, dtype).split(query_chunk):
+    for block in queries.to(table.device, dtype).split(QUERIES):
         distances, ids = table.new_empty(len(block), 0, dtype=dtype), candidates.new_empty(len(block), 0)
-        for chunk in candidates.split(table_chunk):
+        for chunk in candidates.split(ROWS):
             near, place = _distances(block, table[chunk].to(dtype), metric).topk(min(k, len(chunk)), largest=False)
             distances, order = torch.cat([distances, near], 1).sort(dim=1, stable=True)
             ids = torch.cat([ids, chunk[place]], 1).gather(1, order)
@@ -184,7 +181,6 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         ValueError: an unknown metric, or a set that was made with another embedding table.
     """
     check_are(distilled=(distilled, DistilledSet), student=(student, Student))
-    check_choice("metric", metric, METRICS)
     distilled.check_table(student)
     free, fixed = distilled.free, distilled.mask & ~distilled.free
     tokens = torch.full(distilled.mask.shape, cast("int", student.tokenizer.pad_token_id or 0))
@@ -209,24 +205,20 @@ class ThroughProjection(Wrapper):
 
     Args:
         objective: such as :class:`~distillkit.core.objectives.BPTT`.
-        metric: of :func:`~distillkit.text.projection.project`.
     """
 
     objective: Objective
-    _: dataclasses.KW_ONLY
-    metric: str = "l2"
 
     def __post_init__(self):
         check_objective(self.objective)
-        check_choice("metric", self.metric, METRICS)
 
     def problems(self, distilled: DistilledSet, seed: int):
         """The wrapped objective's problems of the projected set."""
-        return self.objective.problems(project(distilled, self.student, metric=self.metric), seed)
+        return self.objective.problems(project(distilled, self.student), seed)
 
     def recipe(self) -> dict:
         """The wrapped objective's recipe, with the projection noted."""
-        return {**self.objective.recipe(), "through_projection": self.metric}
+        return {**self.objective.recipe(), "through_projection": "l2"}
 
 
 def relabel(

@@ -15,24 +15,29 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
-from distillkit.io.checks import check_number, check_rate, check_whole, require
+from distillkit.io.checks import check_rate, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import Judge, check_search, swapped
 from distillkit.text.projection import choosable, with_tokens
 
+HOT, COLD = 1.0, 0.1  # the temperature at the first step and at the last
+START_WEIGHT = 0.9  # probability at τ = 1 of the token that stands at a place
 
 def relax_tokens(
-    distilled: DistilledSet, student: Student, judge: Judge, *, steps: int = 100, lr: float = 0.3, hot: float = 1.0,
-    cold: float = 0.1, start_weight: float = 0.9, allowed: Tensor | None = None, seed: int = 0,
+    distilled: DistilledSet, student: Student, judge: Judge, *, steps: int = 100, lr: float = 0.3,
+    allowed: Tensor | None = None, seed: int = 0,
 ) -> DistilledSet:
     """Choose words by a relaxed choice: a distribution over all allowed tokens at every free place, annealed to one of them.
 
     A place holds logits z over the tokens and represents the embedding Σ softmax(z/τ)·e.  The judge's gradient in that
-    embedding gives the one in z, which Adam follows; the temperature τ falls geometrically, so that the mixture, which no
-    text can be, becomes a token (the relaxation of Jang et al., 2017, and Maddison et al., 2017, without their noise; for
-    text Guo et al., 2021, "Gradient-based adversarial attacks against text transformers").  A step takes one gradient and
+    embedding gives the one in z, which Adam follows; the temperature τ falls geometrically from 1 to 0.1, so that the mixture,
+    which no text can be, becomes a token (the relaxation of Jang et al., 2017, and Maddison et al., 2017, without their noise;
+    for text Guo et al., 2021, "Gradient-based adversarial attacks against text transformers").  A step takes one gradient and
     judges no candidate, so that a judge which trains the real student is affordable too.
+
+    At first the token that stands at a place has probability 0.9, and the others share the rest equally.  A token that is not
+    allowed has no part in the mixture.
 
     Args:
         distilled: a set with tokens, such as one that was selected.
@@ -40,9 +45,6 @@ def relax_tokens(
         judge: any :class:`~distillkit.text.judges.Judge`; only its gradient is used.
         steps: of Adam.
         lr: learning rate of the logits.
-        hot, cold: the temperature at the first step and at the last.
-        start_weight: probability, at τ = 1, of the token that stands at a place; the others share the rest equally.  A token
-            that is not allowed has no part in the mixture.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.text.projection.allowed_tokens`.
             Memory is about 16 bytes for each of them at each free place.
         seed: draws the real rows of each step.
@@ -58,21 +60,18 @@ def relax_tokens(
     check_search(distilled, student, judge, "gradient")
     check_whole("steps", steps)
     check_rate("lr", lr)
-    check_number("hot", hot, without="least")
-    check_number("cold", cold, without="least")
-    check_number("start_weight", start_weight, most=1.0, without="least most")
     words = choosable(student, allowed).nonzero().squeeze(1)
     tokens, table = swapped(distilled, []), student.embedding[words.to(student.device)]
     current = tokens[distilled.free][:, None] == words
-    logits = (current * math.log(start_weight / (1 - start_weight) * max(1, len(words) - 1))).to(table).requires_grad_()
-    temperatures = [hot * (cold / hot) ** (step / max(1, steps - 1)) for step in range(steps)]
+    logits = (current * math.log(START_WEIGHT / (1 - START_WEIGHT) * max(1, len(words) - 1))).to(table).requires_grad_()
+    temperatures = [HOT * (COLD / HOT) ** (step / max(1, steps - 1)) for step in range(steps)]
     losses = _anneal(logits, distilled, table, judge, temperatures, lr, seed)
     tokens[distilled.free] = words[logits.argmax(1).cpu()]
     text = with_tokens(distilled, student, tokens)
     for key in ("recipe", "selection"):
         text.meta.pop(key, None)
-    text.meta["search"] = {"judge": judge.describe(), "steps": steps, "lr": lr, "hot": hot, "cold": cold,
-                           "start_weight": start_weight, "losses": losses}
+    text.meta["search"] = {"judge": judge.describe(), "steps": steps, "lr": lr, "hot": HOT, "cold": COLD,
+                           "start_weight": START_WEIGHT, "losses": losses}
     return text
 
 

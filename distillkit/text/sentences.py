@@ -26,6 +26,7 @@ from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import FrozenJudge, check_search
 from distillkit.text.swaps import combined
 
+EXAMPLES = 16  # examples that a step looks at
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Sentence:
@@ -37,19 +38,20 @@ class Sentence:
 
 def search_sentences(
     distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
-    examples: int = 16, sentences: int = 2048, seed: int = 0,
+    sentences: int = 2048, seed: int = 0,
 ) -> DistilledSet:
     """Real sentences with the lowest outer loss of a judge: whole sentences are changed for others of their class.
 
-    A step looks at some examples.  The judge's gradient in their representations says which sentences of the pool look
-    better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in, as in
-    :class:`~distillkit.text.swaps.SwapSearch`.  The pool is read once, so that a step costs no forward pass.
+    A step looks at sixteen examples, drawn anew.  The judge's gradient in their representations says which sentences of the
+    pool look better; of those, ``candidates`` are judged by the outer loss on fresh real rows, and what makes it lower goes in,
+    as in :class:`~distillkit.text.swaps.SwapSearch`.  The pool is read once, so that a step costs no forward pass.
 
     Args:
         distilled: where to start, such as a set that herding selected.
         judge: whose representations and outer loss to go by: a :class:`~distillkit.text.judges.FrozenJudge`, or any judge with
             its ``features``, ``labels`` and ``head_losses``.
-        steps, candidates, examples: of the search, and in each step.
+        steps: of the search.
+        candidates: sentences judged in a step.
         sentences: size of the pool, drawn from the training split in equal shares and filled up to the set's length.
         seed: draws the pool, examples, candidates and real rows.
 
@@ -62,7 +64,7 @@ def search_sentences(
     """
     check_is("task", task, Task)
     check_search(distilled, student, judge, "features", "labels", "head_losses")
-    check_wholes(steps=steps, candidates=candidates, examples=examples, sentences=sentences)
+    check_wholes(steps=steps, candidates=candidates, sentences=sentences)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
     start.label_names()  # a set that does not tell them is an error
     labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
@@ -75,7 +77,7 @@ def search_sentences(
         address, draw = derive_seed("sentences", seed, step), generator("sentences-drawn", seed, step)
         features = x[now].clone().requires_grad_()
         (slope,) = torch.autograd.grad(judge.head_losses(features[None], labels, address)[0], features)
-        changes = _changes(x, now, slope, offered, candidates, examples, draw)
+        changes = _changes(x, now, slope, offered, candidates, draw)
         judged = functools.partial(_losses, judge, x, labels, address, now)
         before, *each = judged([[], *([change] for change in changes)])
         chosen, after = combined(changes, each, before, judged)
@@ -85,12 +87,12 @@ def search_sentences(
 
 
 def _changes(
-    x: Tensor, now: Tensor, slope: Tensor, offered: list[Tensor], candidates: int, examples: int, draw: torch.Generator
+    x: Tensor, now: Tensor, slope: Tensor, offered: list[Tensor], candidates: int, draw: torch.Generator
 ) -> list[Sentence]:
     """Changes to judge: for some examples, sentences drawn from those that look best by the gradient ``slope [m, n·d]``."""
     changes: list[Sentence] = []
-    share = max(1, candidates // min(examples, len(now)))
-    for i in torch.randperm(len(now), generator=draw)[:examples].tolist():
+    share = max(1, candidates // min(EXAMPLES, len(now)))
+    for i in torch.randperm(len(now), generator=draw)[:EXAMPLES].tolist():
         used = torch.tensor([*now.tolist(), *(change.new for change in changes)])
         gains = slope[i] @ x[now[i]] - x[offered[i]] @ slope[i]
         gains[torch.isin(offered[i], used)] = -math.inf  # no sentence stands twice
@@ -137,12 +139,11 @@ def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, search: dict) 
     return dataclasses.replace(start, **parts, step_sizes=None, meta=meta | {"search": search})
 
 
-def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, length: int | None = None) -> DistilledSet:
+def nearest_sentences(distilled: DistilledSet, task: Task, student: Student) -> DistilledSet:
     """For each example the real training sentence of its class whose representation is nearest, each used once.
 
     Args:
         distilled: a set of a classification task, embeddings or text.
-        length: tokens per example; default: the set's own.
 
     Returns:
         a set of real sentences with hard labels and no recipe.
@@ -161,6 +162,6 @@ def nearest_sentences(distilled: DistilledSet, task: Task, student: Student, *, 
             near = pool[np.argsort(-(real[pool] @ x[example]), kind="stable")]
             chosen.append(int(next(row for row in near if row not in chosen)))
         rows.append(chosen)
-    sentences = DistilledSet.from_rows(task, student, rows, length=length or distilled.embeds.shape[1])
+    sentences = DistilledSet.from_rows(task, student, rows, length=distilled.embeds.shape[1])
     sentences.meta["selection"] = {"method": "nearest sentences"}
     return sentences

@@ -27,6 +27,8 @@ from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import Judge, Swap, check_search, swapped
 from distillkit.text.projection import choosable, with_tokens
 
+PER_POSITION = 4  # most candidates at one place
+POOL = 4  # candidates are drawn from this many times as many that look best
 
 @dataclasses.dataclass(frozen=True)
 class SwapRecord:
@@ -50,9 +52,9 @@ class SwapSearch:
     """Token swaps led by the meta-gradient.
 
     A step takes the gradient at the current text and ranks all swaps by the linear estimate.  It draws ``candidates`` of the
-    best-ranked ones (at most ``per_position`` for a place, none that was rejected since its sentence last changed) and has them
-    judged on fresh real rows.  The best swap is made; the best of the other sentences follow as long as the judge's loss falls
-    further.  A swap that does not lower the loss on those rows is not made.
+    best-ranked ones, which are four times as many: at most four for a place, and none that was rejected since its sentence last
+    changed.  The judge says what they do on fresh real rows.  The best swap is made; the best of the other sentences follow as
+    long as the judge's loss falls further.  A swap that does not lower the loss on those rows is not made.
 
     Args:
         distilled: a set with tokens, such as one that was selected or projected.
@@ -60,8 +62,6 @@ class SwapSearch:
         judge: any :class:`~distillkit.text.judges.Judge`, such as :class:`~distillkit.text.judges.FrozenJudge`.
         candidates: swaps judged per step.
         examples: sentences that a step looks at, in turn, since the gradient of a few costs less; None: all of them.
-        per_position: most candidates at one place.
-        pool: candidates are drawn from the ``pool`` × ``candidates`` that look best.
         allowed: ``[v]`` bool, tokens to choose from; default: those of :func:`~distillkit.text.projection.allowed_tokens`.
         seed: draws candidates and real rows.
         checkpoint: file to save to, and to resume from where it exists; the same settings are demanded.
@@ -73,24 +73,23 @@ class SwapSearch:
 
     def __init__(
         self, distilled: DistilledSet, student: Student, judge: Judge, *, candidates: int = 64,
-        examples: int | None = None, per_position: int = 4, pool: int = 4, allowed: Tensor | None = None, seed: int = 0,
+        examples: int | None = None, allowed: Tensor | None = None, seed: int = 0,
         checkpoint: str | Path | None = None, checkpoint_every: int = 10,
     ):
         check_search(distilled, student, judge, "gradient", "losses")
         derive_seed("swap", seed)  # an error now if it is none
-        check_wholes(candidates=candidates, per_position=per_position, pool=pool, checkpoint_every=checkpoint_every,
+        check_wholes(candidates=candidates, checkpoint_every=checkpoint_every,
                      **({} if examples is None else {"examples": examples}))
         # As many examples as the set has is the same as all of them.
         self.examples = None if examples is None or examples >= len(distilled) else examples
         self.student, self.judge, self.seed = student, judge, seed
-        self.candidates, self.per_position, self.pool = candidates, per_position, pool
-        self.allowed = choosable(student, allowed)
+        self.candidates, self.allowed = candidates, choosable(student, allowed)
         self.records: list[SwapRecord] = []
         self._set = with_tokens(distilled, student, distilled.tokens.clone())
         self._rejected: set[Swap] = set()
         settings = {
             "judge": judge.describe(), "candidates": candidates,
-            "examples": self.examples, "per_position": per_position, "pool": pool, "seed": seed, "start": digest(distilled),
+            "examples": self.examples, "per_position": PER_POSITION, "pool": POOL, "seed": seed, "start": digest(distilled),
             "allowed": hashlib.sha256(self.allowed.numpy().tobytes()).hexdigest(),
         }
         self.checkpoint = Checkpoint(
@@ -115,10 +114,6 @@ class SwapSearch:
         """
         check_whole("n", n, least=0)
         yield from self.checkpoint.steps(self, n)
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        self.checkpoint.save(self)
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """All that steps change but the records, for the checkpoint."""
@@ -167,12 +162,12 @@ class SwapSearch:
             example, position = places.T
             slopes, current = gradient[example, position].to(table), self._set.embeds[example, position].to(table)
             gains = (slopes * current).sum(1, keepdim=True) - slopes @ table[words.to(table.device)].T
-            gains, best = gains.topk(min(4 * self.per_position, len(words)), dim=1)
+            gains, best = gains.topk(min(4 * PER_POSITION, len(words)), dim=1)
             for (i, j), row, row_gains in zip(places.tolist(), words[best.cpu()].tolist(), gains.tolist(), strict=True):
                 gainful = [(-gain, Swap(i, j, new)) for gain, new in zip(row_gains, row, strict=True)
                            if gain > 0 and new != tokens[i][j]]
-                ranked += [item for item in gainful if item[1] not in self._rejected][: self.per_position]
-        ranked = sorted(ranked)[: self.pool * self.candidates]
+                ranked += [item for item in gainful if item[1] not in self._rejected][:PER_POSITION]
+        ranked = sorted(ranked)[: POOL * self.candidates]
         chosen = torch.randperm(len(ranked), generator=draw)[: self.candidates]
         return [ranked[i][1] for i in sorted(chosen.tolist())]
 
