@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
-from distillkit.io.checks import check_number, check_rate, check_whole, require
+from distillkit.io.checks import check_number, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import Judge, check_search, swapped
@@ -57,7 +57,7 @@ def relax_tokens(
     """
     check_search(distilled, student, judge, "gradient")
     check_whole("steps", steps)
-    check_rate("lr", lr)
+    check_number("lr", lr)
     check_number("hot", hot, without="least")
     check_number("cold", cold, without="least")
     check_number("start_weight", start_weight, most=1.0, without="least most")
