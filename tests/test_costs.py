@@ -21,7 +21,7 @@ def test_break_even_by_hand():
     assert costs.break_even(10, 1, 1) == costs.break_even(10, 1, 2) == math.inf
     for n in range(12):
         assert (11 + n * 1 <= n * 3) == (n >= costs.break_even(11, 3, 1))
-    with pytest.raises(ValueError, match="full must be a finite number of 0 or more, not -1"):
+    with pytest.raises(ValueError, match=r"full must be a number in \[0, inf\), not -1"):
         costs.break_even(1, -1, 1)
     with pytest.raises(ValueError, match="distilling must be .* not nan"):
         costs.break_even(math.nan, 1, 1)
@@ -146,7 +146,7 @@ def test_gain_over_random_by_hand():
     assert math.isnan(costs.over_random(alone, "embeddings/own").of_the_way)
     worse = ROWS | {"full/standard": row("full", 0.4, 1, 100)}
     assert math.isnan(costs.over_random(worse, "embeddings/own").of_the_way), "there is no way to go"
-    with pytest.raises(ValueError, match="full/standard has 100 examples and random/tuned 2: that is no equal budget"):
+    with pytest.raises(ValueError, match=r"full/standard has 100 examples and random/tuned 2: that is no equal budget"):
         costs.over_random(ROWS, "full/standard")
 
 

@@ -355,7 +355,7 @@ def test_hard_labels_cannot_be_learned(world, goal):
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"lr": -0.1}, "learning rate of embeds must be a finite number of 0 or more, not -0.1"),
+    ({"lr": -0.1}, r"learning rate of embeds must be a number in \[0, inf\), not -0.1"),
     ({"lr": float("nan")}, "learning rate of embeds .* not nan"),
     ({"label_lr": float("inf")}, "learning rate of targets .* not inf"),
     ({"step_size_lr": -1.0}, "learning rate of step_sizes .* not -1.0"),

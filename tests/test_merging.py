@@ -304,7 +304,8 @@ def test_the_first_task_of_a_stream_is_training(news, halves):
         batch = whole.batch(student.tokenizer, "train", rows)
         params, state, *_ = inner_step(student, adam, params, state, [(1.0, batch, batch["labels"], None)], 0.01)
     test = whole.batch(student.tokenizer, "test", range(len(tasks[0].test)))
-    assert found.accuracy[0, 0, 0] == pytest.approx(whole.accuracy(student.logits(params, test), test["labels"]))
+    right = student.logits(params, test).argmax(1) == test["labels"]
+    assert found.accuracy[0, 0, 0] == pytest.approx(right.double().mean().item())
 
 
 def test_replayed_examples_have_their_share_of_the_loss(news, halves):

@@ -160,12 +160,12 @@ def test_splits_are_limited_apart(weather, limit, sizes):
 
 
 @pytest.mark.parametrize("limit, message", [
-    ({"tset": 9}, "limit names the split 'tset'; a task has train, validation, test"),
-    ({"dev": 9}, "limit names the split 'dev'"),
-    ({3: 9}, "limit names the split 3"),
-    ({"test": 0}, r"limit\['test'\] must be a whole number of at least 1, not 0"),
-    ({"test": "9"}, r"limit\['test'\] must be a whole number of at least 1, not '9'"),
-    ({"test": True}, r"limit\['test'\] must be a whole number .*, not True"),
+    ({"tset": 9}, "each split in limit must be one of train, validation, test, not 'tset'"),
+    ({"dev": 9}, "each split in limit .* not 'dev'"),
+    ({3: 9}, "each split in limit .* not 3"),
+    ({"test": 0}, r"limit of the test split must be a whole number of at least 1, not 0"),
+    ({"test": "9"}, r"limit of the test split must be a whole number of at least 1, not '9'"),
+    ({"test": True}, r"limit of the test split must be a whole number .*, not True"),
     ({"train": 60, "test": 2}, "limit=2 .* 3 classes of weather"),
 ])
 def test_bad_limits_of_splits(weather, limit, message):
@@ -179,7 +179,7 @@ def test_bad_limits_of_splits(weather, limit, message):
 @pytest.mark.parametrize("name", ["max_length", "limit"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
 def test_bad_numbers_are_named(weather, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of .* not {value!r}"):
+    with pytest.raises(ValueError, match=f"{name}.* must be a whole number of .* not {value!r}"):
         load_task(weather, **{name: value})
 
 
@@ -261,16 +261,6 @@ def test_balanced_rows_are_random_and_reproducible(weather):
     single = [task.balanced_rows("train", 1, generator("one", seed)).item() for seed in range(60)]
     first = Counter(task.train[row]["label"] for row in single)
     assert min(first[label] for label in range(3)) >= 8, "what does not divide evenly goes to random classes"
-
-
-def test_accuracy(weather):
-    task = load_task(weather)
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [0.0, 5.0, 1.0], [float("nan"), 0.0, 0.0]])
-    assert task.accuracy(logits, torch.tensor([0, 2, 0, 0])) == 0.5, "the NaN is wrong, although argmax points at it"
-    with pytest.raises(ValueError, match=r"logits \(4, 3\) must be \[3, 3\]"):
-        task.accuracy(logits, torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="must be"):
-        task.accuracy(logits[:0], torch.tensor([], dtype=torch.long))
 
 
 # --- the sources -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import meta_gradient
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import flop_counter
-from distillkit.io.checks import check_choice, check_rate, check_whole, require
+from distillkit.io.checks import check_choice, check_number, check_whole, require
 from distillkit.io.seeds import derive_seed, generator
 
 # Streams without a header: at the size of a distilled set a container would weigh more than its content.
@@ -76,7 +76,7 @@ def break_even(distilling: float, full: float, distilled: float) -> float:
         ValueError: a cost below 0.
     """
     for name, value in (("distilling", distilling), ("full", full), ("distilled", distilled)):
-        check_rate(name, value)
+        check_number(name, value)
     return math.ceil(distilling / (full - distilled)) if full > distilled else math.inf
 
 

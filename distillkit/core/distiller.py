@@ -33,7 +33,7 @@ from distillkit.core.objectives import check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
 from distillkit.core.problem import bound_step_sizes
 from distillkit.io.checkpoint import Checkpoint
-from distillkit.io.checks import check_flag, check_is, check_rate, check_whole, require
+from distillkit.io.checks import check_flag, check_is, check_number, check_whole, require
 from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
@@ -132,7 +132,7 @@ class Distiller:
                 "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
         for name, rate, values in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
             if rate is not None or name == "lr":
-                check_rate(f"{name}: the learning rate of {values}", rate)
+                check_number(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none

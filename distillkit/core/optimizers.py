@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from distillkit.core.student import Params
-from distillkit.io.checks import check_flag, check_number, check_rate, require
+from distillkit.io.checks import check_flag, check_number, require
 
 State = dict[str, Any]
 
@@ -144,7 +144,7 @@ class AdamW:
         for beta in self.betas:
             check_number("betas, both,", beta, most=1, without="most")
         for name in ("eps", "eps_root", "weight_decay"):
-            check_rate(name, getattr(self, name))
+            check_number(name, getattr(self, name))
 
     def init(self, params: Params) -> State:
         return {"count": 0, "m": _zeros(params), "v": _zeros(params)}

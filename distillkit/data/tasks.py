@@ -122,14 +122,6 @@ class Task:
                 quota -= len(pool)
         return torch.cat(drawn)[torch.randperm(size, generator=generator)]
 
-    def accuracy(self, logits: Tensor, labels: Tensor) -> float:
-        """The share of rows of `logits` [n, c] whose largest entry is at `labels` [n]. A row with a NaN is wrong."""
-        if logits.shape != (len(labels), len(self.classes)) or not len(labels):
-            raise ValueError(f"logits {tuple(logits.shape)} must be [{len(labels)}, {len(self.classes)}], a row for "
-                             "each label (one at least) and a column for each class")
-        right = (logits.argmax(dim=-1) == labels) & ~logits.isnan().any(dim=-1)
-        return right.double().mean().item()
-
 
 def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, int], seed: int) -> Task:
     """The task that a corpus of labelled text makes; for the arguments see `load.load_task`."""

@@ -26,29 +26,18 @@ def limits_by_split(limit, splits: Sequence[str]) -> dict[str, int]:
 
     Raises ValueError for a split that there is none of, and for a number below 1.
     """
-    if not isinstance(limit, Mapping):
-        limit = dict.fromkeys(splits, limit)
-        names = dict.fromkeys(splits, "limit")
-    else:
-        names = {split: f"limit[{split!r}]" for split in limit}
-    for split, most in limit.items():
-        if split not in splits:
-            raise ValueError(f"limit names the split {split!r}; a task has {', '.join(splits)}")
+    limits = limit if isinstance(limit, Mapping) else dict.fromkeys(splits, limit)
+    for split, most in limits.items():
+        check_choice("each split in limit", split, splits)
         if most is not None:
-            check_whole(names[split], most)
-    return {split: most for split, most in limit.items() if most is not None}
+            check_whole(f"limit of the {split} split", most)
+    return {split: most for split, most in limits.items() if most is not None}
 
 
 def check_choice(name: str, value, allowed) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-
-
-def check_rate(name: str, value) -> None:
-    """Raise ValueError unless ``value`` is a finite number of 0 or more."""
-    if not (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
-        raise ValueError(f"{name} must be a finite number of 0 or more, not {value!r}")
 
 
 def check_number(name: str, value, *, least: float = 0.0, most: float = math.inf, without: str = "") -> None:

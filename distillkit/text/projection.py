@@ -26,7 +26,7 @@ from distillkit.core.examples import decode, embed
 from distillkit.core.objectives import Objective, Wrapper, check_objective
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_choice, check_is, check_rate, check_whole, require
+from distillkit.io.checks import check_are, check_choice, check_is, check_number, check_whole, require
 
 METRICS = ("l2", "cosine")
 QUERIES, ROWS = 1024, 4096  # queries and rows of the table that are compared at a time
@@ -147,7 +147,7 @@ class NeighborLoss:
     def weight_at(self, progress: float) -> float:
         """The factor at a progress in 0..1."""
         weight = self.weight(progress) if callable(self.weight) else self.weight
-        check_rate(f"the weight of NeighborLoss at progress {progress:g}", weight)
+        check_number(f"the weight of NeighborLoss at progress {progress:g}", weight)
         return float(weight)
 
     def __call__(self, distilled: DistilledSet) -> tuple[float, Tensor]:

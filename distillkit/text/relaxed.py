@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
-from distillkit.io.checks import check_rate, check_whole, require
+from distillkit.io.checks import check_number, check_whole, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import Judge, check_search, swapped
@@ -59,7 +59,7 @@ def relax_tokens(
     """
     check_search(distilled, student, judge, "gradient")
     check_whole("steps", steps)
-    check_rate("lr", lr)
+    check_number("lr", lr)
     words = choosable(student, allowed).nonzero().squeeze(1)
     tokens, table = swapped(distilled, []), student.embedding[words.to(student.device)]
     current = tokens[distilled.free][:, None] == words
