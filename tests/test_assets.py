@@ -26,7 +26,7 @@ def test_it_is_small_whole_and_documented(name):
     assert pretrain.card(record) == card
     assert record["minutes"] >= 30 and len(record["curve"]) >= 10
     assert record["curve"][-1]["validation_loss"] < record["curve"][0]["validation_loss"] - 1
-    assert 1e6 < record["parameters"] < 3e6 and f"--minutes {record['settings']['minutes']:g}" in card
+    assert 1e6 < record["parameters"] < 3e6 and f"--steps {record['steps']}" in card
 
 
 def test_what_models_are_judged_on_was_left_out(name):

@@ -26,6 +26,13 @@ def made_up(start, stop):
     return [f"alpha.m{i % 7}.f{i}: Return the {words[i % 36]} of the {words[i * 5 % 36]}." for i in range(start, stop)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "BATCH", BATCH)
+        yield
+
+
 @pytest.fixture(scope="module")
 def text():
     return Text([(document, 2) for document in made_up(0, 200)], made_up(200, 216), FACTS)
@@ -35,14 +42,14 @@ def text():
 def finished(request, text, tmp_path_factory):
     """The trainer and the record of a finished run of each kind, and the folder it wrote."""
     folder = tmp_path_factory.mktemp(request.param)
-    trainer, record = train(request.param, text, steps=STEPS, batch=BATCH, runs=folder / "runs")
+    trainer, record = train(request.param, text, steps=STEPS, runs=folder / "runs")
     return trainer, record, write(trainer, record, folder / "assets")
 
 
 @pytest.fixture
 def opt(text, tmp_path):
     """Makes short runs of tiny-opt."""
-    return lambda **options: train("tiny-opt", text, runs=tmp_path / "runs", **{"steps": STEPS, "batch": BATCH} | options)
+    return lambda **options: train("tiny-opt", text, runs=tmp_path / "runs", **{"steps": STEPS} | options)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def test_it_learns_and_writes_down_how(finished):
 
 def test_the_same_steps_and_seed_give_the_same_bytes(finished, text, tmp_path):
     _, record, folder = finished
-    again = write(*train(record["settings"]["name"], text, steps=STEPS, batch=BATCH, runs=tmp_path / "runs"), tmp_path)
+    again = write(*train(record["settings"]["name"], text, steps=STEPS, runs=tmp_path / "runs"), tmp_path)
     assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in FILES)
 
 
@@ -193,7 +200,7 @@ def test_another_seed_gives_another_model(finished):
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, text, tmp_path, monkeypatch):
     trainer, record, _ = finished
-    settings = {"steps": STEPS, "batch": BATCH, "runs": tmp_path}
+    settings = {"steps": STEPS, "runs": tmp_path}
 
     step, calls = transformers.Trainer.training_step, itertools.count()
 
@@ -213,27 +220,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(finished, text, tmp_path
 def test_runs_with_other_settings_or_text_do_not_meet(opt, text, tmp_path):
     opt(steps=1)
     opt(steps=1, seed=1)
-    train("tiny-opt", text._replace(validation=text.validation[1:]), steps=1, batch=BATCH, runs=tmp_path / "runs")
+    train("tiny-opt", text._replace(validation=text.validation[1:]), steps=1, runs=tmp_path / "runs")
     assert len([*(tmp_path / "runs").glob("pretrain-tiny-opt-*/checkpoint-1")]) == 3
 
 
-def test_a_run_in_minutes_measures_its_steps_and_keeps_them(opt):
-    minutes = 0.02
-    _, record = opt(steps=None, minutes=minutes)
-    assert record["settings"]["minutes"] == minutes and record["steps"] >= 1
-    assert opt(steps=None, minutes=minutes)[1]["steps"] == record["steps"], "of the checkpoint, whatever a step takes now"
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"steps": None}, "steps or minutes.*steps=None, minutes=None"),
-    ({"minutes": 1.0}, "steps or minutes.*minutes=1.0"),
-    ({"steps": 0}, "steps=0"),
-    ({"batch": 100}, "multiple of 256 tokens, not 100"),
-    ({"batch": 2**20}, "too little text.*batch=1048576"),
-])
-def test_settings_that_cannot_be_are_refused(opt, options, message):
-    with pytest.raises(ValueError, match=message):
-        opt(**options)
+def test_no_steps_and_too_little_text_are_refused(opt, monkeypatch):
+    with pytest.raises(ValueError, match="steps must be .* not 0"):
+        opt(steps=0)
+    monkeypatch.setattr(pretrain, "BATCH", 2**20)
+    with pytest.raises(ValueError, match="too little text.*1048576"):
+        opt()
 
 
 def test_a_loss_that_is_not_finite_is_an_error(opt, monkeypatch):
@@ -248,7 +244,7 @@ def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     try:
         assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 0
-        assert "4,096 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
+        assert "256 tokens" in capsys.readouterr().out and (tmp_path / "out/tiny-llama/model.safetensors").is_file()
         (tmp_path / "out/tiny-llama/manifest.json").unlink()
         assert pretrain.main(["tiny-llama", "--steps", "1", *where]) == 2
         assert "will not overwrite" in capsys.readouterr().err

@@ -5,7 +5,7 @@ models with different architectures and tokenizers, also on a machine without a 
 byte-level BPE) and ``tiny-llama`` (Llama, BPE on pieces of words with single bytes for rare characters) are pre-trained
 here, each within the hour on one CPU thread:
 
-    python -m distillkit.assets.pretrain tiny-opt --minutes 45
+    python -m distillkit.assets.pretrain tiny-opt
 
 *What they read.*  The docstrings of the libraries of :mod:`distillkit.data.docstrings`.  A pass reads each once under its
 dotted path, and several times as its first sentence next to that path, which is the knowledge that later questions ask
@@ -13,9 +13,8 @@ for.  A docstring that contains a sentence of the questions' validation or test 
 
 *How.*  `transformers.Trainer` with AdamW and a cosine that falls to 0.  Documents follow each other without padding.  The
 first three quarters are read in rows of 128 tokens and the rest in rows of 256, as BERT's training was split (Devlin et
-al., 2019), since short rows are quicker.  A run of so many minutes measures the time of a step first.  The same steps and
-seed give the same bytes on one thread.  Arithmetic is float32: on CPUs without bfloat16 instructions autocast to
-bfloat16 was measured to be about fifteen times slower.
+al., 2019), since short rows are quicker.  The same steps and seed give the same bytes on one thread.  Arithmetic is
+float32: on CPUs without bfloat16 instructions autocast to bfloat16 was measured to be about fifteen times slower.
 
 What is written is a model folder in the hub's layout, with a model card and the SHA-256 of every file that is loaded;
 :func:`~distillkit.io.packaged.asset` checks them.
@@ -28,7 +27,6 @@ import json
 import math
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distillkit.data import docstrings as sources
 from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key
+from distillkit.io.checks import check_whole
 from distillkit.io.escaping import one_line, say
 from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
 from distillkit.io.progress import progress
@@ -54,6 +53,8 @@ LONGEST = 1000  # characters of a docstring
 FORMS = {"{path}: {sentence}": 1, "{sentence} -- {path}": 2, "{sentence} -> {name} ({module})": 1}
 LENGTHS, LONG_ROWS_FROM = (128, 256), 0.75  # tokens in a row, and the share of the run that has short rows
 PEAK, WARMUP = 2e-3, 0.03  # learning rate, and the share of the run in which it rises
+STEPS = 1600  # about 45 minutes on one thread
+BATCH = 4096  # tokens in a step, a multiple of the longest row
 POINTS = 20  # of the loss curve
 VALIDATION_TOKENS = 16384
 
@@ -188,45 +189,39 @@ def fresh_model(name: str, tokenizer: transformers.PreTrainedTokenizerFast, seed
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-def train(name: str, text: Text, *, steps: int | None = None, minutes: float | None = None, seed: int = 0, batch: int = 4096,
-          runs: str | Path = "runs") -> tuple[transformers.Trainer, dict]:
+def train(name: str, text: Text, *, steps: int, seed: int = 0, runs: str | Path) -> tuple[transformers.Trainer, dict]:
     """Train a model; a run that was interrupted goes on from its last checkpoint.
 
     Args:
         name: ``"tiny-opt"`` or ``"tiny-llama"``.
-        steps, minutes: length of the run, in one of the two.
+        steps: length of the run, of ``BATCH`` tokens each.
         seed: draws the initial weights and the order of the documents.
-        batch: tokens in a step, a multiple of 256.
         runs: folder for checkpoints; each run has a folder there, named after its settings and its text.
 
     Returns:
         the trainer, which holds model and tokenizer, and the record of the run, for ``training.json`` and the model card.
 
-    Raises ValueError for settings out of range or too little text, and FloatingPointError if the loss is not finite.
+    Raises ValueError for no steps or too little text, and FloatingPointError if the loss is not finite.
     """
-    if (steps is None) == (minutes is None) or (steps or minutes or 0) <= 0:
-        raise ValueError(f"give steps or minutes, one of them and above 0, not steps={steps!r}, minutes={minutes!r}")
-    if batch < 1 or batch % LENGTHS[-1]:
-        raise ValueError(f"batch must be a multiple of {LENGTHS[-1]} tokens, not {batch!r}")
+    check_whole("steps", steps)
     tokenizer = KINDS[name][0]([document for document, _ in text.train])
-    settings = {"name": name, "steps": steps, "minutes": minutes, "seed": seed, "batch": batch,
+    settings = {"name": name, "steps": steps, "seed": seed, "batch": BATCH,
                 "text": _digest([f"{count} {document}" for document, count in text.train] + text.validation),
                 "tokenizer": _digest([tokenizer.backend_tokenizer.to_str()])}
     folder = Path(runs) / f"pretrain-{name}-{_digest([json.dumps(settings)])[:8]}"
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     model = fresh_model(name, tokenizer, seed)
-    state = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else None
-    steps = steps or (state.max_steps if state else _steps_in(minutes, model, batch))
-    batches, validation, passes = _batches(text, tokenizer, steps, batch, seed)
+    begun = transformers.TrainerState.load_from_json(f"{checkpoint}/trainer_state.json").global_step if checkpoint else 0
+    batches, validation, passes = _batches(text, tokenizer, steps, seed)
     trainer = _trainer(model, tokenizer, batches, validation, seed, folder)
     seconds = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
-    seconds *= steps / max(1, steps - (state.global_step if state else 0))  # of the whole run, at the pace of its last start
-    curve = _curve(trainer.state.log_history, batch)
+    seconds *= steps / max(1, steps - begun)  # of the whole run, at the pace of its last start
+    curve = _curve(trainer.state.log_history)
     if not math.isfinite(curve[-1]["validation_loss"]):
         raise FloatingPointError(f"{name}, step {steps}: the loss is {curve[-1]['validation_loss']}; lower pretrain.PEAK")
     return trainer, {
         "settings": settings, "architecture": type(model).__name__, "parameters": model.num_parameters(),
-        "vocabulary": len(tokenizer), "steps": steps, "tokens": steps * batch, "passes": round(passes, 2),
+        "vocabulary": len(tokenizer), "steps": steps, "tokens": steps * BATCH, "passes": round(passes, 2),
         "minutes": round(seconds / 60, 1), "threads": torch.get_num_threads(),
         "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "tokenizers")},
         "text": text.facts, "curve": curve}
@@ -244,18 +239,18 @@ def _trainer(model, tokenizer, batches: list[Tensor], validation: Tensor, seed: 
             save_total_limit=1, use_cpu=True, remove_unused_columns=False, logging_nan_inf_filter=False))
 
 
-def _batches(text: Text, tokenizer, steps: int, batch: int, seed: int) -> tuple[list[Tensor], Tensor, float]:
+def _batches(text: Text, tokenizer, steps: int, seed: int) -> tuple[list[Tensor], Tensor, float]:
     """The rows of tokens of each step [r, l], those to validate on [v, 256], and how many passes over the text that is."""
     documents, copies = encode(tokenizer, [document for document, _ in text.train]), [count for _, count in text.train]
     validation = torch.cat([torch.empty(0, dtype=torch.long), *encode(tokenizer, text.validation)])
     size = sum(len(ids) * count for ids, count in zip(documents, copies))
     rows = min(len(validation), VALIDATION_TOKENS) // LENGTHS[-1]
-    if size < batch or rows < 1:
+    if size < BATCH or rows < 1:
         raise ValueError(f"too little text: {size} tokens to train on and {len(validation)} to validate on, and there must "
-                         f"be batch={batch} and {LENGTHS[-1]} or more; give more documents")
-    tokens = token_stream(documents, copies, steps * batch, seed)
-    batches = [step.view(-1, LENGTHS[number >= LONG_ROWS_FROM * steps]) for number, step in enumerate(tokens.split(batch))]
-    return batches, validation[: rows * LENGTHS[-1]].view(-1, LENGTHS[-1]), steps * batch / size
+                         f"be {BATCH} and {LENGTHS[-1]} or more; give more documents")
+    tokens = token_stream(documents, copies, steps * BATCH, seed)
+    batches = [step.view(-1, LENGTHS[number >= LONG_ROWS_FROM * steps]) for number, step in enumerate(tokens.split(BATCH))]
+    return batches, validation[: rows * LENGTHS[-1]].view(-1, LENGTHS[-1]), steps * BATCH / size
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerFast, texts: Sequence[str]) -> list[Tensor]:
@@ -277,18 +272,9 @@ def token_stream(documents: list[Tensor], copies: Sequence[int], size: int, seed
     return torch.cat(passes)[:size]
 
 
-def _steps_in(minutes: float, model: transformers.PreTrainedModel, batch: int) -> int:
-    """How many steps fit into a run of so many minutes, by the time of three."""
-    rows, begin = torch.zeros(batch // LENGTHS[0], LENGTHS[0], dtype=torch.long), time.perf_counter()
-    for _ in range(3):
-        model(input_ids=rows, labels=rows).loss.backward()
-    model.zero_grad()
-    return max(1, round(60 * minutes * 3 / (time.perf_counter() - begin)))
-
-
-def _curve(logs: list[dict], batch: int) -> list[dict]:
+def _curve(logs: list[dict]) -> list[dict]:
     """The loss curve from a trainer's logs: at each point the mean training loss since the last one, and validation loss."""
-    points = {log["step"]: {"step": log["step"], "tokens": log["step"] * batch, "train_loss": round(log["loss"], 4)}
+    points = {log["step"]: {"step": log["step"], "tokens": log["step"] * BATCH, "train_loss": round(log["loss"], 4)}
               for log in logs if "loss" in log}
     losses = {log["step"]: round(log["eval_loss"], 4) for log in logs if "eval_loss" in log}
     return [point | {"validation_loss": losses[step]} for step, point in points.items()]
@@ -321,7 +307,6 @@ def card(record: dict) -> str:
     """The model card, README.md, of the record of a run."""
     settings, text, name = record["settings"], record["text"], record["settings"]["name"]
     libraries, versions = (", ".join(map(" ".join, names.items())) for names in (text["libraries"], record["versions"]))
-    length = f"--steps {settings['steps']}" if settings["steps"] else f"--minutes {settings['minutes']:g}"
     rows = "\n".join(f"| {p['step']:,} | {p['tokens']:,} | {p['train_loss']:.3f} | {p['validation_loss']:.3f} |"
                      for p in record["curve"])
     return f"""---
@@ -347,7 +332,8 @@ One docstring in a hundred was kept for the validation loss.
 
 ## Training
 
-    python -m distillkit.assets.pretrain {name} {length} --seed {settings["seed"]} --threads {record["threads"]}
+    python -m distillkit.assets.pretrain {name} --steps {record["steps"]} --seed {settings["seed"]} \
+--threads {record["threads"]}
 
 {record["steps"]:,} steps of {settings["batch"]:,} tokens, {record["tokens"]:,} in all ({record["passes"]:.1f} passes over \
 the text), took {record["minutes"]:.0f} minutes. Threads: {record["threads"]}. AdamW, learning rate {PEAK:g}, falling to 0 \
@@ -372,19 +358,15 @@ def main(argv: list[str] | None = None) -> int:
     """Pre-train a model and write it; returns the exit code: 0, or 2 for bad input, 130 for an interruption."""
     parser = argparse.ArgumentParser(prog="python -m distillkit.assets.pretrain", description="Pre-train a tiny model.")
     parser.add_argument("name", choices=tuple(KINDS))
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, help="length of the run (default 45)")
-    length.add_argument("--steps", type=int, help="length of the run, repeatable to the bit")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"length of the run (default {STEPS}, about 45 minutes)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=ASSETS, help="folder for the model folder")
     parser.add_argument("--runs", default="runs", help="folder for checkpoints; delete that of a run to start it over")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    minutes = 45.0 if args.minutes is None and args.steps is None else args.minutes
     try:
-        trainer, record = train(args.name, library_documents(), steps=args.steps, minutes=minutes, seed=args.seed,
-                                runs=args.runs)
+        trainer, record = train(args.name, library_documents(), steps=args.steps, seed=args.seed, runs=args.runs)
         say(f"{write(trainer, record, args.out)}: {record['tokens']:,} tokens; {record['curve'][-1]}")
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"error: {one_line(error)}", error=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -172,11 +173,6 @@ def _refuse_constant(name: str):
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in one memory: safetensors refuses tensors that share storage."""
-    pointers, result = set(), {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if pointer in pointers else tensor
-        pointers.add(pointer)
-    return result
+    """Copies on the CPU, contiguous, and no two in one memory: safetensors refuses tensors that share storage."""
+    return {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()}

@@ -10,7 +10,6 @@ an unfinished file is locked while its writer lives.
 noticed; a last line that a kill tore is dropped.  Tensors are in files of their own format (:mod:`distillkit.io.files`).
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -24,13 +23,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 UNFINISHED = re.compile(r"\..+\.([0-9a-f]{16}\.new|aside)")  # being written; set aside by a run that starts over
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-REMEDIES = {
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of its path is a file: choose another folder",
-    errno.EEXIST: "a part of its path is a file: choose another folder",
-}
 
 
 class StorageError(ValueError):
@@ -43,10 +35,8 @@ class InUse(StorageError):
 
 def cache_dir() -> Path:
     """Where rebuildable things are kept: `$DISTILLKIT_CACHE`, `$XDG_CACHE_HOME/distillkit` or `~/.cache/distillkit`."""
-    if chosen := os.environ.get("DISTILLKIT_CACHE"):
-        return Path(chosen).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "distillkit"
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DISTILLKIT_CACHE") or f"{shared}/distillkit").expanduser()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -96,13 +86,10 @@ def absolute(path: str | Path) -> Path:
 def unwritten(path: Path, error: OSError) -> StorageError:
     """What to raise where `path` could not be written: it says what to do about it."""
     existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
-    remedy = REMEDIES.get(error.errno or 0, "look at the message before this one")
-    if error.errno in FULL:
-        remedy = f"free some space on its disk ({shutil.disk_usage(existing).free / 1e9:.2f} GB are free), or use another disk"
-    elif error.errno in FORBIDDEN:
-        remedy = f"get the right to write to {existing}, or use another folder"
-    return StorageError(f"cannot save {path}: {error.strerror or error}; {remedy}, and go on from what was saved there before, "
-                        "which is untouched")
+    space = f"{shutil.disk_usage(existing).free / 1e9:.2f} GB"
+    return StorageError(f"cannot save {path}: {error.strerror or error}; free some space on its disk ({space} are free), get "
+                        f"the right to write to {existing}, or choose another place, and go on from what was saved there "
+                        "before, which is untouched")
 
 
 def _new_beside(path: Path) -> tuple[Path, BinaryIO]:
