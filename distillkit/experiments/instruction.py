@@ -18,7 +18,6 @@ too, since a set may be good for the recipe it was distilled with only.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -92,11 +91,8 @@ class InstructionCell(Cell):
 
     def selector(self, method: str) -> Student:
         """The student itself; for LESS with low-rank adapters, as its paper has it."""
-        return self._adapted if method == "less" and self.student.trainable != "lora" else self.student
-
-    @functools.cached_property
-    def _adapted(self) -> Student:
-        return load_student(self.job.student, self.task, trainable="lora")
+        adapted = method == "less" and self.student.trainable != "lora"
+        return load_student(self.job.student, self.task, trainable="lora") if adapted else self.student
 
     def create(self, method: str, seed: int) -> DistilledSet:
         if method != "nacd":

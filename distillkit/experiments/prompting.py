@@ -38,6 +38,7 @@ from distillkit.experiments.settings import (
     Experiment,
     Inner,
     Outer,
+    Search,
     SetSeeds,
     Size,
     filled,
@@ -45,7 +46,7 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.experiments.ways_to_text import Swaps, TextCell
+from distillkit.experiments.ways_to_text import TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
 
@@ -53,7 +54,7 @@ SOURCES = ("zero-shot", "random", "k_center", "embeddings", "projection", "neare
 
 
 @settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
-class PromptingJob(Experiment, Data, Size, Inner, Outer, Swaps, SetSeeds):
+class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
     """Settings of one experiment; the student is a language model, and rows are ``source/k``, such as ``zero-shot/0``."""
 
     orders: int = whole(4, "orders of the demonstrations, for each set and each k")

@@ -218,6 +218,7 @@ class Search(Settings):
     swap_steps: int = whole(100, "steps of the search, the same number from every start")
     candidates: int = whole(64, "swaps that are judged per step")
     least: int = whole(2, "least number of times that a token occurs in the training split before it may be put into a text")
+    examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
 
 
 @settings()

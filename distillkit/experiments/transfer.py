@@ -40,7 +40,7 @@ from distillkit.experiments.settings import (
     settings,
 )
 from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
-from distillkit.io.checks import check_choice, check_number, check_whole
+from distillkit.io.checks import check_choice
 
 # For each kind of experiment that makes sets: its settings, its cell, and those of its methods that end in text.
 MAKERS = {
@@ -92,9 +92,6 @@ class TransferJob(Experiment, SetSeeds, Scoring):
         training = (self.fixed or {}).get(target)
         if not isinstance(training, dict) or training.keys() != {*FIXED}:
             raise ValueError(f"fixed must give {', '.join(FIXED)} for the target {target!r}, not {training!r}")
-        check_whole("fixed steps", training["steps"])
-        check_whole("fixed batch", training["batch"])
-        check_number("fixed step_size", training["step_size"], without="least")
         return Unroll(training["steps"], optimizer=AdamW(training["step_size"]), batch_size=training["batch"])
 
     @property

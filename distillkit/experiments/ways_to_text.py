@@ -83,15 +83,8 @@ ROWS = (
 )
 
 
-@settings()
-class Swaps(Search):
-    """The search for words by swaps, on some of the examples."""
-
-    examples: int | None = whole(None, "examples that a step of the search for swaps looks at (default: all)")
-
-
 @settings(kind="text", rows=ROWS, metagrad="forward_difference", lr=0.12, neighbor_weight=0.1)
-class TextJob(Experiment, Data, Size, Inner, Outer, Swaps, Neighbor, Target, SetSeeds, Scoring):
+class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, SetSeeds, Scoring):
     """Settings of one experiment; relabelling, the searches and the fixed training are the same for every text."""
 
     label_steps: int = whole(40, "outer steps of relabelling")
