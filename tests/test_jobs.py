@@ -373,6 +373,7 @@ def test_table_of_a_result(copied, capsys, finished):
 @pytest.mark.parametrize(("argv", "message"), [
     (["run", "no-such-settings"], "no configuration 'no-such-settings': neither a file nor one of .*quickstart"),
     (["table", "no-such-result"], r".*No such file .*no-such-result\.json"),
+    (["table", "metagrad"], r".*metagrad\.json holds no scores of an experiment"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
     import re

@@ -11,7 +11,7 @@ from distillkit.experiments.results import read as read_result
 from distillkit.experiments.results import with_tables
 from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import kind_of, read, renamed
-from distillkit.io.checks import check_choice
+from distillkit.io.checks import check_choice, require
 from distillkit.io.escaping import say
 from distillkit.io.restart import started
 from distillkit.io.storage import save_text
@@ -71,7 +71,10 @@ def is_finished(path: Path) -> bool:
 
 def table(args: argparse.Namespace) -> None:
     """``python -m distillkit table``."""
-    result = read_result(args.results / f"{args.name}.json")
+    path = args.results / f"{args.name}.json"
+    result = read_result(path)
+    require({"config", "cells", "scores"} <= result.keys(),
+            f"{path} holds no scores of an experiment; name a result that `run` has written")
     say(table_of(result))
     if args.figure:
         plots.save(plots.quickstart(result), args.figure)
