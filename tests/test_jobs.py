@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -373,14 +375,16 @@ def test_table_of_a_result(copied, capsys, finished):
 @pytest.mark.parametrize(("argv", "message"), [
     (["run", "no-such-settings"], "no configuration 'no-such-settings': neither a file nor one of .*quickstart"),
     (["table", "no-such-result"], r".*No such file .*no-such-result\.json"),
-    (["table", "metagrad"], r".*metagrad\.json holds no scores of an experiment"),
 ])
 def test_bad_input_is_exit_code_2(tmp_path, capsys, argv, message):
-    import re
-
     assert command_line.main([*argv, "--results", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert re.search(f"^error: {message}", captured.err) and captured.out == ""
+
+
+def test_a_benchmark_is_no_table_of_scores(capsys):
+    assert command_line.main(["table", "metagrad", "--results", str(Path(__file__).parents[1] / "figures" / "results")]) == 2
+    assert re.search(r"^error: .*metagrad\.json holds no scores", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("change", [{"corpus": "no_such_corpus"}, {"student": "no-such/student"}, {"colour": "red"},

@@ -180,7 +180,7 @@ class Replay:
     def __call__(self, problem: Problem) -> MetaGradient:
         """The meta-gradient of ``problem``; a ValueError where the student's attention or precision does not allow it."""
         _need_second_derivatives(problem.student, "Replay")
-        # The graph of a single micro-batch gives g_t again; those of several are not alive at once.
+        # The graph of one micro-batch gives g_t again; those of several are not alive at once.
         return walk_back(problem, _exact, ("grads",) if problem.micro_batch else (), self.every, self.host)
 
 
