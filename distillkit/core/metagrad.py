@@ -17,8 +17,8 @@ U enters only through its own product, so any optimiser will do.  A strategy is 
 * :class:`Truncated` walks back through a window of steps only: biased, and cheaper by the steps it leaves out (Feng et al.,
   2024, "Embarrassingly simple dataset distillation", place the window at random).
 
-The proofs are in ``tests/test_metagrad.py``: ``test_store_all_is_the_derivative`` compares with differences of the outer loss,
-``test_replay_equals_store_all`` the walk back with autograd through the whole run.
+Proofs in ``tests/test_metagrad.py``: ``test_store_all_is_the_derivative`` (differences of the outer loss) and
+``test_replay_equals_store_all`` (the walk back against autograd through the whole run).
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ class Step(NamedTuple):
     d_phi: Phi | None = None
 
 
-# The second-order product of a step: (γ, at_start) → ∇²_θθ ℓ·γ and ∇²_φθ ℓ·γ.  ``at_start`` says that t = 0, where the former
-# is not needed and is None.
+# The second-order product of a step: (γ, whether t = 0) → ∇²_θθ ℓ·γ (None if t = 0, where it is not needed) and ∇²_φθ ℓ·γ.
 Product = Callable[[Params, bool], tuple[Params | None, Phi]]
 # (problem, step, notes) → g_t and the product of that step; ``notes`` is a dict that goes from each step to the one before it.
 Linearise = Callable[[Problem, Step, dict], tuple[Params, Product]]
@@ -165,8 +164,7 @@ class Replay:
     """Exact, with the activations of one step at a time: store θ_t, repeat each step on the way back.
 
     Args:
-        every: store every k-th parameter set only and repeat the steps in between: about one more gradient per step, and
-            T/k + k sets instead of T.
+        every: store every k-th parameter set only (T/k + k sets instead of T), for about one more gradient per step.
         host: store them in host memory.
     """
 
@@ -211,8 +209,8 @@ class ForwardDifference:
     by three rules, in which u is the unit of the floating-point type:
 
     1. Step T − 1, the first that is walked, takes ε = 0.03 √u ‖θ‖ (1e-5 ‖θ‖ in float32).
-    2. Every other step aims at a gradient that changes by ``change`` of its norm.  The slope along γ is taken from the step
-       walked before.  If the gradient changes by more than three times the aim, the product is computed again.
+    2. Every other step aims at a gradient that changes by ``change`` of its norm, by the slope along γ of the step walked
+       before.  If the gradient changes by more than three times the aim, the product is computed again.
     3. ε is never below 4 u ‖θ‖, which moves the parameters by a few bits.  A step that asks for less (its gradient is almost
        zero) takes a central difference, with an ε of at least 0.03 √u ‖θ‖.
 
@@ -391,7 +389,6 @@ def _norm(tensors: Params) -> float:
 
 
 def _need_second_derivatives(student: Student, strategy: str) -> None:
-    # Fused attention raises deep inside autograd, with a message that does not help.
     require(student.attention == "eager", f"{strategy} differentiates twice, and attention={student.attention!r} of student "
             f"{student.name!r} has no second derivative; load it with attention='eager', or use ForwardDifference")
     _need_precision(student, strategy)
