@@ -107,7 +107,7 @@ def test_two_processes_on_one_folder(world, start, goal, tmp_path):
                               stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
     distiller = dk.Distiller(start, goal, checkpoint=run)
-    for what in (lambda: next(distiller.run(1)), distiller.save):
+    for what in (lambda: next(distiller.run(1)), lambda: distiller.checkpoint.save(distiller)):
         with pytest.raises(StorageError, match=f"{run} is in use by another run"):
             what()
     assert not run.exists() and distiller.step == 0

@@ -113,7 +113,8 @@ class FewShot:
     rows: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.std:.3f} ({self.k} shots, {len(self.scores)} orders)"
+        spread = f" ± {self.std:.3f}" if len(self.scores) > 1 else ""
+        return f"{self.mean:.3f}{spread} ({self.k} shots, orders: {len(self.scores)})"
 
 
 def few_shot(
