@@ -106,7 +106,8 @@ def test_scores_by_hand(readers, asked):
         for scores, told in ((plain, found.scores), (plain / [3, 13], found.normalized), (plain - prior, found.calibrated)):
             assert told[order] == pytest.approx(float((scores.argmax(1) == answers).mean()))
     assert found.mean == pytest.approx(np.mean(found.scores)) and found.std == pytest.approx(np.std(found.scores, ddof=1))
-    assert "4 shots, 2 orders" in str(found)
+    assert "4 shots, 2 orders" in str(found) and f" ± {found.std:.3f}" in str(found)
+    assert "±" not in str(few_shot(asked, student, rows=ROWS)), "one order has no spread"
 
 
 def test_embeddings_are_read_as_the_tokens_they_are(readers, task, asked, standin_hub):

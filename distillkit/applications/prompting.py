@@ -114,7 +114,7 @@ class FewShot:
 
     def __str__(self) -> str:
         spread = f" ± {self.std:.3f}" if len(self.scores) > 1 else ""
-        return f"{self.mean:.3f}{spread} ({self.k} shots, orders: {len(self.scores)})"
+        return f"{self.mean:.3f}{spread} ({self.k} shots, {len(self.scores)} orders)"
 
 
 def few_shot(
