@@ -33,6 +33,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -220,13 +221,14 @@ def without_markup(text: str) -> str:
 
 def mask_libraries(text: str) -> str:
     """`text` with each word or dotted path that names one of the libraries, or a usual alias, replaced by `library`."""
+    return re.sub(r"[A-Za-z0-9_.]+", lambda match: _masked(match[0], LIBRARIES), text)
 
-    def masked(match: re.Match) -> str:
-        word = match[0].lower()
-        is_name = any(library in word for library in LIBRARIES) or not ALIASES.isdisjoint(re.split(r"[._]", word))
-        return MASK + "." * word.endswith(".") if is_name else match[0]
 
-    return re.sub(r"[A-Za-z0-9_.]+", masked, text)
+@cache  # a million words are looked at, few of them different
+def _masked(word: str, libraries: tuple[str, ...]) -> str:
+    name = word.lower()
+    is_name = any(library in name for library in libraries) or not ALIASES.isdisjoint(re.split(r"[._]", name))
+    return MASK + "." * name.endswith(".") if is_name else word
 
 
 def same_sentence_key(text: str) -> str:
