@@ -194,8 +194,9 @@ class Distiller:
         outer = meta_gradient(
             current, self.objective, seed=derive_seed("distil", self.seed, self.step), on_retry=self._use
         )
-        grads = {name: getattr(outer, name) for name in LEARNABLE}
-        loss, terms, norm = outer.loss, {"outer": outer.loss}, float(outer.embeds.norm())
+        grads = {name: None if gradient is None else gradient.to(self._state.values[name])
+                 for name, gradient in zip(LEARNABLE, (outer.embeds, outer.targets, outer.step_sizes), strict=True)}
+        loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -241,7 +242,6 @@ class Distiller:
         for name in self.learn:
             value, gradient = values[name], grads[name]
             assert gradient is not None  # only hard targets have none, and they are not learned
-            gradient = gradient.to(value.device, value.dtype)
             if name == "embeds":
                 gradient = gradient * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus

@@ -246,7 +246,7 @@ class ForwardDifference:
 
     def _product(self, problem: Problem, step: Step, notes: dict, gamma: Params, at_start: bool) -> tuple[Params | None, Phi]:
         """One difference, and more where ε was wrong; the slope ‖∇²ℓ·γ‖ / ‖γ‖ is noted for the next step."""
-        norm, size, scale = _norm(gamma), _norm(cast("Params", step.grads)), _norm(step.params)
+        norm, size, scale = _norms(gamma, cast("Params", step.grads), step.params)
         if norm == 0.0:
             return None, Phi(*(torch.zeros_like(p) for p in cast("Phi", step.d_phi).tensors()))
         unit = torch.finfo(next(iter(gamma.values())).dtype).eps
@@ -255,7 +255,7 @@ class ForwardDifference:
             along_theta, along_phi = _difference(problem, step, gamma, epsilon / norm, central, phi_only=at_start)
             if at_start:
                 return None, along_phi
-            notes["slope"] = _norm(along_theta) / norm
+            notes["slope"] = _norms(along_theta)[0] / norm
             if not notes["slope"] * epsilon > 3 * self.change * size or epsilon <= least:
                 break
         return along_theta, along_phi
@@ -384,8 +384,10 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _norm(tensors: Params) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors.values()))
+def _norms(*groups: Params) -> list[float]:
+    """The norm of each group of tensors; all of them are read from the device at once."""
+    norms = [torch.stack(torch._foreach_norm([*group.values()])).double() for group in groups]
+    return torch.stack(norms).square().sum(1).sqrt().tolist()
 
 
 def _need_second_derivatives(student: Student, strategy: str) -> None:

@@ -245,10 +245,10 @@ class TrajectoryMatching:
             weights = dict.fromkeys(moves, 1 / cast("Tensor", sum(moves.values())))
         else:
             # Tensors that only rounding moved, such as attention's key biases, are left out.
-            spreads = {n: float((move / end[n].numel()).sqrt()) for n, move in moves.items()}
-            moving = [n for n in moves if spreads[n] > STILL * max(spreads.values())]
+            spreads = torch.stack([move / end[n].numel() for n, move in moves.items()]).sqrt().tolist()
+            moving = [n for n, spread in zip(moves, spreads, strict=True) if spread > STILL * max(spreads)]
             weights = {n: 1 / (moves[n] * len(moving)) for n in moving}
-        require(weights and all(torch.isfinite(w) for w in weights.values()),
+        require(weights and bool(torch.stack([*weights.values()]).isfinite().all()),
                 "the expert did not move between the two snapshots, so there is nothing to match")
         return lambda params: cast("Tensor", sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items()))
 

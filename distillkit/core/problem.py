@@ -51,7 +51,7 @@ class Problem:
         student, optimizer: what trains, and how.
         params: θ_0.
         embeds, mask, targets, step_sizes: the set φ, ``[m, l, d]``, ``[m, l]``, ``[m, c]`` or ``[m]``, and ``[T]``, on the
-            student's device.
+            student's device; but ``mask`` on the host, where the lengths of the examples are read from it.
         rows: the examples of each step, T index tensors.
         outer: functions of θ_T whose values add up to the scalar J: one for each part of the real batch, so that only one
             part's activations are alive at a time.
@@ -136,7 +136,7 @@ def inner_problem(
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.to(student.device),
+        mask=distilled.mask.cpu(),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
         step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
         rows=unroll.rows(len(distilled)),
@@ -175,7 +175,7 @@ def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Param
 
     def loss_and_grads(part: Callable[[Params], Tensor]) -> list:
         loss = part(theta)
-        return [float(loss.detach()), *grad(loss, tuple(theta.values()))]
+        return [loss.detach(), *grad(loss, tuple(theta.values()))]
 
     loss, *grads = summed(map(loss_and_grads, problem.outer))
-    return loss, dict(zip(theta, grads, strict=True))
+    return float(loss), dict(zip(theta, grads, strict=True))
