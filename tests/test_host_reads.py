@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from host_reads import HostReads
 
 import distillkit as dk
 from distillkit.evaluation.recipes import as_recipe
+from host_reads import HostReads
 
 OUTER_STEP = 22  # reads of an outer step beside those of its strategy: it is checked, recorded and moved to the host
 EXACT = (dk.StoreAll(), dk.Replay(), dk.Replay(every=2), dk.Truncated(2))
