@@ -56,8 +56,8 @@ class StoreAll:
             params, state, *_ = inner_step(problem.student, problem.optimizer, params, state, problem.parts(t, phi),
                                            step_sizes[t], differentiable=True)
         loss = cast("Tensor", sum(part(params) for part in problem.outer))
-        *d_phi, d_step_sizes = grad(loss, (*phi.tensors(), step_sizes))
-        return MetaGradient(loss=float(loss.detach()), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
+        *d_phi, d_step_sizes = grad(loss.sum(), (*phi.tensors(), step_sizes))
+        return MetaGradient(loss=loss.tolist(), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
 
 
 class Step(NamedTuple):
@@ -94,8 +94,7 @@ def update_vjp(optimizer, params: Params, state: State, grads: Params, step_size
                sigma: list | None) -> tuple[Params, Params, list, Tensor]:
     """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): the cotangents of θ, g, s (a list) and η.
 
-    ``sigma`` holds the cotangents of the floating-point tensors of s', in the order of their tree; None at the last step,
-    since nothing depends on the state any more.
+    ``sigma`` holds the cotangents of the floats of s', in the order of their tree; None at the last step: nothing follows it.
     """
     if type(optimizer) is SGD and optimizer.clip_norm is None:  # θ' = θ − ηg, known without autograd's passes
         d_step = -sum(torch.dot(cotangents[n].flatten(), g.detach().flatten()) for n, g in grads.items())
@@ -325,8 +324,7 @@ class Truncated:
         """The meta-gradient of ``problem``; a ValueError where a random window has no seed or ``inner`` raises one."""
         stop = len(problem.rows)
         if self.place == "random" and stop > self.window:
-            require(problem.seed is not None, "Truncated(place='random') draws its window from the seed of a Problem, which "
-                    "has none; set one that changes with the outer step")
+            require(problem.seed is not None, "Truncated(place='random') draws its window from the Problem's seed: set one")
             stop = self.window + derive_seed("window", problem.seed) % (stop - self.window + 1)
         start = max(0, stop - self.window)
         windowed = self.inner(problem.window(start, stop))
@@ -385,9 +383,9 @@ def _is_float(value: Any) -> bool:
 
 
 def _norms(*groups: Params) -> list[float]:
-    """The norm of each group of tensors; all of them are read from the device at once."""
-    norms = [torch.stack(torch._foreach_norm([*group.values()])).double() for group in groups]
-    return torch.stack(norms).square().sum(1).sqrt().tolist()
+    """The norm of each group of tensors, all of them read from the device at once."""
+    norms = torch.stack([torch.stack(torch._foreach_norm([*group.values()])) for group in groups])
+    return norms.double().square().sum(1).sqrt().tolist()
 
 
 def _need_second_derivatives(student: Student, strategy: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
 from distillkit.core.optimizers import Optimizer, State
-from distillkit.core.student import Params, Student
+from distillkit.core.student import Batch, Params, Student
 from distillkit.io.checks import require
 
 
@@ -25,7 +25,7 @@ class MetaGradient:
     """Gradient of the outer loss with respect to a distilled set.
 
     Attributes:
-        loss: J(θ_T), a float.
+        loss: J(θ_T), a float; of stacked runs (:mod:`distillkit.core.stacked`) the list of theirs.
         embeds: ``[m, l, d]``.
         targets: ``[m, c]`` for soft labels, None for hard ones.
         step_sizes: ``[t]``, with respect to the positive step sizes themselves.
@@ -41,6 +41,19 @@ class MetaGradient:
         """The average of meta-gradients taken at several initialisations or experts."""
         fields = zip(*(vars(member).values() for member in members), strict=True)
         return cls(*(None if values[0] is None else sum(values) / len(values) for values in fields))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RealLoss:
+    """The share of the outer loss that some real rows contribute, as a function of the parameters."""
+
+    student: Student
+    share: float
+    batch: Batch
+    labels: Tensor
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.share * self.student.loss(params, self.batch, self.labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,12 +183,12 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Params]:
-    """J(θ_T) and ∇J(θ_T), part by part."""
+    """J(θ_T) and ∇J(θ_T), part by part; where runs are stacked, the list of their losses."""
     theta = leaves(params)
 
     def loss_and_grads(part: Callable[[Params], Tensor]) -> list:
         loss = part(theta)
-        return [loss.detach(), *grad(loss, tuple(theta.values()))]
+        return [loss.detach(), *grad(loss.sum(), tuple(theta.values()))]
 
     loss, *grads = summed(map(loss_and_grads, problem.outer))
-    return float(loss), dict(zip(theta, grads, strict=True))
+    return loss.tolist(), dict(zip(theta, grads, strict=True))
