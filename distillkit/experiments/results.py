@@ -14,6 +14,7 @@ Differences are paired by set seed, with a 95 % interval by Student's t.  Means 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -72,10 +73,18 @@ def new_cell(settings: Settings, task) -> dict:
         "corpus": {"name": task.name, "sha256": task.fingerprint,
                    "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
         "machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
+        "versions": _versions(),
         "date": time.strftime("%Y-%m-%d"),
         "notes": {},
     }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # `datasets`, where tasks were prepared
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def as_config(settings: Settings) -> dict:
