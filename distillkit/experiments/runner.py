@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -40,6 +39,7 @@ from distillkit.experiments.results import (
     as_config,
     check_same_settings,
     new_cell,
+    now,
     processor,
     read,
     rows_of,
@@ -348,7 +348,7 @@ class Run:
         columns = place | {"corpus": cell.task.name, **cell.columns(method, recipe), "split": "test", "training_hash": training,
                            "settings_hash": settings_hash(cell.job), "machine": processor()}
         rows = [columns | score | place for score in scores]
-        notes = cell.notes | {f"{row} {seed}": note | {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}}
+        notes = cell.notes | {f"{row} {seed}": note | {"made": now()}}
         if self.cell is None:  # curves of losses of dozens of cells would bury the scores
             notes = {name: {k: v for k, v in values.items() if k != "losses"} for name, values in notes.items()}
         with Claim(self.path, wait=True):  # beside the result, which other work folders may share

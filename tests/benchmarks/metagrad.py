@@ -60,7 +60,7 @@ from distillkit.core.objectives import trained_loss
 from distillkit.core.problem import MetaGradient, Problem, outer_loss_and_grads
 from distillkit.core.student import Params, Student
 from distillkit.evaluation.evaluate import flop_counter
-from distillkit.experiments.results import read, with_tables, write
+from distillkit.experiments.results import now, read, with_tables, write
 from distillkit.io.deadline import NEVER, Deadline
 from distillkit.io.memory import LiveBytes
 from distillkit.io.progress import progress
@@ -72,10 +72,13 @@ VERSIONED = ("torch", "transformers", "peft", "torchopt")
 # Architectures with random weights, for a machine without their checkpoints: cost does not depend on the weights, error does.
 _OPT = {"hidden_size": 384, "word_embed_proj_dim": 384, "num_attention_heads": 12, "ffn_dim": 1536}
 _OPT_LARGE = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "num_attention_heads": 32, "ffn_dim": 8192}
+_TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 RANDOM = {
     "random:opt-small": (transformers.OPTConfig, {**_OPT, "num_hidden_layers": 6, "max_position_embeddings": 512}),
     "random:opt-1.3b": (transformers.OPTConfig, {**_OPT_LARGE, "num_hidden_layers": 24}),
     "random:bert-base": (transformers.BertConfig, {}),
+    "random:opt-tiny": (transformers.OPTConfig, {**_TINY, "word_embed_proj_dim": 32, "ffn_dim": 64}),
+    "random:bert-tiny": (transformers.BertConfig, {**_TINY, "intermediate_size": 64}),
 }
 ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
 WAYS = {"by the rule": None, "forward": False, "central": True}
@@ -336,7 +339,7 @@ class Bench:
             row |= self.timed(contender, with_linear_outer(problem))
         except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory, or no derivative of its kind
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        return row | {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        return row | {"made": now()}
 
     def timed(self, contender: Contender, problem: Problem) -> dict:
         """Medians over rounds, in each of which the contender takes its turn after plain training."""
