@@ -32,6 +32,7 @@ from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
 from distillkit.io.checks import check_is, check_number, check_whole, require
+from distillkit.io.deadline import Deadline
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -235,6 +236,29 @@ def as_recipe(recipe) -> Recipe:
     require(callable(getattr(chosen, "plan", None)) and not isinstance(chosen, type),
             f"recipe must be {', '.join(map(repr, NAMED))}, an Unroll, or an object with plan, not {recipe!r}")
     return cast("Recipe", chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """A recipe whose training runs end with :class:`~distillkit.io.deadline.TimeUp` at the first step after a deadline."""
+
+    recipe: Recipe | Unroll | str
+    deadline: Deadline
+
+    def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
+        """As :meth:`Recipe.plan`."""
+        plan_of_seed = as_recipe(self.recipe).plan(distilled, task, student)
+
+        def timed(seed: int) -> Plan:
+            plan = plan_of_seed(seed)
+
+            def feed(t: int):
+                self.deadline.check()
+                return plan.feed(t)
+
+            return dataclasses.replace(plan, feed=feed)
+
+        return timed
 
 
 def set_plan(

@@ -14,7 +14,6 @@ Differences are paired by set seed, with a 95 % interval by Student's t.  Means 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -25,6 +24,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -72,19 +72,24 @@ def new_cell(settings: Settings, task) -> dict:
         "config": as_config(settings),
         "corpus": {"name": task.name, "sha256": task.fingerprint,
                    "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "versions": _versions(),
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
         "notes": {},
     }
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def environment() -> dict:
+    """Machine, versions of what is installed, and date, as a cell says them."""
+    versions = {}
     for package in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # `datasets`, where tasks were prepared
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return versions
+    return {"machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+            "versions": versions | {"python": platform.python_version()}, "date": time.strftime("%Y-%m-%d")}
+
+
+def now() -> str:
+    """The time in UTC, by which the newer one of two scores is known."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def as_config(settings: Settings) -> dict:
