@@ -106,7 +106,8 @@ def texts_as_set(
     n = len(texts)
     rows = {"prompt": texts, "response": labels, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
     train = datasets.Dataset.from_dict(rows, features=task.test.features)
-    stand_in = dataclasses.replace(task, train=train, origin="texts and labels", _token_ids=weakref.WeakKeyDictionary())
+    stand_in = dataclasses.replace(task, train=train, origin="texts and labels", _token_ids=weakref.WeakKeyDictionary(),
+                                   resampled=None)
     return prompts_as_set(stand_in, student, [*range(n)], length)
 
 
