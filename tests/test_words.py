@@ -20,7 +20,7 @@ def planted(words: dict[str, str], rows: int = 12, name: str = "planted"):
         own = own.split()
         for _ in range(rows):
             texts.append((" ".join([own[0], draw.choice(own[1:]), *draw.choice(["common", "shared"], 2)]), label))
-    return task_of_rows(name, tuple(words), {split: texts for split in ("train", "validation", "test")}, max_length=12,
+    return task_of_rows(name, tuple(words), dict.fromkeys(("train", "validation", "test"), texts), max_length=12,
                         origin="by hand")
 
 
@@ -105,7 +105,7 @@ def test_teacher_labels(world):
 
 
 def test_upper_lines(world):
-    """TF-IDF by an independent count of words; the probe by scikit-learn on the features, with the C that validation prefers."""
+    """TF-IDF by a count of words; the probe by scikit-learn on the features, with the C that validation prefers."""
     task, student = world
     easy = planted(THREE)
     assert tfidf_accuracy(easy) == 1.0
