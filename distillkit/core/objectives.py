@@ -88,7 +88,8 @@ class BPTT:
         metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
             :func:`~distillkit.core.estimate.recommend` names for the student.
         batch_size: real examples per outer step.
-        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
+        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.  Default: all on a
+            GPU, where one large kernel is faster than several small ones; 16 elsewhere.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
         stacked: compute the ``inits`` at once (:mod:`distillkit.core.stacked`), in memory for all of them; pays on a GPU.
     """
@@ -99,13 +100,15 @@ class BPTT:
     _: dataclasses.KW_ONLY
     metagrad: Callable[[Problem], MetaGradient] | None = None
     batch_size: int = 64
-    micro_batch: int = 16
+    micro_batch: int | None = None
     inits: int = 1
     stacked: bool = False
 
     def __post_init__(self):
         _check_parts(self)
         check_flag("stacked", self.stacked)
+        if self.micro_batch is None:
+            object.__setattr__(self, "micro_batch", self.batch_size if self.student.device.type == "cuda" else 16)
         for name in ("micro_batch", "inits"):
             check_whole(name, getattr(self, name))
         check_whole("batch_size", self.batch_size, most=len(self.task.split("train")), meaning="the training rows")
