@@ -352,6 +352,7 @@ def test_a_hundred_steps_of_adamw_stay_finite(world):
     [
         ({}, dk.ForwardDifference, "two gradients"),
         ({"trainable": "lora"}, dk.ForwardDifference, "costs three"),
+        ({"trainable": "top:1"}, dk.ForwardDifference, "costs three and a half"),
         ({"trainable": "head"}, dk.Replay, "frozen"),
         ({"dtype": "float64"}, dk.Replay, "exact"),
         ({"trainable": "head", "attention": "sdpa"}, dk.ForwardDifference, "no second derivative"),
