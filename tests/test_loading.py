@@ -260,6 +260,26 @@ def test_real_rows_send_no_gradient_below_the_top_layers(task, standin_hub):
     assert dk.meta_gradient(distilled, dk.BPTT(task, student, dk.Unroll(2), metagrad=dk.Replay())).embeds.abs().max() > 0
 
 
+@pytest.mark.parametrize(("trainable", "cheaper"), [("top:3", dk.ForwardDifference), ("top:1", dk.Replay)])
+def test_what_a_step_of_the_top_of_twelve_layers_costs(task, world, tmp_path, trainable, cheaper):
+    """A difference of gradients is cheaper where a quarter of the layers is trained, an exact product where a twelfth is."""
+    tokenizer, twelve = world[1].tokenizer, TINY | {"num_hidden_layers": 12}
+    transformers.BertModel(transformers.BertConfig(**twelve, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = dk.load_student(tmp_path, task, trainable=trainable)
+    distilled = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+
+    def operations(strategy, steps):
+        goal = dk.BPTT(task, student, dk.Unroll(steps, optimizer=dk.SGD(0.01)), metagrad=strategy, batch_size=2)
+        with FlopCounterMode(display=False) as counter:
+            strategy(goal.problem(distilled, seed=0))
+        return counter.get_total_flops()
+
+    strategies = (dk.Replay(), dk.ForwardDifference())
+    costs = {type(strategy): operations(strategy, 3) - operations(strategy, 2) for strategy in strategies}
+    assert min(costs, key=costs.get) is cheaper
+
+
 def test_a_set_says_that_the_top_layers_were_trained(task, standin_hub):
     top, whole = (dk.load_student("bert-base-uncased", task, trainable=trainable) for trainable in ("top:1", "full"))
     start = dk.DistilledSet.from_real(task, top, per_class=1, length=8)
