@@ -69,8 +69,8 @@ CALLS = {
                                                      "central": FLAG.filter(lambda v: v is not None)}),
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
-        "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE, "stacked": FLAG,
-        "batch_size": st.one_of(WHOLE, st.just(81))}),
+        "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
+        "stacked": FLAG, "batch_size": st.one_of(WHOLE, st.just(81))}),
     "TrajectoryMatching": (dk.TrajectoryMatching, dict.fromkeys(("task", "student", "unroll", "experts")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "experts": THING, "segments": WHOLE,
         "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE,
