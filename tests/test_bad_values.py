@@ -63,6 +63,10 @@ CALLS = {
                              "betas": st.sampled_from([None, 0.9, (0.9,), (0.9, 1.0), ("a", "b"), (NAN, 0.9)])}),
     "Unroll": (dk.Unroll, {"steps": 2}, {"steps": WHOLE, "batch_size": WHOLE, "micro_batch": WHOLE, "dropout": FLAG,
                                          "optimizer": THING}),
+    "Mixture": (dk.Mixture, {"sampler": dk.CommonRecipes()}, {
+        "sampler": THING, "central": THING, "share": SHARE, "micro_batch": or_none(WHOLE)}),
+    "CommonRecipes": (dk.CommonRecipes, {}, {
+        "central": THING, "least_steps": st.one_of(WHOLE, st.just(61)), "most_steps": WHOLE}),
     "Replay": (dk.Replay, {}, {"every": WHOLE, "host": FLAG}),
     "StoreAll": (dk.StoreAll, {}, {}),
     "ForwardDifference": (dk.ForwardDifference, {}, {"every": WHOLE, "host": FLAG, "change": st.one_of(POSITIVE, st.just(1)),
@@ -86,6 +90,8 @@ CALLS = {
     "select": (dk.select, {"task": None, "student": None, "method": "random", "per_class": 1, "length": 8}, {
         "task": THING, "student": THING, "method": CHOICE, "per_class": or_none(WHOLE), "length": or_none(WHOLE),
         "seed": SEED}),
+    "bootstrap": (dk.bootstrap, {"task": None, "seed": 0}, {"task": THING, "seed": SEED}),
+    "with_teacher_labels": (dk.with_teacher_labels, dict.fromkeys(("distilled", "task")), {"distilled": THING, "task": THING}),
     "DistilledSet": (dk.DistilledSet.from_real, {"task": None, "student": None, "fraction": 0.05}, {
         "task": THING, "student": THING, "fraction": or_none(SHARE), "length": or_none(WHOLE), "soft_labels": FLAG,
         "fill": FLAG, "seed": SEED}),
