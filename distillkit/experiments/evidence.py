@@ -10,6 +10,7 @@ the class names alone, ``written.yaml``), the selections ``random``, ``k_center`
 
 Beside them:
 
+* ``published``: another project's sets (``from_text``), set number s for seed s; they were made from other rows than ours.
 * ``chosen sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
 * ``embeddings``: distilled by BPTT; ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
@@ -20,6 +21,7 @@ Beside them:
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,12 +59,12 @@ from distillkit.text.sentences import search_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
 BY_HAND = ("class names", "written")  # texts that read no training row
-CHOSEN, FLOAT16, LOW_RANK = "chosen sentences", "embeddings float16", "embeddings low rank"
+PUBLISHED, CHOSEN, FLOAT16, LOW_RANK = "published", "chosen sentences", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
-    *(f"{method}{labels}/tuned" for method in (*CHEAP, CHOSEN) for labels in ("", TEACHER)),
+    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN) for labels in ("", TEACHER)),
     f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
     f"{FLOAT16}/own", f"{LOW_RANK}/own", *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
     "full/standard",
@@ -80,6 +82,8 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     sentences: int = whole(3000, "real sentences that the search chooses from")
     candidates: int = whole(64, "sentences that are judged per step")
     rank: int = whole(16, "rank of the row 'embeddings low rank'")
+    published: dict[int, str] | None = option(None, "{per_class: file of published sets below $DISTILLKIT_DATA}, JSON lines of "
+                                                    "set (a number), text and label (an index)")
     full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
@@ -89,9 +93,12 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
         method, recipe = row.split("/")
         method = method.removesuffix(TEACHER)
         once = recipe in ("corpus", "standard") and method != "embeddings" or row == f"{method}/tuned" and method in BY_HAND
-        absent = method == "class names" and self.per_class > 1 or method == "written" and self.per_class > written_per_class(
-            self.corpus) or method in (FLOAT16, LOW_RANK) and self.per_class > 1
-        return () if absent else self.seeds[:1] if once else self.seeds
+        most = {"class names": 1, "written": written_per_class(self.corpus), FLOAT16: 1, LOW_RANK: 1}
+        has_none = self.per_class not in (self.published or {}) if method == PUBLISHED else (
+            self.per_class > most.get(method, self.per_class))
+        if has_none:
+            return ()
+        return self.seeds[:1] if once else self.seeds
 
 
 def written_sentences(corpus: str) -> list[list[str]]:
@@ -132,7 +139,7 @@ class BootstrapCell(ClassificationCell):
     """The sets of one seed, all from the same bootstrap; ``corpus`` is the task that it was drawn from."""
 
     corpus: Task
-    texts, selections = (CHOSEN,), tuple(f"{method}{labels}" for method in CHEAP for labels in ("", TEACHER))
+    texts, selections = (CHOSEN,), tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method in UPPER:
@@ -159,17 +166,30 @@ class BootstrapCell(ClassificationCell):
     def _set_of(self, method: str, seed: int) -> DistilledSet:
         if method.endswith(TEACHER):
             return with_teacher_labels(self.set_of(method.removesuffix(TEACHER), seed), self.task)
-        if method in BY_HAND:
-            names = self.task.classes
-            lines = [[name] for name in names] if method == "class names" else written_sentences(self.job.corpus)
-            pairs = [(text, name) for name, texts in zip(names, lines, strict=True) for text in texts[: self.job.per_class]]
-            return DistilledSet.from_text(*zip(*pairs, strict=True), self.task, self.student, length=self.job.length,
-                                          soft_labels=False)
+        if method in (*BY_HAND, PUBLISHED):
+            texts, labels = self._published(seed) if method == PUBLISHED else self._by_hand(method)
+            return DistilledSet.from_text(texts, [self.task.classes[label] for label in labels], self.task, self.student,
+                                          length=self.job.length, soft_labels=False)
         if method == FLOAT16:
             return as_float16(self.set_of("embeddings", seed))
         if method == LOW_RANK:
             return low_rank(self.set_of("embeddings", seed), self.job.rank, dtype="float16")
         return super()._set_of(method, seed)
+
+    def _by_hand(self, method: str) -> tuple[list[str], list[int]]:
+        """The texts that read no training row, and their labels."""
+        lines = [[name] for name in self.task.classes] if method == "class names" else written_sentences(self.job.corpus)
+        pairs = [(text, label) for label, texts in enumerate(lines) for text in texts[: self.job.per_class]]
+        return [text for text, _ in pairs], [label for _, label in pairs]
+
+    def _published(self, number: int) -> tuple[list[str], list[int]]:
+        """The texts of a published set, and their labels."""
+        path = Path(os.environ.get("DISTILLKIT_DATA", ""), self.job.published[self.job.per_class])
+        rows = pd.read_json(path, lines=True)
+        rows = rows[rows["set"] == number]
+        if rows.empty:
+            raise FileNotFoundError(f"published: {path} has no set {number}; ask for other seeds")
+        return rows["text"].tolist(), rows["label"].tolist()
 
     def create(self, method: str, seed: int) -> DistilledSet:
         if method != CHOSEN:
