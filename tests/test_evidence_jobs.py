@@ -32,6 +32,7 @@ BASE = {
     "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1],
     "eval_seeds": [0, 1], "full_seeds": [0], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "judge_steps": 5,
     "sentence_steps": 2, "sentences": 20, "candidates": 4, "rank": 2, "standard_steps": 2,
+    "tuned_initialisations": 1, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }
 SETTINGS = {"kind": "evidence", "name": "small", "per_class": [1, 2], "base": BASE, "rows": list(ROWS)}

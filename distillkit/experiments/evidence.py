@@ -32,6 +32,7 @@ import pandas as pd
 from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes, text_bytes
 from distillkit.core.distilled import DistilledSet
 from distillkit.data.tasks import Task, bootstrap
+from distillkit.evaluation.recipes import Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accuracy
 from distillkit.evaluation.words import with_teacher_labels
@@ -84,6 +85,8 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     rank: int = whole(16, "rank of the row 'embeddings low rank'")
     published: dict[int, str] | None = option(None, "{per_class: file of published sets below $DISTILLKIT_DATA}, JSON lines of "
                                                     "set (a number), text and label (an index)")
+    tuned_initialisations: int = whole(2, "initialisations that the recipe tuned tries each point of its grid on")
+    tuned_rows: int = whole(300, "validation rows that it scores")
     full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
@@ -150,6 +153,12 @@ class BootstrapCell(ClassificationCell):
         if method in (FLOAT16, LOW_RANK):
             scores = [score | {"nbytes": self._stored_bytes(method, seed)} for score in scores]
         return scores, note
+
+    def evaluated(self, distilled: DistilledSet | None, recipe, *args, **options) -> Scores:
+        job = self.job
+        if recipe == "tuned":
+            recipe = Tuned(job.tuned_grid, initialisations=job.tuned_initialisations, rows=job.tuned_rows)
+        return super().evaluated(distilled, recipe, *args, **options)
 
     def _upper_line(self, method: str, task: Task, seed: int) -> Scores:
         begun = time.perf_counter()
