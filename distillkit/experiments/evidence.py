@@ -240,13 +240,13 @@ def evidence_table(result: Mapping) -> str:
     compared = {k: [row for row in sets.dropna(how="all").index if _compared(row)] if rivals[k] else []
                 for k, sets in sets_of.items()}
     comparisons = max(1, sum(map(len, compared.values())))
-    lines = []
+    lines, scores = [], frame(result)
     for k, sets in sets_of.items():
-        filled_in = _by_hand_everywhere(sets)
+        paired, of_cell = _by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
-            difference = gain(filled_in, row, rivals[k], comparisons) if row in compared[k] else ""
-            lines.append([str(k), *_described(result, f"per_class={k}", row), _score(result, f"per_class={k}", row, sets),
-                          difference])
+            compressed = result["cells"][f"per_class={k}"]["notes"]["corpus"]["compressed"]
+            described = _described(of_cell[of_cell["row"] == row], compressed)
+            lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
@@ -275,23 +275,19 @@ def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
     return everywhere
 
 
-def _described(result: Mapping, cell: str, row: str) -> list[str | None]:
-    scores = frame(result)
-    first = scores[(scores["cell"] == cell) & (scores["row"] == row)].iloc[0]
-    method, compressed = str(first["method"]), result["cells"][cell]["notes"]["corpus"]["compressed"]
-    same = first.get("same_set_as")
-    if isinstance(same, str):
-        method += f" (the sentences of {same.split(': ')[1].split('/')[0]})"
+def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
+    """Method, recipe, bytes and their share of the compressed corpus, and the score of a row's students."""
+    first = of_row.iloc[0]
+    method, mark = str(first["method"]), ""
+    if isinstance(first.get("same_set_as"), str):
+        mark = f" (the sentences of {first['same_set_as'].split(': ')[1].split('/')[0]})"
+    if isinstance(first.get("committed"), str):
+        mark = f" (committed, {first['committed']})"
     share = None if method in UPPER or method == "full" else f"{first['nbytes'] / compressed:.2%}"
-    return [method, first["recipe"], number(first["nbytes"], ",.0f"), share]
-
-
-def _score(result: Mapping, cell: str, row: str, sets: pd.DataFrame) -> str:
-    scores = frame(result)
-    of_row = scores[(scores["cell"] == cell) & (scores["row"] == row)]
-    count, inits = of_row["set_seed"].nunique(), of_row["init_seed"].nunique()
-    parts = [f"{count} set{'s' * (count > 1)}"] + [f"{inits} initialisations"] * (inits > 1)
-    return f"{spread(sets.loc[row])} ({', '.join(parts)})"
+    of_sets = of_row.groupby("set_seed")["accuracy"].mean()
+    inits = of_row["init_seed"].nunique()
+    counts = f"{len(of_sets)} set{'s' * (len(of_sets) > 1)}" + f", {inits} initialisations" * (inits > 1)
+    return [method + mark, first["recipe"], number(first["nbytes"], ",.0f"), share, f"{spread(of_sets)} ({counts})"]
 
 
 def _corpus_size(result: Mapping) -> str:
