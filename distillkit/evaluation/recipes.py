@@ -32,6 +32,7 @@ from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
 from distillkit.io.checks import check_is, check_number, check_whole, check_wholes, require
+from distillkit.io.deadline import Deadline
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
@@ -243,6 +244,29 @@ def as_recipe(recipe) -> Recipe:
     return cast("Recipe", chosen)
 
 
+@dataclasses.dataclass(frozen=True)
+class Until:
+    """A recipe whose training runs end with :class:`~distillkit.io.deadline.TimeUp` at the first step after a deadline."""
+
+    recipe: Recipe | Unroll | str
+    deadline: Deadline
+
+    def plan(self, distilled: DistilledSet | None, task: Task, student: Student) -> Callable[[int], Plan]:
+        """As :meth:`Recipe.plan`."""
+        plan_of_seed = as_recipe(self.recipe).plan(distilled, task, student)
+
+        def timed(seed: int) -> Plan:
+            plan = plan_of_seed(seed)
+
+            def feed(t: int):
+                self.deadline.check()
+                return plan.feed(t)
+
+            return dataclasses.replace(plan, feed=feed)
+
+        return timed
+
+
 def set_plan(
     distilled: DistilledSet, student: Student, unroll: Unroll, recipe: dict, *, seed: int, order: int = 0,
     step_sizes: Tensor | None = None,
@@ -259,7 +283,7 @@ def set_plan(
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
+    mask, rows = distilled.mask.cpu(), unroll.rows(len(distilled), order)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int) -> Iterable[Part]:

@@ -38,11 +38,12 @@ from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accur
 from distillkit.evaluation.words import with_teacher_labels
 from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
 from distillkit.experiments.results import by_set, frame, gain, markdown, number, rank_correlation, rounded, spread
-from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
     Experiment,
+    Grid,
     Inner,
     Outer,
     Scoring,
@@ -125,7 +126,7 @@ class EvidenceCell(Cell):
 
     def _of_seed(self, seed: int) -> BootstrapCell:
         cell = BootstrapCell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
-        cell.corpus, cell.notes = self.task, self.notes
+        cell.corpus, cell.notes, cell.deadline = self.task, self.notes, self.deadline
         return cell
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
@@ -159,6 +160,9 @@ class BootstrapCell(ClassificationCell):
         if recipe == "tuned":
             recipe = Tuned(job.tuned_grid, initialisations=job.tuned_initialisations, rows=job.tuned_rows)
         return super().evaluated(distilled, recipe, *args, **options)
+
+    def learns_together(self, method: str) -> bool:
+        return False  # all seeds are of one cell
 
     def _upper_line(self, method: str, task: Task, seed: int) -> Scores:
         begun = time.perf_counter()

@@ -14,6 +14,7 @@ from distillkit.experiments.classification import (
 from distillkit.experiments.continual import ContinualCell, ContinualJob, continual_table
 from distillkit.experiments.evidence import EvidenceCell, EvidenceGrid, evidence_table
 from distillkit.experiments.instruction import InstructionCell, InstructionJob, instruction_table
+from distillkit.experiments.notebooks import notebooks_table
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, prompting_table
 from distillkit.experiments.runner import Run
 from distillkit.experiments.transfer import TransferCell, TransferJob, transfer_table
@@ -35,5 +36,8 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
 
 def table_of(result: Mapping) -> str:
     """A result of any kind as Markdown."""
-    *_, table = KINDS[result["config"].get("kind", "classification")]
+    kind = result["config"].get("kind", "classification")
+    if kind == "notebooks":  # it has no settings of its own to run
+        return notebooks_table(result)
+    *_, table = KINDS[kind]
     return table(result)

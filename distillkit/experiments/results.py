@@ -24,6 +24,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +41,7 @@ COLUMNS = (
     "init_seed", "split", "accuracy", "seconds", "flops", "examples", "nbytes", "settings_hash", "machine",
 )
 # Settings that say which scores a run makes, not how its sets are made.
-SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
+SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps", "together",
           "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 FEWEST = 5  # sets, below which a rank correlation says nothing
@@ -72,11 +73,24 @@ def new_cell(settings: Settings, task) -> dict:
         "config": as_config(settings),
         "corpus": {"name": task.name, "sha256": task.fingerprint,
                    "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
         "notes": {},
     }
+
+
+def environment() -> dict:
+    """Machine, versions of what is installed, and date, as a cell says them."""
+    versions = {}
+    for package in VERSIONED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+            "versions": versions | {"python": platform.python_version()}, "date": time.strftime("%Y-%m-%d")}
+
+
+def now() -> str:
+    """The time in UTC, by which the newer one of two scores is known."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def as_config(settings: Settings) -> dict:

@@ -23,21 +23,22 @@ from matplotlib.ticker import MaxNLocator
 from distillkit.experiments.results import by_row, by_set, classes_of, frame, paired_difference, spread
 from distillkit.experiments.transfer import of_full, parsed, short_name
 
-_BRIGHT, _DARK, _DEEP = (sns.color_palette(name, 10) for name in ("colorblind", "dark", "deep"))
+_BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
 METHOD_COLOURS = {
     "embeddings": _BRIGHT[0], "projected": _BRIGHT[1], "full": _BRIGHT[7], "random": _BRIGHT[8], "k_center": _BRIGHT[2],
     "herding": _BRIGHT[4], "real + learned labels": _BRIGHT[9], "projection": _BRIGHT[1], "swaps": _BRIGHT[3],
     "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6], "through projection": _DARK[4], "nearest sentences": _DARK[2],
     "swaps from random": _DARK[3], "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
     "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9], "bptt": _BRIGHT[0], "bptt text": _DARK[0],
-    "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7], "k_means": _DEEP[2], "keywords": _DEEP[5],
+    "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
+    "k_means": _BRIGHT[6], "keywords": _BRIGHT[3],
 }
 LABELS = {
     "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
     "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
     "real + learned labels": "real, labels learned", "less": "real, LESS", "sentences": "real, chosen by a judge",
     "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
-    "zero-shot": "no training", "k_means": "real, k-means", "keywords": "keywords",
+    "zero-shot": "no training", "k_means": "real, medoids", "keywords": "keywords",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
