@@ -110,8 +110,11 @@ CALLS = {
     "Standard": (dk.Standard, {}, {"least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
-        {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
+        {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}]), "initialisations": WHOLE, "rows": WHOLE}),
     "Fixed": (dk.Fixed, {"unroll": None}, {"unroll": THING}),
+    "with_teacher_labels": (dk.with_teacher_labels, dict.fromkeys(("distilled", "task")), {
+        "distilled": THING, "task": THING}),
+    "bootstrap": (dk.bootstrap, {"task": None, "seed": 0}, {"task": THING, "seed": SEED}),
     "transfer": (dk.transfer, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
@@ -187,7 +190,8 @@ def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
                  "search_step_size", "Distiller", "retokenize", "recommend", "estimate", "corpus_tokens", "FrozenJudge",
-                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
+                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "with_teacher_labels",
+                 "bootstrap", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 
