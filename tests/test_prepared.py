@@ -55,7 +55,7 @@ def test_a_bare_machine_computes_the_same_numbers(prepared, arrived, standin_hom
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DISTILLKIT_PREPARED")
         ordinary = json.loads(json.dumps(bare_machine.results(tmp_path / "ordinary")))
-    assert len(ordinary["experiment"]) == 4 and len(ordinary["classification"]["losses"]) == 3
+    assert ordinary["command"][0] == 0 and len(ordinary["experiment"]) == 4 and len(ordinary["classification"]["losses"]) == 3
     for part in ordinary:
         assert bare[part] == ordinary[part], part
 
