@@ -253,7 +253,7 @@ def set_plan(
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
+    mask, rows = distilled.mask.cpu(), unroll.rows(len(distilled), order)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int) -> Iterable[Part]:
