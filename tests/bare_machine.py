@@ -52,6 +52,8 @@ def described(task, *students) -> dict:
 
 def classification(dk, folder) -> dict:
     """A set is distilled, scored, put into words; an expert is recorded and matched."""
+    from distillkit.applications.merging import with_classes
+
     task = dk.load_task(**CORPORA[0])
     student = dk.load_student("bert-base-uncased", task)
     start, unroll = dk.DistilledSet.from_real(task, student, per_class=1, length=8), dk.Unroll(2, optimizer=dk.SGD(0.3))
@@ -64,7 +66,7 @@ def classification(dk, folder) -> dict:
     return {"task": described(task, student), "student": [student.name, student.table_sha256], "losses": losses,
             "scores": dk.evaluate(distiller.distilled, task, student, seeds=(0, 1)).scores,
             "text": words.to_text().to_list(), "selected": selected, "matching": [r.loss for r in matching.run(2)],
-            "wording": str(dk.describe_text(words, task))}
+            "wording": str(dk.describe_text(words, task)), "other order": described(with_classes(task, task.classes[::-1]))}
 
 
 def instruction(dk) -> dict:

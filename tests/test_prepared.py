@@ -226,15 +226,16 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
 
 def test_preparing_again_replaces_what_was_there(standin_hub, tmp_path):
     for count in (2, 1):
-        prepare(tmp_path / "prepared", bare_machine.CORPORA[:1], bare_machine.STUDENTS[:count])
+        index = prepare(tmp_path / "prepared", [("rotten_tomatoes", 12, None)] * 2, bare_machine.STUDENTS[:count]).index
+    assert [entry["arguments"] for entry in index["tasks"]] == [
+        {"source": "rotten_tomatoes", "max_length": 12, "limit": {}, "seed": 0}]
     assert sorted(path.name for path in (tmp_path / "prepared/files/students").iterdir()) == ["bert-base-uncased"]
 
 
 def test_settings_name_their_corpora_and_students():
     jobs = [ClassificationJob(**bare_machine.JOB | changes) for changes in ({}, {"student": "gpt2"}, {"max_length": 16})]
     corpora, students = corpora_and_students(jobs)
-    assert [corpus["max_length"] for corpus in corpora] == [12, 16] and students == ["bert-base-uncased", "gpt2"]
-    assert corpora[0]["students"] == ["bert-base-uncased", "gpt2"] and corpora[1]["students"] == ["bert-base-uncased"]
+    assert [corpus["max_length"] for corpus in corpora] == [12, 12, 16] and students == ["bert-base-uncased", "gpt2"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ LIMITS: dict[str, Callable] = {  # of a value; whether it holds
     "pattern": lambda value, pattern: re.search(pattern, value),
 }
 WORDS = {"ge": "be greater than or equal to {}", "gt": "be greater than {}", "finite": "be finite",
-         "least": "have at least {} values", "most": "have at most {} characters",
+         "least": "have at least {} item(s)", "most": "have at most {} characters",
          "seeds": "name at least one seed, each once", "pattern": "match pattern '{}'"}
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
@@ -98,7 +98,7 @@ def _tuple(value: Any, kinds: tuple) -> tuple:
 
 def _mapping(value: Any, kinds: tuple) -> Any:
     if not isinstance(value, Mapping):
-        raise Misfit("be a valid mapping", value)
+        raise Misfit("be a valid dictionary", value)
     return {fitted(key, kinds[0]): fitted(part, kinds[1]) for key, part in value.items()} if kinds else value
 
 
