@@ -104,7 +104,8 @@ def texts_as_set(
     # As the training split of the task, which knows how a student reads prompts and responses, and may have none.
     n = len(texts)
     rows = {"prompt": texts, "response": labels, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
-    stand_in = dataclasses.replace(task, train=Rows(rows), origin="texts and labels", _token_ids=weakref.WeakKeyDictionary())
+    stand_in = dataclasses.replace(task, train=Rows(rows), origin="texts and labels", _token_ids=weakref.WeakKeyDictionary(),
+                                   resampled=None)
     return prompts_as_set(stand_in, student, [*range(n)], length)
 
 

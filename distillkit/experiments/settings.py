@@ -136,6 +136,44 @@ class Experiment(Settings):
         for row in self.rows if known is not REQUIRED else ():
             check_choice("a row", row, known)
 
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        """The seeds of the sets of a row: all, unless a kind of experiment says otherwise."""
+        return self.seeds
+
+
+@settings()
+class Grid(Experiment):
+    """Base of the settings of a grid."""
+
+    base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
+
+    cell_job: ClassVar[type]  # settings of a cell
+    of_grid: ClassVar[tuple[str, ...]] = ("rows", "kind")  # settings of a cell that the grid gives
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check("base", self.base)
+        self.cells()  # every one of them is checked before the first is run
+
+    def check(self, where: str, values) -> None:
+        """Raise ValueError unless ``values`` holds settings that a cell may have."""
+        check_keys(where, values, {*names(self.cell_job)} - {*self.of_grid})
+
+    def variations(self) -> dict[str, Mapping]:
+        """What each cell has besides the base, by the cell's name, in the order they are run."""
+        raise NotImplementedError
+
+    def cells(self) -> dict[str, Any]:
+        """The settings of every cell by its name."""
+        cells = {}
+        for key, values in self.variations().items():
+            name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
+            try:
+                cells[key] = self.cell_job(name=name, rows=self.rows, **{**self.base, **values})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"cell {key}: {error}") from error
+        return cells
+
 
 @settings()
 class Data(Settings):

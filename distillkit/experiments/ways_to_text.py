@@ -46,11 +46,12 @@ from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
-from distillkit.experiments.runner import Cell, Grid, Scores, recipe_of
+from distillkit.experiments.runner import Cell, Scores, recipe_of
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
     Experiment,
+    Grid,
     Inner,
     Neighbor,
     Outer,
