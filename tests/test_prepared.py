@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 import bare_machine
 import distillkit as dk
 import standin_hub
+from distillkit.cli.main import main
 from distillkit.data.rows import Rows
+from distillkit.experiments import suite_jobs
 from distillkit.experiments.classification import ClassificationJob
 from distillkit.experiments.prepared import corpora_and_students, prepare
-from distillkit.io.prepared import join
-from distillkit.io.storage import StorageError
+from distillkit.io.prepared import join, read_index
+from distillkit.io.storage import StorageError, sealed, unsealed
 
 SCRIPT = Path(bare_machine.__file__)
 CARRY = 100_000  # bytes
@@ -110,8 +113,6 @@ def test_a_joined_file_that_was_damaged_is_joined_again_or_refused(arrived, prep
 
 @pytest.mark.parametrize("change", ["missing", "edited", "outside"])
 def test_an_index_is_trusted_only_as_it_was_written(arrived, change):
-    from distillkit.io.storage import sealed, unsealed
-
     path = arrived / "index.json"
     if change == "missing":
         path.unlink()
@@ -222,6 +223,17 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLKIT_PREPARED", str(tmp_path))
     with pytest.raises(ValueError, match="DISTILLKIT_PREPARED"):
         prepare(tmp_path / "a", [], ["bert-base-uncased"])
+
+
+def test_the_command_line_prepares_what_the_jobs_load(standin_hub, tmp_path, monkeypatch, capsys):
+    job = SimpleNamespace(name="small", needs=lambda: ([("rotten_tomatoes", 12, None)], ["bert-base-uncased"]))
+    monkeypatch.setattr(suite_jobs, "dry", lambda: (job,))
+    folder = tmp_path / "prepared"
+    assert main(["suite", "--tiny", "--prepare", str(folder), "--float16", "bert-base-uncased"]) == 0
+    assert "suite --tiny --minutes 8" in capsys.readouterr().out
+    index = read_index(folder)
+    assert [entry["arguments"]["source"] for entry in index["tasks"]] == ["rotten_tomatoes"]
+    assert index["students"]["bert-base-uncased"]["dtype"] == "float16"
 
 
 def test_preparing_again_replaces_what_was_there(standin_hub, tmp_path):

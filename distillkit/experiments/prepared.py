@@ -47,7 +47,7 @@ class Prepared:
 
 
 def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Sequence[str], *, rounded: Sequence[str] = (),
-            carry_bytes: int = CARRY_BYTES) -> Prepared:
+            carry_bytes: int = CARRY_BYTES, command: str = "...") -> Prepared:
     """Write the prepared folder, and say what to carry in which call and what to run there.
 
     Args:
@@ -57,6 +57,7 @@ def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Se
             prompts for those that were saved as language models.
         rounded: those whose weights are stored in float16, which halves what is carried; the folder and a warning say so.
         carry_bytes: largest size of a carry, at most 60 MiB.
+        command: what to run there, behind ``python3 -m distillkit``.
 
     Returns:
         what was prepared; a corpus or a student that cannot be had here is left out, with a line that says how to get it.
@@ -83,7 +84,7 @@ def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Se
         except OSError as error:
             raise unwritten(folder, error) from error
     prepared = Prepared(folder, index, tuple(skipped))
-    say(report(prepared))
+    say(report(prepared, command))
     return prepared
 
 
@@ -95,7 +96,7 @@ def corpora_and_students(jobs: Iterable[Data]) -> tuple[list[dict], list[str]]:
     return corpora, list(dict.fromkeys(students))
 
 
-def report(prepared: Prepared) -> str:
+def report(prepared: Prepared, command: str) -> str:
     """What to carry in which call, what to run there, and what was left out."""
     folder, sizes = os.path.relpath(prepared.folder), {}
     for entry in prepared.index["files"].values():
@@ -105,7 +106,7 @@ def report(prepared: Prepared) -> str:
     lines = [f"left out: {line}" for line in prepared.skipped]
     lines.append(f"{len(prepared.index['tasks'])} tasks and {len(prepared.index['students'])} students in {folder}, which git "
                  f"must ignore, to be carried in {len(sizes)} calls:")
-    use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit ..."
+    use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit {command}"
     for number, (place, size) in enumerate(sizes.items(), 1):
         lines.append(f"  carry {folder}/{INDEX} {folder}/{place} ({size / MIB:.1f} MiB) and run: "
                      f"{use if number == len(sizes) else 'true'}")
