@@ -111,7 +111,7 @@ def test_a_joined_file_that_was_damaged_is_joined_again_or_refused(arrived, prep
         dk.load_task(**bare_machine.CORPORA[0])
 
 
-@pytest.mark.parametrize("change", ["missing", "edited", "outside"])
+@pytest.mark.parametrize("change", ["missing", "edited", "outside", "another student", "no task"])
 def test_an_index_is_trusted_only_as_it_was_written(arrived, change):
     path = arrived / "index.json"
     if change == "missing":
@@ -120,7 +120,12 @@ def test_an_index_is_trusted_only_as_it_was_written(arrived, change):
         path.write_text(path.read_text().replace("rotten_tomatoes", "potten_romatoes"))
     else:
         index = unsealed(path.read_bytes())
-        index["files"] = {"../outside": next(iter(index["files"].values()))}
+        if change == "outside":
+            index["files"]["../outside"] = next(iter(index["files"].values()))
+        elif change == "another student":
+            index["students"]["bert-base-uncased"]["folder"] = "../../elsewhere"
+        else:
+            index["tasks"][0]["file"] = "tasks/none.safetensors"
         path.write_text(json.dumps(sealed(index)))
     with pytest.raises(StorageError, match=r"index\.json"):
         dk.load_task(**bare_machine.CORPORA[0])
