@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.distiller import Distiller, digest
+from distillkit.core.distiller import Distiller, digest, distil_together
 from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
@@ -102,6 +102,7 @@ class Cell:
     selections: ClassVar[Sequence[str]] = ()  # methods whose equal sets are scored once
     projected: ClassVar[Mapping[str, str]] = {}  # method of nearest tokens: the set that they are nearest to
     deadline: Deadline = NEVER  # when to end with TimeUp; a set that is being learned is gone on with by the next run
+    siblings: Callable[[], list[Cell]] = list  # the cells of the grid that differ from this one in their seed alone
 
     def __init__(self, job, work: Path, results: Path, task: Task | None = None, student: Student | None = None):
         self.job, self.work, self.results = job, work, results
@@ -180,8 +181,7 @@ class Cell:
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
-                              **self.job.rates(), **options)
+        distiller = self.distiller(name, seed, start, objective, **options)
         if not self.notes and not distiller.step:  # the first set that this experiment distils
             announce(start, objective, steps or self.job.outer_steps)
         with closing(distiller.run(steps or self.job.outer_steps)) as learning:  # closed early, it saves its last step
@@ -193,6 +193,19 @@ class Cell:
         self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records),
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
+
+    def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
+        """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
+        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
+
+    def learn_with_siblings(self, name: str, seed: int) -> None:
+        """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
+        seeds, steps = {seed: self, **{cell.job.seed: cell for cell in self.siblings()}}, self.job.outer_steps
+        distillers = [cell.distiller(name, of, cell.start(of), cell.objective()) for of, cell in seeds.items()]
+        with closing(distil_together(distillers, steps)) as learning:  # closed early, each saves its last step
+            for records in learning:
+                if records[0].step < steps:
+                    self.deadline.check(sum(record.seconds for record in records))
 
     def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
         """Real rows that distilling starts from."""
@@ -334,11 +347,17 @@ class Run:
         cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed,
                                *self._worlds.get(world, ()))
         self._worlds[world], cell.deadline = (cell.task, cell.student), self.deadline
+        cell.siblings = functools.partial(self._siblings, key)
         if stored := self.result["cells"].get(key):
             if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
                 raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
             cell.notes |= stored["notes"]
         return cell
+
+    def _siblings(self, key: str) -> list[Cell]:
+        """The cells that differ from the cell ``key`` in their seed alone."""
+        alike = {other: as_config(job) | {"name": "", "seed": 0} for other, job in self.cells.items()}
+        return [self._load(other) for other in alike if other != key and alike[other] == alike[key]]
 
     def _add(self, key: str, cell: Cell, row: str, seed: int) -> None:
         """Score a row and write it, beside what other processes have written meanwhile."""
