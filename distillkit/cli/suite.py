@@ -32,6 +32,8 @@ def suite(args: argparse.Namespace) -> None:
     elif args.prepare:
         from distillkit.experiments.prepared import prepare
 
-        prepare(args.prepare, *scheduler.needed(jobs))
+        tiny = " --tiny" * args.tiny
+        prepare(args.prepare, *scheduler.needed(jobs), rounded=args.float16,
+                command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
     else:
         scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite --minutes {args.minutes:g} --out FOLDER")
