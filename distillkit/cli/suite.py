@@ -30,8 +30,8 @@ def suite(args: argparse.Namespace) -> None:
         for line in scheduler.listed(jobs, args.out):
             say(line)
     elif args.prepare:
-        from distillkit.experiments.prepared import prepare
+        from distillkit.experiments.prepared import corpora_and_students, prepare
 
-        prepare(args.prepare, *scheduler.needed(jobs))
+        prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()))
     else:
         scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite --minutes {args.minutes:g} --out FOLDER")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distillkit.experiments.results import now, processor
+from distillkit.experiments.settings import Data
 from distillkit.io.checks import check_choice
 from distillkit.io.deadline import Deadline, TimeUp
 from distillkit.io.escaping import one_line, say
@@ -63,8 +64,8 @@ class Job(Protocol):
         Raises ValueError or an OSError where the job cannot be done here, with the reason.
         """
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """Corpora, as (source, max_length, limit), and students that its units load."""
+    def needs(self) -> list[Data]:
+        """Settings that name the corpora and the students that its units load."""
 
 
 class Times:
@@ -105,16 +106,6 @@ def named(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     for name in names:
         check_choice("jobs", name, [job.name for job in jobs])
     return [job for job in jobs if not names or job.name in names]
-
-
-def needed(jobs: Sequence[Job]) -> tuple[list[tuple], list[str]]:
-    """Corpora, as (source, max_length, limit), and students that the jobs load, each once."""
-    corpora, students = [], {}
-    for job in jobs:
-        some, names = job.needs()
-        corpora += [corpus for corpus in some if corpus not in corpora]
-        students |= dict.fromkeys(names)
-    return corpora, list(students)
 
 
 def run(jobs: Sequence[Job], out: Path, deadline: Deadline, command: str = "") -> None:

@@ -20,9 +20,9 @@ from distillkit.data.load import load_task
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.kinds import KINDS
 from distillkit.experiments.notebooks import Notebooks
-from distillkit.experiments.results import take_up, write
+from distillkit.experiments.results import read, take_up, write
 from distillkit.experiments.runner import CONFIGS, Run
-from distillkit.experiments.settings import Grid, kind_of
+from distillkit.experiments.settings import Data, Grid, kind_of
 from distillkit.experiments.suite import Unit
 from distillkit.io.deadline import Deadline
 
@@ -63,12 +63,9 @@ class Experiment:
         job, _ = self.settings()
         return job.cells() if isinstance(job, Grid) else {job.name: job}
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """Corpora and students of the cells, each once."""
-        cells = self.cells().values()
-        corpora = [(cell.corpus, cell.max_length, cell.limit) for cell in cells]
-        return [corpus for i, corpus in enumerate(corpora) if corpus not in corpora[:i]], [*dict.fromkeys(
-            cell.student for cell in cells)]
+    def needs(self) -> list[Any]:
+        """The settings of the cells."""
+        return [*self.cells().values()]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every score, cell by cell, set by set.
@@ -132,25 +129,25 @@ class Benchmark:
         """The dry run."""
         return dataclasses.replace(self, name=f"{self.name}_tiny", student=self.small, repeats=1, steps=(1, 2), guess=1.0)
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """The corpus; a student of random weights has the tokenizer of MiniLM."""
-        return [("docstrings", 32, None)], ["offline:minilm"]
+    def needs(self) -> list[Data]:
+        """The corpus, and MiniLM: a student of random weights has its tokenizer."""
+        return [Data(name=self.name, corpus="docstrings", student="offline:minilm", max_length=32)]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every contender at every T.
 
         Raises:
             FileNotFoundError: outside a checkout there is no benchmark.
-            ValueError: the result in ``out`` was measured otherwise.
         """
         script, path = _script(), out / "results" / f"{self.name}.json"
         flags = ["--students", self.student, "--trainable", self.trainable, "--repeats", str(self.repeats), "--steps"]
         settings = script.settings_of(script.parser().parse_args([*flags, *map(str, self.steps)]))
         fresh = script.fresh_result("cost", settings) | {"command": command}
-        result = script.taken_up(path, fresh) if path.is_file() else fresh
+        entries = read(path)["entries"] if path.is_file() else []
 
         @functools.cache
         def begun():
+            result = script.taken_up(path, fresh) if path.is_file() else fresh
             run = script.Run(result, path, load_task(settings["corpus"], max_length=settings["length"]), [self.student], None)
             loaded = next(run.entries(), None)
             if loaded is None:
@@ -161,9 +158,9 @@ class Benchmark:
             run, entry, bench = begun()
             script.add_row(run, entry, bench, contender, steps)
 
-        left = {(t, contender.name) for entry in result["entries"] for t, contender in script.missing(entry, settings)}
+        done = {(row["steps"], row["contender"]) for entry in entries for row in entry["rows"]}
         return [Unit(f"{contender.name}, T = {t}", (f"{contender.name}, T = {t}", f"T = {t}"), self.guess,
-                     functools.partial(measure, contender, t), bool(result["entries"]) and (t, contender.name) not in left)
+                     functools.partial(measure, contender, t), (t, contender.name) in done)
                 for t in self.steps for contender in script.CONTENDERS]
 
 
