@@ -24,11 +24,13 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, require
 from distillkit.io.packaged import FETCHED, asset, fetched, minilm_package, sha256_of
+from distillkit.io.prepared import prepared_folder, student_folder
 from distillkit.io.seeds import generator
 
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 OFFLINE = ("offline:minilm", "offline:distil-minilm", "offline:small-bert", "offline:tiny-opt", "offline:tiny-llama")
+PACKAGED = ("offline:tiny-opt", "offline:tiny-llama")
 FETCHED_SOURCES = tuple(f"offline:{name}" for name in FETCHED)
 # As small as the smallest published BERT (Turc et al., 2019): 0.5 million parameters are trained, without the table.
 SMALL_BERT = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
@@ -191,19 +193,28 @@ def _warn_of_unknown_words(student: Student, task) -> None:
 
 def _load(source: str, task, dtype: torch.dtype, attention: str):
     """The model, its tokenizer, and the names of those parameters of its body that the checkpoint does not have."""
-    location = source
-    if source in ("offline:tiny-opt", "offline:tiny-llama"):
-        location = str(asset(source.removeprefix("offline:")))
-    elif source in FETCHED_SOURCES:
-        location = str(fetched(source.removeprefix("offline:")))
-    elif source in OFFLINE:
-        location = _minilm_location()
+    location = location_of(source)
     module, tokenizer, missing = _from_pretrained(location, source, task, dtype, attention)
     if source == "offline:distil-minilm":
         module = _every_second_layer(module)
     if source == "offline:small-bert":
         module = _small_and_random(module)
     return module, tokenizer, missing
+
+
+def location_of(source: str) -> str:
+    """The folder or hub id that a student's files are read from, checked where their SHA-256 is known."""
+    if source in PACKAGED:
+        return str(asset(source.removeprefix("offline:")))
+    if (folder := prepared_folder()) and not Path(source).is_dir():
+        location, dtype = student_folder(folder, source)
+        if dtype != "float32":
+            warnings.warn(f"the weights of {source!r} in {folder} were rounded to {dtype}: name that beside every result",
+                          stacklevel=4)
+        return str(location)
+    if source in FETCHED_SOURCES:
+        return str(fetched(source.removeprefix("offline:")))
+    return _minilm_location() if source in OFFLINE else source
 
 
 def _minilm_location() -> str:

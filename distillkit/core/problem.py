@@ -16,7 +16,7 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
 from distillkit.core.optimizers import Optimizer, State
-from distillkit.core.student import Params, Student
+from distillkit.core.student import Batch, Params, Student
 from distillkit.io.checks import require
 
 
@@ -25,7 +25,7 @@ class MetaGradient:
     """Gradient of the outer loss with respect to a distilled set.
 
     Attributes:
-        loss: J(θ_T), a float.
+        loss: J(θ_T), a float; of stacked runs (:mod:`distillkit.core.stacked`) the list of theirs.
         embeds: ``[m, l, d]``.
         targets: ``[m, c]`` for soft labels, None for hard ones.
         step_sizes: ``[t]``, with respect to the positive step sizes themselves.
@@ -44,6 +44,19 @@ class MetaGradient:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RealLoss:
+    """The share of the outer loss that some real rows contribute, as a function of the parameters."""
+
+    student: Student
+    share: float
+    batch: Batch
+    labels: Tensor
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.share * self.student.loss(params, self.batch, self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """One inner training run and the loss at its end.
 
@@ -51,7 +64,7 @@ class Problem:
         student, optimizer: what trains, and how.
         params: θ_0.
         embeds, mask, targets, step_sizes: the set φ, ``[m, l, d]``, ``[m, l]``, ``[m, c]`` or ``[m]``, and ``[T]``, on the
-            student's device.
+            student's device; but ``mask`` on the host, where the lengths of the examples are read from it.
         rows: the examples of each step, T index tensors.
         outer: functions of θ_T whose values add up to the scalar J: one for each part of the real batch, so that only one
             part's activations are alive at a time.
@@ -136,7 +149,7 @@ def inner_problem(
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.to(student.device),
+        mask=distilled.mask.cpu(),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
         step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
         rows=unroll.rows(len(distilled)),
@@ -170,12 +183,12 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Params]:
-    """J(θ_T) and ∇J(θ_T), part by part."""
+    """J(θ_T) and ∇J(θ_T), part by part; where runs are stacked, the list of their losses."""
     theta = leaves(params)
 
     def loss_and_grads(part: Callable[[Params], Tensor]) -> list:
         loss = part(theta)
-        return [float(loss.detach()), *grad(loss, tuple(theta.values()))]
+        return [loss.detach(), *grad(loss.sum(), tuple(theta.values()))]
 
     loss, *grads = summed(map(loss_and_grads, problem.outer))
-    return loss, dict(zip(theta, grads, strict=True))
+    return loss.tolist(), dict(zip(theta, grads, strict=True))

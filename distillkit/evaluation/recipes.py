@@ -36,7 +36,8 @@ from distillkit.io.deadline import Deadline
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 
-GRIDS = {"classification": {"step_size": (1e-4, 3e-4, 1e-3), "steps": (10, 30, 60)},
+# On validation, six sentences are at their best where step size times steps is about 1e-3 to 6e-3; more steps change nothing.
+GRIDS = {"classification": {"step_size": (3e-5, 1e-4, 3e-4, 1e-3), "steps": (5, 10, 20, 40)},
          "instruction": {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}}
 EPOCHS = 3  # passes of the standard recipe
 TUNING_SEEDS, TUNING_ROWS = 2, 300  # initialisations and validation rows that judge a point of a grid
@@ -277,7 +278,7 @@ def set_plan(
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
+    mask, rows = distilled.mask.cpu(), unroll.rows(len(distilled), order)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int) -> Iterable[Part]:

@@ -12,6 +12,7 @@ from distillkit.experiments.classification import (
     table,
 )
 from distillkit.experiments.continual import ContinualCell, ContinualJob, continual_table
+from distillkit.experiments.evidence import EvidenceCell, EvidenceGrid, evidence_table
 from distillkit.experiments.instruction import InstructionCell, InstructionJob, instruction_table
 from distillkit.experiments.notebooks import notebooks_table
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, prompting_table
@@ -24,6 +25,7 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
     "instruction": (InstructionJob, partial(Run, InstructionCell), instruction_table),
     "prompting": (PromptingJob, partial(Run, PromptingCell), prompting_table),
     "continual": (ContinualJob, partial(Run, ContinualCell), continual_table),
+    "evidence": (EvidenceGrid, partial(Run, EvidenceCell), evidence_table),
     "scaling": (GridJob, partial(Run, ClassificationCell), scaling_table),
     "slides": (GridJob, partial(Run, ClassificationCell), slides_table),
     "text": (TextJob, partial(Run, TextCell), text_table),

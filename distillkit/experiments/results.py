@@ -29,7 +29,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
@@ -44,6 +44,7 @@ COLUMNS = (
 SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
           "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+FEWEST = 5  # sets, below which a rank correlation says nothing
 REPLACE = "give --fresh to replace it, or the run another name"
 
 
@@ -213,32 +214,41 @@ def number(value: float, form: str) -> str | None:
     return None if math.isnan(value) else format(value, form)
 
 
-def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:
+def paired_difference(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> tuple[float, float]:
     """Mean of the differences between two rows at the same set seeds, and half the width of its 95 % interval (Student's t).
 
     Args:
         sets: as :func:`by_set` gives it.
+        comparisons: how many differences one sentence or table speaks of; all their intervals hold together with 95 %
+            (Bonferroni).
 
     Returns:
         nan where the rows have no set in common; an infinite half width for a single one.
     """
     pair = sets.reindex([one, other])
     differences = (pair.loc[one] - pair.loc[other]).dropna()
-    half = t.ppf(0.975, len(differences) - 1) * differences.sem() if len(differences) > 1 else math.inf
+    quantile = t.ppf(1 - 0.025 / comparisons, len(differences) - 1)
+    half = quantile * differences.sem() if len(differences) > 1 else math.inf
     return float(differences.mean()), float(half)
 
 
-def beats(sets: pd.DataFrame, one: str, other: str) -> bool:
+def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> bool:
     """Whether one row is above another by more than half of the 95 % interval."""
-    mean, half = paired_difference(sets, one, other)
+    mean, half = paired_difference(sets, one, other, comparisons)
     return mean > half
 
 
-def gain(sets: pd.DataFrame, one: str, other: str) -> str:
+def gain(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> str:
     """:func:`paired_difference` in words; nothing where the rows have no set in common."""
-    mean, half = paired_difference(sets, one, other)
+    mean, half = paired_difference(sets, one, other, comparisons)
     interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
     return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
+
+
+def rank_correlation(one: pd.Series, other: pd.Series) -> float | None:
+    """Spearman's rank correlation of two values of the same sets; None for fewer than :data:`FEWEST` sets."""
+    paired = pd.concat([one, other], axis=1).dropna()
+    return float(spearmanr(*paired.to_numpy().T).statistic) if len(paired) >= FEWEST else None
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> str:

@@ -314,7 +314,8 @@ class Run:
         """Compute the missing scores of a cell; a cell of a grid that cannot be run is skipped, with the reason printed."""
         scored = {(row["row"], row["set_seed"]) for row in self.result["scores"] if row["cell"] == key}
         chosen = [seed for seed in self.cells[key].seeds if not seeds or seed in seeds]
-        missing = [(row, seed) for seed in chosen for row in rows if (row, seed) not in scored]
+        seeds_of = self.cells[key].seeds_of
+        missing = [(row, seed) for seed in chosen for row in rows if seed in seeds_of(row) and (row, seed) not in scored]
         if not missing:
             return
         try:

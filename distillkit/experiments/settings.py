@@ -143,6 +143,10 @@ class Experiment(Settings):
         for row in self.rows if known is not REQUIRED else ():
             check_choice("a row", row, known)
 
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        """The seeds of the sets of a row: all, unless a kind of experiment says otherwise."""
+        return self.seeds
+
 
 @settings()
 class Grid(Experiment):

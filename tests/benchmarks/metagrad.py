@@ -228,7 +228,7 @@ def real_problem(task: dk.Task, student: Student, steps: int, settings: dict) ->
     found = dk.DistilledSet.from_real(task, student, per_class=per_class, length=settings["length"])
     problem = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=settings["outer_batch"]).problem(found, 0)
     # Evenly over the classes, in whose order they lie.
-    chosen = (torch.arange(settings["examples"]) * len(found) // settings["examples"]).to(student.device)
+    chosen = torch.arange(settings["examples"]) * len(found) // settings["examples"]  # on the host, as the mask is
     return dataclasses.replace(
         problem,
         embeds=problem.embeds[chosen],
