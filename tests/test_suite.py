@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -17,7 +20,7 @@ from distillkit.experiments.suite import Times, Unit, run
 from distillkit.experiments.suite_jobs import JOBS, Benchmark, Experiment
 from distillkit.experiments.union import merge, united
 from distillkit.io.deadline import Deadline, TimeUp
-from killed import at_every_stage, forked, leftovers
+from killed import at_every_stage, leftovers
 
 SMALL = {"product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["bert-base-uncased"], "corpus": ["rotten_tomatoes"]},
          "base": suite_jobs._SMALL_GRID}
@@ -318,10 +321,44 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+BARE = """
+import sys
+sys.path.insert(0, {tests!r})
+import bare_machine
+bare_machine.strip()
+from distillkit.cli import main
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_a_dry_run_of_every_job(tmp_path, capsys):
-    folder = tmp_path / "out"
-    command = ["suite", "--tiny", "--out", str(folder), "--jobs", *(job.name for job in suite_jobs.dry()[:-1])]
-    assert forked(lambda: command_line.main([*command, "--minutes", "10"]), folder, 400) != 0, "killed on the way"
-    assert command_line.main([*command, "--minutes", "10"]) == 0
-    assert capsys.readouterr().out.count("; 0 left") == len(JOBS) - 1
+def test_a_dry_run_of_every_job_on_a_bare_machine(tmp_path, monkeypatch):
+    """Prepared here; without a network and without `datasets` begun, killed, begun again, ended in time, gone on with."""
+    prepared, out = tmp_path / "prepared", tmp_path / "out"
+    assert command_line.main(["suite", "--tiny", "--prepare", str(prepared)]) == 0
+    shutil.rmtree(prepared / "files")  # only the parts travel
+    monkeypatch.setenv("DISTILLKIT_PREPARED", str(prepared))
+
+    def there(minutes, **options):
+        script = [sys.executable, "-c", BARE.format(tests=str(Path(__file__).parent))]
+        return subprocess.Popen([*script, "suite", "--tiny", "--out", str(out), "--minutes", str(minutes)], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+    first = there(10)
+    while not (out / "results").exists() or len([*(out / "results").glob("*.json")]) < 4:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    first.kill()
+    first.communicate()
+    done = len((out / "times.jsonl").read_text().splitlines())
+    second = there(0.4)
+    _, errors = second.communicate()
+    assert second.returncode == 0, errors
+    third = there(10)
+    text, errors = third.communicate()
+    assert third.returncode == 0, errors
+    assert text.count("; 0 left") == len(JOBS) - 1 and "notebooks_gpu_tiny: skipped: not installed: datasets" in text
+    attempts = [json.loads(line) for line in (out / "times.jsonl").read_text().splitlines()]
+    made = [(line["job"], line["unit"]) for line in attempts if line["state"] == "done"]
+    assert len(made) == len({*made}) and len(attempts) > done, "nothing was made twice"
+    assert len(merge(out / "results", tmp_path / "into")) == len(JOBS) - 1

@@ -94,7 +94,8 @@ class Experiment:
                 unusable[world] = error
                 raise
 
-        places = [(key, row, seed) for key, cell in cells.items() for seed in cell.seeds for row in job.rows]
+        places = [(key, row, seed) for key, cell in cells.items() for seed in cell.seeds for row in job.rows
+                  if seed in cell.seeds_of(row)]
         return [self.unit(cells[place[0]], place, place in done, functools.partial(score, *place)) for place in places]
 
     def unit(self, cell, place: tuple[str, str, int], done: bool, score) -> Unit:
