@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from distillkit.cli import main as command_line
+from distillkit.core.distilled import DistilledSet
 from distillkit.experiments import suite_jobs
 from distillkit.experiments.kinds import table_of
 from distillkit.experiments.notebooks import Notebooks
@@ -179,6 +180,21 @@ class TestExperiment:
             assert [score for score in now if score in before] == before
             before = now
         assert scores(tmp_path) == scores(whole) and not leftovers(tmp_path)
+
+    def test_sets_of_several_seeds_are_learned_together_and_gone_on_with(self, tmp_path):
+        changes = SMALL | {"rows": ["embeddings/own"], "base": SMALL["base"] | {"metagrad": "replay"}}
+        alone = dataclasses.replace(SLIDES, changes=changes)
+        together = dataclasses.replace(alone, together="embeddings")
+        run([together], tmp_path / "together", After(1))
+        logs = (tmp_path / "together/work").rglob("checkpoint-*.log.jsonl")
+        assert sorted(len(log.read_text().splitlines()) - 1 for log in logs) == [2, 2, 3, 3], "the sets of two seeds keep step"
+        for job, folder in ((alone, "alone"), (together, "together")):
+            run([job], tmp_path / folder, Deadline(3600.0))
+        sets = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone/work").rglob("embeddings-*")]
+        assert len(sets) == len(scores(tmp_path / "together")) / 2 == 4
+        for path in sets:
+            expected, learned = (DistilledSet.load(tmp_path / folder / path).embeds for folder in ("alone", "together"))
+            assert (learned - expected).abs().mean() < 1e-3 < expected.abs().mean()
 
     def test_what_is_missing_is_looked_for_once(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("DISTILLKIT_CACHE", str(tmp_path / "empty"))

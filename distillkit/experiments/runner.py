@@ -180,8 +180,7 @@ class Cell:
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
-                              **self.job.rates(), **options)
+        distiller = self.distiller(name, seed, start, objective, **options)
         if not self.notes and not distiller.step:  # the first set that this experiment distils
             announce(start, objective, steps or self.job.outer_steps)
         with closing(distiller.run(steps or self.job.outer_steps)) as learning:  # closed early, it saves its last step
@@ -193,6 +192,10 @@ class Cell:
         self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records),
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
+
+    def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
+        """What learns a set, where its checkpoint left off."""
+        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
 
     def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
         """Real rows that distilling starts from."""
@@ -270,7 +273,7 @@ class Run:
         self.claim = Claim(self.work, wait=True, shared=True)
         self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
         self.result = take_up(None if fresh else self.path, job, self.cells)
-        self.cell = None if isinstance(job, Grid) else self._load(job.name)
+        self.cell = None if isinstance(job, Grid) else self.load(job.name)
 
     def headline(self) -> str:
         """What is about to be run, in a line."""
@@ -308,7 +311,7 @@ class Run:
             CorpusError, FileNotFoundError, FloatingPointError: the cell cannot be run here.
         """
         with self.claim:
-            self._add(key, self.cell or self._load(key), row, seed)
+            self._add(key, self.cell or self.load(key), row, seed)
 
     def _compute(self, key: str, rows: Sequence[str], seeds: Sequence[int]) -> None:
         """Compute the missing scores of a cell; a cell of a grid that cannot be run is skipped, with the reason printed."""
@@ -319,7 +322,7 @@ class Run:
         if not missing:
             return
         try:
-            cell = self.cell or self._load(key)
+            cell = self.cell or self.load(key)
             for row, seed in progress(missing, desc=key, unit="score"):
                 self._add(key, cell, row, seed)
         except (CorpusError, FileNotFoundError, FloatingPointError) as error:
@@ -327,7 +330,8 @@ class Run:
                 raise
             say(f"{key}: skipped: {one_line(error)}")
 
-    def _load(self, key: str) -> Cell:
+    def load(self, key: str) -> Cell:
+        """The cell of a name, with its corpus and its student."""
         job = self.cells[key]
         config = as_config(job)
         world = json.dumps({name: config.get(name) for name in names(Data)})
