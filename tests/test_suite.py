@@ -83,6 +83,9 @@ def test_what_fits_is_done_in_order_of_value(tmp_path, capsys):
     run([job], tmp_path, Deadline(30.0))
     assert job.noted == ["first", "later", "saves its progress"]
     assert "4 of 5 units done, 3 of them now; 1 left" in capsys.readouterr().out
+    heavy = Fake([unit("one", load=40.0, world="a"), unit("two", load=20.0, world="b"), unit("three", load=20.0, world="b")])
+    run([heavy], tmp_path, Deadline(30.0))
+    assert heavy.noted == ["two", "three"], "what has to be loaded first counts"
     run([job := Fake([unit("saves its progress", divisible=True), unit("quick", 0.0)])], tmp_path, Deadline(0.0))
     assert job.noted == [], "not even what takes no time is begun when the time is up"
 
@@ -190,6 +193,9 @@ class TestExperiment:
         assert sorted(len(log.read_text().splitlines()) - 1 for log in logs) == [2, 2, 3, 3], "the sets of two seeds keep step"
         for job, folder in ((alone, "alone"), (together, "together")):
             run([job], tmp_path / folder, Deadline(3600.0))
+        result = read(tmp_path / "together/results/small.json")
+        notes = [cell["notes"][f"embeddings {cell['config']['seed']}"] for cell in result["cells"].values()]
+        assert all(note["steps"] == 4 and note["seconds"] > 0.01 for note in notes), "with the time that they share"
         sets = [path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone/work").rglob("embeddings-*")]
         assert len(sets) == len(scores(tmp_path / "together")) / 2 == 4
         for path in sets:

@@ -53,7 +53,7 @@ from distillkit.io.checks import check_choice
 from distillkit.io.deadline import NEVER, Deadline
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim
+from distillkit.io.storage import Claim, read_lines
 from distillkit.text.projection import NeighborLoss, project
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -189,7 +189,8 @@ class Cell:
                     self.deadline.check(record.seconds)
         records = distiller.records
         terms = {term: [round(r.terms[term], 5) for r in records] for term in records[0].terms}
-        self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records),
+        shared = sum(line["seconds"] for line in read_lines(self.shared_seconds(name, seed)))
+        self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records) + shared,
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
 
@@ -220,6 +221,10 @@ class Cell:
     def checkpoint(self, name: str, seed: int) -> Path:
         """Where an interrupted making of a set goes on."""
         return self.work / f"checkpoint-{_file(name, seed)}"
+
+    def shared_seconds(self, name: str, seed: int) -> Path:
+        """Where the time is noted that making a set shared with others."""
+        return self.work / f"shared-{_file(name, seed)}.jsonl"
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         """Hash of a selection of real rows and of how students train on it; None for sets that are not selections.

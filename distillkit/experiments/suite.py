@@ -1,7 +1,7 @@
 """A list of jobs in order of value, done as far as some minutes go: for a machine that is at hand for a short time.
 
 A job is a list of *units*: single scores or measurements, each written to ``FOLDER/results`` as soon as it is done.  A unit has
-an expected time: the longest that one of its kind has taken in this folder, else a guess that its job states.  The suite takes
+an expected time: the median of those that its kind has taken in this folder, else a guess that its job states.  The suite takes
 the units in order and does each one that fits into the time that is left.  A unit that would not end in time is left for a
 later call, and a smaller one of less value may come before it.  Learning a set takes long but saves its progress, so it is
 begun with any time left and gone on with by the next call.  Given the folder of an earlier call, the suite does what is
@@ -43,6 +43,8 @@ class Unit:
         run: does it; it raises TimeUp at a deadline of its own choice.
         done: whether its result is there.
         divisible: whether it saves its progress where it is cut short.
+        world: what has to be loaded before it, such as a corpus and a student; units of one world share it.
+        load: seconds that loading takes.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Unit:
     run: Callable[[], object]
     done: bool = False
     divisible: bool = False
+    world: str = ""
+    load: float = 0.0
 
 
 class Job(Protocol):
@@ -82,7 +86,7 @@ class Times:
         least = 0.0 if unit.divisible else 2 * max(cut, default=0.0)  # it took longer than that
         for kind in unit.kinds:
             if seconds := [total for kinds, total in self._totals(job) if kind in kinds]:
-                return max(least, statistics.mean(seconds) if unit.divisible else max(seconds))
+                return max(least, statistics.median(seconds))  # not the mean: some had to load their world, or stood still
         return max(least, unit.guess)
 
     def _totals(self, job: str) -> Iterator[tuple[list[str], float]]:
@@ -128,9 +132,11 @@ def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str
     except (ValueError, OSError, ImportError) as error:
         return f"skipped: {one_line(error)}"
     done, cut, reasons = sum(unit.done for unit in units), 0, Counter()
-    earlier = done
+    earlier, worlds = done, set()
     for unit in units:
-        if not unit.done and _fits(times.expected(job.name, unit), unit, deadline):
+        load = 0.0 if unit.world in worlds else unit.load
+        if not unit.done and _fits(times.expected(job.name, unit), load, unit, deadline):
+            worlds.add(unit.world)
             state, reason, seconds = _attempt(unit)
             done, cut = done + (state == "done"), cut + (state == "cut")
             if reason not in reasons:  # what is missing for one is missing for many
@@ -143,8 +149,8 @@ def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str
     return "; ".join([words, *(f"{count} cannot be done here: {reason}" for reason, count in reasons.items())])
 
 
-def _fits(expected: float, unit: Unit, deadline: Deadline) -> bool:
-    return deadline.left() > (min(SLICE, expected) if unit.divisible else MARGIN * expected)
+def _fits(expected: float, load: float, unit: Unit, deadline: Deadline) -> bool:
+    return deadline.left() > MARGIN * load + (min(SLICE, expected) if unit.divisible else MARGIN * expected)
 
 
 def _attempt(unit: Unit) -> tuple[str, str, float]:

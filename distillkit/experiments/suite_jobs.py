@@ -28,6 +28,7 @@ from distillkit.experiments.runner import CONFIGS, Cell, Run
 from distillkit.experiments.settings import Data, Grid, kind_of
 from distillkit.experiments.suite import Unit
 from distillkit.io.deadline import Deadline
+from distillkit.io.storage import append_line
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "metagrad.py"
 UNLEARNED = ("full", "zero-shot", *ALL_METHODS)
@@ -44,6 +45,7 @@ class Experiment:
         small: settings that a dry run has instead.
         changes: settings in place of the file's.
         together: method whose sets, of cells that differ in their seed only, are learned side by side.
+        load: seconds that loading a corpus and a student takes.
     """
 
     name: str
@@ -52,10 +54,11 @@ class Experiment:
     small: Mapping[str, Any]
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     together: str | None = None
+    load: float = 15.0
 
     def tiny(self) -> Experiment:
         """The dry run."""
-        return dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, changes=self.small)
+        return dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, load=1.0, changes=self.small)
 
     def settings(self):
         """The settings, and what runs them."""
@@ -111,7 +114,7 @@ class Experiment:
         method = row.split("/")[0]
         kinds = (f"{row}, {cell.student}, {cell.corpus}, T = {cell.unroll_steps}", f"{row}, {cell.student}", row)
         return Unit(f"{key}: {row}, set {seed}", kinds, self.guesses.get(method, self.guesses[""]), score, done,
-                    divisible=method not in UNLEARNED)
+                    method not in UNLEARNED, f"{cell.corpus}, {cell.student}", self.load)
 
 
 def _alike(cells: Mapping[str, Any], key: str) -> list[str]:
@@ -126,13 +129,18 @@ def learn_together(cells: Sequence[Cell], method: str) -> None:
     A small student on a GPU is bound by the number of kernels that it starts, which are common to all sets then.  Each set has
     the checkpoint that learning it alone would have, up to rounding, and is scored from there.
     """
-    steps, begun = cells[0].job.outer_steps, time.monotonic()
+    steps, shared, begun = cells[0].job.outer_steps, 0.0, time.monotonic()
     distillers = [cell.distiller(method, cell.job.seed, cell.start(cell.job.seed), cell.objective()) for cell in cells]
-    with closing(distil_together(distillers, steps)) as rounds:
-        for _ in rounds:
-            if any(distiller.step < steps for distiller in distillers):
-                cells[0].deadline.check(time.monotonic() - begun)
-            begun = time.monotonic()
+    try:
+        with closing(distil_together(distillers, steps)) as rounds:
+            for records in rounds:
+                seconds, begun = time.monotonic() - begun, time.monotonic()
+                shared += (seconds - sum(record.seconds for record in records)) / len(records)
+                if any(distiller.step < steps for distiller in distillers):
+                    cells[0].deadline.check(seconds)
+    finally:  # a record says the seconds of its own set only
+        for cell in cells if shared else ():
+            append_line(cell.shared_seconds(method, cell.job.seed), {"seconds": round(shared, 3)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +151,7 @@ class Benchmark:
         name: of the result.
         student, trainable, steps, repeats: as ``tests/benchmarks/metagrad.py`` takes them.
         small: the student of a dry run.
-        guess: seconds of a unit on one GPU.
+        guess, load: seconds of a unit on one GPU, and of loading the student twice.
     """
 
     name: str
@@ -153,10 +161,12 @@ class Benchmark:
     repeats: int = 3
     steps: tuple[int, ...] = (2, 8)
     guess: float = 8.0
+    load: float = 20.0
 
     def tiny(self) -> Benchmark:
         """The dry run."""
-        return dataclasses.replace(self, name=f"{self.name}_tiny", student=self.small, repeats=1, steps=(1, 2), guess=1.0)
+        return dataclasses.replace(self, name=f"{self.name}_tiny", student=self.small, repeats=1, steps=(1, 2), guess=1.0,
+                                   load=1.0)
 
     def needs(self) -> list[Data]:
         """The corpus, and MiniLM: a student of random weights has its tokenizer."""
@@ -189,7 +199,7 @@ class Benchmark:
 
         done = {(row["steps"], row["contender"]) for entry in entries for row in entry["rows"]}
         return [Unit(f"{contender.name}, T = {t}", (f"{contender.name}, T = {t}", f"T = {t}"), self.guess,
-                     functools.partial(measure, contender, t), (t, contender.name) in done)
+                     functools.partial(measure, contender, t), (t, contender.name) in done, world=self.student, load=self.load)
                 for t in self.steps for contender in script.CONTENDERS]
 
 
@@ -211,7 +221,7 @@ _SMALL_GRID = _SMALL | {"full_seeds": None, "per_class": 1}
 JOBS = (
     Benchmark("metagrad_gpu_minilm", "offline:minilm", "full", "random:bert-tiny"),
     Benchmark("metagrad_gpu_bert", "random:bert-base", "full", "random:bert-tiny"),
-    Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2),
+    Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2, load=60.0),
     Experiment("gpu_slides", "gpu_slides", {"full": 60.0, "embeddings": 400.0, "": 30.0}, {
         "product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["offline:small-bert"], "corpus": ["docstrings"]},
         "base": _SMALL_GRID}, together="embeddings"),
