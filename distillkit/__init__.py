@@ -32,6 +32,7 @@ _HOMES = {
     # the inner loop: how a student trains
     "core.optimizers": ("SGD", "AdamW", "Momentum"),
     "core.inner": ("Unroll",),
+    "core.mixture": ("CommonRecipes", "Mixture"),
     # how a gradient flows back through it
     "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated"),
     "core.problem": ("MetaGradient",),

@@ -150,7 +150,8 @@ class Distiller:
         values = {"embeds": self._start.embeds, "targets": self._start.targets,
                   "step_sizes": _inverse_softplus(self._first_step_sizes)}
         self._state = RunState(values, {}, [])
-        self.next_gradient: MetaGradient | None = None  # of the next step, where it is computed beside those of other sets
+        # Of the next step, and its share of the seconds, where it is computed beside those of other sets.
+        self.next_gradient: tuple[MetaGradient, float] | None = None
         self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=self._describe(), every=checkpoint_every,
                                      activity="distilling", writes=writes)
         self.checkpoint.resume(self)
@@ -191,10 +192,12 @@ class Distiller:
 
     def make_step(self, n: int) -> StepRecord:
         """Make one of ``n`` steps: all of it, or nothing where an exception ends it."""
-        begun, step = time.perf_counter(), self.step + 1
-        current, outer, self.next_gradient = self.current, self.next_gradient, None
-        if outer is None:
+        begun, step, current = time.perf_counter(), self.step + 1, self.current
+        if self.next_gradient is None:
             outer = meta_gradient(current, self.objective, seed=self.next_seed, on_retry=self._use)
+        else:
+            (outer, seconds), self.next_gradient = self.next_gradient, None
+            begun -= seconds
         grads = {name: None if gradient is None else gradient.to(self._state.values[name])
                  for name, gradient in zip(LEARNABLE, (outer.embeds, outer.targets, outer.step_sizes), strict=True)}
         loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
@@ -302,14 +305,16 @@ def distil_together(distillers: Sequence[Distiller], n: int) -> Iterator[list[St
     runs = {distiller: distiller.run(n) for distiller in distillers}
     try:
         while active := [distiller for distiller in distillers if distiller.step < n]:
+            begun = time.perf_counter()
             problems = [next(d.objective.problems(fitted(d.current, d.objective), d.next_seed)) for d in active]
             try:
                 gradients = meta_gradients(strategy, problems)
             except torch.OutOfMemoryError:
-                gradients = [None] * len(active)  # each distiller computes its own
+                gradients = []  # each distiller computes its own
             del problems
-            for distiller, gradient in zip(active, gradients, strict=True):
-                distiller.next_gradient = gradient
+            seconds = (time.perf_counter() - begun) / len(active)
+            for distiller, gradient in zip(active, gradients, strict=False):
+                distiller.next_gradient = gradient, seconds
             yield [next(runs[distiller]) for distiller in active]
         for run in runs.values():
             next(run, None)

@@ -27,6 +27,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, real_parts
 from distillkit.core.inner import Unroll, half_of, inner_step, to_device
 from distillkit.core.metagrad import suited
+from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import State, optimizer_from
 from distillkit.core.problem import MetaGradient, Problem, RealLoss, equal_step_sizes, inner_problem
 from distillkit.core.stacked import meta_gradients
@@ -48,7 +49,7 @@ class Objective(Protocol):
     def student(self) -> Student: ...
 
     @property
-    def unroll(self) -> Unroll: ...
+    def unroll(self) -> Unroll | Mixture: ...
 
     @property
     def metagrad(self) -> Callable[[Problem], MetaGradient]: ...
@@ -61,7 +62,7 @@ class Objective(Protocol):
 def check_objective(objective) -> None:
     """Raise TypeError unless ``objective`` is an :class:`Objective`; only its own methods need a ``student``."""
     missing = [n for n in ("metagrad", "problems", "recipe") if not callable(getattr(objective, n, None))]
-    missing += [] if isinstance(getattr(objective, "unroll", None), Unroll) else ["unroll"]
+    missing += [] if isinstance(getattr(objective, "unroll", None), Unroll | Mixture) else ["unroll"]
     require(not missing, f"objective must be one such as BPTT or TrajectoryMatching, not {objective!r}; it lacks "
             f"{', '.join(missing)}", TypeError)
 
@@ -84,28 +85,31 @@ class BPTT:
     Args:
         task: where the real batches come from (its training split, classes balanced).
         student: what trains on the set.
-        unroll: how it trains.
+        unroll: how it trains; a :class:`~distillkit.core.mixture.Mixture` draws that afresh in each outer step.
         metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
             :func:`~distillkit.core.estimate.recommend` names for the student.
         batch_size: real examples per outer step.
-        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
+        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.  Default: all on a
+            GPU, where one large kernel is faster than several small ones; 16 elsewhere.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
         stacked: compute the ``inits`` at once (:mod:`distillkit.core.stacked`), in memory for all of them; pays on a GPU.
     """
 
     task: Task
     student: Student
-    unroll: Unroll
+    unroll: Unroll | Mixture
     _: dataclasses.KW_ONLY
     metagrad: Callable[[Problem], MetaGradient] | None = None
     batch_size: int = 64
-    micro_batch: int = 16
+    micro_batch: int | None = None
     inits: int = 1
     stacked: bool = False
 
     def __post_init__(self):
         _check_parts(self)
         check_flag("stacked", self.stacked)
+        if self.micro_batch is None:
+            object.__setattr__(self, "micro_batch", self.batch_size if self.student.device.type == "cuda" else 16)
         for name in ("micro_batch", "inits"):
             check_whole(name, getattr(self, name))
         check_whole("batch_size", self.batch_size, most=len(self.task.split("train")), meaning="the training rows")
@@ -158,7 +162,7 @@ class TrajectoryMatching:
 
     task: Task
     student: Student
-    unroll: Unroll
+    unroll: Unroll | Mixture
     experts: Experts
     _: dataclasses.KW_ONLY
     metagrad: Callable[[Problem], MetaGradient] | None = None
@@ -265,7 +269,8 @@ def _check_parts(objective) -> None:
             f"task must be what load_task returns, not {objective.task!r}", TypeError)
     require(callable(getattr(objective.student, "loss", None)),
             f"student must be what load_student returns, not {objective.student!r}", TypeError)
-    check_is("unroll", objective.unroll, Unroll)
+    require(isinstance(objective.unroll, Unroll | Mixture),
+            f"unroll must be an Unroll or a Mixture, not {objective.unroll!r}", TypeError)
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
     if objective.metagrad is None:
@@ -355,7 +360,7 @@ def meta_gradient(
         if getattr(objective, "stacked", False):
             gradients = meta_gradients(objective.metagrad, [*problems])
         else:  # one after the other, so that the memory of one is enough
-            gradients = [objective.metagrad(problem) for problem in problems]
+            gradients = [problem.meta_gradient(objective.metagrad) for problem in problems]
         gradient = MetaGradient.mean(gradients)
     except torch.OutOfMemoryError:
         smaller = _in_halves(objective, len(distilled))

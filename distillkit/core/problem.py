@@ -15,9 +15,11 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
+from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import Optimizer, State
 from distillkit.core.student import Batch, Params, Student
 from distillkit.io.checks import require
+from distillkit.io.seeds import derive_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Problem:
         state: the optimiser's state at the start; None: a fresh one.
         seed: the address of this run, which differs between outer steps: strategies draw from it.
         first_step: how many steps of the run came before ``params``, where this is a window of a longer run.
+        unused_sizes: the set's own step sizes ``[t]``, where this run does not take them (:mod:`distillkit.core.mixture`).
     """
 
     student: Student
@@ -89,6 +92,12 @@ class Problem:
     state: State | None = None
     seed: int | None = None
     first_step: int = 0
+    unused_sizes: Tensor | None = None
+
+    def meta_gradient(self, strategy: Callable[[Problem], MetaGradient]) -> MetaGradient:
+        """∇J by ``strategy``; it is 0 for step sizes that this run did not take."""
+        gradient, unused = strategy(self), self.unused_sizes
+        return gradient if unused is None else dataclasses.replace(gradient, step_sizes=torch.zeros_like(unused))
 
     def start(self) -> tuple[Params, State]:
         """Parameters and optimiser state at the beginning of the run."""
@@ -140,9 +149,15 @@ def inner_problem(
     """Bind a set to a student: the training run on the set, and ``outer`` at its end.
 
     It starts from ``student.init(seed)`` with a fresh optimiser, or from ``params`` and ``state``; everything else that is
-    drawn in the run is drawn from ``seed`` too.
+    drawn in the run is drawn from ``seed`` too: of a :class:`~distillkit.core.mixture.Mixture` the recipe, and the order of the
+    examples where that is not the central one.
     """
-    distilled = distilled.for_student(student)
+    distilled, order, unused_sizes = distilled.for_student(student), 0, None
+    if isinstance(unroll, Mixture):
+        mixture, (unroll, is_central) = unroll, unroll.draw(seed)
+        if not is_central:
+            order, unused_sizes = derive_seed("mixture-order", seed), bound_step_sizes(distilled, mixture.central, student)
+            distilled = dataclasses.replace(distilled, step_sizes=None)
     move = {"device": student.device, "dtype": student.dtype}
     return Problem(
         student=student,
@@ -152,12 +167,13 @@ def inner_problem(
         mask=distilled.mask.cpu(),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
         step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
-        rows=unroll.rows(len(distilled)),
+        rows=unroll.rows(len(distilled), order),
         outer=outer,
         micro_batch=unroll.micro_batch,
         dropout_seed=seed if unroll.dropout else None,
         state=state,
         seed=seed,
+        unused_sizes=unused_sizes,
     )
 
 

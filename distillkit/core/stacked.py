@@ -91,7 +91,8 @@ def _with_tensors(state: State, tensors: Sequence[Tensor]) -> State:
 def stackable(problems: Sequence[Problem]) -> bool:
     """Whether problems differ only in what can be stacked: parameters, sets of one shape, and real batches of one size."""
     first = problems[0]
-    plain = all(p.micro_batch is None and p.dropout_seed is None and p.state is None and not p.first_step for p in problems)
+    plain = all(p.micro_batch is None and p.dropout_seed is None and p.state is None and not p.first_step
+                and p.unused_sizes is None for p in problems)
     return plain and all(
         p.student.module is first.student.module
         and p.optimizer == first.optimizer
@@ -148,7 +149,7 @@ def meta_gradients(strategy: Callable[[Problem], MetaGradient], problems: Sequen
     """The meta-gradient of each problem: all computed at once where they are :func:`stackable`, else one after the other."""
     members = len(problems)
     if members == 1 or not stackable(problems):
-        return [strategy(problem) for problem in problems]
+        return [problem.meta_gradient(strategy) for problem in problems]
     joint = strategy(stack(problems))
     embeds = joint.embeds.chunk(members)
     targets = [None] * members if joint.targets is None else joint.targets.chunk(members)

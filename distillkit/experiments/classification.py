@@ -60,6 +60,7 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
     full_seeds: Seeds | None = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work "
                                                  "(null: one, the set's seed)")
+    together: bool = option(False, "learn the sets of cells that differ in their seed side by side, which pays on a GPU")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 
@@ -98,6 +99,8 @@ class ClassificationCell(Cell):
         return super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
+        if self.job.together and method == "embeddings":
+            self.learn_with_siblings(method, seed)
         if method != LEARNED_LABELS:
             return super().create(method, seed)
         return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,

@@ -41,7 +41,7 @@ COLUMNS = (
     "init_seed", "split", "accuracy", "seconds", "flops", "examples", "nbytes", "settings_hash", "machine",
 )
 # Settings that say which scores a run makes, not how its sets are made.
-SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
+SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps", "together",
           "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 FEWEST = 5  # sets, below which a rank correlation says nothing

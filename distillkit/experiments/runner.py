@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.distiller import Distiller, digest
+from distillkit.core.distiller import Distiller, digest, distil_together
 from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
@@ -53,7 +53,7 @@ from distillkit.io.checks import check_choice
 from distillkit.io.deadline import NEVER, Deadline
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
-from distillkit.io.storage import Claim, read_lines
+from distillkit.io.storage import Claim
 from distillkit.text.projection import NeighborLoss, project
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -102,6 +102,7 @@ class Cell:
     selections: ClassVar[Sequence[str]] = ()  # methods whose equal sets are scored once
     projected: ClassVar[Mapping[str, str]] = {}  # method of nearest tokens: the set that they are nearest to
     deadline: Deadline = NEVER  # when to end with TimeUp; a set that is being learned is gone on with by the next run
+    siblings: Callable[[], list[Cell]] = list  # the cells of the grid that differ from this one in their seed alone
 
     def __init__(self, job, work: Path, results: Path, task: Task | None = None, student: Student | None = None):
         self.job, self.work, self.results = job, work, results
@@ -189,14 +190,22 @@ class Cell:
                     self.deadline.check(record.seconds)
         records = distiller.records
         terms = {term: [round(r.terms[term], 5) for r in records] for term in records[0].terms}
-        shared = sum(line["seconds"] for line in read_lines(self.shared_seconds(name, seed)))
-        self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records) + shared,
+        self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records),
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
 
     def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
-        """What learns a set, where its checkpoint left off."""
+        """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
         return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
+
+    def learn_with_siblings(self, name: str, seed: int) -> None:
+        """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
+        seeds, steps = {seed: self, **{cell.job.seed: cell for cell in self.siblings()}}, self.job.outer_steps
+        distillers = [cell.distiller(name, of, cell.start(of), cell.objective()) for of, cell in seeds.items()]
+        with closing(distil_together(distillers, steps)) as learning:  # closed early, each saves its last step
+            for records in learning:
+                if records[0].step < steps:
+                    self.deadline.check(sum(record.seconds for record in records))
 
     def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
         """Real rows that distilling starts from."""
@@ -221,10 +230,6 @@ class Cell:
     def checkpoint(self, name: str, seed: int) -> Path:
         """Where an interrupted making of a set goes on."""
         return self.work / f"checkpoint-{_file(name, seed)}"
-
-    def shared_seconds(self, name: str, seed: int) -> Path:
-        """Where the time is noted that making a set shared with others."""
-        return self.work / f"shared-{_file(name, seed)}.jsonl"
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         """Hash of a selection of real rows and of how students train on it; None for sets that are not selections.
@@ -278,7 +283,7 @@ class Run:
         self.claim = Claim(self.work, wait=True, shared=True)
         self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
         self.result = take_up(None if fresh else self.path, job, self.cells)
-        self.cell = None if isinstance(job, Grid) else self.load(job.name)
+        self.cell = None if isinstance(job, Grid) else self._load(job.name)
 
     def headline(self) -> str:
         """What is about to be run, in a line."""
@@ -316,7 +321,7 @@ class Run:
             CorpusError, FileNotFoundError, FloatingPointError: the cell cannot be run here.
         """
         with self.claim:
-            self._add(key, self.cell or self.load(key), row, seed)
+            self._add(key, self.cell or self._load(key), row, seed)
 
     def _compute(self, key: str, rows: Sequence[str], seeds: Sequence[int]) -> None:
         """Compute the missing scores of a cell; a cell of a grid that cannot be run is skipped, with the reason printed."""
@@ -327,7 +332,7 @@ class Run:
         if not missing:
             return
         try:
-            cell = self.cell or self.load(key)
+            cell = self.cell or self._load(key)
             for row, seed in progress(missing, desc=key, unit="score"):
                 self._add(key, cell, row, seed)
         except (CorpusError, FileNotFoundError, FloatingPointError) as error:
@@ -335,19 +340,24 @@ class Run:
                 raise
             say(f"{key}: skipped: {one_line(error)}")
 
-    def load(self, key: str) -> Cell:
-        """The cell of a name, with its corpus and its student."""
+    def _load(self, key: str) -> Cell:
         job = self.cells[key]
         config = as_config(job)
         world = json.dumps({name: config.get(name) for name in names(Data)})
         cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed,
                                *self._worlds.get(world, ()))
         self._worlds[world], cell.deadline = (cell.task, cell.student), self.deadline
+        cell.siblings = functools.partial(self._siblings, key)
         if stored := self.result["cells"].get(key):
             if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
                 raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
             cell.notes |= stored["notes"]
         return cell
+
+    def _siblings(self, key: str) -> list[Cell]:
+        """The cells that differ from the cell ``key`` in their seed alone."""
+        alike = {other: as_config(job) | {"name": "", "seed": 0} for other, job in self.cells.items()}
+        return [self._load(other) for other in alike if other != key and alike[other] == alike[key]]
 
     def _add(self, key: str, cell: Cell, row: str, seed: int) -> None:
         """Score a row and write it, beside what other processes have written meanwhile."""

@@ -10,25 +10,21 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from distillkit.core.distiller import distil_together
 from distillkit.data.corpus import CorpusError
 from distillkit.data.load import load_task
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.kinds import KINDS
 from distillkit.experiments.notebooks import Notebooks
 from distillkit.experiments.results import read, take_up, write
-from distillkit.experiments.runner import CONFIGS, Cell, Run
+from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import Data, Grid, kind_of
 from distillkit.experiments.suite import Unit
 from distillkit.io.deadline import Deadline
-from distillkit.io.storage import append_line
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "metagrad.py"
 UNLEARNED = ("full", "zero-shot", *ALL_METHODS)
@@ -44,7 +40,6 @@ class Experiment:
         guesses: seconds that a unit of a method takes on one GPU; ``""``: of any other method.
         small: settings that a dry run has instead.
         changes: settings in place of the file's.
-        together: method whose sets, of cells that differ in their seed only, are learned side by side.
         load: seconds that loading a corpus and a student takes.
     """
 
@@ -53,7 +48,6 @@ class Experiment:
     guesses: Mapping[str, float]
     small: Mapping[str, Any]
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    together: str | None = None
     load: float = 15.0
 
     def tiny(self) -> Experiment:
@@ -97,8 +91,6 @@ class Experiment:
             if world in unusable:
                 raise unusable[world]
             try:
-                if row.split("/")[0] == self.together:
-                    learn_together([run().load(other) for other in _alike(cells, key)], self.together)
                 run().score(key, row, seed)
             except (CorpusError, FileNotFoundError) as error:  # what is missing for a cell is missing for its like
                 unusable[world] = error
@@ -115,32 +107,6 @@ class Experiment:
         kinds = (f"{row}, {cell.student}, {cell.corpus}, T = {cell.unroll_steps}", f"{row}, {cell.student}", row)
         return Unit(f"{key}: {row}, set {seed}", kinds, self.guesses.get(method, self.guesses[""]), score, done,
                     method not in UNLEARNED, f"{cell.corpus}, {cell.student}", self.load)
-
-
-def _alike(cells: Mapping[str, Any], key: str) -> list[str]:
-    """The cells that differ from the cell ``key`` in their seed only, and that one."""
-    cell = cells[key]
-    return [other for other, settings in cells.items() if dataclasses.replace(settings, name=cell.name, seed=cell.seed) == cell]
-
-
-def learn_together(cells: Sequence[Cell], method: str) -> None:
-    """Learn the sets of a method of several cells side by side, as far as the cells' deadline lets it.
-
-    A small student on a GPU is bound by the number of kernels that it starts, which are common to all sets then.  Each set has
-    the checkpoint that learning it alone would have, up to rounding, and is scored from there.
-    """
-    steps, shared, begun = cells[0].job.outer_steps, 0.0, time.monotonic()
-    distillers = [cell.distiller(method, cell.job.seed, cell.start(cell.job.seed), cell.objective()) for cell in cells]
-    try:
-        with closing(distil_together(distillers, steps)) as rounds:
-            for records in rounds:
-                seconds, begun = time.monotonic() - begun, time.monotonic()
-                shared += (seconds - sum(record.seconds for record in records)) / len(records)
-                if any(distiller.step < steps for distiller in distillers):
-                    cells[0].deadline.check(seconds)
-    finally:  # a record says the seconds of its own set only
-        for cell in cells if shared else ():
-            append_line(cell.shared_seconds(method, cell.job.seed), {"seconds": round(shared, 3)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +190,7 @@ JOBS = (
     Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2, load=60.0),
     Experiment("gpu_slides", "gpu_slides", {"full": 60.0, "embeddings": 400.0, "": 30.0}, {
         "product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["offline:small-bert"], "corpus": ["docstrings"]},
-        "base": _SMALL_GRID}, together="embeddings"),
+        "base": {**_SMALL_GRID, "together": True}}),
     Experiment("gpu_instruction_library", "instruction_library", {"full": 60.0, "less": 60.0, "nacd": 120.0, "bptt": 120.0,
                                                                   "": 20.0}, {
         "limit": 40, "max_length": 48, "fraction": 0.1, "seeds": [0, 1], "expert_epochs": 1, "expert_batch": 8,
