@@ -112,9 +112,6 @@ CALLS = {
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
         {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}]), "initialisations": WHOLE, "rows": WHOLE}),
     "Fixed": (dk.Fixed, {"unroll": None}, {"unroll": THING}),
-    "with_teacher_labels": (dk.with_teacher_labels, dict.fromkeys(("distilled", "task")), {
-        "distilled": THING, "task": THING}),
-    "bootstrap": (dk.bootstrap, {"task": None, "seed": 0}, {"task": THING, "seed": SEED}),
     "transfer": (dk.transfer, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
