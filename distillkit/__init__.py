@@ -23,7 +23,7 @@ from distillkit.io.version import __version__ as __version__
 _HOMES = {
     # a corpus as a task, a model as a student
     "data.load": ("load_task",),
-    "data.tasks": ("Task",),
+    "data.tasks": ("Task", "bootstrap"),
     "data.instruction": ("InstructionTask",),
     "core.loading": ("load_student",),
     "core.student": ("Student",),
@@ -32,6 +32,7 @@ _HOMES = {
     # the inner loop: how a student trains
     "core.optimizers": ("SGD", "AdamW", "Momentum"),
     "core.inner": ("Unroll",),
+    "core.mixture": ("CommonRecipes", "Mixture"),
     # how a gradient flows back through it
     "core.metagrad": ("ForwardDifference", "Replay", "StoreAll", "Truncated"),
     "core.problem": ("MetaGradient",),
@@ -45,6 +46,7 @@ _HOMES = {
     "evaluation.evaluate": ("Evaluation", "evaluate"),
     "evaluation.recipes": ("Fixed", "Own", "Standard", "Tuned"),
     "evaluation.selection": ("select",),
+    "evaluation.words": ("with_teacher_labels",),
     # from embeddings to words
     "text.projection": ("NeighborLoss", "ThroughProjection", "corpus_tokens", "nearest_tokens", "project", "relabel"),
     "text.judges": ("FrozenJudge", "StudentJudge"),

@@ -131,6 +131,7 @@ def test_the_command_writes_its_table(run_main, capsys):
                 continue
             assert "failed" not in row
             assert {"cost", "costs", "seconds", "plain_seconds", "bytes", "activations", "sets"} <= row.keys()
+            assert row["flops"] > 0
             assert len(row["costs"]) == 1
             if row["peer"]:
                 assert row["total_error"] < 1e-3
@@ -193,7 +194,8 @@ def test_a_contender_that_cannot_run_is_reported(world, monkeypatch):
 
     monkeypatch.setattr(benchmark, "CONTENDERS", (benchmark.Contender("broken", broken, peer=True),))
     settings = SETTINGS | {"repeats": 1}
-    (row,) = benchmark.at_steps(task, {"eager": students["head", "float32"]}, 1, settings)
+    bench = benchmark.Bench(task, {"eager": students["head", "float32"]}, settings)
+    row = bench.row(benchmark.CONTENDERS[0], 1)
     assert row["failed"] == "RuntimeError: no derivative"
     entry = {"rows": [row], "outer_batch_cost": 1.0}
     assert "| broken | failed |" in benchmark.cost_table(entry, {"machine": {"cuda": False}, "settings": settings})

@@ -17,6 +17,7 @@ from distillkit.evaluation.influence import (
     adam_direction,
     influence,
     sparse_projection,
+    validation_groups,
     warm_up,
 )
 from standin_hub import SUBJECTS, rounding, sentences
@@ -140,7 +141,7 @@ def by_definition(task, student, settings, subtasks):
             step = adam_direction(settings.optimizer, point.state, grad[None])[0]
             cosines = [torch.nn.functional.cosine_similarity(aim, step, dim=0) for aim in aims]
             scores[row] += point.step_size * torch.stack(cosines)
-    return scores.amax(1).numpy()
+    return scores.numpy()
 
 
 def test_scores_by_definition(task, standin_hub):
@@ -149,7 +150,7 @@ def test_scores_by_definition(task, standin_hub):
     expected = by_definition(task, student, exact, [range(len(task.validation))])
     assert np.allclose(influence(task, student, settings=exact), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
     projected = influence(task, student, settings=dataclasses.replace(exact, projection=256))
-    assert not np.allclose(projected, expected, rtol=0.001) and np.corrcoef(projected, expected)[0, 1] > 0.9
+    assert not np.allclose(projected, expected, rtol=0.001) and np.corrcoef(projected[:, 0], expected[:, 0])[0, 1] > 0.9
 
 
 @pytest.fixture
@@ -167,15 +168,32 @@ def questions(tmp_path, standin_hub):
 
 
 def test_groups_of_an_instruction_task(questions):
-    """They are the subtasks, and all training rows are one pool."""
+    """Its answers are the subtasks, in alphabetical order; all training rows are one pool, which they take from in turn."""
     task, student = questions
     exact = dataclasses.replace(SHORT, projection=10**9)
-    expected = by_definition(task, student, exact, [range(place, 9, 3) for place in range(3)])
+    answers = np.array(task.validation["response"][:])
+    expected = by_definition(task, student, exact, [np.flatnonzero(answers == answer) for answer in np.unique(answers)])
     scores = influence(task, student, settings=exact)
     assert np.allclose(scores, expected, rtol=0, atol=rounding(student) * np.abs(expected).max())
-    scores = influence(task, student)
-    chosen = dk.select(task, student, "less", fraction=0.35)
-    assert chosen.meta["rows"] == sorted(range(20), key=lambda row: -scores[row])[:7]
+    scores, rows = influence(task, student), []
+    for turn in range(7):
+        rows.append(next(row for row in np.argsort(-scores[:, turn % 3], kind="stable").tolist() if row not in rows))
+    assert dk.select(task, student, "less", fraction=0.35).meta["rows"] == rows
+
+
+def test_every_answer_is_served(questions):
+    """However loud the gradients of one answer are, each is selected as often as the others."""
+    task, student = questions
+    responses = [task.train[row]["response"] for row in dk.select(task, student, "less", fraction=0.45).meta["rows"]]
+    assert sorted(responses) == sorted(["a river", "yes, profit", "match"] * 3)
+
+
+def test_answers_that_do_not_repeat_are_no_groups(tmp_path):
+    """Then the column "group" says what the groups are."""
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"What is {n}?", "response": f"It is {n}.", "group": "ab"[n % 2]} for n in range(10)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [group.tolist() for group in validation_groups(dk.load_task(tmp_path))] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
 
 
 class WordCounts:
@@ -205,7 +223,7 @@ def test_rows_with_the_wrong_label_come_last(world, tmp_path, projection):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = dk.load_task(folder, max_length=16)
     settings = dataclasses.replace(SHORT, projection=projection)
-    scores = influence(task, WordCounts(world[1].tokenizer), settings=settings)
+    scores = influence(task, WordCounts(world[1].tokenizer), settings=settings)[:, 0]
     for pool in task.rows_by_class("train"):
         assert {*pool[np.argsort(-scores[pool])[:40]].tolist()} == {*pool.tolist()} - wrong
 

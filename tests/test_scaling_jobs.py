@@ -12,6 +12,7 @@ from distillkit.experiments.classification import ClassificationCell, GridJob, s
 from distillkit.experiments.results import frame, read, write
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
+from distillkit.io.storage import read_lines
 
 BASE = {"max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2, "outer_batch": 8, "eval_seeds": [0, 1],
         "full_seeds": [0], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
@@ -128,6 +129,27 @@ def test_a_row_that_is_missing_is_made_from_the_result_alone(copied, scored):
     assert command(copied, SLIDES) == 0 and scored == ["roberta-base"]
     columns = ["cell", "row", "set_seed", "init_seed", "accuracy"]
     assert frame(result(copied))[columns].equals(frame(before)[columns])
+
+
+def test_sets_that_are_learned_side_by_side(tmp_path):
+    """The sets of both seeds are there after the first, and equal those that are learned one after the other."""
+    losses = {}
+    for together in (False, True):
+        base = SCALING["base"] | {"together": together, "metagrad": "replay"}
+        settings = job({name: value for name, value in SCALING.items() if name != "around"}, base=base)
+        grid = Run(ClassificationCell, settings, tmp_path / f"results {together}", tmp_path / f"work {together}")
+        grid(["embeddings/own", "seed=0"])
+        assert len(logs(tmp_path / f"work {together}")) == 1 + together, "the set of the other seed too"
+        grid(["embeddings/own", "seed=1"])
+        losses[together] = [[record["loss"] for record in read_lines(log)[1:]] for log in logs(tmp_path / f"work {together}")]
+        assert len(losses[together]) == 2
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=1e-4)
+    assert losses[True][1] == pytest.approx(losses[False][1], rel=1e-4)
+    assert losses[True][0] != losses[True][1]
+
+
+def logs(folder):
+    return sorted(folder.rglob("checkpoint-embeddings-?.log.jsonl"))
 
 
 def test_single_cells_and_rows(tmp_path, scored):

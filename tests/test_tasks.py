@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import distillkit as dk
 from distillkit.data.corpus import CorpusError
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
@@ -292,3 +293,40 @@ def test_real_corpora(name, sizes):
     task = load_task(name)
     assert [len(task.split(split)) for split in ("train", "validation", "test")] == sizes
     assert len(task.classes) == len({*task.test["label"][:]})
+
+
+# --- bootstraps ------------------------------------------------------------------------------------------------------
+
+
+def test_a_bootstrap_draws_training_rows_with_replacement(task):
+    one, again, other = dk.bootstrap(task, 0), dk.bootstrap(task, 0), dk.bootstrap(task, 1)
+    assert one.train["text"][:] == again.train["text"][:] != other.train["text"][:]
+    assert one.fingerprint == again.fingerprint and len({task.fingerprint, one.fingerprint, other.fingerprint}) == 3
+    assert {*one.train["text"][:]} < {*task.train["text"][:]}, "some rows twice, others not at all"
+    assert [len(rows) for rows in one.rows_by_class("train")] == [len(rows) for rows in task.rows_by_class("train")]
+    labels = dict(zip(task.train["text"][:], task.train["label"][:], strict=True))
+    assert [labels[text] for text in one.train["text"][:]] == one.labels("train").tolist()
+    for split in ("validation", "test"):
+        assert one.split(split)["text"][:] == task.split(split)["text"][:]
+    assert "seed 1" in other.origin and task.resampled is None
+
+
+def test_how_often_rows_of_a_bootstrap_are_drawn(task):
+    """1 − (1 − 1/n)^n of the rows are there, 0.638 for pools of 40, on average over seeds."""
+    shares = [len({*dk.bootstrap(task, seed).resampled[1].tolist()}) / len(task.train) for seed in range(200)]
+    assert abs(sum(shares) / len(shares) - (1 - (39 / 40) ** 40)) < 0.01
+
+
+def test_features_of_a_bootstrap_are_those_of_its_rows(world, monkeypatch):
+    from distillkit.evaluation.selection import sentence_features
+
+    task, student = world
+    drawn = dk.bootstrap(task, 3)
+    expected = sentence_features(task, student)[drawn.resampled[1].numpy()]
+    assert abs(sentence_features(drawn, student) - expected).max() < 1e-6
+
+    def features(self, batch):
+        pytest.fail("read again")
+
+    monkeypatch.setattr(dk.Student, "features", features)
+    sentence_features(dk.bootstrap(task, 4), student)

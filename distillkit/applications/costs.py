@@ -124,6 +124,31 @@ def as_float16(distilled: DistilledSet) -> DistilledSet:
     return dataclasses.replace(distilled, **halves, meta={**distilled.meta})
 
 
+def low_rank(distilled: DistilledSet, rank: int, *, dtype: str = "float32") -> DistilledSet:
+    """The set with its embeddings replaced by their best approximation of a rank, over all positions of all examples.
+
+    Args:
+        rank: of the matrix ``[m · l, d]``, which is stored as two factors (:func:`low_rank_bytes`).
+        dtype: type of the factors, and of soft labels and step sizes.
+    """
+    check_choice("dtype", dtype, DTYPES)
+    rows = distilled.embeds.flatten(0, 1)
+    check_whole("rank", rank, most=min(rows.shape))
+    u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
+    factors = u[:, :rank] * s[:rank].sqrt(), s[:rank].sqrt()[:, None] * v[:rank]
+    left, right = (factor.to(DTYPES[dtype]).double() for factor in factors)
+    embeds = (left @ right).to(distilled.embeds.dtype).view_as(distilled.embeds)
+    rounded = as_float16(distilled) if dtype == "float16" else distilled
+    return dataclasses.replace(rounded, embeds=embeds, meta={**distilled.meta})
+
+
+def low_rank_bytes(distilled: DistilledSet, rank: int, *, dtype: str = "float32") -> int:
+    """Bytes of the two factors of :func:`low_rank`, of labels and of step sizes."""
+    positions, width = distilled.embeds.flatten(0, 1).shape
+    fewer = positions * width - rank * (positions + width)
+    return set_bytes(distilled, dtype=dtype) - fewer * DTYPES[dtype].itemsize
+
+
 def rows_needed(accuracy: float, curve: Mapping[int, float]) -> float:
     """How many real examples reach an accuracy, interpolated on a measured curve.
 

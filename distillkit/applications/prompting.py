@@ -22,7 +22,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
@@ -32,6 +31,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.examples import special_frame
 from distillkit.core.student import Student
 from distillkit.data.instruction import InstructionTask
+from distillkit.data.rows import dataset_of
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods, mean_and_std, per_character, picks
 from distillkit.io.checks import check_whole, require
@@ -76,7 +76,7 @@ def questions(task: Task, *, template: str = TEMPLATE) -> Questions:
     splits = {}
     for split in ("train", "validation", "test"):
         labels = task.labels(split).tolist()
-        splits[split] = datasets.Dataset.from_dict({
+        splits[split] = dataset_of({
             "prompt": [template.replace("{text}", text) for text in task.split(split)["text"][:]],
             "response": [task.classes[label] for label in labels],
             "choices": [[*task.classes]] * len(labels),

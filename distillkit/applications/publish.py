@@ -22,9 +22,8 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import yaml
 
 from distillkit.core.distilled import DistilledSet
@@ -43,6 +42,9 @@ CHECKED = (ROWS, SET)
 NOT_RECORDED = "not recorded"
 SHOWN, LONGEST = 8, 200  # examples in a card, and characters of one
 
+if TYPE_CHECKING:
+    import datasets  # a second to import, and not installed everywhere
+
 Scores = Mapping[str, Evaluation]
 
 
@@ -53,8 +55,13 @@ def rows(distilled: DistilledSet) -> datasets.Dataset:
     """The set as a Dataset: :meth:`DistilledSet.to_text` where it has text; else one row an example of what can be read.
 
     Free embeddings have no words, so their rows hold ``example`` (the index into the tensors), ``tokens`` (its length), and
-    ``label`` with ``probabilities``, or ``response``.
+    ``label`` with ``probabilities``, or ``response``.  Raises ValueError where ``datasets`` is not installed.
     """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("a published set is written by the package datasets, which is not installed; install it: pip install "
+                         "datasets") from error
     if _has_text(distilled):
         return distilled.to_text()
     columns = {"example": list(range(len(distilled))), "tokens": distilled.mask.sum(1).tolist()}

@@ -77,6 +77,25 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("--list", action="store_true", help="say which models there are, with size and licence")
     fetch.add_argument("--accept-licence", action="store_true", help="of a model that is not under a free licence")
     fetch.set_defaults(module="fetch")
+    suite = _with_examples(
+        commands, "suite", "do as many of the jobs that a GPU is wanted for as fit into some minutes",
+        "example:\n  python -m distillkit suite --tiny --minutes 10 --out runs/try   (a dry run of every job, on the CPU)\n"
+        "  python -m distillkit suite --prepare prepared   (all that the jobs load, for a machine without a network)\n"
+        "  DISTILLKIT_PREPARED=prepared python -m distillkit suite --minutes 8 --out runs/suite\n"
+        "  python -m distillkit suite --merge runs/suite   (into figures/results)\n\n"
+        "The same command goes on with what is missing in --out.")
+    suite.add_argument("--minutes", type=float, default=8.0, help="when to end (default 8)")
+    suite.add_argument("--out", type=Path, default=WORK / "suite",
+                       help=f"folder of results, and of work to go on with (default {WORK}/suite)")
+    suite.add_argument("--jobs", nargs="+", default=(), metavar="NAME", help="only these jobs; --list shows the names")
+    suite.add_argument("--tiny", action="store_true", help="every job with small models and a handful of steps")
+    suite.add_argument("--list", action="store_true", help="show jobs and units, expected times, and what is done in --out")
+    suite.add_argument("--prepare", type=Path, metavar="FOLDER", help="write there the corpora and models that the jobs need")
+    suite.add_argument("--float16", nargs="+", default=(), metavar="STUDENT",
+                       help="with --prepare: models whose weights are rounded, so that half as much is carried")
+    suite.add_argument("--merge", type=Path, metavar="FOLDER", help="merge the results of this --out into those of --into")
+    suite.add_argument("--into", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
+    suite.set_defaults(module="suite")
     return top
 
 

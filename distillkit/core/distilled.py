@@ -25,6 +25,7 @@ from torch import Tensor
 from distillkit.core.contents import check_depth, check_inputs, check_meta, check_step_sizes, check_targets
 from distillkit.core.examples import embed, examples_per_class, rows_as_set, texts_as_set
 from distillkit.core.student import Student
+from distillkit.data.rows import dataset_of
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_are, check_flag, check_is, require
 from distillkit.io.files import read_file, write_file
@@ -279,19 +280,17 @@ class DistilledSet:
 
     def to_text(self) -> datasets.Dataset:
         """One row an example: ``text``, ``label`` (its class's name) and ``probabilities`` (of each class); of an
-        instruction task ``prompt`` and ``response``.
+        instruction task ``prompt`` and ``response``.  :class:`~distillkit.data.rows.Rows` where `datasets` is not installed.
 
         Raises:
             ValueError: the embeddings are not tokens yet.
         """
-        import datasets  # a second to import
-
         require(self.tokens is not None and "text" in self.meta,
                 "this set holds free embeddings, which have no text; project it first: dk.project(set, student)")
         if "responses" in self.meta:
-            return datasets.Dataset.from_dict({"prompt": self.meta["text"], "response": self.meta["responses"]})
+            return dataset_of({"prompt": self.meta["text"], "response": self.meta["responses"]})
         labels, probabilities = self.label_names(), self.probabilities().tolist()
-        return datasets.Dataset.from_dict({"text": self.meta["text"], "label": labels, "probabilities": probabilities})
+        return dataset_of({"text": self.meta["text"], "label": labels, "probabilities": probabilities})
 
     def label_names(self) -> list[str]:
         """The name of each example's own class.

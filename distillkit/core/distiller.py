@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from torch import Tensor
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import check_objective, fitted, meta_gradient
 from distillkit.core.optimizers import AdamW
-from distillkit.core.problem import bound_step_sizes
+from distillkit.core.problem import MetaGradient, bound_step_sizes
+from distillkit.core.stacked import meta_gradients
 from distillkit.io.checkpoint import Checkpoint
 from distillkit.io.checks import check_flag, check_is, check_number, check_whole, require
 from distillkit.io.seeds import derive_seed
@@ -149,6 +150,8 @@ class Distiller:
         values = {"embeds": self._start.embeds, "targets": self._start.targets,
                   "step_sizes": _inverse_softplus(self._first_step_sizes)}
         self._state = RunState(values, {}, [])
+        # Of the next step, and its share of the seconds, where it is computed beside those of other sets.
+        self.next_gradient: tuple[MetaGradient, float] | None = None
         self.checkpoint = Checkpoint(checkpoint, kind=KIND, settings=self._describe(), every=checkpoint_every,
                                      activity="distilling", writes=writes)
         self.checkpoint.resume(self)
@@ -167,7 +170,7 @@ class Distiller:
     def distilled(self) -> DistilledSet:
         """The set as it is now (a copy), with the recipe that trains on it in ``meta["recipe"]``."""
         moved = self.step > 0 and "embeds" in self.learn
-        current = self._current()
+        current = self.current
         current.tokens = None if moved else self._start.tokens
         current.meta = {k: v for k, v in self._start.meta.items() if not (moved and k == "text")}
         current.meta["recipe"] = {**self.objective.recipe(), "distiller": self.checkpoint.settings, "outer_steps": self.step}
@@ -189,13 +192,15 @@ class Distiller:
 
     def make_step(self, n: int) -> StepRecord:
         """Make one of ``n`` steps: all of it, or nothing where an exception ends it."""
-        begun, step = time.perf_counter(), self.step + 1
-        current = self._current()
-        outer = meta_gradient(
-            current, self.objective, seed=derive_seed("distil", self.seed, self.step), on_retry=self._use
-        )
-        grads = {name: getattr(outer, name) for name in LEARNABLE}
-        loss, terms, norm = outer.loss, {"outer": outer.loss}, float(outer.embeds.norm())
+        begun, step, current = time.perf_counter(), self.step + 1, self.current
+        if self.next_gradient is None:
+            outer = meta_gradient(current, self.objective, seed=self.next_seed, on_retry=self._use)
+        else:
+            (outer, seconds), self.next_gradient = self.next_gradient, None
+            begun -= seconds
+        grads = {name: None if gradient is None else gradient.to(self._state.values[name])
+                 for name, gradient in zip(LEARNABLE, (outer.embeds, outer.targets, outer.step_sizes), strict=True)}
+        loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -241,7 +246,6 @@ class Distiller:
         for name in self.learn:
             value, gradient = values[name], grads[name]
             assert gradient is not None  # only hard targets have none, and they are not learned
-            gradient = gradient.to(value.device, value.dtype)
             if name == "embeds":
                 gradient = gradient * self._start.free.unsqueeze(-1)
             if name == "step_sizes":  # chain rule through softplus
@@ -251,7 +255,14 @@ class Distiller:
             values |= new
         return values, adam
 
-    def _current(self) -> DistilledSet:
+    @property
+    def next_seed(self) -> int:
+        """The address of what the next outer step draws."""
+        return derive_seed("distil", self.seed, self.step)
+
+    @property
+    def current(self) -> DistilledSet:
+        """The set as it is now, sharing its tensors with the run."""
         # Not made anew: values were checked when they were made, and a step says itself what is not finite.
         current, values = copy.copy(self._start), self._state.values
         current.embeds, current.targets, current.tokens = values["embeds"], values["targets"], None
@@ -274,6 +285,42 @@ class Distiller:
             },
             "task_fingerprint": self._start.meta.get("task_fingerprint"),
         }
+
+
+def distil_together(distillers: Sequence[Distiller], n: int) -> Iterator[list[StepRecord]]:
+    """Run several distillers side by side until each has made ``n`` outer steps; their meta-gradients are computed at once.
+
+    Each saves to its own checkpoint and goes on from it as in :meth:`~distillkit.core.distiller.Distiller.run`.  Where memory
+    runs out, the round is computed one set after the other.
+
+    Args:
+        distillers: of sets of one shape, whose objectives share a student and a strategy; one problem per outer step each.
+
+    Yields:
+        in each round the records of those that were not done.
+    """
+    strategy = distillers[0].objective.metagrad
+    require(all(d.objective.metagrad == strategy for d in distillers),
+            "the distillers form their meta-gradients in different ways; give their objectives one metagrad")
+    runs = {distiller: distiller.run(n) for distiller in distillers}
+    try:
+        while active := [distiller for distiller in distillers if distiller.step < n]:
+            begun = time.perf_counter()
+            problems = [next(d.objective.problems(fitted(d.current, d.objective), d.next_seed)) for d in active]
+            try:
+                gradients = meta_gradients(strategy, problems)
+            except torch.OutOfMemoryError:
+                gradients = []  # each distiller computes its own
+            del problems
+            seconds = (time.perf_counter() - begun) / len(active)
+            for distiller, gradient in zip(active, gradients, strict=False):
+                distiller.next_gradient = gradient, seconds
+            yield [next(runs[distiller]) for distiller in active]
+        for run in runs.values():
+            next(run, None)
+    finally:
+        for run in runs.values():
+            run.close()
 
 
 def _record(fields: dict) -> StepRecord:

@@ -20,6 +20,7 @@ from torch import Tensor
 from distillkit.core.student import Student
 from distillkit.data.corpus import check_text
 from distillkit.data.labels import whole
+from distillkit.data.rows import Rows
 from distillkit.data.tasks import NO_TARGET, Task
 from distillkit.io.checks import check_number, check_whole, require
 from distillkit.io.seeds import generator
@@ -100,13 +101,11 @@ def texts_as_set(
         numbers = [_class_number(label, task, row) for row, label in enumerate(labels)]
         return sentences_as_set(texts, numbers, task, student, length=length, fill=fill, seed=seed)
     _check_texts("response", labels)
-    import datasets
-
     # As the training split of the task, which knows how a student reads prompts and responses, and may have none.
     n = len(texts)
     rows = {"prompt": texts, "response": labels, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
-    train = datasets.Dataset.from_dict(rows, features=task.test.features)
-    stand_in = dataclasses.replace(task, train=train, origin="texts and labels", _token_ids=weakref.WeakKeyDictionary())
+    stand_in = dataclasses.replace(task, train=Rows(rows), origin="texts and labels", _token_ids=weakref.WeakKeyDictionary(),
+                                   resampled=None)
     return prompts_as_set(stand_in, student, [*range(n)], length)
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -139,20 +140,18 @@ def set_parts(
     """The micro-batches of one step on a distilled set: examples of similar length together, without common padding.
 
     Args:
-        rows: the examples of the step, an index tensor.
-        embeds, mask, targets: the set, on one device.
+        rows: the examples of the step, an index tensor on the host.
+        embeds, targets: of the set, on the student's device.
+        mask: of the set, on the host: reading a length from the device would wait for all work before it.
         micro_batch: examples at a time, or None for all.
         dropout: the address of the dropout masks, (seed, step), or None for no dropout.
     """
-    rows = rows.to(embeds.device)
-    ends = ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)[rows]
+    ends = ((mask.numpy() != 0) * np.arange(1, mask.shape[1] + 1)).max(1)
     if micro_batch is not None and micro_batch < len(rows):
-        ends, order = ends.sort(stable=True)
-        rows = rows[order]
-    size = micro_batch or len(rows)
-    for i, (part, part_ends) in enumerate(zip(rows.split(size), ends.split(size), strict=True)):
+        rows = rows[torch.from_numpy(np.argsort(ends[rows.numpy()], kind="stable"))]
+    for i, part in enumerate(rows.split(micro_batch or len(rows))):
         seed = None if dropout is None else derive_seed("dropout", *dropout, i)
-        end = int(part_ends.max())
+        end = ends[part.numpy()].max()
         inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
         yield len(part) / len(rows), inputs, targets[part], seed
 

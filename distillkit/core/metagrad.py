@@ -56,8 +56,8 @@ class StoreAll:
             params, state, *_ = inner_step(problem.student, problem.optimizer, params, state, problem.parts(t, phi),
                                            step_sizes[t], differentiable=True)
         loss = cast("Tensor", sum(part(params) for part in problem.outer))
-        *d_phi, d_step_sizes = grad(loss, (*phi.tensors(), step_sizes))
-        return MetaGradient(loss=float(loss.detach()), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
+        *d_phi, d_step_sizes = grad(loss.sum(), (*phi.tensors(), step_sizes))
+        return MetaGradient(loss=loss.tolist(), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
 
 
 class Step(NamedTuple):
@@ -94,8 +94,7 @@ def update_vjp(optimizer, params: Params, state: State, grads: Params, step_size
                sigma: list | None) -> tuple[Params, Params, list, Tensor]:
     """Vector-Jacobian product of (θ', s') = U(θ, s, g, η): the cotangents of θ, g, s (a list) and η.
 
-    ``sigma`` holds the cotangents of the floating-point tensors of s', in the order of their tree; None at the last step,
-    since nothing depends on the state any more.
+    ``sigma`` holds the cotangents of the floats of s', in the order of their tree; None at the last step: nothing follows it.
     """
     if type(optimizer) is SGD and optimizer.clip_norm is None:  # θ' = θ − ηg, known without autograd's passes
         d_step = -sum(torch.dot(cotangents[n].flatten(), g.detach().flatten()) for n, g in grads.items())
@@ -246,7 +245,7 @@ class ForwardDifference:
 
     def _product(self, problem: Problem, step: Step, notes: dict, gamma: Params, at_start: bool) -> tuple[Params | None, Phi]:
         """One difference, and more where ε was wrong; the slope ‖∇²ℓ·γ‖ / ‖γ‖ is noted for the next step."""
-        norm, size, scale = _norm(gamma), _norm(cast("Params", step.grads)), _norm(step.params)
+        norm, size, scale = _norms(gamma, cast("Params", step.grads), step.params)
         if norm == 0.0:
             return None, Phi(*(torch.zeros_like(p) for p in cast("Phi", step.d_phi).tensors()))
         unit = torch.finfo(next(iter(gamma.values())).dtype).eps
@@ -255,7 +254,7 @@ class ForwardDifference:
             along_theta, along_phi = _difference(problem, step, gamma, epsilon / norm, central, phi_only=at_start)
             if at_start:
                 return None, along_phi
-            notes["slope"] = _norm(along_theta) / norm
+            notes["slope"] = _norms(along_theta)[0] / norm
             if not notes["slope"] * epsilon > 3 * self.change * size or epsilon <= least:
                 break
         return along_theta, along_phi
@@ -325,8 +324,7 @@ class Truncated:
         """The meta-gradient of ``problem``; a ValueError where a random window has no seed or ``inner`` raises one."""
         stop = len(problem.rows)
         if self.place == "random" and stop > self.window:
-            require(problem.seed is not None, "Truncated(place='random') draws its window from the seed of a Problem, which "
-                    "has none; set one that changes with the outer step")
+            require(problem.seed is not None, "Truncated(place='random') draws its window from the Problem's seed: set one")
             stop = self.window + derive_seed("window", problem.seed) % (stop - self.window + 1)
         start = max(0, stop - self.window)
         windowed = self.inner(problem.window(start, stop))
@@ -351,8 +349,8 @@ def suited(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
         return Replay(), "its ReLU units make the gradient jump where a difference of gradients steps across a kink"
     if student.dtype == torch.float64:
         return Replay(), "float64 is for proofs, and Replay is exact"
-    exact = "four" if student.trainable == "full" else "three"
-    return ForwardDifference(), f"it costs two gradients a step where an exact product costs {exact}"
+    few, many = {"full": ("two", "four"), "lora": ("two", "three")}.get(student.trainable, ("three", "three and a half"))
+    return ForwardDifference(), f"it costs about {few} gradients a step where an exact product costs {many}"
 
 
 def step_contributions(strategy: Callable[[Problem], MetaGradient], problem: Problem) -> Tensor:
@@ -384,8 +382,10 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _norm(tensors: Params) -> float:
-    return math.sqrt(sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors.values()))
+def _norms(*groups: Params) -> list[float]:
+    """The norm of each group of tensors, all of them read from the device at once."""
+    norms = torch.stack([torch.stack(torch._foreach_norm([*group.values()])) for group in groups])
+    return norms.double().square().sum(1).sqrt().tolist()
 
 
 def _need_second_derivatives(student: Student, strategy: str) -> None:

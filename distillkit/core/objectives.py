@@ -27,11 +27,13 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.experts import Experts, real_parts
 from distillkit.core.inner import Unroll, half_of, inner_step, to_device
 from distillkit.core.metagrad import suited
+from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import State, optimizer_from
-from distillkit.core.problem import MetaGradient, Problem, equal_step_sizes, inner_problem
+from distillkit.core.problem import MetaGradient, Problem, RealLoss, equal_step_sizes, inner_problem
+from distillkit.core.stacked import meta_gradients
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_choice, check_is, check_number, check_whole, require
+from distillkit.io.checks import check_choice, check_flag, check_is, check_number, check_whole, require
 from distillkit.io.seeds import derive_seed, generator
 
 
@@ -47,7 +49,7 @@ class Objective(Protocol):
     def student(self) -> Student: ...
 
     @property
-    def unroll(self) -> Unroll: ...
+    def unroll(self) -> Unroll | Mixture: ...
 
     @property
     def metagrad(self) -> Callable[[Problem], MetaGradient]: ...
@@ -60,7 +62,7 @@ class Objective(Protocol):
 def check_objective(objective) -> None:
     """Raise TypeError unless ``objective`` is an :class:`Objective`; only its own methods need a ``student``."""
     missing = [n for n in ("metagrad", "problems", "recipe") if not callable(getattr(objective, n, None))]
-    missing += [] if isinstance(getattr(objective, "unroll", None), Unroll) else ["unroll"]
+    missing += [] if isinstance(getattr(objective, "unroll", None), Unroll | Mixture) else ["unroll"]
     require(not missing, f"objective must be one such as BPTT or TrajectoryMatching, not {objective!r}; it lacks "
             f"{', '.join(missing)}", TypeError)
 
@@ -83,25 +85,31 @@ class BPTT:
     Args:
         task: where the real batches come from (its training split, classes balanced).
         student: what trains on the set.
-        unroll: how it trains.
+        unroll: how it trains; a :class:`~distillkit.core.mixture.Mixture` draws that afresh in each outer step.
         metagrad: the strategy that forms the meta-gradient (:mod:`distillkit.core.metagrad`); default: the one that
             :func:`~distillkit.core.estimate.recommend` names for the student.
         batch_size: real examples per outer step.
-        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.
+        micro_batch: how many of them at a time; the gradient is the same, memory and padding are less.  Default: all on a
+            GPU, where one large kernel is faster than several small ones; 16 elsewhere.
         inits: initialisations whose meta-gradients are averaged in one outer step, on the same real batch.
+        stacked: compute the ``inits`` at once (:mod:`distillkit.core.stacked`), in memory for all of them; pays on a GPU.
     """
 
     task: Task
     student: Student
-    unroll: Unroll
+    unroll: Unroll | Mixture
     _: dataclasses.KW_ONLY
     metagrad: Callable[[Problem], MetaGradient] | None = None
     batch_size: int = 64
-    micro_batch: int = 16
+    micro_batch: int | None = None
     inits: int = 1
+    stacked: bool = False
 
     def __post_init__(self):
         _check_parts(self)
+        check_flag("stacked", self.stacked)
+        if self.micro_batch is None:
+            object.__setattr__(self, "micro_batch", self.batch_size if self.student.device.type == "cuda" else 16)
         for name in ("micro_batch", "inits"):
             check_whole(name, getattr(self, name))
         check_whole("batch_size", self.batch_size, most=len(self.task.split("train")), meaning="the training rows")
@@ -119,11 +127,9 @@ class BPTT:
         outer = [self._loss(rows[i : i + self.micro_batch]) for i in range(0, len(rows), self.micro_batch)]
         return inner_problem(distilled, self.student, self.unroll, derive_seed("distil-init", seed, member), outer)
 
-    def _loss(self, rows: list[int]) -> Callable[[Params], Tensor]:
-        """The share of the outer loss that ``rows`` contribute, as a function of the parameters."""
+    def _loss(self, rows: list[int]) -> RealLoss:
         real = self.task.batch(self.student.tokenizer, "train", rows)
-        labels = real["labels"].to(self.student.device)
-        return lambda params: len(rows) / self.batch_size * self.student.loss(params, real, labels)
+        return RealLoss(self.student, len(rows) / self.batch_size, real, real["labels"].to(self.student.device))
 
     def recipe(self) -> dict:
         """How to train on a set that this objective distils, as JSON values."""
@@ -156,7 +162,7 @@ class TrajectoryMatching:
 
     task: Task
     student: Student
-    unroll: Unroll
+    unroll: Unroll | Mixture
     experts: Experts
     _: dataclasses.KW_ONLY
     metagrad: Callable[[Problem], MetaGradient] | None = None
@@ -245,10 +251,10 @@ class TrajectoryMatching:
             weights = dict.fromkeys(moves, 1 / cast("Tensor", sum(moves.values())))
         else:
             # Tensors that only rounding moved, such as attention's key biases, are left out.
-            spreads = {n: float((move / end[n].numel()).sqrt()) for n, move in moves.items()}
-            moving = [n for n in moves if spreads[n] > STILL * max(spreads.values())]
+            spreads = torch.stack([move / end[n].numel() for n, move in moves.items()]).sqrt().tolist()
+            moving = [n for n, spread in zip(moves, spreads, strict=True) if spread > STILL * max(spreads)]
             weights = {n: 1 / (moves[n] * len(moving)) for n in moving}
-        require(weights and all(torch.isfinite(w) for w in weights.values()),
+        require(weights and bool(torch.stack([*weights.values()]).isfinite().all()),
                 "the expert did not move between the two snapshots, so there is nothing to match")
         return lambda params: cast("Tensor", sum(w * (params[n] - end[n]).square().sum() for n, w in weights.items()))
 
@@ -263,7 +269,8 @@ def _check_parts(objective) -> None:
             f"task must be what load_task returns, not {objective.task!r}", TypeError)
     require(callable(getattr(objective.student, "loss", None)),
             f"student must be what load_student returns, not {objective.student!r}", TypeError)
-    check_is("unroll", objective.unroll, Unroll)
+    require(isinstance(objective.unroll, Unroll | Mixture),
+            f"unroll must be an Unroll or a Mixture, not {objective.unroll!r}", TypeError)
     if isinstance(objective.student, Student) and isinstance(objective.task, Task):
         object.__setattr__(objective, "student", objective.student.for_task(objective.task))
     if objective.metagrad is None:
@@ -349,7 +356,12 @@ def meta_gradient(
     require(on_retry is None or callable(on_retry), f"on_retry must be a function of an objective, not {on_retry!r}", TypeError)
     ordered = fitted(distilled, objective)
     try:
-        gradient = MetaGradient.mean([objective.metagrad(problem) for problem in objective.problems(ordered, seed)])
+        problems = objective.problems(ordered, seed)
+        if getattr(objective, "stacked", False):
+            gradients = meta_gradients(objective.metagrad, [*problems])
+        else:  # one after the other, so that the memory of one is enough
+            gradients = [problem.meta_gradient(objective.metagrad) for problem in problems]
+        gradient = MetaGradient.mean(gradients)
     except torch.OutOfMemoryError:
         smaller = _in_halves(objective, len(distilled))
     else:

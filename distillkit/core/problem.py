@@ -15,9 +15,11 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
+from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import Optimizer, State
-from distillkit.core.student import Params, Student
+from distillkit.core.student import Batch, Params, Student
 from distillkit.io.checks import require
+from distillkit.io.seeds import derive_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class MetaGradient:
     """Gradient of the outer loss with respect to a distilled set.
 
     Attributes:
-        loss: J(θ_T), a float.
+        loss: J(θ_T), a float; of stacked runs (:mod:`distillkit.core.stacked`) the list of theirs.
         embeds: ``[m, l, d]``.
         targets: ``[m, c]`` for soft labels, None for hard ones.
         step_sizes: ``[t]``, with respect to the positive step sizes themselves.
@@ -44,6 +46,19 @@ class MetaGradient:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RealLoss:
+    """The share of the outer loss that some real rows contribute, as a function of the parameters."""
+
+    student: Student
+    share: float
+    batch: Batch
+    labels: Tensor
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.share * self.student.loss(params, self.batch, self.labels)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """One inner training run and the loss at its end.
 
@@ -51,7 +66,7 @@ class Problem:
         student, optimizer: what trains, and how.
         params: θ_0.
         embeds, mask, targets, step_sizes: the set φ, ``[m, l, d]``, ``[m, l]``, ``[m, c]`` or ``[m]``, and ``[T]``, on the
-            student's device.
+            student's device; but ``mask`` on the host, where the lengths of the examples are read from it.
         rows: the examples of each step, T index tensors.
         outer: functions of θ_T whose values add up to the scalar J: one for each part of the real batch, so that only one
             part's activations are alive at a time.
@@ -60,6 +75,7 @@ class Problem:
         state: the optimiser's state at the start; None: a fresh one.
         seed: the address of this run, which differs between outer steps: strategies draw from it.
         first_step: how many steps of the run came before ``params``, where this is a window of a longer run.
+        unused_sizes: the set's own step sizes ``[t]``, where this run does not take them (:mod:`distillkit.core.mixture`).
     """
 
     student: Student
@@ -76,6 +92,12 @@ class Problem:
     state: State | None = None
     seed: int | None = None
     first_step: int = 0
+    unused_sizes: Tensor | None = None
+
+    def meta_gradient(self, strategy: Callable[[Problem], MetaGradient]) -> MetaGradient:
+        """∇J by ``strategy``; it is 0 for step sizes that this run did not take."""
+        gradient, unused = strategy(self), self.unused_sizes
+        return gradient if unused is None else dataclasses.replace(gradient, step_sizes=torch.zeros_like(unused))
 
     def start(self) -> tuple[Params, State]:
         """Parameters and optimiser state at the beginning of the run."""
@@ -127,24 +149,31 @@ def inner_problem(
     """Bind a set to a student: the training run on the set, and ``outer`` at its end.
 
     It starts from ``student.init(seed)`` with a fresh optimiser, or from ``params`` and ``state``; everything else that is
-    drawn in the run is drawn from ``seed`` too.
+    drawn in the run is drawn from ``seed`` too: of a :class:`~distillkit.core.mixture.Mixture` the recipe, and the order of the
+    examples where that is not the central one.
     """
-    distilled = distilled.for_student(student)
+    distilled, order, unused_sizes = distilled.for_student(student), 0, None
+    if isinstance(unroll, Mixture):
+        mixture, (unroll, is_central) = unroll, unroll.draw(seed)
+        if not is_central:
+            order, unused_sizes = derive_seed("mixture-order", seed), bound_step_sizes(distilled, mixture.central, student)
+            distilled = dataclasses.replace(distilled, step_sizes=None)
     move = {"device": student.device, "dtype": student.dtype}
     return Problem(
         student=student,
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.to(student.device),
+        mask=distilled.mask.cpu(),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
         step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
-        rows=unroll.rows(len(distilled)),
+        rows=unroll.rows(len(distilled), order),
         outer=outer,
         micro_batch=unroll.micro_batch,
         dropout_seed=seed if unroll.dropout else None,
         state=state,
         seed=seed,
+        unused_sizes=unused_sizes,
     )
 
 
@@ -170,12 +199,12 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def outer_loss_and_grads(problem: Problem, params: Params) -> tuple[float, Params]:
-    """J(θ_T) and ∇J(θ_T), part by part."""
+    """J(θ_T) and ∇J(θ_T), part by part; where runs are stacked, the list of their losses."""
     theta = leaves(params)
 
     def loss_and_grads(part: Callable[[Params], Tensor]) -> list:
         loss = part(theta)
-        return [float(loss.detach()), *grad(loss, tuple(theta.values()))]
+        return [loss.detach(), *grad(loss.sum(), tuple(theta.values()))]
 
     loss, *grads = summed(map(loss_and_grads, problem.outer))
-    return loss, dict(zip(theta, grads, strict=True))
+    return loss.tolist(), dict(zip(theta, grads, strict=True))

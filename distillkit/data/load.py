@@ -10,8 +10,10 @@ from distillkit.data.corpora import KNOWN, folder_corpus, hub_corpus
 from distillkit.data.corpus import SPLITS, Corpus, CorpusError, is_text
 from distillkit.data.docstrings import docstring_corpus, docstrings_qa
 from distillkit.data.instruction import instruction_task
+from distillkit.data.prepared import arguments, prepared_task
 from distillkit.data.tasks import SHORTEST, Task, classification_task
 from distillkit.io.checks import check_whole, limits_by_split
+from distillkit.io.prepared import prepared_folder
 from distillkit.io.seeds import generator
 
 BUILT_IN = ("docstrings", "docstrings_qa", "docstrings_qa:library", "docstrings_qa:function")
@@ -66,13 +68,18 @@ def load_task(
     A folder holds, itself or in `data/`, for each split a file or all of its numbered parts (.jsonl, .ndjson, .json, .csv,
     .tsv, packed as .gz or not; .parquet), or a folder of `save_to_disk`; val, valid, dev and eval are validation. A warning
     names other data that lie there. Where the source holds prompts with responses, the task is an
-    `instruction.InstructionTask`.
+    `instruction.InstructionTask`. While DISTILLKIT_PREPARED names a prepared folder (`io/prepared.py`), the task comes from
+    there, and its splits are `rows.Rows`.
 
-    Raises `CorpusError` (a `ValueError`) for a source that does not exist, and for rows that cannot be used, by place.
+    Raises `CorpusError` (a `ValueError`) for a source that does not exist, for rows that cannot be used, by place, and for
+    arguments that a prepared folder was not prepared with.
     """
     check_whole("max_length", max_length, least=SHORTEST, meaning="at least one token between two special ones")
     limits = limits_by_split(limit, SPLITS)
     generator("task-limit", seed)  # an error now if it is none
+    if folder := prepared_folder():
+        return prepared_task(folder, arguments(source, max_length=max_length, limit=limits, seed=seed, text_column=text_column,
+                                               label_column=label_column))
     corpus = load_corpus(source, text_column=text_column, label_column=label_column)
     make = classification_task if corpus.layout == "labels" else instruction_task
     return make(corpus, max_length=max_length, limits=limits, seed=seed)

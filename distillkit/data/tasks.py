@@ -28,6 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distillkit.data.corpus import SPLITS, Corpus, CorpusError, named
 from distillkit.data.labels import labelled_rows, whole
+from distillkit.data.rows import dataset_of
+from distillkit.io.checks import check_is
 from distillkit.io.seeds import generator as seeded
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class Task:
 
     `train`, `validation` and `test` are `datasets.Dataset`s with the columns `text` (str) and `label` (int, an index
     into `classes`). `max_length` is in tokens, special tokens included. `fingerprint` is a SHA-256 over the classes and
-    the rows of all splits; `origin` says in words where the text came from.
+    the rows of all splits; `origin` says in words where the text came from. `resampled` is None, or the task that a
+    `bootstrap` was drawn from, and the indices of the drawn rows, int64 [rows].
     """
 
     name: str
@@ -58,6 +61,7 @@ class Task:
     origin: str
     _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+    resampled: tuple[Task, Tensor] | None = field(default=None, repr=False)
 
     def split(self, name: str) -> datasets.Dataset:
         """The rows of "train", "validation" or "test"; a `ValueError` for any other name, or a split that is missing."""
@@ -123,6 +127,24 @@ class Task:
         return torch.cat(drawn)[torch.randperm(size, generator=generator)]
 
 
+def bootstrap(task: Task, seed: int) -> Task:
+    """The task with its training rows drawn anew with replacement, as many of each class; validation and test unchanged.
+
+    A method that draws nothing at random, such as herding, has a spread over bootstraps, and methods that see the same
+    bootstrap can be compared pairwise (Efron, 1979). `fingerprint` and `origin` say which one it is.
+
+    Raises `CorpusError` for a task without a training split.
+    """
+    check_is("task", task, Task)
+    draw = seeded("bootstrap", seed)
+    pools = [torch.from_numpy(rows) for rows in task.rows_by_class("train")]
+    rows = torch.cat([pool[torch.randint(len(pool), (len(pool),), generator=draw)] for pool in pools]).sort().values
+    content = hashlib.sha256(json.dumps([task.fingerprint, rows.tolist()]).encode())
+    return replace(task, train=task.split("train").select(rows.tolist()), fingerprint=content.hexdigest(),
+                   origin=f"{task.origin}; training rows drawn with replacement (seed {seed})",
+                   _labels={}, _token_ids=weakref.WeakKeyDictionary(), resampled=(task, rows))
+
+
 def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, int], seed: int) -> Task:
     """The task that a corpus of labelled text makes; for the arguments see `load.load_task`."""
     corpus = with_test_split(corpus)
@@ -160,14 +182,11 @@ def task_of_rows(name: str, classes: tuple[str, ...], rows: Mapping[str, Sequenc
     `rows`: {split: (text, label) of each row}, labels as indices into `classes`; the fingerprint is of these and the
     classes alone.
     """
-    import datasets
-
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(classes))})
     content, splits = hashlib.sha256(json.dumps(classes).encode()), {}
     for split in SPLITS:
         texts, labels = [text for text, _ in rows[split]], [label for _, label in rows[split]]
         content.update(json.dumps([split, texts, labels]).encode())
-        splits[split] = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        splits[split] = dataset_of({"text": texts, "label": labels}, classes)
     return Task(name, "classification", classes, **splits, max_length=max_length, origin=origin,
                 fingerprint=content.hexdigest())
 

@@ -9,12 +9,15 @@ tuning") makes a selection rule of that:
    each validation subtask j; project both at random to a few thousand numbers (:func:`sparse_projection`).
 3. Influence of z on j = Σ_i η̄_i cos(∇ℓ(D_val,j; θ_i), Γ(z, θ_i)), with η̄_i the mean step size of epoch i.
    The cosine keeps short examples, whose gradients are large, from winning by their length.
-4. The score of z is its influence on the subtask it helps most; take the highest scores.
+4. Each subtask in turn takes the unused example with the highest influence on it (``round_robin`` in
+   :mod:`distillkit.evaluation.selection`).  The paper takes the examples whose highest influence on any subtask is largest,
+   which can serve one subtask alone; greedy round-robin selects better at low budgets (arXiv 2602.14696).
 
-Subtasks are the values of the validation split's column ``group`` where there is one, else the split is one subtask.
-Classes are no subtasks: a row's influence on its own class is mostly the pull towards that class, right or wrong.  With a
-fifth of 480 docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one before a wrong one of
-its class with probability 0.80 by one subtask, and 0.60 by one subtask per class.
+Subtasks of an instruction task are the answers of its validation split, where these are a few that repeat, else the values of
+its column ``group``.  Classification needs none: a selection takes equally many rows of each class.  Within a class, a row's
+influence on the class's own validation rows is mostly the pull towards that class, right or wrong.  With a fifth of 480
+docstrings under a wrong label, a warmed-up MiniLM with adapters put a rightly labelled one before a wrong one of its class with
+probability 0.80 by one subtask, and 0.60 by one subtask per class.
 
 The paper trains LoRA adapters only.  This module takes the gradients of all that the student trains: load it with
 ``trainable="lora"`` for the paper's method.  With ``"full"`` every example costs a gradient of all parameters.
@@ -40,6 +43,7 @@ from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
 ROWS = 16  # examples whose activations, or whose gradients, are alive at a time
+MOST_ANSWERS = 32  # different answers of a validation split that count as groups
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
 
 
@@ -143,7 +147,7 @@ def adam_direction(optimizer: AdamW, state: State, grads: Tensor) -> Tensor:
 
 
 def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSettings = LESS) -> np.ndarray:
-    """The LESS score of each training row, float64 ``[n]``; remembered by the student.
+    """The influence of each training row on each validation group, float64 ``[n, groups]``; remembered by the student.
 
     Takes one gradient per checkpoint and training row.
 
@@ -159,9 +163,7 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
     n = len(task.split("train"))
     dim, projection_seed = sum(p.numel() for p in student.init(0).values()), derive_seed("less-projection", seed)
     chunks = torch.arange(n).split(min(ROWS, max(1, NUMBERS // dim)))
-    validation = task.split("validation")
-    groups = np.array(validation["group"][:]) if "group" in validation.column_names else np.zeros(len(validation))
-    subtasks = [torch.from_numpy(np.flatnonzero(groups == group)) for group in np.unique(groups)]
+    subtasks = validation_groups(task)
 
     def feature(grads: Tensor) -> Tensor:
         wide = grads.to(torch.promote_types(grads.dtype, torch.float32))
@@ -181,9 +183,20 @@ def influence(task: Task, student: Student, *, seed: int = 0, settings: LessSett
                 influences = feature(adam_direction(settings.optimizer, point.state, grads)) @ aims.T
                 scores[rows] += point.step_size * influences.cpu().double()
                 bar.update(len(rows))
-    best = scores.amax(1)
-    if not best.isfinite().all():
-        raise ValueError(f"training row {int((~best.isfinite()).nonzero()[0])} of task {task.name!r} has a gradient that is "
+    finite = scores.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"training row {int((~finite).nonzero()[0])} of task {task.name!r} has a gradient that is "
                          f"not finite; lower the warm-up's step size of {settings.optimizer.step_size}")
-    student.cache[key] = best.numpy()
+    student.cache[key] = scores.numpy()
     return student.cache[key]
+
+
+def validation_groups(task: Task) -> list[Tensor]:
+    """The rows of each validation group, the subtasks that influence is measured on; one group for classification."""
+    validation = task.split("validation")
+    if task.kind == "classification":
+        return [torch.arange(len(validation))]
+    answers, names = np.unique(validation["response"][:], return_inverse=True)
+    if len(answers) > MOST_ANSWERS or 2 * len(answers) > len(validation):
+        _, names = np.unique(validation["group"][:], return_inverse=True)
+    return [torch.from_numpy(np.flatnonzero(names == group)) for group in range(names.max() + 1)]

@@ -4,17 +4,21 @@
 * ``k_center`` (Sener & Savarese, 2018): start from the sentence nearest the class mean, then keep adding the one
   farthest from all chosen so far: cover the class.
 * ``herding`` (Welling, 2009): keep adding the sentence that brings the mean of the chosen nearest the class mean.
+* ``k_means``: the sentences nearest the centres of k-means clusters, as many clusters per class as examples.
 * ``less`` (Xia et al., 2024): the sentences whose gradients point where the validation loss falls
-  (:mod:`distillkit.evaluation.influence`); it takes several gradients a training row.
+  (:mod:`distillkit.evaluation.influence`); it takes several gradients per training row.
+* ``keywords``: no sentences but the words by which a linear classifier tells the classes apart
+  (:mod:`distillkit.evaluation.words`); classification only.
 
-``k_center`` and ``herding`` work on L2-normalised sentence representations of the student (mean of its last hidden states).
-Texts shorter than the budget are filled up with further real sentences, for every method alike (see
+``k_center``, ``herding`` and ``k_means`` work on L2-normalised sentence representations of the student (mean of its last
+hidden states).  Sentences shorter than the budget are filled up with further real ones, for every method alike (see
 :meth:`distillkit.core.distilled.DistilledSet.from_rows`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -22,17 +26,20 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.examples import examples_per_class
+from distillkit.core.examples import examples_per_class, special_frame
 from distillkit.core.optimizers import described
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.influence import LESS, influence
 from distillkit.evaluation.scoring import by_size
+from distillkit.evaluation.words import keyword_lines
 from distillkit.io.checks import check_are, check_choice
 from distillkit.io.progress import progress
+from distillkit.io.seeds import derive_seed
 
-METHODS = ("random", "k_center", "herding")
-ALL_METHODS = (*METHODS, "less")
+METHODS = ("random", "k_center", "herding", "k_means")
+REAL_METHODS = (*METHODS, "less")
+ALL_METHODS = (*REAL_METHODS, "keywords")
 
 
 def select(
@@ -45,17 +52,18 @@ def select(
     length: int | None = None,
     seed: int = 0,
 ) -> DistilledSet:
-    """Real training sentences as a set with hard labels and no recipe.
+    """A selection of the training split as a set with hard labels and no recipe.
 
     Args:
-        method: ``"random"``, ``"k_center"``, ``"herding"`` or ``"less"``.
-        per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center`` and ``herding`` choose the
-            same sentences for every seed; the seed then decides only what short ones are filled up with.
+        method: ``"random"``, ``"k_center"``, ``"herding"``, ``"k_means"``, ``"less"`` or ``"keywords"``.
+        per_class, fraction, length, seed: as in :meth:`DistilledSet.from_real`.  ``k_center``, ``herding`` and ``keywords``
+            choose the same for every seed; the seed then decides only what short sentences are filled up with.
 
     ``"less"`` compares gradients of what the student trains; the paper's method takes a student with ``trainable="lora"``.
+    Of an instruction task it serves each validation group in turn, see :func:`round_robin`.
 
     Raises:
-        ValueError: an unknown method, or more examples than the task has.
+        ValueError: an unknown method, more examples than the task has, or ``"keywords"`` for a task without classes.
     """
     check_are(task=(task, Task), student=(student, Student))
     check_choice("method", method, ALL_METHODS)
@@ -63,13 +71,16 @@ def select(
     if method == "random":
         selected = DistilledSet.from_real(task, student, per_class=per_class, fraction=fraction, length=length,
                                           soft_labels=False, seed=seed)
+    elif method == "keywords":
+        selected = _keywords(task, student, k, length)
     else:
         if method == "less":
             scores = influence(task, student.for_task(task), seed=seed)
             settings = {"trainable": student.trainable, **dataclasses.asdict(LESS), "optimizer": described(LESS.optimizer)}
-            rows = [pool[np.argsort(-scores[pool], kind="stable")[:k]] for pool in task.rows_by_class("train")]
+            rows = [pool[round_robin(scores[pool], k)] for pool in task.rows_by_class("train")]
         else:
-            x, pick = sentence_features(task, student), {"k_center": k_center, "herding": herding}[method]
+            pick = {"k_center": k_center, "herding": herding, "k_means": functools.partial(k_means, seed=seed)}[method]
+            x = sentence_features(task, student)
             rows = [pool[pick(x[pool], k)] for pool in task.rows_by_class("train")]
         selected = DistilledSet.from_rows(task, student, rows, length=length, seed=seed)
     selected.meta["selection"] = {"method": method, "seed": seed, **settings}
@@ -99,20 +110,69 @@ def herding(x: np.ndarray, k: int) -> np.ndarray:
     return np.array(chosen)
 
 
-def sentence_features(task: Task, student: Student) -> np.ndarray:
-    """L2-normalised representations ``[n, d]`` of the training split under the student's pretrained body; remembered."""
-    key = f"features:{task.fingerprint}:{task.max_length}"
+def k_means(x: np.ndarray, k: int, *, seed: int = 0) -> np.ndarray:
+    """Medoids: for each of ``k`` k-means centres of ``x [n, d]`` the index of the nearest row that is not chosen yet.
+
+    The centres are the best of ten starts of k-means++; ``seed`` draws the starts.
+    """
+    from sklearn.cluster import KMeans  # a second to import
+
+    start = derive_seed("k-means", seed) % 2**32
+    distinct = min(k, len(np.unique(x, axis=0)))  # fewer centres than examples where sentences repeat
+    centers = KMeans(distinct, n_init=10, random_state=start).fit(x).cluster_centers_
+    chosen: list[int] = []
+    for place in range(k):
+        distance = np.linalg.norm(x - centers[place % distinct], axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(np.argmin(distance)))
+    return np.array(chosen)
+
+
+def round_robin(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of ``k`` rows of ``scores [n, groups]``: each group in turn takes the unused row with its highest score.
+
+    Greedy round-robin is what serves every validation group at low budgets (arXiv 2602.14696); taking the highest scores
+    whatever their group can leave groups without any row.
+    """
+    orders = [iter(np.argsort(-column, kind="stable").tolist()) for column in scores.T]
+    chosen: dict[int, None] = {}  # in the order of the choices
+    for turn in range(k):
+        chosen[next(row for row in orders[turn % len(orders)] if row not in chosen)] = None
+    return np.array([*chosen])
+
+
+def _keywords(task: Task, student: Student, k: int, length: int | None) -> DistilledSet:
+    """``k`` lines of keywords for each class, each of at most ``length`` tokens."""
+    room = (length or task.max_length) - sum(map(len, special_frame(student.tokenizer)))
+    lines = keyword_lines(task, student.tokenizer, k, room)
+    labels = [label for label in range(len(task.classes)) for _ in range(k)]
+    return DistilledSet.from_text(sum(lines, []), [task.classes[label] for label in labels], task, student, length=length,
+                                  soft_labels=False)
+
+
+def sentence_features(task: Task, student: Student, split: str = "train") -> np.ndarray:
+    """L2-normalised representations ``[n, d]`` of a split under the student's pretrained body; remembered."""
+    key = f"features:{task.fingerprint}:{task.max_length}:{split}"
     if key not in student.cache:
-        features = over_training_rows(task, student, student.features)
+        features = over_rows(task, student, student.features, split)
         student.cache[key] = torch.nn.functional.normalize(features, dim=1).numpy()
     return student.cache[key]
 
 
-def over_training_rows(task: Task, student: Student, read: Callable) -> Tensor:
-    """What ``read`` gives for batches of the training split: ``[rows, …]`` float32 on the CPU, in the split's order."""
-    lengths = [len(i) for i in task.token_ids(student.tokenizer, "train")]
+def over_rows(task: Task, student: Student, read: Callable, split: str = "train") -> Tensor:
+    """What ``read``, a method of the student, gives for batches of a split: ``[rows, …]`` float32 on the CPU, in its order.
+
+    The rows of a bootstrap are looked up among those of the corpus it was drawn from, which is read once.
+    """
+    if task.resampled is not None and split == "train":
+        corpus, rows = task.resampled
+        key = f"{read.__name__}:{corpus.fingerprint}:{corpus.max_length}"
+        if key not in student.cache:
+            student.cache[key] = over_rows(corpus, student, read)
+        return student.cache[key][rows]
+    lengths = [len(i) for i in task.token_ids(student.tokenizer, split)]
     batches = list(by_size(range(len(lengths)), lengths.__getitem__, 128))
     with torch.no_grad():
-        values = torch.cat([read(task.batch(student.tokenizer, "train", rows)).float().cpu()
+        values = torch.cat([read(task.batch(student.tokenizer, split, rows)).float().cpu()
                             for rows in progress(batches, desc="reading the corpus", leave=False)])
     return torch.empty_like(values).index_copy_(0, torch.tensor(sum(batches, [])), values)

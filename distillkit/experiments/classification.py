@@ -28,10 +28,11 @@ import pandas as pd
 from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import by_row, frame, markdown, number, read, spread, take_up
-from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
     Experiment,
+    Grid,
     Inner,
     Outer,
     Scoring,
@@ -57,7 +58,9 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
     """Settings of one experiment."""
 
     label_steps: int | None = whole(None, "outer steps of the row 'real + learned labels' (default: outer_steps)")
-    full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
+    full_seeds: Seeds | None = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work "
+                                                 "(null: one, the set's seed)")
+    together: bool = option(False, "learn the sets of cells that differ in their seed side by side, which pays on a GPU")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 
@@ -89,13 +92,23 @@ class ClassificationCell(Cell):
         return self._committed(row) if row in self.job.committed_rows else super().score(method, recipe, seed)
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
-        return None if f"{method}/{recipe}" in self.job.committed_rows else super().training_hash(method, recipe, seed)
+        if f"{method}/{recipe}" in self.job.committed_rows:
+            return None
+        if method == "full":
+            return self.hash_of(["full", self.job.full_seeds or (seed,)], recipe)
+        return super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
+        if self.learns_together(method):
+            self.learn_with_siblings(method, seed)
         if method != LEARNED_LABELS:
             return super().create(method, seed)
         return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
                            learn=("targets", "step_sizes"))
+
+    def learns_together(self, method: str) -> bool:
+        """Whether a set is learned side by side with the same set of the cells that differ in their seed."""
+        return self.job.together and method == "embeddings"
 
     def _committed(self, row: str) -> Scores:
         path = self.results / f"{self.job.committed}.json"
@@ -188,17 +201,29 @@ def without_seed(key: str) -> str:
 def slides_table(result: Mapping) -> str:
     """The slides' table in Markdown: a line for each corpus and way of training, a column for each student.
 
-    Mean over sets; of a single one with the spread over its initialisations.
+    Ways that learn a set have a line for each value of the product's other settings, such as ``unroll_steps``.  Mean and
+    spread over sets; of a single one over its initialisations.
     """
     config, scores, lines = result["config"], frame(result), []
+    axes = {name: values for name, values in config["product"].items() if name not in ("corpus", "student", "seed")}
     for corpus, row in itertools.product(config["product"]["corpus"], config["rows"]):
-        line = [corpus, row]
-        for student in config["product"]["student"]:
-            keys = [key for key, cell in result["cells"].items()
-                    if (cell["config"]["corpus"], cell["config"]["student"]) == (corpus, student)]
-            chosen = scores[scores["cell"].isin(keys) & (scores["row"] == row)]
-            score = chosen["accuracy"] if chosen["cell"].nunique() == 1 else pd.Series(chosen["accuracy"].mean())
-            line.append(spread(score) or "not run")
-        lines.append(line)
+        learned = row.split("/")[0] not in (*METHODS, "full")
+        for values in itertools.product(*(axes.values() if learned else ())):
+            asked = {"corpus": corpus, **dict(zip(axes, values))}
+            line = [corpus, ", ".join((row, *(f"{name}={value}" for name, value in list(asked.items())[1:])))]
+            for student in config["product"]["student"]:
+                keys = [key for key, cell in result["cells"].items() if (asked | {"student": student}).items() <= {
+                    name: cell["config"].get(name) for name in ("student", *asked)}.items()]
+                line.append(spread(_by_set(scores[scores["cell"].isin(keys) & (scores["row"] == row)])) or "not run")
+            lines.append(line)
     machines = ", ".join(sorted(scores["machine"].dropna().unique())) or "nothing has been run yet"
     return f"{markdown(['corpus', 'trained on', *config['product']['student']], lines, 'll')}\n\nMade on: {machines}."
+
+
+def _by_set(scores: pd.DataFrame) -> pd.Series:
+    """The accuracy of each set, or of each initialisation of a single set; the same set in several cells counts once."""
+    if "same_set_as" in scores:  # of the same row: a set may also equal one of another row, which is not among these
+        copies = [f": {row}, set" in str(origin) for row, origin in zip(scores["row"], scores["same_set_as"])]
+        scores = scores[[not copy for copy in copies]]
+    means = scores.groupby("cell")["accuracy"].mean()
+    return scores["accuracy"] if len(means) == 1 else means

@@ -28,7 +28,7 @@ from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
-from distillkit.evaluation.selection import ALL_METHODS
+from distillkit.evaluation.selection import REAL_METHODS
 from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, paired_difference, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
@@ -51,7 +51,7 @@ from distillkit.experiments.settings import (
 LEARNED = ("nacd", "bptt")
 ROWS = (
     "zero-shot/none",
-    *(f"{m}/{r}" for m in ALL_METHODS for r in ("standard", "tuned")),
+    *(f"{m}/{r}" for m in REAL_METHODS for r in ("standard", "tuned")),
     *(f"{m}/{r}" for m in LEARNED for r in ("own", "standard", "tuned")),
     *(f"{m} text/{r}" for m in LEARNED for r in ("standard", "tuned")),
     "full/standard",
@@ -142,7 +142,7 @@ def instruction_table(result: Mapping) -> str:
 def _differences(sets) -> str:
     """The table of paired differences; nothing where there is nothing to compare."""
     learned = [name for name in sets.index if name.startswith(LEARNED)]
-    selected = [name for name in sets.index if name.split("/")[0] in ALL_METHODS]
+    selected = [name for name in sets.index if name.split("/")[0] in REAL_METHODS]
     if not learned or not selected:
         return ""
     lines, (whole_way, _) = [], paired_difference(sets, FULL, RANDOM)

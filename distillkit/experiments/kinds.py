@@ -12,7 +12,9 @@ from distillkit.experiments.classification import (
     table,
 )
 from distillkit.experiments.continual import ContinualCell, ContinualJob, continual_table
+from distillkit.experiments.evidence import EvidenceCell, EvidenceGrid, evidence_table
 from distillkit.experiments.instruction import InstructionCell, InstructionJob, instruction_table
+from distillkit.experiments.notebooks import notebooks_table
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, prompting_table
 from distillkit.experiments.runner import Run
 from distillkit.experiments.transfer import TransferCell, TransferJob, transfer_table
@@ -23,6 +25,7 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
     "instruction": (InstructionJob, partial(Run, InstructionCell), instruction_table),
     "prompting": (PromptingJob, partial(Run, PromptingCell), prompting_table),
     "continual": (ContinualJob, partial(Run, ContinualCell), continual_table),
+    "evidence": (EvidenceGrid, partial(Run, EvidenceCell), evidence_table),
     "scaling": (GridJob, partial(Run, ClassificationCell), scaling_table),
     "slides": (GridJob, partial(Run, ClassificationCell), slides_table),
     "text": (TextJob, partial(Run, TextCell), text_table),
@@ -33,5 +36,8 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
 
 def table_of(result: Mapping) -> str:
     """A result of any kind as Markdown."""
-    *_, table = KINDS[result["config"].get("kind", "classification")]
+    kind = result["config"].get("kind", "classification")
+    if kind == "notebooks":  # it has no settings of its own to run
+        return notebooks_table(result)
+    *_, table = KINDS[kind]
     return table(result)

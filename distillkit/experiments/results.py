@@ -24,11 +24,12 @@ import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 import torch
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
@@ -40,9 +41,10 @@ COLUMNS = (
     "init_seed", "split", "accuracy", "seconds", "flops", "examples", "nbytes", "settings_hash", "machine",
 )
 # Settings that say which scores a run makes, not how its sets are made.
-SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps",
+SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps", "together",
           "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
+FEWEST = 5  # sets, below which a rank correlation says nothing
 REPLACE = "give --fresh to replace it, or the run another name"
 
 
@@ -71,11 +73,24 @@ def new_cell(settings: Settings, task) -> dict:
         "config": as_config(settings),
         "corpus": {"name": task.name, "sha256": task.fingerprint,
                    "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
-        "versions": {p: importlib.metadata.version(p) for p in VERSIONED} | {"python": platform.python_version()},
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(),
         "notes": {},
     }
+
+
+def environment() -> dict:
+    """Machine, versions of what is installed, and date, as a cell says them."""
+    versions = {}
+    for package in VERSIONED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"machine": {"processor": processor(), "threads": torch.get_num_threads(), "cores": os.cpu_count()},
+            "versions": versions | {"python": platform.python_version()}, "date": time.strftime("%Y-%m-%d")}
+
+
+def now() -> str:
+    """The time in UTC, by which the newer one of two scores is known."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def as_config(settings: Settings) -> dict:
@@ -199,32 +214,41 @@ def number(value: float, form: str) -> str | None:
     return None if math.isnan(value) else format(value, form)
 
 
-def paired_difference(sets: pd.DataFrame, one: str, other: str) -> tuple[float, float]:
+def paired_difference(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> tuple[float, float]:
     """Mean of the differences between two rows at the same set seeds, and half the width of its 95 % interval (Student's t).
 
     Args:
         sets: as :func:`by_set` gives it.
+        comparisons: how many differences one sentence or table speaks of; all their intervals hold together with 95 %
+            (Bonferroni).
 
     Returns:
         nan where the rows have no set in common; an infinite half width for a single one.
     """
     pair = sets.reindex([one, other])
     differences = (pair.loc[one] - pair.loc[other]).dropna()
-    half = t.ppf(0.975, len(differences) - 1) * differences.sem() if len(differences) > 1 else math.inf
+    quantile = t.ppf(1 - 0.025 / comparisons, len(differences) - 1)
+    half = quantile * differences.sem() if len(differences) > 1 else math.inf
     return float(differences.mean()), float(half)
 
 
-def beats(sets: pd.DataFrame, one: str, other: str) -> bool:
+def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> bool:
     """Whether one row is above another by more than half of the 95 % interval."""
-    mean, half = paired_difference(sets, one, other)
+    mean, half = paired_difference(sets, one, other, comparisons)
     return mean > half
 
 
-def gain(sets: pd.DataFrame, one: str, other: str) -> str:
+def gain(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> str:
     """:func:`paired_difference` in words; nothing where the rows have no set in common."""
-    mean, half = paired_difference(sets, one, other)
+    mean, half = paired_difference(sets, one, other, comparisons)
     interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
     return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
+
+
+def rank_correlation(one: pd.Series, other: pd.Series) -> float | None:
+    """Spearman's rank correlation of two values of the same sets; None for fewer than :data:`FEWEST` sets."""
+    paired = pd.concat([one, other], axis=1).dropna()
+    return float(spearmanr(*paired.to_numpy().T).statistic) if len(paired) >= FEWEST else None
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align: str = "l") -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.distiller import Distiller, digest
+from distillkit.core.distiller import Distiller, digest, distil_together
 from distillkit.core.estimate import announce
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
@@ -30,7 +31,7 @@ from distillkit.data.instruction import InstructionTask
 from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
-from distillkit.evaluation.recipes import Standard, Tuned
+from distillkit.evaluation.recipes import Standard, Tuned, Until
 from distillkit.evaluation.selection import ALL_METHODS, select
 from distillkit.experiments.results import (
     REPLACE,
@@ -38,6 +39,7 @@ from distillkit.experiments.results import (
     as_config,
     check_same_settings,
     new_cell,
+    now,
     processor,
     read,
     rows_of,
@@ -45,9 +47,10 @@ from distillkit.experiments.results import (
     take_up,
     write,
 )
-from distillkit.experiments.settings import REQUIRED, Data, Experiment, Scoring, check_keys, names, option, settings
+from distillkit.experiments.settings import Data, Grid, Scoring, names
 from distillkit.io.checkpoint import first_difference
 from distillkit.io.checks import check_choice
+from distillkit.io.deadline import NEVER, Deadline
 from distillkit.io.escaping import one_line, say
 from distillkit.io.progress import progress
 from distillkit.io.storage import Claim
@@ -81,40 +84,6 @@ def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None
                   batch_size=settings.inner_batch, **more)
 
 
-@settings()
-class Grid(Experiment):
-    """Base of the settings of a grid."""
-
-    base: Mapping = option(REQUIRED, "settings that the cells share, as their kind of experiment takes them")
-
-    cell_job: ClassVar[type]  # settings of a cell
-    of_grid: ClassVar[tuple[str, ...]] = ("rows", "kind")  # settings of a cell that the grid gives
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check("base", self.base)
-        self.cells()  # every one of them is checked before the first is run
-
-    def check(self, where: str, values) -> None:
-        """Raise ValueError unless ``values`` holds settings that a cell may have."""
-        check_keys(where, values, {*names(self.cell_job)} - {*self.of_grid})
-
-    def variations(self) -> dict[str, Mapping]:
-        """What each cell has besides the base, by the cell's name, in the order they are run."""
-        raise NotImplementedError
-
-    def cells(self) -> dict[str, Any]:
-        """The settings of every cell by its name."""
-        cells = {}
-        for key, values in self.variations().items():
-            name = f"{self.name}-{re.sub(r'[^A-Za-z0-9_]+', '-', key)}"
-            try:
-                cells[key] = self.cell_job(name=name, rows=self.rows, **{**self.base, **values})
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"cell {key}: {error}") from error
-        return cells
-
-
 class Cell:
     """A corpus, a student, and the sets and scores of one experiment or of one cell of a grid.
 
@@ -132,6 +101,8 @@ class Cell:
     texts: ClassVar[Sequence[str]] = ()  # sets whose text goes into the notes
     selections: ClassVar[Sequence[str]] = ()  # methods whose equal sets are scored once
     projected: ClassVar[Mapping[str, str]] = {}  # method of nearest tokens: the set that they are nearest to
+    deadline: Deadline = NEVER  # when to end with TimeUp; a set that is being learned is gone on with by the next run
+    siblings: Callable[[], list[Cell]] = list  # the cells of the grid that differ from this one in their seed alone
 
     def __init__(self, job, work: Path, results: Path, task: Task | None = None, student: Student | None = None):
         self.job, self.work, self.results = job, work, results
@@ -148,7 +119,7 @@ class Cell:
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         """Train and score the students of one row and set seed."""
         if method == "full":
-            return self.evaluated(None, recipe, getattr(self.job, "full_seeds", (seed,)))
+            return self.evaluated(None, recipe, getattr(self.job, "full_seeds", None) or (seed,))
         return self.evaluated(self.set_of(method, seed), recipe)
 
     def create(self, method: str, seed: int) -> DistilledSet:
@@ -174,6 +145,8 @@ class Cell:
         """Scores of fresh students, by default those of the settings; see :func:`~distillkit.evaluation.evaluate.evaluate`."""
         seeds = self.job.eval_seeds if seeds is None else seeds
         recipe = recipe_of(self.job, recipe)
+        if math.isfinite(self.deadline.left()):
+            recipe = Until(recipe, self.deadline)
         return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
 
     def _set_of(self, method: str, seed: int) -> DistilledSet:
@@ -208,17 +181,31 @@ class Cell:
         self, name: str, seed: int, start: DistilledSet, objective, *, steps: int | None = None, **options
     ) -> DistilledSet:
         """Learn a set from ``start`` by the outer loop of the settings; ``options`` are the distiller's."""
-        distiller = Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed),
-                              **self.job.rates(), **options)
+        distiller = self.distiller(name, seed, start, objective, **options)
         if not self.notes and not distiller.step:  # the first set that this experiment distils
             announce(start, objective, steps or self.job.outer_steps)
-        for _ in distiller.run(steps or self.job.outer_steps):
-            pass
+        with closing(distiller.run(steps or self.job.outer_steps)) as learning:  # closed early, it saves its last step
+            for record in learning:
+                if record.step < (steps or self.job.outer_steps):
+                    self.deadline.check(record.seconds)
         records = distiller.records
         terms = {term: [round(r.terms[term], 5) for r in records] for term in records[0].terms}
         self.note(name, seed, [r.loss for r in records], sum(r.seconds for r in records),
                   **({"terms": terms} if len(terms) > 1 else {}))
         return distiller.distilled
+
+    def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
+        """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
+        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
+
+    def learn_with_siblings(self, name: str, seed: int) -> None:
+        """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
+        seeds, steps = {seed: self, **{cell.job.seed: cell for cell in self.siblings()}}, self.job.outer_steps
+        distillers = [cell.distiller(name, of, cell.start(of), cell.objective()) for of, cell in seeds.items()]
+        with closing(distil_together(distillers, steps)) as learning:  # closed early, each saves its last step
+            for records in learning:
+                if records[0].step < steps:
+                    self.deadline.check(sum(record.seconds for record in records))
 
     def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
         """Real rows that distilling starts from."""
@@ -252,11 +239,14 @@ class Cell:
         """
         if method not in self.selections:
             return None
+        return self.hash_of(digest(self.set_of(method, seed)), recipe)
+
+    def hash_of(self, data, recipe: str) -> str:
+        """Hash of what students train on and of how they do."""
         config = as_config(self.job)
         by_grid = {name: config[name] for name in names(Data, Scoring)}
         scoring = by_grid if recipe in ("tuned", "standard") else settings_hash(self.job)
-        content = json.dumps([digest(self.set_of(method, seed)), recipe, scoring], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([data, recipe, scoring], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def size_columns(job) -> dict:
@@ -279,14 +269,16 @@ class Run:
         work: experts, checkpoints and sets go to ``work/<name>``.
         fresh: do not look at the result in ``folder``, which is about to be set aside.
         committed: the folder of results that settings may take committed rows from; default ``folder``.
+        deadline: when to end with :class:`~distillkit.io.deadline.TimeUp`; the next run goes on.
 
     Raises:
         ValueError: the result in ``folder`` was made with other settings or another corpus.
     """
 
     def __init__(self, cell_class: Callable[..., Cell], job, folder: str | Path, work: str | Path, *, fresh: bool = False,
-                 committed: str | Path | None = None):
-        self.cell_class, self.job, self.work = cell_class, job, Path(work) / job.name
+                 committed: str | Path | None = None, deadline: Deadline = NEVER):
+        self.cell_class, self.job, self.work, self.deadline = cell_class, job, Path(work) / job.name, deadline
+        self._worlds: dict[str, tuple[Task, Student]] = {}  # by the settings that name them: cells of a grid share them
         self.path, self.committed = Path(folder) / f"{job.name}.json", Path(committed or folder)
         self.claim = Claim(self.work, wait=True, shared=True)
         self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
@@ -321,11 +313,22 @@ class Run:
                     self._compute(key, rows, seeds)
         return self.result
 
+    def score(self, key: str, row: str, seed: int) -> None:
+        """Compute one score, of the cell ``key``, whether it is there already or not, and write it.
+
+        Raises:
+            TimeUp: the deadline came first; a set that was being learned is gone on with by the next call.
+            CorpusError, FileNotFoundError, FloatingPointError: the cell cannot be run here.
+        """
+        with self.claim:
+            self._add(key, self.cell or self._load(key), row, seed)
+
     def _compute(self, key: str, rows: Sequence[str], seeds: Sequence[int]) -> None:
         """Compute the missing scores of a cell; a cell of a grid that cannot be run is skipped, with the reason printed."""
         scored = {(row["row"], row["set_seed"]) for row in self.result["scores"] if row["cell"] == key}
         chosen = [seed for seed in self.cells[key].seeds if not seeds or seed in seeds]
-        missing = [(row, seed) for seed in chosen for row in rows if (row, seed) not in scored]
+        seeds_of = self.cells[key].seeds_of
+        missing = [(row, seed) for seed in chosen for row in rows if seed in seeds_of(row) and (row, seed) not in scored]
         if not missing:
             return
         try:
@@ -339,12 +342,22 @@ class Run:
 
     def _load(self, key: str) -> Cell:
         job = self.cells[key]
-        cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed)
+        config = as_config(job)
+        world = json.dumps({name: config.get(name) for name in names(Data)})
+        cell = self.cell_class(job, self.work / job.name if isinstance(self.job, Grid) else self.work, self.committed,
+                               *self._worlds.get(world, ()))
+        self._worlds[world], cell.deadline = (cell.task, cell.student), self.deadline
+        cell.siblings = functools.partial(self._siblings, key)
         if stored := self.result["cells"].get(key):
             if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
                 raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
             cell.notes |= stored["notes"]
         return cell
+
+    def _siblings(self, key: str) -> list[Cell]:
+        """The cells that differ from the cell ``key`` in their seed alone."""
+        alike = {other: as_config(job) | {"name": "", "seed": 0} for other, job in self.cells.items()}
+        return [self._load(other) for other in alike if other != key and alike[other] == alike[key]]
 
     def _add(self, key: str, cell: Cell, row: str, seed: int) -> None:
         """Score a row and write it, beside what other processes have written meanwhile."""
@@ -355,7 +368,7 @@ class Run:
         columns = place | {"corpus": cell.task.name, **cell.columns(method, recipe), "split": "test", "training_hash": training,
                            "settings_hash": settings_hash(cell.job), "machine": processor()}
         rows = [columns | score | place for score in scores]
-        notes = cell.notes | ({f"{row} {seed}": note} if note else {})
+        notes = cell.notes | {f"{row} {seed}": note | {"made": now()}}
         if self.cell is None:  # curves of losses of dozens of cells would bury the scores
             notes = {name: {k: v for k, v in values.items() if k != "losses"} for name, values in notes.items()}
         with Claim(self.path, wait=True):  # beside the result, which other work folders may share

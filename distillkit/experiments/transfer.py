@@ -25,7 +25,7 @@ from distillkit.applications.transfer import retokenize, transfer
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
-from distillkit.evaluation.selection import ALL_METHODS
+from distillkit.evaluation.selection import REAL_METHODS
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
 from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
@@ -45,7 +45,7 @@ from distillkit.io.checks import check_choice
 # For each kind of experiment that makes sets: its settings, its cell, and those of its methods that end in text.
 MAKERS = {
     "text": (TextJob, TextCell, TEXTS),
-    "instruction": (InstructionJob, InstructionCell, (*ALL_METHODS, *(f"{m} text" for m in LEARNED))),
+    "instruction": (InstructionJob, InstructionCell, (*REAL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 # Selections that gains are measured over.
@@ -202,7 +202,7 @@ def _verdict(sets: pd.DataFrame) -> str:
     """For each method that is no selection: in how many pairs it beats real text; nothing where nothing was compared."""
     scored, sentences = sets.dropna(how="all"), []
     for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
-        for other, words in AGAINST.items() if method not in (*ALL_METHODS, "full") else ():
+        for other, words in AGAINST.items() if method not in (*REAL_METHODS, "full") else ():
             pairs = [(name, beside(name, other)) for name in scored.index
                      if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:

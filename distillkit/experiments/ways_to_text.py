@@ -37,7 +37,6 @@ import time
 from collections.abc import Mapping
 
 import torch
-from pydantic import PositiveFloat
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
@@ -47,14 +46,16 @@ from distillkit.core.optimizers import SGD, AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
-from distillkit.experiments.runner import Cell, Grid, Scores, recipe_of
+from distillkit.experiments.runner import Cell, Scores, recipe_of
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
     Experiment,
+    Grid,
     Inner,
     Neighbor,
     Outer,
+    Positive,
     Scoring,
     Search,
     SetSeeds,
@@ -90,7 +91,7 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
     label_steps: int = whole(40, "outer steps of relabelling")
     label_unroll_steps: int | None = whole(None, "inner steps of relabelling (default: unroll_steps)")
     label_adamw: float | None = positive(None, "step size of AdamW as inner optimiser of relabelling (default: SGD)")
-    label_rates: tuple[PositiveFloat, PositiveFloat] | None = option(
+    label_rates: tuple[Positive, Positive] | None = option(
         None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")

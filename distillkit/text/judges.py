@@ -23,7 +23,7 @@ from distillkit.core.objectives import Objective, check_objective, meta_gradient
 from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
-from distillkit.evaluation.selection import over_training_rows
+from distillkit.evaluation.selection import over_rows
 from distillkit.io.checks import check_are, check_whole, check_wholes, require
 from distillkit.io.seeds import derive_seed, generator
 
@@ -185,7 +185,7 @@ class FrozenJudge:
         student, task = self.student, self.task
         key = ("layers", task.fingerprint, task.max_length)
         if key not in student.cache:
-            features = over_training_rows(task, student, student.layer_features)
+            features = over_rows(task, student, student.layer_features)
             mean = features.mean(0)
             features -= mean
             scale = (features.square().sum(2).mean(0) * features.shape[1]).rsqrt().unsqueeze(1)

@@ -31,13 +31,14 @@ METHOD_COLOURS = {
     "swaps from random": _DARK[3], "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
     "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9], "bptt": _BRIGHT[0], "bptt text": _DARK[0],
     "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
+    "k_means": _BRIGHT[6], "keywords": _BRIGHT[3],
 }
 LABELS = {
     "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
     "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
     "real + learned labels": "real, labels learned", "less": "real, LESS", "sentences": "real, chosen by a judge",
     "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
-    "zero-shot": "no training",
+    "zero-shot": "no training", "k_means": "real, medoids", "keywords": "keywords",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with

@@ -12,6 +12,9 @@ meta-gradient.  The outer loss is a fixed random linear function of the paramete
 the unroll alone is measured; what a real outer batch costs stands apart.  Plain training and a contender take turns
 (A B A B ...), and the median of the ratios is reported: a noisy neighbour slows both.
 
+*Share of the matrix rate* is the contender's floating-point operations per second, by PyTorch's counter, over what the device
+does in one large float32 matrix product.
+
 *Live bytes* are those of tensors, not of the process (:mod:`distillkit.io.memory`); on a GPU, the allocator's peak.  Tensors
 shaped like a trained parameter are counted apart, in sets of parameters: parameters kept for the way back, gradients,
 cotangents.  So are the gradients of the examples that ``ForwardDifference`` keeps for each step.  The rest are activations
@@ -34,6 +37,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -55,7 +59,9 @@ from distillkit.core.metagrad import compare, step_contributions, update_vjp
 from distillkit.core.objectives import trained_loss
 from distillkit.core.problem import MetaGradient, Problem, outer_loss_and_grads
 from distillkit.core.student import Params, Student
-from distillkit.experiments.results import read, with_tables, write
+from distillkit.evaluation.evaluate import flop_counter
+from distillkit.experiments.results import now, read, with_tables, write
+from distillkit.io.deadline import NEVER, Deadline
 from distillkit.io.memory import LiveBytes
 from distillkit.io.progress import progress
 from distillkit.io.seeds import generator
@@ -66,10 +72,13 @@ VERSIONED = ("torch", "transformers", "peft", "torchopt")
 # Architectures with random weights, for a machine without their checkpoints: cost does not depend on the weights, error does.
 _OPT = {"hidden_size": 384, "word_embed_proj_dim": 384, "num_attention_heads": 12, "ffn_dim": 1536}
 _OPT_LARGE = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "num_attention_heads": 32, "ffn_dim": 8192}
+_TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 RANDOM = {
     "random:opt-small": (transformers.OPTConfig, {**_OPT, "num_hidden_layers": 6, "max_position_embeddings": 512}),
     "random:opt-1.3b": (transformers.OPTConfig, {**_OPT_LARGE, "num_hidden_layers": 24}),
     "random:bert-base": (transformers.BertConfig, {}),
+    "random:opt-tiny": (transformers.OPTConfig, {**_TINY, "word_embed_proj_dim": 32, "ffn_dim": 64}),
+    "random:bert-tiny": (transformers.BertConfig, {**_TINY, "intermediate_size": 64}),
 }
 ACCURACY = {"step_size": (0.01, 0.1, 0.3, 0.5), "steps": (2, 8, 32), "change": (0.003,)}
 WAYS = {"by the rule": None, "forward": False, "central": True}
@@ -219,7 +228,7 @@ def real_problem(task: dk.Task, student: Student, steps: int, settings: dict) ->
     found = dk.DistilledSet.from_real(task, student, per_class=per_class, length=settings["length"])
     problem = dk.BPTT(task, student, unroll, metagrad=dk.Replay(), batch_size=settings["outer_batch"]).problem(found, 0)
     # Evenly over the classes, in whose order they lie.
-    chosen = (torch.arange(settings["examples"]) * len(found) // settings["examples"]).to(student.device)
+    chosen = torch.arange(settings["examples"]) * len(found) // settings["examples"]  # on the host, as the mask is
     return dataclasses.replace(
         problem,
         embeds=problem.embeds[chosen],
@@ -299,48 +308,79 @@ def one_sample(contender: Contender, problem: Problem) -> dict[str, float]:
     return {"cost": own / base, "seconds": own, "plain_seconds": base}
 
 
-def timed(problems: dict[str, Problem], contenders: list[Contender], repeats: int) -> dict[str, dict]:
-    """Medians over ``repeats`` rounds, in each of which every contender takes its turn after plain training."""
-    samples: dict[str, list] = {c.name: [] for c in contenders}
-    for round_ in range(repeats):
-        for contender in contenders if round_ % 2 == 0 else contenders[::-1]:
-            samples[contender.name].append(one_sample(contender, problems[contender.attention]))
-    rows = {}
-    for name, found in samples.items():
-        rows[name] = {key: _rounded(median(s[key] for s in found)) for key in found[0]}
-        rows[name]["costs"] = [_rounded(s["cost"]) for s in found]
-    return rows
+class Bench:
+    """One student, and what is measured on it; problems and exact contributions are made once for each T.
+
+    Args:
+        task, students: the corpus, and the student once for each kind of attention.
+        settings: of the run.
+        deadline: when to end with TimeUp; what is being measured then is lost.
+    """
+
+    def __init__(self, task: dk.Task, students: dict[str, Student], settings: dict, deadline: Deadline = NEVER):
+        self.task, self.students, self.settings, self.deadline = task, students, settings, deadline
+        self.problem, self.exact = functools.cache(self._problem), functools.cache(self._exact)
+
+    def _problem(self, attention: str, steps: int) -> Problem:
+        return real_problem(self.task, self.students[attention], steps, self.settings)
+
+    def _exact(self, steps: int) -> Tensor:
+        try:
+            return step_contributions(dk.StoreAll(), self.problem("eager", steps))
+        except torch.OutOfMemoryError:  # Replay is exact too
+            return step_contributions(dk.Replay(), self.problem("eager", steps))
+
+    def row(self, contender: Contender, steps: int) -> dict:
+        """A row of the table, with ``failed`` in place of figures where the contender could not run."""
+        row = {"contender": contender.name, "steps": steps, "attention": contender.attention, "peer": contender.peer}
+        if not contender.installed:
+            return row | {"failed": "not installed"}
+        problem = self.problem(contender.attention, steps)
+        try:
+            row |= examined(contender, problem, self.exact(steps))
+            row |= self.timed(contender, with_linear_outer(problem))
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory, or no derivative of its kind
+            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return row | {"made": now()}
+
+    def timed(self, contender: Contender, problem: Problem) -> dict:
+        """Medians over rounds, in each of which the contender takes its turn after plain training."""
+        # A long run averages over its own length: the rounds of a T above 8 take about as long together as those of 8.
+        rounds, samples = -(-self.settings["repeats"] * 8 // max(len(problem.rows), 8)), []
+        while len(samples) < rounds:
+            if samples:
+                self.deadline.check()
+            samples.append(one_sample(contender, problem))
+        medians = {key: _rounded(median(sample[key] for sample in samples)) for key in samples[0]}
+        return medians | {"costs": [_rounded(sample["cost"]) for sample in samples]}
 
 
 def examined(contender: Contender, problem: Problem, exact: Tensor) -> dict:
-    """One contender's bytes and accuracy; this is its warm-up, too."""
-    row = live_bytes(contender, with_linear_outer(problem))
+    """One contender's bytes, operations and accuracy; this is its warm-up, too."""
+    linear = with_linear_outer(problem)
+    row = live_bytes(contender, linear)
+    with flop_counter() as counter:
+        contender.run(linear)
+    row["flops"] = counter.get_total_flops()
     if contender.peer:
         return row | {"total_error": _rounded(difference(contender.run(problem).embeds, exact.sum(0)))}
     return row | accuracy_of(step_contributions(contender.run, problem), exact)
 
 
-def at_steps(task: dk.Task, students: dict[str, Student], steps: int, settings: dict) -> list[dict]:
-    """The rows of the table for one T: one a contender, with ``failed`` in place of figures where it could not run."""
-    problems = {name: real_problem(task, student, steps, settings) for name, student in students.items()}
-    exact, rows, able = step_contributions(dk.StoreAll(), problems["eager"]), {}, []
-    for contender in CONTENDERS:
-        row = rows[contender.name] = {"contender": contender.name, "steps": steps, "attention": contender.attention}
-        row["peer"] = contender.peer
-        if not contender.installed:
-            row["failed"] = "not installed"
-            continue
-        try:
-            row |= examined(contender, problems[contender.attention], exact)
-            able.append(contender)
-        except (RuntimeError, NotImplementedError, ValueError) as error:  # out of memory, or no derivative of its kind
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    linear = {name: with_linear_outer(problem) for name, problem in problems.items()}
-    # A long run averages over its own length: the rounds of a T above 8 take about as long together as those of 8.
-    rounds = -(-settings["repeats"] * 8 // max(steps, 8))
-    for name, found in timed(linear, able, rounds).items():
-        rows[name] |= found
-    return list(rows.values())
+def matrix_rates(device: torch.device) -> dict[str, float]:
+    """Floating-point operations per second of one large matrix product; TF32 and bfloat16 too on a GPU."""
+    size = 8192 if device.type == "cuda" else 1024
+    kinds = {"float32": (torch.float32, "highest")}
+    if device.type == "cuda":
+        kinds |= {"tf32": (torch.float32, "high"), "bfloat16": (torch.bfloat16, "highest")}
+    rates, precision = {}, torch.get_float32_matmul_precision()
+    for name, (dtype, setting) in kinds.items():
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        torch.set_float32_matmul_precision(setting)
+        seconds(device, torch.mm, matrix, matrix)
+        rates[name] = _rounded(2 * size**3 / min(seconds(device, torch.mm, matrix, matrix) for _ in range(5)))
+    torch.set_float32_matmul_precision(precision)
+    return rates
 
 
 def outer_batch_cost(problem: Problem, repeats: int) -> float:
@@ -434,15 +474,35 @@ def shown(source: str) -> str:
 
 def measure_cost(run: Run) -> None:
     """Fill the result with the cost of every contender."""
-    steps = run.settings["steps"]
     for entry, students in run.entries():
-        problem = real_problem(run.task, students["eager"], min(steps), run.settings)
-        if "outer_batch_cost" not in entry:
-            entry["outer_batch_cost"] = outer_batch_cost(problem, run.settings["repeats"])
-        made = {row["steps"] for row in entry["rows"]}
-        for count in progress([s for s in steps if s not in made], desc=f"{entry['student']}, {entry['trainable']}", unit="T"):
-            entry["rows"] += at_steps(run.task, students, count, run.settings)
-            run.save()
+        bench, title = begun(run, entry, students), f"{entry['student']}, {entry['trainable']}"
+        for steps, contender in progress(missing(entry, run.settings), desc=title, unit="row"):
+            add_row(run, entry, bench, contender, steps)
+
+
+def begun(run: Run, entry: dict, students: dict[str, Student], deadline: Deadline = NEVER) -> Bench:
+    """What measures the rows of ``entry``, after the matrix rates and the cost of the outer batch were measured."""
+    bench = Bench(run.task, students, run.settings, deadline)
+    if "rates" not in run.result:
+        run.result["rates"] = matrix_rates(students["eager"].device)
+    if "outer_batch_cost" not in entry:
+        problem = bench.problem("eager", min(run.settings["steps"]))
+        entry["outer_batch_cost"] = outer_batch_cost(problem, run.settings["repeats"])
+    return bench
+
+
+def missing(entry: dict, settings: dict) -> list[tuple[int, Contender]]:
+    """T and contender of each row that ``entry`` lacks."""
+    stored = {(row["steps"], row["contender"]) for row in entry["rows"]}
+    return [(t, contender) for t in settings["steps"] for contender in CONTENDERS if (t, contender.name) not in stored]
+
+
+def add_row(run: Run, entry: dict, bench: Bench, contender: Contender, steps: int) -> None:
+    """Measure a row, and write the result."""
+    order = [(t, other.name) for t in run.settings["steps"] for other in CONTENDERS]
+    rows = [*entry["rows"], bench.row(contender, steps)]
+    entry["rows"] = sorted(rows, key=lambda row: order.index((row["steps"], row["contender"])))
+    run.save()
 
 
 def measure_accuracy(run: Run) -> None:
@@ -531,9 +591,11 @@ def cost_table(entry: dict, result: dict) -> str:
     high = steps[-1]
     ends = dict.fromkeys((next((s for s in steps if s > 1), high), high))  # of one step nothing is kept
     clock = [f"seconds, T = {high}"] if result["machine"]["cuda"] else []
+    rate = result.get("rates", {}).get("float32")
+    share = [f"share of the matrix rate, T = {high}"] if rate else []
     titles = ["", *(f"T = {t}" for t in steps), *(f"activations MB, T = {t}" for t in ends),
               *(f"all MB, T = {t}" for t in ends), f"sets, T = {high}",
-              "worst cosine", "worst error", *clock]
+              "worst cosine", "worst error", *clock, *share]
     lines = [_line(titles), _line(["---"] + ["---:"] * (len(titles) - 1))]
     for name in dict.fromkeys(row["contender"] for row in entry["rows"]):
         rows = {row["steps"]: row for row in entry["rows"] if row["contender"] == name}
@@ -541,7 +603,8 @@ def cost_table(entry: dict, result: dict) -> str:
         cells += [_cell(rows, t, "activations", "{:.1f}", 1e-6) for t in ends]
         cells += [_cell(rows, t, "bytes", "{:.0f}", 1e-6) for t in ends]
         cells += [_cell(rows, high, "sets", "{:.1f}"), *_worst(rows.values())]
-        lines.append(_line([name, *cells, *(_cell(rows, high, "seconds", "{:.4g}") for _ in clock)]))
+        cells += [_cell(rows, high, "seconds", "{:.4g}") for _ in clock]
+        lines.append(_line([name, *cells, *(_share(rows.get(high, {}), rate) for _ in share)]))
     return "\n".join([*lines, "", f"The outer batch of {result['settings']['outer_batch']} costs "
                       f"{entry['outer_batch_cost']:.2f} inner steps. {against_peers(entry)}"])
 
@@ -590,6 +653,11 @@ def _cell(rows: dict, steps: int, key: str, form: str, scale: float = 1.0) -> st
         reason = row["failed"] if row["failed"] == "not installed" else "failed"  # why it failed is in the JSON
         return reason if key == "cost" else ""
     return form.format(row[key] * scale) if row.get(key) is not None else ""
+
+
+def _share(row: dict, rate: float) -> str:
+    """Operations per second as a share of ``rate``."""
+    return f"{row['flops'] / row['seconds'] / rate:.1%}" if row.get("seconds") and "flops" in row else ""
 
 
 def _worst(rows) -> list[str]:
@@ -642,6 +710,12 @@ def settings_of(args: argparse.Namespace) -> dict:
     return common | {"step_size": args.step_size, "repeats": args.repeats}
 
 
+def fresh_result(kind: str, settings: dict, device: str | None = None) -> dict:
+    """A result of this machine that has no entry yet."""
+    return {"kind": kind, "settings": settings, "machine": machine(device), "versions": versions(),
+            "date": time.strftime("%Y-%m-%d"), "entries": []}
+
+
 def taken_up(path: Path, fresh: dict) -> dict:
     """The result at ``path``; ValueError if it was measured otherwise than ``fresh`` is going to be."""
     found = read(path)
@@ -661,14 +735,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = {
-        "kind": "accuracy" if args.accuracy else "cost",
-        "settings": settings_of(args),
-        "machine": machine(args.device),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "entries": [],
-    }
+    result = fresh_result("accuracy" if args.accuracy else "cost", settings_of(args), args.device)
     if args.resume and path.is_file():
         result = taken_up(path, result)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,182 @@
+"""A list of jobs in order of value, done as far as some minutes go: for a machine that is at hand for a short time.
+
+A job is a list of *units*: single scores or measurements, each written to ``FOLDER/results`` as soon as it is done.  A unit has
+an expected time: the median of those that its kind has taken in this folder, else a guess that its job states.  The suite takes
+the units in order and does each one that fits into the time that is left.  A unit that would not end in time is left for a
+later call, and a smaller one of less value may come before it.  Learning a set takes long but saves its progress, so it is
+begun with any time left and gone on with by the next call.  Given the folder of an earlier call, the suite does what is
+missing there.
+
+Nothing waits for the end: however a call ends, what was done by then is in ``FOLDER``.  ``FOLDER/times.jsonl`` has a line for
+each attempt at a unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from distillkit.experiments.results import now, processor
+from distillkit.experiments.settings import Data
+from distillkit.io.checks import check_choice
+from distillkit.io.deadline import Deadline, TimeUp
+from distillkit.io.escaping import one_line, say
+from distillkit.io.storage import Claim, StorageError, append_line, read_lines
+
+SLICE = 3.0  # seconds below which a unit that saves its progress is not taken up
+MARGIN = 1.2  # a machine is not equally fast all the time
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A part of a job that is done, and written, as a whole.
+
+    Attributes:
+        name: of this unit, different from all others of its job.
+        kinds: what takes about as long as this unit, from like to less like.
+        guess: seconds, where no unit of its kinds has been timed.
+        run: does it; it raises TimeUp at a deadline of its own choice.
+        done: whether its result is there.
+        divisible: whether it saves its progress where it is cut short.
+        world: what has to be loaded before it, such as a corpus and a student; units of one world share it.
+        load: seconds that loading takes.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    guess: float
+    run: Callable[[], object]
+    done: bool = False
+    divisible: bool = False
+    world: str = ""
+    load: float = 0.0
+
+
+class Job(Protocol):
+    """What the suite needs of a job; :mod:`distillkit.experiments.suite_jobs` has them."""
+
+    name: str
+
+    def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
+        """All units in order of value, done or not.
+
+        Raises ValueError or an OSError where the job cannot be done here, with the reason.
+        """
+
+    def needs(self) -> list[Data]:
+        """Settings that name the corpora and the students that its units load."""
+
+
+class Times:
+    """How long units took in a folder, on this kind of machine."""
+
+    def __init__(self, out: Path):
+        self.path = out / "times.jsonl"
+        self._attempts = [line for line in read_lines(self.path) if line["machine"] == processor()]
+
+    def expected(self, job: str, unit: Unit) -> float:
+        """Seconds that a unit will take as a whole."""
+        cut = [line["seconds"] for line in self._attempts if (line["job"], line["unit"]) == (job, unit.name)
+               and line["state"] == "cut"]
+        least = 0.0 if unit.divisible else 2 * max(cut, default=0.0)  # it took longer than that
+        for kind in unit.kinds:
+            if seconds := [total for kinds, total in self._totals(job) if kind in kinds]:
+                return max(least, statistics.median(seconds))  # not the mean: some had to load their world, or stood still
+        return max(least, unit.guess)
+
+    def _totals(self, job: str) -> Iterator[tuple[list[str], float]]:
+        """Kinds and seconds of each unit that was done, all attempts together."""
+        done = {line["unit"]: line["kinds"] for line in self._attempts if line["job"] == job and line["state"] == "done"}
+        for name, kinds in done.items():
+            yield kinds, sum(line["seconds"] for line in self._attempts if (line["job"], line["unit"]) == (job, name)
+                             and line["state"] in (("done", "cut") if line["divisible"] else ("done",)))
+
+    def add(self, job: str, unit: Unit, seconds: float, state: str, reason: str = "") -> None:
+        """Note an attempt at a unit."""
+        line = {"job": job, "unit": unit.name, "kinds": list(unit.kinds), "seconds": round(seconds, 3), "state": state,
+                "divisible": unit.divisible, "machine": processor(), "reason": reason,
+                "ended": now()}
+        append_line(self.path, line)
+        self._attempts.append(line)
+
+
+def named(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
+    """The jobs of these names, in their order of value; all where no name is given."""
+    for name in names:
+        check_choice("jobs", name, [job.name for job in jobs])
+    return [job for job in jobs if not names or job.name in names]
+
+
+def run(jobs: Sequence[Job], out: Path, deadline: Deadline, command: str = "") -> None:
+    """Do what fits before the deadline, and say what was done and what is left.
+
+    Raises:
+        StorageError: another suite works in ``out``, or it cannot be written.
+    """
+    with Claim(out):
+        times = Times(out)
+        for job in jobs:
+            say(f"{job.name}: {_run_job(job, out, deadline, times, command)}")
+    say(f"{max(0.0, deadline.left()):.0f} s were left; the results are in {out / 'results'}; the same command goes on")
+
+
+def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str) -> str:
+    """Do the units of a job that fit; returns how many are done and left, in words."""
+    try:
+        units = job.units(out, deadline, command)
+    except (ValueError, OSError, ImportError) as error:
+        return f"skipped: {one_line(error)}"
+    done, cut, reasons = sum(unit.done for unit in units), 0, Counter()
+    earlier, worlds = done, set()
+    for unit in units:
+        load = 0.0 if unit.world in worlds else unit.load
+        if not unit.done and _fits(times.expected(job.name, unit), load, unit, deadline):
+            worlds.add(unit.world)
+            state, reason, seconds = _attempt(unit)
+            done, cut = done + (state == "done"), cut + (state == "cut")
+            if reason not in reasons:  # what is missing for one is missing for many
+                times.add(job.name, unit, seconds, state, reason)
+                say(f"  {job.name}, {one_line(unit.name)}: {state} after {seconds:.1f} s{reason and f' ({reason})'}")
+            reasons.update([reason] if reason else [])
+    left = len(units) - done - sum(reasons.values())
+    words = f"{done} of {len(units)} units done, {done - earlier} of them now; {left} left"
+    words += f" ({cut} cut short by the end of the time)" if cut else ""
+    return "; ".join([words, *(f"{count} cannot be done here: {reason}" for reason, count in reasons.items())])
+
+
+def _fits(expected: float, load: float, unit: Unit, deadline: Deadline) -> bool:
+    return deadline.left() > MARGIN * load + (min(SLICE, expected) if unit.divisible else MARGIN * expected)
+
+
+def _attempt(unit: Unit) -> tuple[str, str, float]:
+    """Do a unit; returns "done", "cut" or "failed", the reason of a failure, and the seconds it took."""
+    begun, state, reason = time.monotonic(), "done", ""
+    try:
+        unit.run()
+    except TimeUp:
+        state = "cut"
+    except StorageError:
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:  # the others may still work
+        state, reason = "failed", one_line(error)
+    return state, reason, time.monotonic() - begun
+
+
+def listed(jobs: Sequence[Job], out: Path) -> Iterator[str]:
+    """A line for each job and each of its units: what is done, and how long the others will take."""
+    times = Times(out)
+    for job in jobs:
+        try:
+            units = job.units(out, Deadline(), "")
+        except (ValueError, OSError, ImportError) as error:
+            yield f"{job.name}: skipped: {one_line(error)}"
+            continue
+        left = sum(times.expected(job.name, unit) for unit in units if not unit.done)
+        yield f"{job.name}: {sum(unit.done for unit in units)} of {len(units)} units done, about {left / 60:.1f} minutes left"
+        for unit in units:
+            yield f"  {'done' if unit.done else f'{times.expected(job.name, unit):.0f} s':>8}  {one_line(unit.name)}"
