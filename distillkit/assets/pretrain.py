@@ -342,12 +342,12 @@ one architecture can be tried on another on a machine that reaches no model hub.
 
 ## Text
 
-{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries}, {text["characters"]:,} characters. Each was read \
-under its dotted path, cut at {LONGEST:,} characters; and the first sentence of each of its paragraphs, library names \
+{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries} were read in part. What remained of each was \
+read under its dotted path, cut at {LONGEST:,} characters; and the first sentence of each of its paragraphs, library names \
 masked, was read {sum(FORMS.values())} times more, next to its name and path. No sentence of `docstrings` or \
 `docstrings_qa` was read, of any split: a docstring with one of the {text["held_out"]["sentences"]:,} sentences of the \
-validation and test splits was left out, and of the others the paragraphs with one of the \
-{text["training"]["sentences"]:,} of the training splits. One docstring in a hundred was kept for the validation loss.
+validation and test splits was left out, and so were paragraphs with one of the {text["training"]["sentences"]:,} of the \
+training splits. One docstring in a hundred was kept for the validation loss.
 
 ## Training
 
