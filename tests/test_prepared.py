@@ -73,6 +73,19 @@ def test_carries_are_as_small_as_asked_and_listed(prepared):
     assert any(len(parts(prepared, name)) > 1 for name in prepared.index["files"])
 
 
+def test_work_can_begin_before_the_last_carry(prepared, arrived):
+    """Tasks come first, then the students in the order in which they were asked for."""
+    bert, opt = "students/bert-base-uncased/model.safetensors", "students/facebook--opt-1.3b/model.safetensors"
+    students = [parts(prepared, name)[-1] for name in (bert, opt)]
+    assert parts(prepared, "tasks/4.safetensors") < students[:1] and students == sorted(students)
+    for name in parts(prepared, opt):
+        (arrived / name).unlink()
+    task = dk.load_task(**bare_machine.CORPORA[0])
+    assert dk.load_student("bert-base-uncased", task).name == "bert-base-uncased"
+    with pytest.raises(FileNotFoundError, match="carry-"):
+        dk.load_student("facebook/opt-1.3b", task)
+
+
 def test_whole_files_stay_when_their_parts_are_gone(prepared, arrived):
     assert len(join(arrived)) == len(prepared.index["files"])
     for carry in arrived.glob("carry-*"):
@@ -92,7 +105,7 @@ def test_a_part_that_is_not_the_right_one_is_named(prepared, arrived, change):
     else:
         shutil.copyfile(other, path)
     task = dk.load_task(**bare_machine.CORPORA[0])
-    with pytest.raises(StorageError, match=name.split("/")[0]) as refused:
+    with pytest.raises(FileNotFoundError if change == "missing" else StorageError, match=name.split("/")[0]) as refused:
         dk.load_student("bert-base-uncased", task)
     assert name in str(refused.value)
     assert not (arrived / "files" / "students/bert-base-uncased/model.safetensors").exists()
@@ -107,7 +120,7 @@ def test_a_joined_file_that_was_damaged_is_joined_again_or_refused(arrived, prep
     assert path.read_bytes() == content
     path.write_bytes(content[:-1] + b"?")
     (arrived / parts(prepared, "tasks/1.safetensors")[0]).unlink()
-    with pytest.raises(StorageError, match="carry"):
+    with pytest.raises(FileNotFoundError, match="carry-1"):
         dk.load_task(**bare_machine.CORPORA[0])
 
 

@@ -98,18 +98,20 @@ def corpora_and_students(jobs: Iterable[Data]) -> tuple[list[dict], list[str]]:
 
 def report(prepared: Prepared, command: str) -> str:
     """What to carry in which call, what to run there, and what was left out."""
-    folder, sizes = os.path.relpath(prepared.folder), {}
-    for entry in prepared.index["files"].values():
+    folder, index, sizes, last = os.path.relpath(prepared.folder), prepared.index, {}, {}
+    for name, entry in index["files"].items():
         for part in entry["parts"]:
-            place = part["name"].split("/")[0]
-            sizes[place] = sizes.get(place, 0) + part["size"]
+            carry = part["name"].split("/")[0]
+            sizes[carry] = sizes.get(carry, 0) + part["size"]
+            last[name.rpartition("/")[0]] = carry
     lines = [f"left out: {line}" for line in prepared.skipped]
-    lines.append(f"{len(prepared.index['tasks'])} tasks and {len(prepared.index['students'])} students in {folder}, which git "
-                 f"must ignore, to be carried in {len(sizes)} calls:")
+    lines.append(f"{len(index['tasks'])} tasks and {len(index['students'])} students in {folder}, which git must ignore, to be "
+                 f"carried in {len(sizes)} calls:")
     use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit {command}"
-    for number, (place, size) in enumerate(sizes.items(), 1):
-        lines.append(f"  carry {folder}/{INDEX} {folder}/{place} ({size / MIB:.1f} MiB) and run: "
-                     f"{use if number == len(sizes) else 'true'}")
+    for carry, size in sizes.items():
+        whole = [source for source, student in index["students"].items() if last[student["folder"]] == carry]
+        lines.append(f"  carry {folder}/{INDEX} {folder}/{carry} ({size / MIB:.1f} MiB{'; completes ' * bool(whole)}"
+                     f"{', '.join(whole)}) and run: {use if whole or len(sizes) == 1 else 'true'}")
     lines.append("the files are joined at first use and stay there: later calls carry nothing")
     return "\n".join(lines)
 

@@ -62,7 +62,8 @@ def read_index(folder: Path) -> dict:
 def whole_file(folder: Path, index: Mapping, name: str) -> Path:
     """The file ``name`` of a prepared folder, verified; joined from its parts if it is not there yet.
 
-    Raises `StorageError` for a part that is missing or damaged, by its name and that of its carry.
+    Raises `FileNotFoundError` for a part that has not been carried, and `StorageError` for one that is damaged, by its name
+    and that of its carry.
     """
     entry, path = index["files"][name], folder / FILES / name
     if _is(path, entry):
@@ -70,16 +71,19 @@ def whole_file(folder: Path, index: Mapping, name: str) -> Path:
     with Claim(folder / FILES, wait=True):
         if _is(path, entry):  # another process has joined it meanwhile
             return path
+        for part in (folder / part["name"] for part in entry["parts"]):
+            require(part.is_file(), f"{part} is not there, which {name} is joined from; carry {folder.name}/{part.parent.name} "
+                    "there", FileNotFoundError)
         with replacing(path) as file:
             for part in entry["parts"]:
-                file.write(_part(folder, part, name))
+                file.write(_verified(folder, part))
     require(_is(path, entry), f"{path} does not have the SHA-256 of {INDEX} although its parts do; prepare the folder again: "
             f"{COMMAND} {folder.name}", StorageError)
     return path
 
 
 def join(folder: str | Path) -> list[Path]:
-    """Join every file of a prepared folder, and return them.  Raises `StorageError` as :func:`whole_file` does."""
+    """Join every file of a prepared folder, and return them.  Raises as :func:`whole_file` does."""
     folder = absolute(folder)
     index = read_index(folder)
     return [whole_file(folder, index, name) for name in index["files"]]
@@ -88,8 +92,7 @@ def join(folder: str | Path) -> list[Path]:
 def student_folder(folder: Path, source: str) -> tuple[Path, str]:
     """The folder of a student's files, whole and verified, and the precision of its weights.
 
-    Raises `FileNotFoundError` that lists what there is where it was not prepared, and `StorageError` as :func:`whole_file`
-    does.
+    Raises `FileNotFoundError` that lists what there is where it was not prepared, and as :func:`whole_file` does.
     """
     index = read_index(folder)
     student = index["students"].get(source)
@@ -107,11 +110,8 @@ def _is(path: Path, entry: Mapping) -> bool:
     return path.is_file() and path.stat().st_size == entry["size"] and sha256_of(path) == entry["sha256"]
 
 
-def _part(folder: Path, part: Mapping, name: str) -> bytes:
-    """The bytes of a part, verified."""
+def _verified(folder: Path, part: Mapping) -> bytes:
     path = folder / part["name"]
-    require(path.is_file(), f"{path} is not there, which {name} is joined from; carry {folder.name}/{path.parent.name} there",
-            StorageError)
     content = path.read_bytes()
     require(hashlib.sha256(content).hexdigest() == part["sha256"], f"{path} does not have the SHA-256 of {INDEX}: it is "
             f"damaged, or another file; carry {folder.name}/{path.parent.name} there again", StorageError)
@@ -138,10 +138,15 @@ def begin(folder: Path) -> Path:
 
 
 def finish(folder: Path, *, tasks: list, students: Mapping, carry_bytes: int) -> dict:
-    """Cut the files of a prepared folder into carries of ``carry_bytes`` at most, write its index and return it."""
+    """Cut the files of a prepared folder into carries of ``carry_bytes`` at most, write its index and return it.
+
+    Tasks come first, then the students in their order, so that work can begin before the last carry.
+    """
     files: dict[str, dict] = {}
     carry, room, parts = 0, 0, 0
-    for path in sorted(path for path in (folder / FILES).rglob("*") if path.is_file() and not path.name.startswith(".")):
+    order = [folder / FILES / "tasks", *(folder / FILES / student["folder"] for student in students.values())]
+    paths = [path for place in dict.fromkeys(order) for path in sorted(place.glob("*")) if not path.name.startswith(".")]
+    for path in paths:
         entry = {"size": path.stat().st_size, "sha256": sha256_of(path), "parts": []}
         with path.open("rb") as file:
             while not entry["parts"] or file.tell() < entry["size"]:
