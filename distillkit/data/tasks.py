@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from distillkit.data.corpus import SPLITS, Corpus, CorpusError, named
 from distillkit.data.labels import labelled_rows, whole
 from distillkit.data.rows import dataset_of
+from distillkit.io.checks import check_is
 from distillkit.io.seeds import generator as seeded
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def bootstrap(task: Task, seed: int) -> Task:
 
     Raises `CorpusError` for a task without a training split.
     """
+    check_is("task", task, Task)
     draw = seeded("bootstrap", seed)
     pools = [torch.from_numpy(rows) for rows in task.rows_by_class("train")]
     rows = torch.cat([pool[torch.randint(len(pool), (len(pool),), generator=draw)] for pool in pools]).sort().values

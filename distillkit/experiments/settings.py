@@ -181,7 +181,8 @@ class Data(Settings):
 
     corpus: str = option(REQUIRED, "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
     student: str = option(REQUIRED, "offline:minilm, ..., a folder, or a hub id")
-    trainable: Literal["full", "head", "lora"] | None = option(None, "what trains: full, head or lora")
+    trainable: str | None = option(None, "what trains: full, head, lora, or top:3 for the head and the top three layers",
+                                   pattern=r"^(full|head|lora|top:[1-9]\d*)$")
     text_column: str | None = option(None, "column of the text, if its name is not a usual one")
     label_column: str | None = option(None, "column of the label, if its name is not a usual one")
     limit: Whole | dict[Literal["train", "validation", "test"], Whole] | None = option(
