@@ -30,10 +30,10 @@ def suite(args: argparse.Namespace) -> None:
         for line in scheduler.listed(jobs, args.out):
             say(line)
     elif args.prepare:
-        from distillkit.experiments.prepared import prepare
+        from distillkit.experiments.prepared import corpora_and_students, prepare
 
         tiny = " --tiny" * args.tiny
-        prepare(args.prepare, *scheduler.needed(jobs), rounded=args.float16,
-                command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
+        prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()),
+                rounded=args.float16, command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
     else:
         scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite --minutes {args.minutes:g} --out FOLDER")

@@ -44,9 +44,9 @@ class Notebooks:
         return dataclasses.replace(self, name=f"{self.name}_tiny", options=("--scale", "cpu", "--reduced"),
                                    names=("00_quickstart",), guess=60.0)
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
+    def needs(self) -> list:
         """Nothing that is known beforehand: a notebook names its corpora and models itself."""
-        return [], []
+        return []
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """One for each notebook.

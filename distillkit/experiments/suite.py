@@ -1,7 +1,7 @@
 """A list of jobs in order of value, done as far as some minutes go: for a machine that is at hand for a short time.
 
 A job is a list of *units*: single scores or measurements, each written to ``FOLDER/results`` as soon as it is done.  A unit has
-an expected time: the longest that one of its kind has taken in this folder, else a guess that its job states.  The suite takes
+an expected time: the median of those that its kind has taken in this folder, else a guess that its job states.  The suite takes
 the units in order and does each one that fits into the time that is left.  A unit that would not end in time is left for a
 later call, and a smaller one of less value may come before it.  Learning a set takes long but saves its progress, so it is
 begun with any time left and gone on with by the next call.  Given the folder of an earlier call, the suite does what is
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from distillkit.experiments.results import now, processor
+from distillkit.experiments.settings import Data
 from distillkit.io.checks import check_choice
 from distillkit.io.deadline import Deadline, TimeUp
 from distillkit.io.escaping import one_line, say
@@ -42,6 +43,8 @@ class Unit:
         run: does it; it raises TimeUp at a deadline of its own choice.
         done: whether its result is there.
         divisible: whether it saves its progress where it is cut short.
+        world: what has to be loaded before it, such as a corpus and a student; units of one world share it.
+        load: seconds that loading takes.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Unit:
     run: Callable[[], object]
     done: bool = False
     divisible: bool = False
+    world: str = ""
+    load: float = 0.0
 
 
 class Job(Protocol):
@@ -63,8 +68,8 @@ class Job(Protocol):
         Raises ValueError or an OSError where the job cannot be done here, with the reason.
         """
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """Corpora, as (source, max_length, limit), and students that its units load."""
+    def needs(self) -> list[Data]:
+        """Settings that name the corpora and the students that its units load."""
 
 
 class Times:
@@ -81,7 +86,7 @@ class Times:
         least = 0.0 if unit.divisible else 2 * max(cut, default=0.0)  # it took longer than that
         for kind in unit.kinds:
             if seconds := [total for kinds, total in self._totals(job) if kind in kinds]:
-                return max(least, statistics.mean(seconds) if unit.divisible else max(seconds))
+                return max(least, statistics.median(seconds))  # not the mean: some had to load their world, or stood still
         return max(least, unit.guess)
 
     def _totals(self, job: str) -> Iterator[tuple[list[str], float]]:
@@ -107,16 +112,6 @@ def named(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     return [job for job in jobs if not names or job.name in names]
 
 
-def needed(jobs: Sequence[Job]) -> tuple[list[tuple], list[str]]:
-    """Corpora, as (source, max_length, limit), and students that the jobs load, each once."""
-    corpora, students = [], {}
-    for job in jobs:
-        some, names = job.needs()
-        corpora += [corpus for corpus in some if corpus not in corpora]
-        students |= dict.fromkeys(names)
-    return corpora, list(students)
-
-
 def run(jobs: Sequence[Job], out: Path, deadline: Deadline, command: str = "") -> None:
     """Do what fits before the deadline, and say what was done and what is left.
 
@@ -137,9 +132,11 @@ def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str
     except (ValueError, OSError, ImportError) as error:
         return f"skipped: {one_line(error)}"
     done, cut, reasons = sum(unit.done for unit in units), 0, Counter()
-    earlier = done
+    earlier, worlds = done, set()
     for unit in units:
-        if not unit.done and _fits(times.expected(job.name, unit), unit, deadline):
+        load = 0.0 if unit.world in worlds else unit.load
+        if not unit.done and _fits(times.expected(job.name, unit), load, unit, deadline):
+            worlds.add(unit.world)
             state, reason, seconds = _attempt(unit)
             done, cut = done + (state == "done"), cut + (state == "cut")
             if reason not in reasons:  # what is missing for one is missing for many
@@ -152,8 +149,8 @@ def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str
     return "; ".join([words, *(f"{count} cannot be done here: {reason}" for reason, count in reasons.items())])
 
 
-def _fits(expected: float, unit: Unit, deadline: Deadline) -> bool:
-    return deadline.left() > (min(SLICE, expected) if unit.divisible else MARGIN * expected)
+def _fits(expected: float, load: float, unit: Unit, deadline: Deadline) -> bool:
+    return deadline.left() > MARGIN * load + (min(SLICE, expected) if unit.divisible else MARGIN * expected)
 
 
 def _attempt(unit: Unit) -> tuple[str, str, float]:

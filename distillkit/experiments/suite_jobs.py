@@ -20,9 +20,9 @@ from distillkit.data.load import load_task
 from distillkit.evaluation.selection import ALL_METHODS
 from distillkit.experiments.kinds import KINDS
 from distillkit.experiments.notebooks import Notebooks
-from distillkit.experiments.results import take_up, write
+from distillkit.experiments.results import read, take_up, write
 from distillkit.experiments.runner import CONFIGS, Run
-from distillkit.experiments.settings import Grid, kind_of
+from distillkit.experiments.settings import Data, Grid, kind_of
 from distillkit.experiments.suite import Unit
 from distillkit.io.deadline import Deadline
 
@@ -40,6 +40,7 @@ class Experiment:
         guesses: seconds that a unit of a method takes on one GPU; ``""``: of any other method.
         small: settings that a dry run has instead.
         changes: settings in place of the file's.
+        load: seconds that loading a corpus and a student takes.
     """
 
     name: str
@@ -47,10 +48,11 @@ class Experiment:
     guesses: Mapping[str, float]
     small: Mapping[str, Any]
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    load: float = 15.0
 
     def tiny(self) -> Experiment:
         """The dry run."""
-        return dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, changes=self.small)
+        return dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, load=1.0, changes=self.small)
 
     def settings(self):
         """The settings, and what runs them."""
@@ -63,12 +65,9 @@ class Experiment:
         job, _ = self.settings()
         return job.cells() if isinstance(job, Grid) else {job.name: job}
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """Corpora and students of the cells, each once."""
-        cells = self.cells().values()
-        corpora = [(cell.corpus, cell.max_length, cell.limit) for cell in cells]
-        return [corpus for i, corpus in enumerate(corpora) if corpus not in corpora[:i]], [*dict.fromkeys(
-            cell.student for cell in cells)]
+    def needs(self) -> list[Any]:
+        """The settings of the cells."""
+        return [*self.cells().values()]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every score, cell by cell, set by set.
@@ -97,7 +96,8 @@ class Experiment:
                 unusable[world] = error
                 raise
 
-        places = [(key, row, seed) for key, cell in cells.items() for seed in cell.seeds for row in job.rows]
+        places = [(key, row, seed) for key, cell in cells.items() for seed in cell.seeds for row in job.rows
+                  if seed in cell.seeds_of(row)]
         return [self.unit(cells[place[0]], place, place in done, functools.partial(score, *place)) for place in places]
 
     def unit(self, cell, place: tuple[str, str, int], done: bool, score) -> Unit:
@@ -106,7 +106,7 @@ class Experiment:
         method = row.split("/")[0]
         kinds = (f"{row}, {cell.student}, {cell.corpus}, T = {cell.unroll_steps}", f"{row}, {cell.student}", row)
         return Unit(f"{key}: {row}, set {seed}", kinds, self.guesses.get(method, self.guesses[""]), score, done,
-                    divisible=method not in UNLEARNED)
+                    method not in UNLEARNED, f"{cell.corpus}, {cell.student}", self.load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Benchmark:
         name: of the result.
         student, trainable, steps, repeats: as ``tests/benchmarks/metagrad.py`` takes them.
         small: the student of a dry run.
-        guess: seconds of a unit on one GPU.
+        guess, load: seconds of a unit on one GPU, and of loading the student twice.
     """
 
     name: str
@@ -127,30 +127,32 @@ class Benchmark:
     repeats: int = 3
     steps: tuple[int, ...] = (2, 8)
     guess: float = 8.0
+    load: float = 20.0
 
     def tiny(self) -> Benchmark:
         """The dry run."""
-        return dataclasses.replace(self, name=f"{self.name}_tiny", student=self.small, repeats=1, steps=(1, 2), guess=1.0)
+        return dataclasses.replace(self, name=f"{self.name}_tiny", student=self.small, repeats=1, steps=(1, 2), guess=1.0,
+                                   load=1.0)
 
-    def needs(self) -> tuple[list[tuple], list[str]]:
-        """The corpus; a student of random weights has the tokenizer of MiniLM."""
-        return [("docstrings", 32, None)], ["offline:minilm"]
+    def needs(self) -> list[Data]:
+        """The corpus, and MiniLM: a student of random weights has its tokenizer."""
+        return [Data(name=self.name, corpus="docstrings", student="offline:minilm", max_length=32)]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every contender at every T.
 
         Raises:
             FileNotFoundError: outside a checkout there is no benchmark.
-            ValueError: the result in ``out`` was measured otherwise.
         """
         script, path = _script(), out / "results" / f"{self.name}.json"
         flags = ["--students", self.student, "--trainable", self.trainable, "--repeats", str(self.repeats), "--steps"]
         settings = script.settings_of(script.parser().parse_args([*flags, *map(str, self.steps)]))
         fresh = script.fresh_result("cost", settings) | {"command": command}
-        result = script.taken_up(path, fresh) if path.is_file() else fresh
+        entries = read(path)["entries"] if path.is_file() else []
 
         @functools.cache
         def begun():
+            result = script.taken_up(path, fresh) if path.is_file() else fresh
             run = script.Run(result, path, load_task(settings["corpus"], max_length=settings["length"]), [self.student], None)
             loaded = next(run.entries(), None)
             if loaded is None:
@@ -161,9 +163,9 @@ class Benchmark:
             run, entry, bench = begun()
             script.add_row(run, entry, bench, contender, steps)
 
-        left = {(t, contender.name) for entry in result["entries"] for t, contender in script.missing(entry, settings)}
+        done = {(row["steps"], row["contender"]) for entry in entries for row in entry["rows"]}
         return [Unit(f"{contender.name}, T = {t}", (f"{contender.name}, T = {t}", f"T = {t}"), self.guess,
-                     functools.partial(measure, contender, t), bool(result["entries"]) and (t, contender.name) not in left)
+                     functools.partial(measure, contender, t), (t, contender.name) in done, world=self.student, load=self.load)
                 for t in self.steps for contender in script.CONTENDERS]
 
 
@@ -185,10 +187,10 @@ _SMALL_GRID = _SMALL | {"full_seeds": None, "per_class": 1}
 JOBS = (
     Benchmark("metagrad_gpu_minilm", "offline:minilm", "full", "random:bert-tiny"),
     Benchmark("metagrad_gpu_bert", "random:bert-base", "full", "random:bert-tiny"),
-    Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2),
+    Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2, load=60.0),
     Experiment("gpu_slides", "gpu_slides", {"full": 60.0, "embeddings": 400.0, "": 30.0}, {
         "product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["offline:small-bert"], "corpus": ["docstrings"]},
-        "base": _SMALL_GRID}),
+        "base": {**_SMALL_GRID, "together": True}}),
     Experiment("gpu_instruction_library", "instruction_library", {"full": 60.0, "less": 60.0, "nacd": 120.0, "bptt": 120.0,
                                                                   "": 20.0}, {
         "limit": 40, "max_length": 48, "fraction": 0.1, "seeds": [0, 1], "expert_epochs": 1, "expert_batch": 8,
