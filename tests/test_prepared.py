@@ -244,7 +244,8 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
 
 
 def test_the_command_line_prepares_what_the_jobs_load(standin_hub, tmp_path, monkeypatch, capsys):
-    job = SimpleNamespace(name="small", needs=lambda: ([("rotten_tomatoes", 12, None)], ["bert-base-uncased"]))
+    settings = ClassificationJob(name="small", corpus="rotten_tomatoes", student="bert-base-uncased", max_length=12)
+    job = SimpleNamespace(name="small", needs=lambda: [settings])
     monkeypatch.setattr(suite_jobs, "dry", lambda: (job,))
     folder = tmp_path / "prepared"
     assert main(["suite", "--tiny", "--prepare", str(folder), "--float16", "bert-base-uncased"]) == 0
