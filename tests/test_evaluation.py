@@ -258,6 +258,9 @@ def test_tuned_judges_each_point_on_two_seeds(task, tiny, monkeypatch):
     monkeypatch.setattr(recipes, "worth", lambda *given: seen.append(len(given[-1])) or worth(*given))
     dk.Tuned({"step_size": (1e-3,), "steps": (1, 2)}).plan(a_set(task, tiny)[0], task, tiny)
     assert seen == [len(task.validation)] * 4, "two numbers of steps, two seeds; there are fewer than 300 rows"
+    del seen[:]
+    dk.Tuned({"step_size": (1e-3,), "steps": (1, 2)}, initialisations=1, rows=6).plan(a_set(task, tiny)[0], task, tiny)
+    assert seen == [6] * 2
 
 
 def test_tuned_sees_no_test_row_before_it_has_chosen(task, tiny, monkeypatch):

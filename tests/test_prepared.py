@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 import bare_machine
 import distillkit as dk
 import standin_hub
+from distillkit.cli.main import main
 from distillkit.data.rows import Rows
+from distillkit.experiments import suite_jobs
 from distillkit.experiments.classification import ClassificationJob
 from distillkit.experiments.prepared import corpora_and_students, prepare
-from distillkit.io.prepared import join
-from distillkit.io.storage import StorageError
+from distillkit.io.prepared import join, read_index
+from distillkit.io.storage import StorageError, sealed, unsealed
 
 SCRIPT = Path(bare_machine.__file__)
 CARRY = 100_000  # bytes
@@ -55,7 +58,7 @@ def test_a_bare_machine_computes_the_same_numbers(prepared, arrived, standin_hom
     with standin_hub.patched(standin_home), pytest.MonkeyPatch.context() as patch:
         patch.delenv("DISTILLKIT_PREPARED")
         ordinary = json.loads(json.dumps(bare_machine.results(tmp_path / "ordinary")))
-    assert len(ordinary["experiment"]) == 4 and len(ordinary["classification"]["losses"]) == 3
+    assert ordinary["command"][0] == 0 and len(ordinary["experiment"]) == 4 and len(ordinary["classification"]["losses"]) == 3
     for part in ordinary:
         assert bare[part] == ordinary[part], part
 
@@ -108,10 +111,8 @@ def test_a_joined_file_that_was_damaged_is_joined_again_or_refused(arrived, prep
         dk.load_task(**bare_machine.CORPORA[0])
 
 
-@pytest.mark.parametrize("change", ["missing", "edited", "outside"])
+@pytest.mark.parametrize("change", ["missing", "edited", "outside", "another student", "no task"])
 def test_an_index_is_trusted_only_as_it_was_written(arrived, change):
-    from distillkit.io.storage import sealed, unsealed
-
     path = arrived / "index.json"
     if change == "missing":
         path.unlink()
@@ -119,7 +120,12 @@ def test_an_index_is_trusted_only_as_it_was_written(arrived, change):
         path.write_text(path.read_text().replace("rotten_tomatoes", "potten_romatoes"))
     else:
         index = unsealed(path.read_bytes())
-        index["files"] = {"../outside": next(iter(index["files"].values()))}
+        if change == "outside":
+            index["files"]["../outside"] = next(iter(index["files"].values()))
+        elif change == "another student":
+            index["students"]["bert-base-uncased"]["folder"] = "../../elsewhere"
+        else:
+            index["tasks"][0]["file"] = "tasks/none.safetensors"
         path.write_text(json.dumps(sealed(index)))
     with pytest.raises(StorageError, match=r"index\.json"):
         dk.load_task(**bare_machine.CORPORA[0])
@@ -224,17 +230,29 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
         prepare(tmp_path / "a", [], ["bert-base-uncased"])
 
 
+def test_the_command_line_prepares_what_the_jobs_load(standin_hub, tmp_path, monkeypatch, capsys):
+    job = SimpleNamespace(name="small", needs=lambda: ([("rotten_tomatoes", 12, None)], ["bert-base-uncased"]))
+    monkeypatch.setattr(suite_jobs, "dry", lambda: (job,))
+    folder = tmp_path / "prepared"
+    assert main(["suite", "--tiny", "--prepare", str(folder), "--float16", "bert-base-uncased"]) == 0
+    assert "suite --tiny --minutes 8" in capsys.readouterr().out
+    index = read_index(folder)
+    assert [entry["arguments"]["source"] for entry in index["tasks"]] == ["rotten_tomatoes"]
+    assert index["students"]["bert-base-uncased"]["dtype"] == "float16"
+
+
 def test_preparing_again_replaces_what_was_there(standin_hub, tmp_path):
     for count in (2, 1):
-        prepare(tmp_path / "prepared", bare_machine.CORPORA[:1], bare_machine.STUDENTS[:count])
+        index = prepare(tmp_path / "prepared", [("rotten_tomatoes", 12, None)] * 2, bare_machine.STUDENTS[:count]).index
+    assert [entry["arguments"] for entry in index["tasks"]] == [
+        {"source": "rotten_tomatoes", "max_length": 12, "limit": {}, "seed": 0}]
     assert sorted(path.name for path in (tmp_path / "prepared/files/students").iterdir()) == ["bert-base-uncased"]
 
 
 def test_settings_name_their_corpora_and_students():
     jobs = [ClassificationJob(**bare_machine.JOB | changes) for changes in ({}, {"student": "gpt2"}, {"max_length": 16})]
     corpora, students = corpora_and_students(jobs)
-    assert [corpus["max_length"] for corpus in corpora] == [12, 16] and students == ["bert-base-uncased", "gpt2"]
-    assert corpora[0]["students"] == ["bert-base-uncased", "gpt2"] and corpora[1]["students"] == ["bert-base-uncased"]
+    assert [corpus["max_length"] for corpus in corpora] == [12, 12, 16] and students == ["bert-base-uncased", "gpt2"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

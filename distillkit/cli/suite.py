@@ -32,6 +32,8 @@ def suite(args: argparse.Namespace) -> None:
     elif args.prepare:
         from distillkit.experiments.prepared import corpora_and_students, prepare
 
-        prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()))
+        tiny = " --tiny" * args.tiny
+        prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()),
+                rounded=args.float16, command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
     else:
         scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite --minutes {args.minutes:g} --out FOLDER")

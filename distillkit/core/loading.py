@@ -56,9 +56,10 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
             ``"offline:minilm-l3"``, ``"offline:mpnet"``, ``"offline:smollm2"``, ``"offline:gemma3"``; a local folder in the
             hub's layout; or a hub id.
         task: the :class:`~distillkit.data.tasks.Task` it will learn; it sets kind, classes and longest input.
-        trainable: ``"full"`` (all but the embedding table), ``"head"`` (the layers above the body), or ``"lora"`` (adapters of
-            rank 8 where peft puts them, and a classifier's head).  Default: LoRA for a language model that does not come
-            with the package, as these are large; otherwise full.
+        trainable: ``"full"`` (all but the embedding table), ``"head"`` (the layers above the body), ``"top:3"`` (the head, the
+            top three layers of the body or as many as the number says, and norms above them), or ``"lora"`` (adapters of rank
+            8 where peft puts them, and a classifier's head).  Default: LoRA for a language model that does not come with the
+            package, as these are large; otherwise full.
         dtype: ``"float32"``, ``"float64"`` (for proofs) or ``"bfloat16"``; or ``torch.float32`` and so on.
         device: default: the GPU if there is one.
         weights: ``"pretrained"`` or ``"random"`` (``init`` draws everything but the embedding table).  Default: pretrained, but
@@ -85,6 +86,9 @@ def load_student(source: str | Path, task, *, trainable: str | None = None, dtyp
         fresh_names=head if task.kind == "classification" else frozenset(), table_sha256=table_sha256,
     )
     probe(student, source)
+    if trainable.startswith("top:"):
+        below = _below(student, int(trainable.removeprefix("top:")))
+        student.trained_names = tuple(name for name in trained_names if name not in below)
     require(task.max_length <= max_positions, f"task {task.name!r} has max_length={task.max_length}, but {source!r} has only "
             f"{max_positions} positions; load the task with max_length={max_positions} or less")
     _warn_of_unknown_words(student, task)
@@ -100,7 +104,8 @@ def _checked(source: str, task, trainable: str | None, dtype, weights: str | Non
     if weights is None:
         weights = "random" if source == "offline:small-bert" else "pretrained"
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    check_choice("trainable", trainable, ("full", "head", "lora"))
+    require(isinstance(trainable, str) and re.fullmatch(r"full|head|lora|top:[1-9]\d*", trainable),
+            f"trainable must be 'full', 'head', 'lora' or 'top:' and a number of layers, not {trainable!r}")
     check_choice("dtype", dtype, tuple(DTYPES))
     check_choice("weights", weights, ("pretrained", "random"))
     check_choice("attention", attention, ("eager", "sdpa"))
@@ -144,6 +149,28 @@ def _with_trained_parts(module: Any, kind: str, trainable: str, missing: set[str
         head = frozenset(name for name in names if ".lora_" not in name)
         module.requires_grad_(False)
     return module, tuple(name for name in names if trainable != "head" or name in head), head
+
+
+def _below(student: Student, count: int) -> set[str]:
+    """Names of the parameters that the input of the ``count`` top layers depends on, whatever an architecture calls them.
+
+    These are the lower layers, the embeddings, and what all layers share, such as MPNet's table of distances.
+    """
+    parameters = dict(student.module.requires_grad_(True).named_parameters())
+    ids = torch.tensor([[0, 1]], device=student.device)
+    *states, last = cast("Any", student.module)(input_ids=ids, output_hidden_states=True).hidden_states
+    require(count <= len(states), f"trainable='top:{count}' names more layers than the {len(states)} of {student.name!r}; "
+            "name fewer, or use 'full'")
+
+    def used(hidden: Tensor) -> set[str]:
+        gradients = torch.autograd.grad(hidden.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
+        return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+    below = used(states[-count])
+    require(used(last) - below, f"the layers of {student.name!r} share their weights, so that none can be frozen alone; use "
+            "trainable='full', 'head' or 'lora'")
+    student.module.requires_grad_(False)
+    return below
 
 
 def _with_adapters(module: Any, kind: str, head: frozenset[str]) -> Any:

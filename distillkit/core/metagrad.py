@@ -349,8 +349,8 @@ def suited(student: Student) -> tuple[Callable[[Problem], MetaGradient], str]:
         return Replay(), "its ReLU units make the gradient jump where a difference of gradients steps across a kink"
     if student.dtype == torch.float64:
         return Replay(), "float64 is for proofs, and Replay is exact"
-    exact = "four" if student.trainable == "full" else "three"
-    return ForwardDifference(), f"it costs two gradients a step where an exact product costs {exact}"
+    few, many = {"full": ("two", "four"), "lora": ("two", "three")}.get(student.trainable, ("three", "three and a half"))
+    return ForwardDifference(), f"it costs about {few} gradients a step where an exact product costs {many}"
 
 
 def step_contributions(strategy: Callable[[Problem], MetaGradient], problem: Problem) -> Tensor:

@@ -76,6 +76,8 @@ class Mixture:
         require(callable(self.sampler), f"sampler must be a function of a generator, such as CommonRecipes(), not "
                 f"{self.sampler!r}", TypeError)
         check_number("share", self.share, most=1, without="least")
+        if self.micro_batch is not None:
+            check_whole("micro_batch", self.micro_batch)
         if self.central is None:
             central = getattr(self.sampler, "central", None) or self.sampler(generator("mixture-central", 0))
             object.__setattr__(self, "central", central)

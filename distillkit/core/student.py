@@ -8,9 +8,10 @@ passed (``torch.func.functional_call``).
 The task decides what a student is: a sequence classifier for a classification task; a language model for an instruction
 task, which reads a prompt and is trained on the tokens of the response alone.
 
-The parameters are everything (``"full"``), the head (``"head"``), or low-rank adapters (``"lora"``, through ``peft``; Hu et
-al., 2022), with a classifier's head.  Token look-ups always use the *frozen initial embedding table*: a distilled example
-enters as embeddings and so cannot train the table, and a comparison is fair only if real text does not train it either.
+The parameters are everything (``"full"``), the head (``"head"``), the head and the top layers (``"top:3"``), or low-rank
+adapters (``"lora"``, through ``peft``; Hu et al., 2022), with a classifier's head.  Token look-ups always use the *frozen
+initial embedding table*: a distilled example enters as embeddings and so cannot train the table, and a comparison is fair only
+if real text does not train it either.
 
 Attention is loaded in its ``eager`` form, because the fused kernels have no second derivative (see
 :mod:`distillkit.core.metagrad`).  No list says which architectures can be students: :mod:`distillkit.core.probing` tries a
@@ -50,7 +51,7 @@ class Student:
         embedding: the frozen input embedding table, ``[v, d]``.
         kind: ``"classification"`` or ``"instruction"``, as its task.
         max_positions: longest input in tokens.
-        trainable: ``"full"``, ``"head"`` or ``"lora"``.
+        trainable: ``"full"``, ``"head"``, ``"lora"`` or such as ``"top:3"``.
         weights: ``"pretrained"``: only the head is drawn afresh by :meth:`init`; ``"random"``: everything but the table.
         attention: ``"eager"`` or ``"sdpa"``.
         trained_names, fresh_names: the trained parameters, and those of them that :meth:`init` draws for a classifier.

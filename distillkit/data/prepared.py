@@ -26,6 +26,7 @@ from distillkit.data.tasks import Task
 from distillkit.io.checks import limits_by_split
 from distillkit.io.files import read_file, write_file
 from distillkit.io.prepared import COMMAND, VARIABLE, read_index, whole_file
+from distillkit.io.storage import StorageError
 from distillkit.io.verify import sha256_of
 
 KIND = "prepared-task"
@@ -85,14 +86,21 @@ def write_task(task: Task, path: Path, asked: Mapping, tokenizers: Sequence) -> 
 def read_task(path: Path, asked: Mapping = {}) -> Task:
     """The task in a file that `write_task` wrote, which must be the one of those arguments; raises `StorageError`."""
     stored = read_file(path, kind=KIND, identity=asked)
-    data, splits = stored.data, dict.fromkeys(SPLITS)
+    try:
+        return _task_of(stored.data, stored.tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} holds no task ({error!r}); prepare it again: {COMMAND}") from error
+
+
+def _task_of(data: Mapping, tensors: Mapping[str, Tensor]) -> Task:
+    splits = dict.fromkeys(SPLITS)
     for split in data["splits"]:
-        columns = json.loads(stored.tensors[f"{split}/columns"].numpy().tobytes())
-        if f"{split}/labels" in stored.tensors:
-            columns["label"] = stored.tensors[f"{split}/labels"].tolist()
+        columns = json.loads(tensors[f"{split}/columns"].numpy().tobytes())
+        if f"{split}/labels" in tensors:
+            columns["label"] = tensors[f"{split}/labels"].tolist()
         splits[split] = Rows(columns)
     values = {name: data[name] for name in ("name", "kind", "max_length", "fingerprint", "origin")} | splits
-    cache = _TokenCache(stored.tensors)
+    cache = _TokenCache(tensors)
     if data["kind"] == "classification":
         task = Task(classes=tuple(data["classes"]), **values, _token_ids=cache)
     else:

@@ -62,10 +62,14 @@ class Rows:
         return list(self)
 
 
-def dataset_of(columns: Mapping[str, Sequence]) -> datasets.Dataset | Rows:
-    """The columns as a `datasets.Dataset`, or as :class:`Rows` where `datasets` is not installed."""
+def dataset_of(columns: Mapping[str, Sequence], classes: Sequence[str] = ()) -> datasets.Dataset | Rows:
+    """The columns as a `datasets.Dataset`, or as :class:`Rows` where `datasets` is not installed.
+
+    `classes`: the names of the classes that the columns `text` and `label` are of.
+    """
     try:
         import datasets  # a second to import
     except ImportError:
         return Rows(columns)
-    return datasets.Dataset.from_dict(dict(columns))
+    labelled = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(classes))}
+    return datasets.Dataset.from_dict(dict(columns), features=datasets.Features(labelled) if classes else None)

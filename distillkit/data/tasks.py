@@ -28,6 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from distillkit.data.corpus import SPLITS, Corpus, CorpusError, named
 from distillkit.data.labels import labelled_rows, whole
+from distillkit.data.rows import dataset_of
+from distillkit.io.checks import check_is
 from distillkit.io.seeds import generator as seeded
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ def bootstrap(task: Task, seed: int) -> Task:
 
     Raises `CorpusError` for a task without a training split.
     """
+    check_is("task", task, Task)
     draw = seeded("bootstrap", seed)
     pools = [torch.from_numpy(rows) for rows in task.rows_by_class("train")]
     rows = torch.cat([pool[torch.randint(len(pool), (len(pool),), generator=draw)] for pool in pools]).sort().values
@@ -179,14 +182,11 @@ def task_of_rows(name: str, classes: tuple[str, ...], rows: Mapping[str, Sequenc
     `rows`: {split: (text, label) of each row}, labels as indices into `classes`; the fingerprint is of these and the
     classes alone.
     """
-    import datasets
-
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(classes))})
     content, splits = hashlib.sha256(json.dumps(classes).encode()), {}
     for split in SPLITS:
         texts, labels = [text for text, _ in rows[split]], [label for _, label in rows[split]]
         content.update(json.dumps([split, texts, labels]).encode())
-        splits[split] = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        splits[split] = dataset_of({"text": texts, "label": labels}, classes)
     return Task(name, "classification", classes, **splits, max_length=max_length, origin=origin,
                 fingerprint=content.hexdigest())
 

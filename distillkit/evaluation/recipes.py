@@ -31,7 +31,7 @@ from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import has_accuracy, worth
-from distillkit.io.checks import check_is, check_number, check_whole, require
+from distillkit.io.checks import check_is, check_number, check_whole, check_wholes, require
 from distillkit.io.deadline import Deadline
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
@@ -40,7 +40,6 @@ from distillkit.io.seeds import derive_seed, generator
 GRIDS = {"classification": {"step_size": (3e-5, 1e-4, 3e-4, 1e-3), "steps": (5, 10, 20, 40)},
          "instruction": {"step_size": (3e-4, 1e-3, 3e-3), "steps": (30, 60, 120)}}
 EPOCHS = 3  # passes of the standard recipe
-TUNING_SEEDS, TUNING_ROWS = 2, 300  # initialisations and validation rows that judge a point of a grid
 BATCH, MICRO_BATCH = 32, 16  # 16 examples of like length at a time: less padding
 
 
@@ -171,20 +170,26 @@ class Standard:
 class Tuned:
     """AdamW with the constant step size and the number of steps that score best on the validation split.
 
-    The score of a grid point is the mean of accuracy, or of minus the response loss, over two initialisations (one where the
-    student draws nothing at random).  The initialisations come from their own seed stream.  At most 300 validation rows are
-    scored, balanced over the classes.  Of equal points the one with fewer steps wins, then the one with the smaller step size.
+    The score of a grid point is the mean of accuracy, or of minus the response loss, over the initialisations (one where the
+    student draws nothing at random).  The initialisations come from their own seed stream.  The validation rows are balanced
+    over the classes.  Of equal points the one with fewer steps wins, then the one with the smaller step size.
 
     Args:
         grid: {"step_size": sizes, "steps": numbers of steps}; default: the one of :data:`GRIDS` for the kind of task.
+        initialisations: that each point is tried on.
+        rows: the most validation rows that are scored.
 
     Raises:
         ValueError: a grid without one of its two lists, or a number out of range.
     """
 
     grid: Mapping[str, Sequence] | None = None
+    _: dataclasses.KW_ONLY
+    initialisations: int = 2
+    rows: int = 300
 
     def __post_init__(self):
+        check_wholes(initialisations=self.initialisations, rows=self.rows)
         if self.grid is None:
             return
         lists = isinstance(self.grid, Mapping) and all(isinstance(v, Sequence) and v for v in self.grid.values())
@@ -209,11 +214,11 @@ class Tuned:
 
     def _scores(self, distilled, task: Task, student: Student, grid) -> dict[tuple[int, float], list[float]]:
         """The validation score of each grid point (steps, step size) under each initialisation."""
-        rows = task.balanced_rows("validation", min(TUNING_ROWS, len(task.validation)), generator("tune-rows", 0)).numpy()
+        rows = task.balanced_rows("validation", min(self.rows, len(task.validation)), generator("tune-rows", 0)).numpy()
         scores = collections.defaultdict(list)
         for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
             plan = set_plan(distilled, student, _adamw(max(grid["steps"]), step_size), {}, seed=0)
-            for seed in range(TUNING_SEEDS if student.draws else 1):  # without a draw all runs would be the same
+            for seed in range(self.initialisations if student.draws else 1):  # without a draw all runs would be the same
                 start = student.init(derive_seed("tune-init", seed))
                 # As the step size is constant, one run passes through all step counts of the grid.
                 for steps, params in enumerate(plan.train(student, start), start=1):

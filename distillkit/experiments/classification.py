@@ -99,12 +99,16 @@ class ClassificationCell(Cell):
         return super().training_hash(method, recipe, seed)
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if self.job.together and method == "embeddings":
+        if self.learns_together(method):
             self.learn_with_siblings(method, seed)
         if method != LEARNED_LABELS:
             return super().create(method, seed)
         return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
                            learn=("targets", "step_sizes"))
+
+    def learns_together(self, method: str) -> bool:
+        """Whether a set is learned side by side with the same set of the cells that differ in their seed."""
+        return self.job.together and method == "embeddings"
 
     def _committed(self, row: str) -> Scores:
         path = self.results / f"{self.job.committed}.json"

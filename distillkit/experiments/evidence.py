@@ -10,6 +10,7 @@ the class names alone, ``written.yaml``), the selections ``random``, ``k_center`
 
 Beside them:
 
+* ``published``: another project's sets (``from_text``), set number s for seed s; they were made from other rows than ours.
 * ``chosen sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
 * ``embeddings``: distilled by BPTT; ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
@@ -20,6 +21,7 @@ Beside them:
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,16 +32,18 @@ import pandas as pd
 from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes, text_bytes
 from distillkit.core.distilled import DistilledSet
 from distillkit.data.tasks import Task, bootstrap
+from distillkit.evaluation.recipes import Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accuracy
 from distillkit.evaluation.words import with_teacher_labels
 from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
 from distillkit.experiments.results import by_set, frame, gain, markdown, number, rank_correlation, rounded, spread
-from distillkit.experiments.runner import Cell, Grid, Scores
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
     Experiment,
+    Grid,
     Inner,
     Outer,
     Scoring,
@@ -57,12 +61,12 @@ from distillkit.text.sentences import search_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
 BY_HAND = ("class names", "written")  # texts that read no training row
-CHOSEN, FLOAT16, LOW_RANK = "chosen sentences", "embeddings float16", "embeddings low rank"
+PUBLISHED, CHOSEN, FLOAT16, LOW_RANK = "published", "chosen sentences", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
-    *(f"{method}{labels}/tuned" for method in (*CHEAP, CHOSEN) for labels in ("", TEACHER)),
+    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN) for labels in ("", TEACHER)),
     f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
     f"{FLOAT16}/own", f"{LOW_RANK}/own", *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
     "full/standard",
@@ -80,6 +84,10 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     sentences: int = whole(3000, "real sentences that the search chooses from")
     candidates: int = whole(64, "sentences that are judged per step")
     rank: int = whole(16, "rank of the row 'embeddings low rank'")
+    published: dict[int, str] | None = option(None, "{per_class: file of published sets below $DISTILLKIT_DATA}, JSON lines of "
+                                                    "set (a number), text and label (an index)")
+    tuned_initialisations: int = whole(2, "initialisations that the recipe tuned tries each point of its grid on")
+    tuned_rows: int = whole(300, "validation rows that it scores")
     full_seeds: Seeds = option((0, 1, 2), "fresh initialisations that are trained on the full data, the longest work")
     committed: str | None = option(None, "name of a committed result that committed_rows are taken from, not computed")
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
@@ -89,9 +97,12 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
         method, recipe = row.split("/")
         method = method.removesuffix(TEACHER)
         once = recipe in ("corpus", "standard") and method != "embeddings" or row == f"{method}/tuned" and method in BY_HAND
-        absent = method == "class names" and self.per_class > 1 or method == "written" and self.per_class > written_per_class(
-            self.corpus) or method in (FLOAT16, LOW_RANK) and self.per_class > 1
-        return () if absent else self.seeds[:1] if once else self.seeds
+        most = {"class names": 1, "written": written_per_class(self.corpus), FLOAT16: 1, LOW_RANK: 1}
+        has_none = self.per_class not in (self.published or {}) if method == PUBLISHED else (
+            self.per_class > most.get(method, self.per_class))
+        if has_none:
+            return ()
+        return self.seeds[:1] if once else self.seeds
 
 
 def written_sentences(corpus: str) -> list[list[str]]:
@@ -115,7 +126,7 @@ class EvidenceCell(Cell):
 
     def _of_seed(self, seed: int) -> BootstrapCell:
         cell = BootstrapCell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
-        cell.corpus, cell.notes = self.task, self.notes
+        cell.corpus, cell.notes, cell.deadline = self.task, self.notes, self.deadline
         return cell
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
@@ -132,7 +143,7 @@ class BootstrapCell(ClassificationCell):
     """The sets of one seed, all from the same bootstrap; ``corpus`` is the task that it was drawn from."""
 
     corpus: Task
-    texts, selections = (CHOSEN,), tuple(f"{method}{labels}" for method in CHEAP for labels in ("", TEACHER))
+    texts, selections = (CHOSEN,), tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method in UPPER:
@@ -143,6 +154,15 @@ class BootstrapCell(ClassificationCell):
         if method in (FLOAT16, LOW_RANK):
             scores = [score | {"nbytes": self._stored_bytes(method, seed)} for score in scores]
         return scores, note
+
+    def evaluated(self, distilled: DistilledSet | None, recipe, *args, **options) -> Scores:
+        job = self.job
+        if recipe == "tuned":
+            recipe = Tuned(job.tuned_grid, initialisations=job.tuned_initialisations, rows=job.tuned_rows)
+        return super().evaluated(distilled, recipe, *args, **options)
+
+    def learns_together(self, method: str) -> bool:
+        return False  # all seeds are of one cell
 
     def _upper_line(self, method: str, task: Task, seed: int) -> Scores:
         begun = time.perf_counter()
@@ -159,17 +179,30 @@ class BootstrapCell(ClassificationCell):
     def _set_of(self, method: str, seed: int) -> DistilledSet:
         if method.endswith(TEACHER):
             return with_teacher_labels(self.set_of(method.removesuffix(TEACHER), seed), self.task)
-        if method in BY_HAND:
-            names = self.task.classes
-            lines = [[name] for name in names] if method == "class names" else written_sentences(self.job.corpus)
-            pairs = [(text, name) for name, texts in zip(names, lines, strict=True) for text in texts[: self.job.per_class]]
-            return DistilledSet.from_text(*zip(*pairs, strict=True), self.task, self.student, length=self.job.length,
-                                          soft_labels=False)
+        if method in (*BY_HAND, PUBLISHED):
+            texts, labels = self._published(seed) if method == PUBLISHED else self._by_hand(method)
+            return DistilledSet.from_text(texts, [self.task.classes[label] for label in labels], self.task, self.student,
+                                          length=self.job.length, soft_labels=False)
         if method == FLOAT16:
             return as_float16(self.set_of("embeddings", seed))
         if method == LOW_RANK:
             return low_rank(self.set_of("embeddings", seed), self.job.rank, dtype="float16")
         return super()._set_of(method, seed)
+
+    def _by_hand(self, method: str) -> tuple[list[str], list[int]]:
+        """The texts that read no training row, and their labels."""
+        lines = [[name] for name in self.task.classes] if method == "class names" else written_sentences(self.job.corpus)
+        pairs = [(text, label) for label, texts in enumerate(lines) for text in texts[: self.job.per_class]]
+        return [text for text, _ in pairs], [label for _, label in pairs]
+
+    def _published(self, number: int) -> tuple[list[str], list[int]]:
+        """The texts of a published set, and their labels."""
+        path = Path(os.environ.get("DISTILLKIT_DATA", ""), self.job.published[self.job.per_class])
+        rows = pd.read_json(path, lines=True)
+        rows = rows[rows["set"] == number]
+        if rows.empty:
+            raise FileNotFoundError(f"published: {path} has no set {number}; ask for other seeds")
+        return rows["text"].tolist(), rows["label"].tolist()
 
     def create(self, method: str, seed: int) -> DistilledSet:
         if method != CHOSEN:
@@ -211,13 +244,13 @@ def evidence_table(result: Mapping) -> str:
     compared = {k: [row for row in sets.dropna(how="all").index if _compared(row)] if rivals[k] else []
                 for k, sets in sets_of.items()}
     comparisons = max(1, sum(map(len, compared.values())))
-    lines = []
+    lines, scores = [], frame(result)
     for k, sets in sets_of.items():
-        filled_in = _by_hand_everywhere(sets)
+        paired, of_cell = _by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
-            difference = gain(filled_in, row, rivals[k], comparisons) if row in compared[k] else ""
-            lines.append([str(k), *_described(result, f"per_class={k}", row), _score(result, f"per_class={k}", row, sets),
-                          difference])
+            compressed = result["cells"][f"per_class={k}"]["notes"]["corpus"]["compressed"]
+            described = _described(of_cell[of_cell["row"] == row], compressed)
+            lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
@@ -246,23 +279,19 @@ def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
     return everywhere
 
 
-def _described(result: Mapping, cell: str, row: str) -> list[str | None]:
-    scores = frame(result)
-    first = scores[(scores["cell"] == cell) & (scores["row"] == row)].iloc[0]
-    method, compressed = str(first["method"]), result["cells"][cell]["notes"]["corpus"]["compressed"]
-    same = first.get("same_set_as")
-    if isinstance(same, str):
-        method += f" (the sentences of {same.split(': ')[1].split('/')[0]})"
+def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
+    """Method, recipe, bytes and their share of the compressed corpus, and the score of a row's students."""
+    first = of_row.iloc[0]
+    method, mark = str(first["method"]), ""
+    if isinstance(first.get("same_set_as"), str):
+        mark = f" (the sentences of {first['same_set_as'].split(': ')[1].split('/')[0]})"
+    if isinstance(first.get("committed"), str):
+        mark = f" (committed, {first['committed']})"
     share = None if method in UPPER or method == "full" else f"{first['nbytes'] / compressed:.2%}"
-    return [method, first["recipe"], number(first["nbytes"], ",.0f"), share]
-
-
-def _score(result: Mapping, cell: str, row: str, sets: pd.DataFrame) -> str:
-    scores = frame(result)
-    of_row = scores[(scores["cell"] == cell) & (scores["row"] == row)]
-    count, inits = of_row["set_seed"].nunique(), of_row["init_seed"].nunique()
-    parts = [f"{count} set{'s' * (count > 1)}"] + [f"{inits} initialisations"] * (inits > 1)
-    return f"{spread(sets.loc[row])} ({', '.join(parts)})"
+    of_sets = of_row.groupby("set_seed")["accuracy"].mean()
+    inits = of_row["init_seed"].nunique()
+    counts = f"{len(of_sets)} set{'s' * (len(of_sets) > 1)}" + f", {inits} initialisations" * (inits > 1)
+    return [method + mark, first["recipe"], number(first["nbytes"], ",.0f"), share, f"{spread(of_sets)} ({counts})"]
 
 
 def _corpus_size(result: Mapping) -> str:

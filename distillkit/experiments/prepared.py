@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,6 +33,8 @@ from distillkit.io.storage import Claim, StorageError, absolute, unwritten
 CARRY_BYTES = 44 * MIB  # a call may take 64, of which the project itself is about 16
 LARGEST_CARRY = 60 * MIB
 CARD = "README.md"
+IN_ORDER = ("source", "max_length", "limit")
+WRITES = ("ForCausalLM", "LMHeadModel")  # ends of the names of language models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +46,18 @@ class Prepared:
     skipped: tuple[str, ...]
 
 
-def prepare(folder: str | Path, corpora: Iterable[Mapping], students: Sequence[str], *, rounded: Sequence[str] = (),
-            carry_bytes: int = CARRY_BYTES) -> Prepared:
+def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Sequence[str], *, rounded: Sequence[str] = (),
+            carry_bytes: int = CARRY_BYTES, command: str = "...") -> Prepared:
     """Write the prepared folder, and say what to carry in which call and what to run there.
 
     Args:
-        corpora: the arguments of ``load_task`` for each task, such as ``{"source": "docstrings", "max_length": 32}``; with
-            ``students``, the task is tokenised for these only.
-        students: as ``load_student`` takes them: offline names or hub ids.
+        corpora: the arguments of ``load_task`` for each task, such as ``{"source": "docstrings", "max_length": 32}``, or the
+            source, ``max_length`` and ``limit`` in this order.
+        students: as ``load_student`` takes them: offline names or hub ids.  A task is tokenised for all of them, one of
+            prompts for those that were saved as language models.
         rounded: those whose weights are stored in float16, which halves what is carried; the folder and a warning say so.
         carry_bytes: largest size of a carry, at most 60 MiB.
+        command: what to run there, behind ``python3 -m distillkit``.
 
     Returns:
         what was prepared; a corpus or a student that cannot be had here is left out, with a line that says how to get it.
@@ -70,32 +75,28 @@ def prepare(folder: str | Path, corpora: Iterable[Mapping], students: Sequence[s
         try:
             files, skipped = begin(folder), []
             stored = _store_students(files, list(dict.fromkeys(students)), rounded, skipped)
-            tokenizers = {source: _tokenizer(files, source, entry) for source, entry in stored.items()}
-            tasks = _store_tasks(files, corpora, tokenizers, skipped)
+            tokenizers = [_tokenizer(files, source, entry) for source, entry in stored.items()]
+            asked = [dict(corpus if isinstance(corpus, Mapping) else zip(IN_ORDER, corpus, strict=False)) for corpus in corpora]
+            tasks = _store_tasks(files, asked, tokenizers, skipped)
             require(tasks or stored, f"nothing can be prepared: {'; '.join(skipped) or 'no corpus and no student is named'}")
             kept = {source: entry for source, entry in stored.items() if entry}
             index = finish(folder, tasks=tasks, students=kept, carry_bytes=carry_bytes)
         except OSError as error:
             raise unwritten(folder, error) from error
     prepared = Prepared(folder, index, tuple(skipped))
-    say(report(prepared))
+    say(report(prepared, command))
     return prepared
 
 
 def corpora_and_students(jobs: Iterable[Data]) -> tuple[list[dict], list[str]]:
     """The corpora and the students that experiments of these settings load, for :func:`prepare`."""
-    corpora: dict[str, dict] = {}
-    for job in jobs:
-        corpus = {"source": job.corpus, "max_length": job.max_length, "limit": job.limit, "text_column": job.text_column,
-                  "label_column": job.label_column}
-        readers = corpora.setdefault(repr(corpus), corpus | {"students": []})["students"]
-        readers += [job.student, getattr(job, "target", job.student)]
-    for corpus in corpora.values():
-        corpus["students"] = list(dict.fromkeys(corpus["students"]))
-    return [*corpora.values()], list(dict.fromkeys(student for corpus in corpora.values() for student in corpus["students"]))
+    jobs, of_corpus = list(jobs), ("max_length", "limit", "text_column", "label_column")
+    corpora = [{"source": job.corpus, **{name: getattr(job, name) for name in of_corpus}} for job in jobs]
+    students = [student for job in jobs for student in (job.student, getattr(job, "target", job.student))]
+    return corpora, list(dict.fromkeys(students))
 
 
-def report(prepared: Prepared) -> str:
+def report(prepared: Prepared, command: str) -> str:
     """What to carry in which call, what to run there, and what was left out."""
     folder, sizes = os.path.relpath(prepared.folder), {}
     for entry in prepared.index["files"].values():
@@ -105,7 +106,7 @@ def report(prepared: Prepared) -> str:
     lines = [f"left out: {line}" for line in prepared.skipped]
     lines.append(f"{len(prepared.index['tasks'])} tasks and {len(prepared.index['students'])} students in {folder}, which git "
                  f"must ignore, to be carried in {len(sizes)} calls:")
-    use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit ..."
+    use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit {command}"
     for number, (place, size) in enumerate(sizes.items(), 1):
         lines.append(f"  carry {folder}/{INDEX} {folder}/{place} ({size / MIB:.1f} MiB) and run: "
                      f"{use if number == len(sizes) else 'true'}")
@@ -124,6 +125,7 @@ def _store_students(files: Path, students: Sequence[str], rounded: Sequence[str]
         if source in PACKAGED:
             stored[source] = None
             continue
+        say(f"preparing {source}", error=True)
         try:
             location, dtype = location_of(source), "float16" if source in rounded else "float32"
             if (location, dtype) not in folders:
@@ -162,33 +164,34 @@ def _round(path: Path, target: Path) -> None:
     save_file(tensors, target, {"format": "pt"})
 
 
-def _tokenizer(files: Path, source: str, entry: Mapping | None):
-    """The tokenizer of a student, loaded as it will be loaded there."""
+def _tokenizer(files: Path, source: str, entry: Mapping | None) -> tuple[Any, bool]:
+    """The tokenizer of a student, loaded as it will be loaded there, and whether the student is a language model."""
     location = str(files / entry["folder"]) if entry else location_of(source)
     with model_files.readable(location, installed=True) as clean, model_files.quiet():
         config = transformers.AutoConfig.from_pretrained(clean, **NO_CODE)
         tokenizer = transformers.AutoTokenizer.from_pretrained(clean, config=config, **NO_CODE)
     tokenizer.name_or_path = location
-    return tokenizer
+    return tokenizer, any(name.endswith(WRITES) for name in config.architectures or ())
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _store_tasks(files: Path, corpora: Iterable[Mapping], tokenizers: Mapping, skipped: list[str]) -> list[dict]:
-    """The entries of the tasks in the index; ``tokenizers`` by the names of their students."""
+def _store_tasks(files: Path, corpora: Sequence[dict], tokenizers: Sequence[tuple[Any, bool]],
+                 skipped: list[str]) -> list[dict]:
+    """The entries of the tasks in the index."""
     entries = []
     for number, corpus in enumerate(corpora, 1):
-        options = {name: value for name, value in corpus.items() if name != "students"}
-        asked, readers = arguments(**options), corpus.get("students", tokenizers)
-        require(all(asked != entry["arguments"] for entry in entries), f"corpora names {asked['source']!r} twice with the same "
-                "arguments; name it once")
+        asked, name = arguments(**corpus), f"tasks/{number}.safetensors"
+        if any(asked == entry["arguments"] for entry in entries):
+            continue
+        say(f"preparing {asked['source']}", error=True)
         try:
-            task = load_task(**options)
+            task = load_task(**corpus)
+            readers = [tokenizer for tokenizer, writes in tokenizers if writes or task.kind == "classification"]
+            write_task(task, files / name, asked, readers)
         except CorpusError as error:
             skipped.append(f"{asked['source']}: {one_line(error)}")
-            continue
-        name = f"tasks/{number}.safetensors"
-        write_task(task, files / name, asked, [tokenizers[reader] for reader in readers if reader in tokenizers])
-        entries.append({"file": name, "arguments": asked, "fingerprint": task.fingerprint})
+        else:
+            entries.append({"file": name, "arguments": asked, "fingerprint": task.fingerprint})
     return entries

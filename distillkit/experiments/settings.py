@@ -2,8 +2,8 @@
 
 A part (:class:`Data`, :class:`Size`, :class:`Inner`, :class:`Outer`, ...) holds the settings of one concern.  A kind of
 experiment, and the command line's ``Work``, is a subclass of the parts that it needs.  A field says its type, its limits and
-its help, which flags show too.  pydantic checks the values: whoever builds settings with a bad value gets a ValueError that
-names the setting, the value and what it must be.
+its help, which flags show too.  Values are checked (:mod:`distillkit.experiments.values`): whoever builds settings with a bad
+value gets a ValueError that names the setting, the value and what it must be.
 
 An experiment is described by one such object and takes nothing else, so the file repeats the run.
 """
@@ -19,44 +19,38 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import pydantic
 import yaml
 
-from distillkit.io.checks import check_choice, check_seeds
+from distillkit.experiments.values import Misfit, fitted, within
+from distillkit.io.checks import check_choice
 from distillkit.io.escaping import one_line
 
 LARGEST = 1_000_000  # bytes of a file of settings
 REQUIRED = dataclasses.MISSING
-Whole = typing.Annotated[int, pydantic.Field(strict=True, ge=1)]
-Number = pydantic.StrictInt | pydantic.StrictFloat  # 2 stays 2: the hash of settings tells it from 2.0
+Whole = typing.Annotated[int, ("ge", 1)]
+Number = int | float  # 2 stays 2: the hash of settings tells it from 2.0
+Positive = typing.Annotated[float, ("gt", 0)]
+Seeds = typing.Annotated[tuple[int, ...], ("seeds", True)]
 
 
 def option(default, description: str, **limits) -> Any:
-    """A setting with its help and the limits of its value, as :func:`pydantic.Field` takes them."""
-    return dataclasses.field(default=default, metadata={"description": description, **limits})
+    """A setting with its help and the limits of its value, as :func:`~distillkit.experiments.values.within` takes them."""
+    return dataclasses.field(default=default, metadata={"description": description, "limits": limits})
 
 
 def whole(default, description: str) -> Any:
     """A whole number of at least 1."""
-    return option(default, description, strict=True, ge=1)
+    return option(default, description, ge=1)
 
 
 def positive(default, description: str) -> Any:
     """A number above 0."""
-    return option(default, description, strict=True, gt=0)
+    return option(default, description, gt=0)
 
 
 def filled(default, description: str) -> Any:
     """A list of one or more values."""
-    return option(default, description, min_length=1)
-
-
-def _check_seeds(value, field: pydantic.ValidationInfo):
-    check_seeds(field.field_name, value)
-    return value
-
-
-Seeds = typing.Annotated[tuple[pydantic.StrictInt, ...], pydantic.AfterValidator(_check_seeds)]
+    return option(default, description, least=1)
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -69,36 +63,35 @@ def settings(**defaults) -> Callable[[type], Any]:
                      for field in dataclasses.fields(base)}
         for name, default in defaults.items():
             cls.__annotations__[name] = types[name]
-            setattr(cls, name, option(default, **inherited[name].metadata))
-        cls = pydantic.dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-        cls.__init__ = _with_plain_errors(cls.__init__)
+            setattr(cls, name, dataclasses.field(default=default, metadata=inherited[name].metadata))
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        cls.__init__ = _checking(cls.__init__, dataclasses.fields(cls), types)
         return cls
 
     return decorate
 
 
-def _with_plain_errors(build: Callable[..., None]) -> Callable[..., None]:
-    """``build``, whose errors fit in a line: which setting must be what, and what it is instead."""
+def _checking(build: Callable[..., None], fields: tuple, types: Mapping[str, Any]) -> Callable[..., None]:
+    """``build`` of checked values; the errors say in a line which setting must be what, and what it is instead."""
+    known = {field.name: field for field in fields}
 
     @functools.wraps(build)
-    def build_or_explain(self, **values):
-        try:
-            build(self, **values)
-        except pydantic.ValidationError as error:
-            raise ValueError("; ".join(map(_explained, error.errors()))) from None
+    def check_and_build(self, **values):
+        errors = [f"the setting {name!r} is missing" for name, field in known.items()
+                  if field.default is REQUIRED and name not in values]
+        for name, value in values.items():
+            try:
+                if name not in known:
+                    raise Misfit("not be given: there is no such setting", value)
+                values[name] = fitted(value, types[name])
+                within(values[name], known[name].metadata["limits"])
+            except Misfit as misfit:
+                errors.append(f"{name} must {misfit}")
+        if errors:
+            raise ValueError("; ".join(errors))
+        build(self, **values)
 
-    return build_or_explain
-
-
-def _explained(error: Mapping) -> str:
-    """One of pydantic's errors in words, or the message of an error that a class of settings raised itself."""
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    name = error["loc"][0]
-    if error["type"].startswith("missing"):
-        return f"the setting {name!r} is missing"
-    _, _, demand = error["msg"].removesuffix(", not 0").removesuffix(" after validation").partition(" should ")
-    return f"{name} must {demand or 'not be given: there is no such setting'}, not {reprlib.repr(error['input'])}"
+    return check_and_build
 
 
 @settings()
@@ -106,7 +99,7 @@ class Settings:
     """Base of all settings, which have a ``name``."""
 
     name: str = option(REQUIRED, "run name: letters, digits, '_' and '-'; outputs go to WORK/NAME",
-                       pattern=r"^[\w-]+$", max_length=200)  # file systems take 255 bytes; files beside it need some
+                       pattern=r"^[\w-]+$", most=200)  # file systems take 255 bytes; files beside it need some
 
     @classmethod
     def from_yaml(cls, path: str | Path | None, **flags):
@@ -188,7 +181,8 @@ class Data(Settings):
 
     corpus: str = option(REQUIRED, "docstrings, docstrings_qa, ag_news, ..., a folder, or a hub id")
     student: str = option(REQUIRED, "offline:minilm, ..., a folder, or a hub id")
-    trainable: Literal["full", "head", "lora"] | None = option(None, "what trains: full, head or lora")
+    trainable: str | None = option(None, "what trains: full, head, lora, or top:3 for the head and the top three layers",
+                                   pattern=r"^(full|head|lora|top:[1-9]\d*)$")
     text_column: str | None = option(None, "column of the text, if its name is not a usual one")
     label_column: str | None = option(None, "column of the label, if its name is not a usual one")
     limit: Whole | dict[Literal["train", "validation", "test"], Whole] | None = option(
@@ -264,7 +258,7 @@ class Neighbor(Settings):
     """The neighbour term."""
 
     neighbor_weight: float = option(0.0, "weight of the neighbour term at the end; it grows linearly from 0",
-                                    strict=True, ge=0, allow_inf_nan=False)
+                                    ge=0, finite=True)
 
 
 @settings()
@@ -278,7 +272,7 @@ class Target(Settings):
 class SetSeed(Settings):
     """One seed for every random draw."""
 
-    seed: int = option(0, "seed of every random draw", strict=True)
+    seed: int = option(0, "seed of every random draw")
 
 
 @settings()
@@ -294,7 +288,7 @@ class Recipes(Settings):
 
     standard_steps: int | None = whole(None, "least number of steps of the recipe standard")
     tuned_grid: dict[typing.Literal["step_size", "steps"], tuple[int | float, ...]] | None = option(
-        None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", min_length=2)
+        None, "what the recipe tuned tries: {step_size: [...], steps: [...]}", least=2)
 
 
 @settings()

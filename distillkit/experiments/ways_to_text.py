@@ -37,7 +37,6 @@ import time
 from collections.abc import Mapping
 
 import torch
-from pydantic import PositiveFloat
 
 from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
@@ -56,6 +55,7 @@ from distillkit.experiments.settings import (
     Inner,
     Neighbor,
     Outer,
+    Positive,
     Scoring,
     Search,
     SetSeeds,
@@ -91,7 +91,7 @@ class TextJob(Experiment, Data, Size, Inner, Outer, Search, Neighbor, Target, Se
     label_steps: int = whole(40, "outer steps of relabelling")
     label_unroll_steps: int | None = whole(None, "inner steps of relabelling (default: unroll_steps)")
     label_adamw: float | None = positive(None, "step size of AdamW as inner optimiser of relabelling (default: SGD)")
-    label_rates: tuple[PositiveFloat, PositiveFloat] | None = option(
+    label_rates: tuple[Positive, Positive] | None = option(
         None, "outer learning rates of labels and step sizes in relabelling (default: as in distilling)")
     sentence_steps: int = whole(80, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")

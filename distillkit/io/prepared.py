@@ -49,8 +49,10 @@ def read_index(folder: Path) -> dict:
         index = unsealed(path.read_bytes())
         require((index["format"], index["version"]) == (FORMAT, VERSION), f"it is {index['format']!r}, version "
                 f"{index['version']!r}, and this distillkit reads {FORMAT!r}, version {VERSION}")
-        parts = [part["name"] for entry in index["files"].values() for part in entry["parts"]]
-        require(all(map(_NAME.fullmatch, [*index["files"], *parts])), "it names a file outside of the folder")
+        names = [*index["files"], *(part["name"] for entry in index["files"].values() for part in entry["parts"]),
+                 *(student["folder"] for student in index["students"].values())]
+        require(all(map(_NAME.fullmatch, names)), "it names a file outside of the folder")
+        require({entry["file"] for entry in index["tasks"]} <= index["files"].keys(), "it lacks the file of a task")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{path} cannot be used ({error}); carry it again, or prepare the folder again: {COMMAND} "
                            f"{folder.name}") from error

@@ -38,7 +38,7 @@ LABELS = {
     "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
     "real + learned labels": "real, labels learned", "less": "real, LESS", "sentences": "real, chosen by a judge",
     "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
-    "zero-shot": "no training", "k_means": "real, medoids",
+    "zero-shot": "no training", "k_means": "real, medoids", "keywords": "keywords",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
