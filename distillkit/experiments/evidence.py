@@ -254,7 +254,8 @@ def evidence_table(result: Mapping) -> str:
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
-    note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} comparisons (Bonferroni). "
+    note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} "
+            f"comparison{'s' * (comparisons > 1)} (Bonferroni). "
             f"Best cheap text: {opponents or 'not run'}.{_corpus_size(result)}{_screening(result, sets_of)}")
     return f"{markdown(heads, lines, 'rll')}\n\n{note}"
 
