@@ -252,12 +252,15 @@ def test_sources_of_one_kind(asking):
         assert {row["group"] for split in SPLITS for row in task.split(split)} == {kind}
 
 
-def test_held_out_is_what_models_are_judged_on(asking):
-    held_out, task = builder.held_out(), load_task("docstrings_qa")
-    keys = {split: {same_sentence_key(prompt.split("\n")[1]) for prompt in task.split(split)["prompt"]} for split in SPLITS}
-    assert held_out == keys["validation"] | keys["test"] and not held_out & keys["train"]
+def test_sentence_keys_are_those_of_both_corpora(asking):
+    asked, sentences = load_task("docstrings_qa"), load_task("docstrings")
+    keys = {split: {same_sentence_key(prompt.split("\n")[1]) for prompt in asked.split(split)["prompt"]} for split in SPLITS}
     sizes = [len(keys[split]) for split in SPLITS]
     assert sizes[0] == sum(sizes) * 8 // 10 and abs(sizes[1] - sizes[2]) <= 1
+    for split in SPLITS:
+        keys[split] |= {same_sentence_key(text) for text in sentences.split(split)["text"]}
+        assert builder.sentence_keys(split) == keys[split]
+    assert builder.sentence_keys("validation", "test") == keys["validation"] | keys["test"]
 
 
 @pytest.mark.parametrize("corpus", ["docstrings", "docstrings_qa"])

@@ -62,12 +62,19 @@ def test_a_figure_of_a_committed_result(name):
         assert edges.x0 - 1 <= box.x0 and box.x1 <= edges.x1 + 1 and edges.y0 - 1 <= box.y0 and box.y1 <= edges.y1 + 1
 
 
-def test_bars_of_seeded_results():
-    result = stored("instruction_library")
-    (axes,) = plots.seeded(result, "Which?").axes
-    sets = by_set(result).dropna(how="all")
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([*sets.mean(axis=1)])
-    assert [len(line.get_xdata()) for line in axes.lines] == [*sets.count(axis=1)]
+@pytest.fixture
+def compared():
+    """A result on instruction tuning: two sets of each row, and LESS has not run."""
+    rows = {"zero-shot/none": [0.3, 0.3], "random/standard": [0.6, 0.63], "k_center/standard": [0.61, 0.6], "less/standard": [],
+            "nacd/own": [0.7, 0.68], "nacd text/standard": [0.6, 0.63], "full/standard": [0.8]}
+    return result_of(rows, kind="instruction")
+
+
+def test_bars_of_seeded_results(compared):
+    (axes,) = plots.seeded(compared, "Which?").axes
+    sets = by_set(compared).dropna(how="all")
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.3, 0.615, 0.605, 0.69, 0.615, 0.8])
+    assert [len(line.get_xdata()) for line in axes.lines] == [*sets.count(axis=1)] == [2, 2, 2, 2, 2, 1]
     assert "distilled, NACD (own)" in [label.get_text() for label in axes.get_yticklabels()]
 
 
@@ -86,17 +93,19 @@ def test_a_grid_of_texts_has_a_panel_a_corpus():
     assert [round(x) for x in second.lines[0].get_xdata()] == [1], "at its own size"
 
 
-def test_differences_are_paired_with_their_intervals():
-    result = stored("instruction_library")
-    result["scores"] = [score for score in result["scores"] if score["row"] != "less/standard"]
-    (axes,) = plots.differences(result).axes
+def test_differences_are_paired_with_their_intervals(compared):
+    (axes,) = plots.differences(compared).axes
     assert len(axes.containers) == 2, "LESS has not run"
     line, _, (bars,) = axes.containers[0].lines
-    sets = by_set(result).dropna(how="all")
-    for place, name in enumerate(name for name in sets.index if name.startswith(("nacd", "bptt"))):
-        mean, half = paired_difference(sets, name, "random/standard")
-        assert line.get_xdata()[place] == pytest.approx(mean)
+    for place, name in enumerate(("nacd/own", "nacd text/standard")):
+        mean, half = paired_difference(by_set(compared), name, "random/standard")
+        assert line.get_xdata()[place] == pytest.approx(mean) == pytest.approx([0.075, 0][place])
         assert bars.get_segments()[place][:, 0] == pytest.approx([mean - half, mean + half])
+
+
+def test_no_differences_where_no_set_was_learned(compared):
+    compared["scores"] = [score for score in compared["scores"] if not score["method"].startswith("nacd")]
+    assert all(not len(container.lines[0].get_xdata()) for container in plots.differences(compared).axes[0].containers)
 
 
 def test_the_cost_of_a_meta_gradient_against_its_steps():

@@ -1,8 +1,11 @@
-"""Pre-training: no question of the test split is read, runs repeat and resume to the bit, and what is written loads."""
+"""Pre-training: no sentence of the corpora is read, runs repeat and resume to the bit, and what is written loads."""
 
+import importlib.metadata
 import itertools
 import json
+import re
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -11,12 +14,15 @@ import transformers
 import distillkit as dk
 from distillkit.assets import pretrain
 from distillkit.assets.pretrain import Text, documents, encode, fresh_model, token_stream, train, write
+from distillkit.data.docstrings import ALIASES, LIBRARIES, same_sentence_key
 from distillkit.io import packaged as packaged_models
 from distillkit.io.packaged import FILES, AssetError, asset
 
 NAMES = ["tiny-opt", "tiny-llama"]
 STEPS, BATCH = 4, 256
-FACTS = {"docstrings": 240, "kept": 240, "held_out": {"sentences": 0, "sha256": ""}, "libraries": {"alpha": "1.0"}}
+FACTS = {"docstrings": 240, "kept": 240, "characters": 9, "libraries": {"alpha": "1.0"},
+         "held_out": {"sentences": 0, "sha256": ""}, "training": {"sentences": 0, "sha256": ""}}
+NAMES_OF_LIBRARIES = "|".join(LIBRARIES) + rf"|(^|[._])({'|'.join(ALIASES)})($|[._])"
 TEXTS = ["Compute x_2[10] via alpha.fit.", "two  spaces\nand a new line", "  in front", "é α 漢 🙂", "tab\there </s> <pad>"]
 
 
@@ -55,15 +61,20 @@ def opt(text, tmp_path):
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_docstring_is_read_in_full_and_as_its_masked_first_sentence():
-    docstring = "Turn a pandas object\n    into rows.\n\nParameters\n----------\nx : int\n    The ``input``."
+def test_a_docstring_is_read_in_full_and_as_the_first_sentences_of_its_paragraphs():
+    docstring = ("Turn a pandas object\n    into rows.\n\nParameters\n----------\nx : int\n    The ``input``.\n\n"
+                 "The order of ``rows`` is kept. So are their names.")
     text = documents({"alpha.turn": docstring, "alpha.bare": "No."}, frozenset())
     assert text.train == [
         ("alpha.bare\nNo.", 1),
-        ("alpha.turn\nTurn a pandas object into rows.\nParameters\nx : int The ``input``.", 1),
+        ("alpha.turn\nTurn a pandas object into rows.\nParameters\nx : int The ``input``.\n"
+         "The order of ``rows`` is kept. So are their names.", 1),
         ("alpha.turn: Turn a library object into rows.", 1),
         ("Turn a library object into rows. -- alpha.turn", 2),
         ("Turn a library object into rows. -> turn (alpha)", 1),
+        ("alpha.turn: The order of rows is kept.", 1),
+        ("The order of rows is kept. -- alpha.turn", 2),
+        ("The order of rows is kept. -> turn (alpha)", 1),
     ]
     assert text.validation == [] and text.facts["docstrings"] == text.facts["kept"] == 2
 
@@ -91,6 +102,71 @@ def test_a_held_out_sentence_is_read_nowhere(docstring):
 def test_held_out_sentences_are_compared_with_names_masked():
     held_out = frozenset({"turn a library object into rows"})
     assert documents({"alpha": "See below for more of it. Turn a pandas object into rows."}, held_out).train == []
+
+
+@pytest.mark.parametrize("docstring", [
+    "Sum all the values here.\n\nThe order of the rows is kept.",
+    "Sum ``all`` the values\n    here. A second sentence goes with it.\n\nThe order of the rows is kept.",
+])
+def test_of_a_training_sentence_the_other_paragraphs_are_read(docstring):
+    text = documents({"alpha.sum": docstring}, frozenset(), frozenset({"sum all the values here"}))
+    assert [document for document, _ in text.train] == [
+        "alpha.sum\nThe order of the rows is kept.", "alpha.sum: The order of the rows is kept.",
+        "The order of the rows is kept. -- alpha.sum", "The order of the rows is kept. -> sum (alpha)"]
+
+
+def test_a_training_sentence_in_a_later_paragraph_is_not_read():
+    docstring = "The order of the rows is kept.\n\nSum all the values here."
+    text = documents({"alpha.sum": docstring}, frozenset(), frozenset({"sum all the values here"}))
+    assert [document.partition("\n")[0] for document, _ in text.train] == [
+        "alpha.sum: The order of the rows is kept.", "The order of the rows is kept. -- alpha.sum",
+        "The order of the rows is kept. -> sum (alpha)"]
+
+
+def sentences_in(texts, keys):
+    """Which of the keys stand in one of the texts, as a plain search for strings finds them."""
+    shortest, beginnings, hits = min(map(len, keys)), defaultdict(list), set()
+    for key in keys:
+        beginnings[key[:shortest]].append(f"{key} ")
+    for text in texts:
+        tokens = re.findall(r"[a-z0-9_.]+", re.sub(r":[a-z:]+:`", " ", text.lower()))
+        named = ["library" if re.search(NAMES_OF_LIBRARIES, token) else token for token in tokens]
+        words = " ".join(re.findall(r"[a-z]+", " ".join(named))) + " "
+        for place in [0, *(space.end() for space in re.finditer(" ", words))]:
+            hits |= {key for key in beginnings.get(words[place : place + shortest], ()) if words.startswith(key, place)}
+    return hits
+
+
+def test_no_sentence_of_the_corpora_is_read_in_any_disguise():
+    disguises = ("{}", "Text of its own comes first. {}", "Text of its own comes first.\n\n{}\n\nMore of it follows.",
+                 "Text of its own comes first: {} and goes on.", "See the ``notes`` first.\n\nNotes\n-----\n{}")
+    docstrings, keys = {}, []
+    for number, (one, two, three) in enumerate(itertools.product("abcdefg", repeat=3)):
+        sentence = f"Turn {one} into {two} and {three} of a pandas :class:`Frame` with *rows*."
+        docstrings[f"alpha.f{number}"] = disguises[number % 5].format(sentence)
+        keys.append(f"turn {one} into {two} and {three} of a library frame with rows")
+    assert len(sentences_in(docstrings.values(), keys)) == len(docstrings) == 343
+    text = documents(docstrings, frozenset(keys[:100]), frozenset(keys[100:200]))
+    read = [document for document, _ in text.train] + text.validation
+    assert sentences_in(read, keys) == {f"{key} " for key in keys[200:]}
+    assert not any(re.search(r"alpha\.f\d\d?\b", document) for document in read), "of the first hundred nothing is read"
+
+
+@pytest.mark.slow
+def test_no_sentence_of_the_corpora_is_in_what_the_packaged_models_read():
+    """The text of the record is the text that is searched, so this is about the models and not about the code."""
+    records = [json.loads((asset(name) / "training.json").read_text()) for name in NAMES]
+    installed = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    if any(record["text"]["libraries"] != installed for record in records):
+        pytest.skip("the text of other versions of the libraries is another text")
+    text = pretrain.library_documents()
+    read = [f"{count} {document}" for document, count in text.train] + text.validation
+    assert {record["settings"]["text"] for record in records} == {pretrain._digest(read)}
+    keys = {same_sentence_key(row["prompt"].split("\n")[1]) for split in ("train", "validation", "test")
+            for row in dk.load_task("docstrings_qa").split(split)}
+    keys |= {same_sentence_key(row["text"]) for split in ("train", "validation", "test")
+             for row in dk.load_task("docstrings").split(split)}
+    assert len(keys) > 20_000 and not sentences_in(read, keys)
 
 
 def test_validation_documents_are_a_few_and_share_no_first_sentence_with_the_others():

@@ -7,9 +7,11 @@ here, each within the hour on one CPU thread:
 
     python -m distillkit.assets.pretrain tiny-opt
 
-*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.docstrings`.  A pass reads each once under its
-dotted path, and several times as its first sentence next to that path, which is the knowledge that later questions ask
-for.  A docstring that contains a sentence of the questions' validation or test split is left out altogether.
+*What they read.*  The docstrings of the libraries of :mod:`distillkit.data.docstrings`, without every sentence that the
+corpora there hold, so that no score measures memory.  A docstring with a sentence of a validation or test split is left
+out altogether.  Where the first sentence is one of a training split, its paragraph is left out.  A pass reads what remains
+once under its dotted path, and the first sentence of each remaining paragraph several times next to that path.  So the
+models know what a library speaks of, and were never shown a sentence that is asked about.
 
 *How.*  `transformers.Trainer` with AdamW and a cosine that falls to 0.  Documents follow each other without padding.  The
 first three quarters are read in rows of 128 tokens and the rest in rows of 256, as BERT's training was split (Devlin et
@@ -28,7 +30,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from distillkit.data import docstrings as sources
-from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key
+from distillkit.data.docstrings import first_sentence, mask_libraries, same_sentence_key, without_markup
 from distillkit.io.checks import check_whole
 from distillkit.io.escaping import one_line, say
 from distillkit.io.packaged import ASSETS, FILES, MANIFEST, AssetError
@@ -49,7 +51,7 @@ from distillkit.io.storage import save_text
 from distillkit.io.verify import sha256_of
 
 LONGEST = 1000  # characters of a docstring
-# Short forms of a docstring, and how often each is read in a pass.
+# Short forms of a sentence, and how often each is read in a pass.
 FORMS = {"{path}: {sentence}": 1, "{sentence} -- {path}": 2, "{sentence} -> {name} ({module})": 1}
 LENGTHS, LONG_ROWS_FROM = (128, 256), 0.75  # tokens in a row, and the share of the run that has short rows
 PEAK, WARMUP = 2e-3, 0.03  # learning rate, and the share of the run in which it rises
@@ -69,61 +71,77 @@ class Text(NamedTuple):
     facts: dict
 
 
-def documents(docstrings: Mapping[str, str], held_out: frozenset[str]) -> Text:
+def documents(docstrings: Mapping[str, str], held_out: frozenset[str], training: frozenset[str] = frozenset()) -> Text:
     """What a model reads of ``docstrings`` (dotted path → docstring).
 
-    A docstring is left out if a sentence of ``held_out`` (keys of :func:`same_sentence_key`) occurs in it, even inside
-    another sentence.  One docstring in a hundred, by the hash of its first sentence, is for validation.
+    No document contains a sentence of ``held_out`` or ``training`` (keys of :func:`same_sentence_key`), even inside another
+    sentence.  A docstring with a sentence of ``held_out`` is left out altogether, and one whose first sentence is of
+    ``training`` loses its first paragraph.  One docstring in a hundred, by the hash of its first sentence, is for validation.
     """
     train, validation, count = [], [], 0
-    occurs = _finder(held_out)
+    is_held_out, is_asked = _finder(held_out), _finder(held_out | training)
     for path, docstring in progress(sorted(docstrings.items()), desc="reading docstrings", leave=False):
-        sentence, (module, _, name) = first_sentence(docstring), path.rpartition(".")
-        if same_sentence_key(sentence or "") in held_out or occurs(docstring):
+        sentence = first_sentence(docstring)
+        if is_held_out(sentence or "") or is_held_out(docstring):
             continue
-        count += 1
-        read = [(f"{path}\n{_plain(docstring)}", 1)]
-        if sentence and module:
-            read += [(form.format(path=path, sentence=sentence, name=name, module=module), copies)
-                     for form, copies in FORMS.items()]
+        paragraphs = re.split(r"\n\s*\n", docstring.strip())[is_asked(sentence or "") :]
+        read = [(document, copies) for document, copies in _forms(path, paragraphs) if not is_asked(document)]
+        count += bool(read)
         if derive_seed("pretrain-validation", same_sentence_key(sentence or docstring)) % 100 == 0:
             validation += [document for document, _ in read]
         else:
             train += read
     return Text(train, validation, {
         "docstrings": len(docstrings), "kept": count, "characters": sum(len(text) for text, _ in train),
-        "held_out": {"sentences": len(held_out), "sha256": _digest(sorted(held_out))}})
+        **{name: {"sentences": len(keys), "sha256": _digest(sorted(keys))}
+           for name, keys in (("held_out", held_out), ("training", training))}})
 
 
 def library_documents() -> Text:
-    """:func:`documents` of the installed libraries, without the sentences that questions will judge it on."""
+    """:func:`documents` of the installed libraries, without the sentences of the corpora that are made of them."""
     docstrings = {}
     for library in progress(sources.LIBRARIES, desc="parsing libraries", leave=False):
         docstrings |= sources.documented(library)
-    text = documents(docstrings, sources.held_out())
+    text = documents(docstrings, sources.sentence_keys("validation", "test"), sources.sentence_keys("train"))
     text.facts["libraries"] = {library: importlib.metadata.version(library) for library in sources.LIBRARIES}
     return text
 
 
-def _finder(held_out: frozenset[str]):
-    """A function that says whether one of these keys occurs in a docstring as a run of words, names masked."""
-    keys = defaultdict(list)  # by their first words, or it would compare every key at every word
-    for key in held_out:
-        words = key.split()
-        keys[tuple(words[:4])].append(words)
-    sizes = {*map(len, keys)}
+def _forms(path: str, paragraphs: list[str]) -> Iterator[tuple[str, int]]:
+    """The documents of a docstring, each with its copies: its paragraphs, and the first sentence of each in short forms."""
+    if text := _plain(paragraphs):
+        yield f"{path}\n{text}", 1
+    module, _, name = path.rpartition(".")
+    for sentence in dict.fromkeys(filter(None, map(first_sentence, paragraphs if module else ()))):
+        for form, copies in FORMS.items():
+            yield form.format(path=path, sentence=sentence, name=name, module=module), copies
 
-    def occurs(docstring: str) -> bool:
-        words = same_sentence_key(mask_libraries(re.sub(r":[\w:+-]+:(?=`)", "", docstring))).split()
-        return any(words[i : i + len(key)] == key for i in range(len(words)) for size in sizes
-                   for key in keys.get(tuple(words[i : i + size]), ()))
+
+def _finder(keys: frozenset[str]) -> Callable[[str], bool]:
+    """A function that says whether one of these keys occurs in a text as a run of words, names masked.
+
+    It looks at the text with markup and without: a link with a title holds words that no sentence has.
+    """
+    sentences = defaultdict(list)  # by their first words, or it would compare every key at every word
+    for key in keys:
+        words = key.split()
+        sentences[tuple(words[:4])].append(words)
+    sizes = {*map(len, sentences)}
+
+    def occurs(text: str) -> bool:
+        for plain in {re.sub(r":[\w:+-]+:(?=`)", "", text), without_markup(text)}:
+            words = same_sentence_key(mask_libraries(plain)).split()
+            if any(words[i : i + len(sentence)] == sentence for i in range(len(words)) for size in sizes
+                   for sentence in sentences.get(tuple(words[i : i + size]), ())):
+                return True
+        return False
 
     return occurs
 
 
-def _plain(docstring: str) -> str:
+def _plain(paragraphs: list[str]) -> str:
     """Paragraphs as lines, rules under headings taken off, cut after a word at ``LONGEST`` characters."""
-    paragraphs = re.split(r"\n\s*\n", re.sub(r"([-=~^*])\1{2,}", "", docstring))
+    paragraphs = re.split(r"\n\s*\n", re.sub(r"([-=~^*])\1{2,}", "", "\n\n".join(paragraphs)))
     text = "\n".join(line for paragraph in paragraphs if (line := " ".join(paragraph.split())))
     return text if len(text) <= LONGEST else re.sub(r"\s+\S*$", "", text[:LONGEST])
 
@@ -324,11 +342,12 @@ one architecture can be tried on another on a machine that reaches no model hub.
 
 ## Text
 
-{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries}. Each was read under its dotted \
-path, cut at {LONGEST:,} characters; and its first sentence, library names masked, was read {sum(FORMS.values())} times \
-more, next to its name and path. Left out were all docstrings in which one of the {text["held_out"]["sentences"]:,} first \
-sentences of the validation and test split of `docstrings_qa` occurs; those of its training split were read. \
-One docstring in a hundred was kept for the validation loss.
+{text["kept"]:,} of the {text["docstrings"]:,} docstrings of {libraries} were read in part. What remained of each was \
+read under its dotted path, cut at {LONGEST:,} characters; and the first sentence of each of its paragraphs, library names \
+masked, was read {sum(FORMS.values())} times more, next to its name and path. No sentence of `docstrings` or \
+`docstrings_qa` was read, of any split: a docstring with one of the {text["held_out"]["sentences"]:,} sentences of the \
+validation and test splits was left out, and so were paragraphs with one of the {text["training"]["sentences"]:,} of the \
+training splits. One docstring in a hundred was kept for the validation loss.
 
 ## Training
 

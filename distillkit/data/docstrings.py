@@ -33,6 +33,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,14 @@ def docstrings_qa(source: str = "docstrings_qa") -> Corpus:
     return Corpus(source, None, splits, f"questions about the docstrings of installed libraries: {origin}", "prompts")
 
 
-def held_out() -> frozenset[str]:
-    """The `same_sentence_key`s of what pre-training must leave out: the sentences that `docstrings_qa` judges models on.
+def sentence_keys(*splits: str) -> frozenset[str]:
+    """The `same_sentence_key`s of the sentences that the two corpora hold in those splits.
 
-    That is its test split, and its validation split too, or settings would be chosen on questions whose answer was read.
+    Pre-training leaves them out. Settings are chosen on validation rows, so what is read there counts as much as in test.
     """
-    splits = docstrings_qa().splits
-    return frozenset(same_sentence_key(text.split("\n")[1]) for name in ("validation", "test") for text in splits[name].texts)
+    questions, sentences = docstrings_qa().splits, docstring_corpus().splits
+    return frozenset(same_sentence_key(text) for split in splits
+                     for text in [*sentences[split].texts, *(prompt.split("\n")[1] for prompt in questions[split].texts)])
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -202,8 +204,7 @@ def first_sentence(docstring: str) -> str | None:
     text = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     if NO_SENTENCE.search(text):
         return None
-    for markup, plain in MARKUP:
-        text = re.sub(markup, plain, text)
+    text = without_markup(text)
     text = mask_libraries(SENTENCE_END.split(" ".join(text.split()), maxsplit=1)[0])
     letters = [len(word) for word in re.findall(r"[A-Za-z]{2,}", text)]
     is_plain = not re.search(r"`|:\w+:|://", text)  # no broken markup
@@ -211,15 +212,23 @@ def first_sentence(docstring: str) -> str | None:
     return text if is_plain and is_prose else None
 
 
+def without_markup(text: str) -> str:
+    """`text` without roles, the targets of links, and signs of emphasis."""
+    for markup, plain in MARKUP:
+        text = re.sub(markup, plain, text)
+    return text
+
+
 def mask_libraries(text: str) -> str:
     """`text` with each word or dotted path that names one of the libraries, or a usual alias, replaced by `library`."""
+    return re.sub(r"[A-Za-z0-9_.]+", lambda match: _masked(match[0], LIBRARIES), text)
 
-    def masked(match: re.Match) -> str:
-        word = match[0].lower()
-        is_name = any(library in word for library in LIBRARIES) or not ALIASES.isdisjoint(re.split(r"[._]", word))
-        return MASK + "." * word.endswith(".") if is_name else match[0]
 
-    return re.sub(r"[A-Za-z0-9_.]+", masked, text)
+@cache  # a million words are looked at, few of them different
+def _masked(word: str, libraries: tuple[str, ...]) -> str:
+    name = word.lower()
+    is_name = any(library in name for library in libraries) or not ALIASES.isdisjoint(re.split(r"[._]", name))
+    return MASK + "." * name.endswith(".") if is_name else word
 
 
 def same_sentence_key(text: str) -> str:

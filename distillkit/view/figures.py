@@ -320,14 +320,14 @@ def differences(result: Mapping) -> Figure:
     learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
     figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
     for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
-        means, halves = np.array([paired_difference(sets, name, other) for name in learned]).T
+        means, halves = np.reshape([paired_difference(sets, name, other) for name in learned], (-1, 2)).T
         axes.errorbar(
             means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt="o", ms=5, capsize=3,
             color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
         )  # of a single set there is no interval
     axes.axvline(0, color="black", lw=1, ls=":")
     axes.set_yticks(range(len(learned)), [_row_label(name) for name in learned], fontsize=9)
-    axes.set(xlabel="difference of accuracy at the same seed (95 % interval)", ylim=(len(learned) - 0.5, -0.5))
+    axes.set(xlabel="difference of accuracy at the same seed (95 % interval)", ylim=(max(1, len(learned)) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9)
     return figure
