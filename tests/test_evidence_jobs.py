@@ -64,7 +64,7 @@ def cell(finished, standin_home):
 
 
 def test_which_sets_are_scored(finished):
-    """Texts that read no training row and classifiers of the corpus as it is are one set, everything else one for each seed."""
+    """What does not depend on the drawn rows is one set, everything else one for each seed."""
     _, result = finished
     scores = frame(result)
     for (_, row), of_row in scores.groupby(["cell", "row"]):

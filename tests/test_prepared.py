@@ -24,20 +24,20 @@ from distillkit.io.prepared import join, read_index
 from distillkit.io.storage import StorageError, sealed, unsealed
 
 SCRIPT = Path(bare_machine.__file__)
-CARRY = 100_000  # bytes
+UPLOAD = 100_000  # bytes
 
 
 @pytest.fixture(scope="module")
 def prepared(standin_home, tmp_path_factory):
-    """A prepared folder of stand-ins, in many carries, and what was said."""
-    folder = tmp_path_factory.mktemp("lent") / "prepared"
+    """A prepared folder of stand-ins, in many uploads, and what was said."""
+    folder = tmp_path_factory.mktemp("bare") / "prepared"
     with standin_hub.patched(standin_home):
-        return prepare(folder, bare_machine.CORPORA, bare_machine.STUDENTS, carry_bytes=CARRY)
+        return prepare(folder, bare_machine.CORPORA, bare_machine.STUDENTS, upload_bytes=UPLOAD)
 
 
 @pytest.fixture
 def arrived(prepared, tmp_path, monkeypatch):
-    """What was carried to another machine: no whole file; the stand-in hub is not there."""
+    """What was uploaded to another machine: no whole file; the stand-in hub is not there."""
     folder = tmp_path / "prepared"
     shutil.copytree(prepared.folder, folder, ignore=shutil.ignore_patterns("files", ".*"))
     monkeypatch.setenv("DISTILLKIT_PREPARED", str(folder))
@@ -65,18 +65,31 @@ def test_a_bare_machine_computes_the_same_numbers(prepared, arrived, standin_hom
 
 def test_carries_are_as_small_as_asked_and_listed(prepared):
     listed = {part["name"]: part["size"] for entry in prepared.index["files"].values() for part in entry["parts"]}
-    carries = [path for path in prepared.folder.iterdir() if path.name.startswith("carry-")]
-    assert len(carries) > 2
-    for carry in carries:
-        sizes = {f"{carry.name}/{path.name}": path.stat().st_size for path in carry.iterdir()}
-        assert sum(sizes.values()) <= CARRY and sizes.items() <= listed.items()
+    uploads = [path for path in prepared.folder.iterdir() if path.name.startswith("upload-")]
+    assert len(uploads) > 2
+    for upload in uploads:
+        sizes = {f"{upload.name}/{path.name}": path.stat().st_size for path in upload.iterdir()}
+        assert sum(sizes.values()) <= UPLOAD and sizes.items() <= listed.items()
     assert any(len(parts(prepared, name)) > 1 for name in prepared.index["files"])
+
+
+def test_work_can_begin_before_the_last_upload(prepared, arrived):
+    """Tasks come first, then the students in the order in which they were asked for."""
+    bert, opt = "students/bert-base-uncased/model.safetensors", "students/facebook--opt-1.3b/model.safetensors"
+    students = [parts(prepared, name)[-1] for name in (bert, opt)]
+    assert parts(prepared, "tasks/4.safetensors") < students[:1] and students == sorted(students)
+    for name in parts(prepared, opt):
+        (arrived / name).unlink()
+    task = dk.load_task(**bare_machine.CORPORA[0])
+    assert dk.load_student("bert-base-uncased", task).name == "bert-base-uncased"
+    with pytest.raises(FileNotFoundError, match="upload-"):
+        dk.load_student("facebook/opt-1.3b", task)
 
 
 def test_whole_files_stay_when_their_parts_are_gone(prepared, arrived):
     assert len(join(arrived)) == len(prepared.index["files"])
-    for carry in arrived.glob("carry-*"):
-        shutil.rmtree(carry)
+    for upload in arrived.glob("upload-*"):
+        shutil.rmtree(upload)
     task = dk.load_task(**bare_machine.CORPORA[0])
     assert isinstance(task.train, Rows) and dk.load_student("bert-base-uncased", task).embedding.shape[1] == 32
 
@@ -92,7 +105,7 @@ def test_a_part_that_is_not_the_right_one_is_named(prepared, arrived, change):
     else:
         shutil.copyfile(other, path)
     task = dk.load_task(**bare_machine.CORPORA[0])
-    with pytest.raises(StorageError, match=name.split("/")[0]) as refused:
+    with pytest.raises(FileNotFoundError if change == "missing" else StorageError, match=name.split("/")[0]) as refused:
         dk.load_student("bert-base-uncased", task)
     assert name in str(refused.value)
     assert not (arrived / "files" / "students/bert-base-uncased/model.safetensors").exists()
@@ -107,7 +120,7 @@ def test_a_joined_file_that_was_damaged_is_joined_again_or_refused(arrived, prep
     assert path.read_bytes() == content
     path.write_bytes(content[:-1] + b"?")
     (arrived / parts(prepared, "tasks/1.safetensors")[0]).unlink()
-    with pytest.raises(StorageError, match="carry"):
+    with pytest.raises(FileNotFoundError, match="upload-1"):
         dk.load_task(**bare_machine.CORPORA[0])
 
 
@@ -211,7 +224,7 @@ def test_what_cannot_be_had_is_left_out_and_said(standin_hub, tmp_path, monkeypa
     printed = capsys.readouterr().out
     assert "distillkit fetch offline:mpnet" in printed and "no_such_corpus" in printed
     assert len(done.skipped) == 2 and len(done.index["tasks"]) == len(done.index["students"]) == 1
-    assert "carry-1" in printed and "DISTILLKIT_PREPARED" in printed
+    assert "upload-1" in printed and "DISTILLKIT_PREPARED" in printed
 
 
 def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
@@ -219,8 +232,8 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
         prepare(tmp_path / "a", [], [])
     with pytest.raises(ValueError, match="rounded"):
         prepare(tmp_path / "a", [], ["bert-base-uncased"], rounded=["gpt2"])
-    with pytest.raises(ValueError, match="carry_bytes"):
-        prepare(tmp_path / "a", [], ["bert-base-uncased"], carry_bytes=2**30)
+    with pytest.raises(ValueError, match="upload_bytes"):
+        prepare(tmp_path / "a", [], ["bert-base-uncased"], upload_bytes=2**30)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
     with pytest.raises(StorageError, match=r"thesis\.tex"):
@@ -231,7 +244,8 @@ def test_bad_wishes_are_refused(standin_hub, tmp_path, monkeypatch):
 
 
 def test_the_command_line_prepares_what_the_jobs_load(standin_hub, tmp_path, monkeypatch, capsys):
-    job = SimpleNamespace(name="small", needs=lambda: ([("rotten_tomatoes", 12, None)], ["bert-base-uncased"]))
+    settings = ClassificationJob(name="small", corpus="rotten_tomatoes", student="bert-base-uncased", max_length=12)
+    job = SimpleNamespace(name="small", needs=lambda: [settings])
     monkeypatch.setattr(suite_jobs, "dry", lambda: (job,))
     folder = tmp_path / "prepared"
     assert main(["suite", "--tiny", "--prepare", str(folder), "--float16", "bert-base-uncased"]) == 0

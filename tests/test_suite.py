@@ -112,7 +112,7 @@ def test_a_failed_unit_or_job_is_said_and_the_others_go_on(tmp_path, capsys):
     assert job.noted == [*"abc", "cut", "good"]
     assert "impossible: skipped: no checkout" in out
     assert "1 of 5 units done, 1 of them now; 1 left (1 cut short by the end of the time)" in out
-    assert "; 3 cannot be done here: no model" in out
+    assert "; 3 cannot be done here: FileNotFoundError: no model" in out
 
 
 def test_the_shipped_jobs():

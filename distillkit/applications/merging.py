@@ -389,7 +389,7 @@ class _Run:
                 parts += [self._real(weight / len(past), examples[chosen])] if len(chosen) else []
                 continue
             targets = examples.targets.to(device, dtype if examples.soft else None)
-            tensors = examples.embeds.to(device, dtype), examples.mask.cpu(), targets
+            tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
             ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
             parts.append((weight / len(past), *part))
         return parts

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--list", action="store_true", help="show jobs and units, expected times, and what is done in --out")
     suite.add_argument("--prepare", type=Path, metavar="FOLDER", help="write there the corpora and models that the jobs need")
     suite.add_argument("--float16", nargs="+", default=(), metavar="STUDENT",
-                       help="with --prepare: models whose weights are rounded, so that half as much is carried")
+                       help="with --prepare: models whose weights are rounded, so that half as much is uploaded")
     suite.add_argument("--merge", type=Path, metavar="FOLDER", help="merge the results of this --out into those of --into")
     suite.add_argument("--into", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
     suite.set_defaults(module="suite")

@@ -25,6 +25,7 @@ def suite(args: argparse.Namespace) -> None:
         for line in merge(args.merge / "results", args.into):
             say(line)
         return
+    tiny = " --tiny" * args.tiny
     jobs = scheduler.named(suite_jobs.dry() if args.tiny else suite_jobs.JOBS, args.jobs)
     if args.list:
         for line in scheduler.listed(jobs, args.out):
@@ -32,8 +33,7 @@ def suite(args: argparse.Namespace) -> None:
     elif args.prepare:
         from distillkit.experiments.prepared import corpora_and_students, prepare
 
-        tiny = " --tiny" * args.tiny
         prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()),
                 rounded=args.float16, command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
     else:
-        scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite --minutes {args.minutes:g} --out FOLDER")
+        scheduler.run(jobs, args.out, deadline, f"python -m distillkit suite{tiny} --minutes {args.minutes:g} --out FOLDER")

@@ -134,24 +134,33 @@ def half_of(examples: int, *, dropout: bool) -> int:
     return half
 
 
+def lengths_of(mask: Tensor) -> np.ndarray:
+    """The number of tokens of each example up to its last, ``[m]``, on the host."""
+    return ((np.asarray(mask.cpu()) != 0) * np.arange(1, mask.shape[1] + 1)).max(1)
+
+
 def set_parts(
-    rows: Tensor, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None, dropout: tuple | None
+    rows: Tensor | np.ndarray, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None,
+    dropout: tuple | None, lengths: np.ndarray | None = None,
 ) -> Iterator[Part]:
     """The micro-batches of one step on a distilled set: examples of similar length together, without common padding.
 
     Args:
-        rows: the examples of the step, an index tensor on the host.
-        embeds, targets: of the set, on the student's device.
-        mask: of the set, on the host: reading a length from the device would wait for all work before it.
+        rows: the examples of the step, indices on the host.
+        embeds, mask, targets: the set, on one device.
         micro_batch: examples at a time, or None for all.
         dropout: the address of the dropout masks, (seed, step), or None for no dropout.
+        lengths: :func:`lengths_of` the mask, whose reading waits for the device, and cannot be done inside a transform of
+            ``torch.func``; default: read here.
     """
-    ends = ((mask.numpy() != 0) * np.arange(1, mask.shape[1] + 1)).max(1)
-    if micro_batch is not None and micro_batch < len(rows):
-        rows = rows[torch.from_numpy(np.argsort(ends[rows.numpy()], kind="stable"))]
-    for i, part in enumerate(rows.split(micro_batch or len(rows))):
+    lengths = lengths_of(mask) if lengths is None else lengths
+    order, size = np.asarray(rows), micro_batch or len(rows)
+    if size < len(order):
+        order = order[np.argsort(lengths[order], kind="stable")]
+    for i, start in enumerate(range(0, len(order), size)):
         seed = None if dropout is None else derive_seed("dropout", *dropout, i)
-        end = ends[part.numpy()].max()
+        part = order[start : start + size]
+        end = lengths[part].max()
         inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
         yield len(part) / len(rows), inputs, targets[part], seed
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, set_parts, summed
+from distillkit.core.inner import Part, Phi, Stepped, Unroll, grad, inner_step, leaves, lengths_of, set_parts, summed
 from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import Optimizer, State
 from distillkit.core.student import Batch, Params, Student
@@ -66,7 +67,7 @@ class Problem:
         student, optimizer: what trains, and how.
         params: θ_0.
         embeds, mask, targets, step_sizes: the set φ, ``[m, l, d]``, ``[m, l]``, ``[m, c]`` or ``[m]``, and ``[T]``, on the
-            student's device; but ``mask`` on the host, where the lengths of the examples are read from it.
+            student's device.
         rows: the examples of each step, T index tensors.
         outer: functions of θ_T whose values add up to the scalar J: one for each part of the real batch, so that only one
             part's activations are alive at a time.
@@ -94,6 +95,11 @@ class Problem:
     first_step: int = 0
     unused_sizes: Tensor | None = None
 
+    def __post_init__(self):
+        # What the host needs of each step is read once: a read waits for the device.
+        object.__setattr__(self, "lengths", lengths_of(self.mask))
+        object.__setattr__(self, "orders", [np.asarray(rows) for rows in self.rows])
+
     def meta_gradient(self, strategy: Callable[[Problem], MetaGradient]) -> MetaGradient:
         """∇J by ``strategy``; it is 0 for step sizes that this run did not take."""
         gradient, unused = strategy(self), self.unused_sizes
@@ -112,7 +118,8 @@ class Problem:
         embeds = self.embeds if phi is None else phi.embeds
         targets = self.targets if phi is None or phi.targets is None else phi.targets
         dropout = None if self.dropout_seed is None else (self.dropout_seed, self.first_step + t)
-        return set_parts(self.rows[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout)
+        return set_parts(self.orders[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout,
+                         lengths=self.lengths)
 
     def loss(self, params: Params, t: int, phi: Phi) -> Iterator[Tensor]:
         """ℓ(θ, φ_t) in parts that add up, with a graph."""
@@ -164,7 +171,7 @@ def inner_problem(
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
         embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.cpu(),
+        mask=distilled.mask.to(student.device),
         targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
         step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
         rows=unroll.rows(len(distilled), order),

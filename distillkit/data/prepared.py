@@ -44,7 +44,8 @@ def arguments(source, *, max_length: int = 64, limit=None, seed: int = 0, text_c
 def prepared_task(folder: Path, asked: Mapping) -> Task:
     """The task of exactly those arguments from a prepared folder.
 
-    Raises `CorpusError` that lists what there is for any others, and `StorageError` for files that are missing or damaged.
+    Raises `CorpusError` that lists what there is for any others, `FileNotFoundError` for parts that have not been uploaded, and
+    `StorageError` for damaged ones.
     """
     index = read_index(folder)
     for entry in index["tasks"]:

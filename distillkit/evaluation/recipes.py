@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, set_parts
+from distillkit.core.inner import Part, Unroll, from_recipe, inner_step, lengths_of, set_parts
 from distillkit.core.optimizers import AdamW, Optimizer, check_optimizer, described
 from distillkit.core.problem import bound_step_sizes
 from distillkit.core.student import Params, Student
@@ -283,12 +283,13 @@ def set_plan(
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
     embeds = distilled.embeds.to(student.device, student.dtype)
     targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.cpu(), unroll.rows(len(distilled), order)
+    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
+    lengths = lengths_of(distilled.mask)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int) -> Iterable[Part]:
         dropout = (masks, t) if unroll.dropout else None
-        return set_parts(rows[t], embeds, mask, targets, micro_batch=unroll.micro_batch, dropout=dropout)
+        return set_parts(rows[t], embeds, mask, targets, micro_batch=unroll.micro_batch, dropout=dropout, lengths=lengths)
 
     return Plan(unroll.optimizer, step_sizes, feed, recipe)
 

@@ -120,7 +120,8 @@ class ClassificationCell(Cell):
             raise ValueError(f"committed={self.job.committed!r}, but {path} has no row {row}; finish it first")
         (cell,) = result["cells"].values()
         # The docstring corpus follows the versions of the installed libraries.
-        mark = "same corpus" if cell["corpus"]["sha256"] == self.task.fingerprint else "another version of the corpus"
+        corpus = self.task.resampled[0] if self.task.resampled else self.task
+        mark = "same corpus" if cell["corpus"]["sha256"] == corpus.fingerprint else "another version of the corpus"
         return [score | {"committed": mark} for score in scores], cell["notes"][f"{row} {scores[0]['set_seed']}"]
 
 

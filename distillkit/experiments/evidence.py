@@ -2,11 +2,12 @@
 
 Set seed s selects a bootstrap of the training rows (:func:`~distillkit.data.tasks.bootstrap`).  Every method of that seed sees
 those rows, deterministic ones too, so that each has a spread over sets and gains are paired.  Each set is scored on several
-fresh initialisations.  A text that reads no training row is one set, and is counted once.
+fresh initialisations.  A text that does not depend on the drawn rows is one set, and is counted once.
 
-Cheap opponents, each in seconds: ``class names`` (each class's name as its text), ``written`` (sentences written by hand from
-the class names alone, ``written.yaml``), the selections ``random``, ``k_center``, ``herding`` and ``k_means``, and
-``keywords``.  Any of them may have soft labels of a teacher (``random + teacher labels``), the TF-IDF classifier.
+Cheap opponents, each in seconds: ``class names`` (each class's name as its text), ``written`` (sentences written by hand,
+``written.yaml``, which says what their author had seen), the selections ``random``, ``k_center``, ``herding`` and
+``k_means``, and ``keywords``.  Any of them may have soft labels of a teacher, the TF-IDF classifier (``random + teacher
+labels``).
 
 Beside them:
 
@@ -60,7 +61,7 @@ from distillkit.text.judges import FrozenJudge
 from distillkit.text.sentences import search_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
-BY_HAND = ("class names", "written")  # texts that read no training row
+BY_HAND = ("class names", "written")  # texts that do not depend on the drawn rows
 PUBLISHED, CHOSEN, FLOAT16, LOW_RANK = "published", "chosen sentences", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
@@ -93,7 +94,7 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     committed_rows: tuple[str, ...] = option((), "which rows are taken from there")
 
     def seeds_of(self, row: str) -> tuple[int, ...]:
-        """The seeds of the sets of a row: one for what reads no bootstrap, none where this size has no such row."""
+        """The seeds of the sets of a row: one where the bootstrap does not matter, none where this size has no such row."""
         method, recipe = row.split("/")
         method = method.removesuffix(TEACHER)
         once = recipe in ("corpus", "standard") and method != "embeddings" or row == f"{method}/tuned" and method in BY_HAND
@@ -106,7 +107,7 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
 
 
 def written_sentences(corpus: str) -> list[list[str]]:
-    """The sentences of each class that were written for a corpus from its class names alone; none for other corpora."""
+    """The sentences of each class that were written by hand for a corpus; none for other corpora."""
     return [*read(WRITTEN).get(corpus, {}).values()]
 
 
@@ -190,7 +191,7 @@ class BootstrapCell(ClassificationCell):
         return super()._set_of(method, seed)
 
     def _by_hand(self, method: str) -> tuple[list[str], list[int]]:
-        """The texts that read no training row, and their labels."""
+        """The texts of the class names or of the written sentences, and their labels."""
         lines = [[name] for name in self.task.classes] if method == "class names" else written_sentences(self.job.corpus)
         pairs = [(text, label) for label, texts in enumerate(lines) for text in texts[: self.job.per_class]]
         return [text for text, _ in pairs], [label for _, label in pairs]
@@ -254,7 +255,8 @@ def evidence_table(result: Mapping) -> str:
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
-    note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} comparisons (Bonferroni). "
+    note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} "
+            f"comparison{'s' * (comparisons > 1)} (Bonferroni). "
             f"Best cheap text: {opponents or 'not run'}.{_corpus_size(result)}{_screening(result, sets_of)}")
     return f"{markdown(heads, lines, 'rll')}\n\n{note}"
 
@@ -272,7 +274,7 @@ def _compared(row: str) -> bool:
 
 
 def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
-    """The scores, with those of texts that read no training row at every set seed, as they are the same for each."""
+    """The scores, with those of texts without drawn rows at every set seed, as they are the same for each."""
     by_hand = sets.index.str.split("/").str[0].isin(BY_HAND)
     everywhere = sets.copy()
     everywhere.loc[by_hand] = sets.loc[by_hand].ffill(axis=1).bfill(axis=1)

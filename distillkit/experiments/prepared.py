@@ -1,7 +1,7 @@
-"""Prepare corpora and students for a machine that is lent for minutes (:mod:`distillkit.io.prepared` says how they travel).
+"""Prepare corpora and students for a machine that is at hand for minutes (:mod:`distillkit.io.prepared` says how they travel).
 
 Everything slow, or that needs a network or a package which is missing there, is done here: corpora are read, checked and
-tokenised for every student, models are found, verified and copied.  The folder that comes out is all that is carried besides
+tokenised for every student, models are found, verified and copied.  The folder that comes out is all that is uploaded besides
 the project itself.  Models that are made from the same weights share them.
 """
 
@@ -30,8 +30,8 @@ from distillkit.io.escaping import one_line, say
 from distillkit.io.prepared import INDEX, MIB, VARIABLE, begin, finish
 from distillkit.io.storage import Claim, StorageError, absolute, unwritten
 
-CARRY_BYTES = 44 * MIB  # a call may take 64, of which the project itself is about 16
-LARGEST_CARRY = 60 * MIB
+UPLOAD_BYTES = 44 * MIB  # small enough for one request beside the project itself
+LARGEST_UPLOAD = 60 * MIB
 CARD = "README.md"
 IN_ORDER = ("source", "max_length", "limit")
 WRITES = ("ForCausalLM", "LMHeadModel")  # ends of the names of language models
@@ -47,16 +47,16 @@ class Prepared:
 
 
 def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Sequence[str], *, rounded: Sequence[str] = (),
-            carry_bytes: int = CARRY_BYTES, command: str = "...") -> Prepared:
-    """Write the prepared folder, and say what to carry in which call and what to run there.
+            upload_bytes: int = UPLOAD_BYTES, command: str = "...") -> Prepared:
+    """Write the prepared folder, and say what to upload in which order and what to run there.
 
     Args:
         corpora: the arguments of ``load_task`` for each task, such as ``{"source": "docstrings", "max_length": 32}``, or the
             source, ``max_length`` and ``limit`` in this order.
         students: as ``load_student`` takes them: offline names or hub ids.  A task is tokenised for all of them, one of
             prompts for those that were saved as language models.
-        rounded: those whose weights are stored in float16, which halves what is carried; the folder and a warning say so.
-        carry_bytes: largest size of a carry, at most 60 MiB.
+        rounded: those whose weights are stored in float16, which halves what is uploaded; the folder and a warning say so.
+        upload_bytes: largest size of an upload, at most 60 MiB.
         command: what to run there, behind ``python3 -m distillkit``.
 
     Returns:
@@ -66,7 +66,7 @@ def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Se
         ValueError: nothing to prepare, ``DISTILLKIT_PREPARED`` is set, or one of ``rounded`` is not among the students.
         StorageError: the folder holds other things, or cannot be written.
     """
-    check_whole("carry_bytes", carry_bytes, most=LARGEST_CARRY)
+    check_whole("upload_bytes", upload_bytes, most=LARGEST_UPLOAD)
     require(not os.environ.get(VARIABLE), f"{VARIABLE} is set, so corpora would come from a prepared folder; unset it")
     for source in rounded:
         check_choice("each of rounded", source, [name for name in students if name not in PACKAGED])
@@ -80,7 +80,7 @@ def prepare(folder: str | Path, corpora: Iterable[Mapping | tuple], students: Se
             tasks = _store_tasks(files, asked, tokenizers, skipped)
             require(tasks or stored, f"nothing can be prepared: {'; '.join(skipped) or 'no corpus and no student is named'}")
             kept = {source: entry for source, entry in stored.items() if entry}
-            index = finish(folder, tasks=tasks, students=kept, carry_bytes=carry_bytes)
+            index = finish(folder, tasks=tasks, students=kept, upload_bytes=upload_bytes)
         except OSError as error:
             raise unwritten(folder, error) from error
     prepared = Prepared(folder, index, tuple(skipped))
@@ -97,20 +97,22 @@ def corpora_and_students(jobs: Iterable[Data]) -> tuple[list[dict], list[str]]:
 
 
 def report(prepared: Prepared, command: str) -> str:
-    """What to carry in which call, what to run there, and what was left out."""
-    folder, sizes = os.path.relpath(prepared.folder), {}
-    for entry in prepared.index["files"].values():
+    """What to upload in which order, what to run there, and what was left out."""
+    folder, index, sizes, last = os.path.relpath(prepared.folder), prepared.index, {}, {}
+    for name, entry in index["files"].items():
         for part in entry["parts"]:
-            place = part["name"].split("/")[0]
-            sizes[place] = sizes.get(place, 0) + part["size"]
+            upload = part["name"].split("/")[0]
+            sizes[upload] = sizes.get(upload, 0) + part["size"]
+            last[name.rpartition("/")[0]] = upload
     lines = [f"left out: {line}" for line in prepared.skipped]
-    lines.append(f"{len(prepared.index['tasks'])} tasks and {len(prepared.index['students'])} students in {folder}, which git "
-                 f"must ignore, to be carried in {len(sizes)} calls:")
+    lines.append(f"{len(index['tasks'])} tasks and {len(index['students'])} students in {folder}, which git must ignore, to be "
+                 f"uploaded in {len(sizes)} parts:")
     use = f"{VARIABLE}={folder} HF_HUB_OFFLINE=1 python3 -m distillkit {command}"
-    for number, (place, size) in enumerate(sizes.items(), 1):
-        lines.append(f"  carry {folder}/{INDEX} {folder}/{place} ({size / MIB:.1f} MiB) and run: "
-                     f"{use if number == len(sizes) else 'true'}")
-    lines.append("the files are joined at first use and stay there: later calls carry nothing")
+    for upload, size in sizes.items():
+        whole = [source for source, student in index["students"].items() if last[student["folder"]] == upload]
+        lines.append(f"  upload {folder}/{INDEX} {folder}/{upload} ({size / MIB:.1f} MiB{'; completes ' * bool(whole)}"
+                     f"{', '.join(whole)}) and run: {use if whole or len(sizes) == 1 else 'true'}")
+    lines.append("the files are joined at first use and stay there: nothing has to be uploaded again")
     return "\n".join(lines)
 
 
@@ -118,7 +120,7 @@ def report(prepared: Prepared, command: str) -> str:
 
 
 def _store_students(files: Path, students: Sequence[str], rounded: Sequence[str], skipped: list[str]) -> dict[str, dict | None]:
-    """The entry of each student in the index; None for those that come with the project and need not be carried."""
+    """The entry of each student in the index; None for those that come with the project and need not be uploaded."""
     stored: dict[str, dict | None] = {}
     folders: dict[tuple, str] = {}  # the same weights are stored once
     for source in students:

@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -77,32 +77,36 @@ class Times:
 
     def __init__(self, out: Path):
         self.path = out / "times.jsonl"
-        self._attempts = [line for line in read_lines(self.path) if line["machine"] == processor()]
+        self._longest: dict[tuple, float] = defaultdict(float)  # of the attempts at a unit that were cut short
+        self._spent: dict[tuple, float] = defaultdict(float)  # on a unit that saves its progress
+        self._totals: dict[tuple, list[float]] = defaultdict(list)  # of the units of a kind that were done
+        for line in read_lines(self.path):
+            self._count(line)
 
     def expected(self, job: str, unit: Unit) -> float:
         """Seconds that a unit will take as a whole."""
-        cut = [line["seconds"] for line in self._attempts if (line["job"], line["unit"]) == (job, unit.name)
-               and line["state"] == "cut"]
-        least = 0.0 if unit.divisible else 2 * max(cut, default=0.0)  # it took longer than that
-        for kind in unit.kinds:
-            if seconds := [total for kinds, total in self._totals(job) if kind in kinds]:
-                return max(least, statistics.median(seconds))  # not the mean: some had to load their world, or stood still
-        return max(least, unit.guess)
+        least = 0.0 if unit.divisible else 2 * self._longest[job, unit.name]  # that was not enough
+        seconds = next((self._totals[job, kind] for kind in unit.kinds if self._totals[job, kind]), [unit.guess])
+        return max(least, statistics.median(seconds))  # not the mean: some had to load their world, or stood still
 
-    def _totals(self, job: str) -> Iterator[tuple[list[str], float]]:
-        """Kinds and seconds of each unit that was done, all attempts together."""
-        done = {line["unit"]: line["kinds"] for line in self._attempts if line["job"] == job and line["state"] == "done"}
-        for name, kinds in done.items():
-            yield kinds, sum(line["seconds"] for line in self._attempts if (line["job"], line["unit"]) == (job, name)
-                             and line["state"] in (("done", "cut") if line["divisible"] else ("done",)))
+    def _count(self, line: Mapping) -> None:
+        place, seconds = (line["job"], line["unit"]), line["seconds"]
+        if line["machine"] != processor():
+            return
+        if line["state"] == "cut":
+            self._longest[place] = max(self._longest[place], seconds)
+        if line["divisible"]:
+            self._spent[place] += seconds
+            seconds = self._spent[place]
+        for kind in line["kinds"] if line["state"] == "done" else ():
+            self._totals[line["job"], kind].append(seconds)
 
     def add(self, job: str, unit: Unit, seconds: float, state: str, reason: str = "") -> None:
         """Note an attempt at a unit."""
         line = {"job": job, "unit": unit.name, "kinds": list(unit.kinds), "seconds": round(seconds, 3), "state": state,
-                "divisible": unit.divisible, "machine": processor(), "reason": reason,
-                "ended": now()}
+                "divisible": unit.divisible, "machine": processor(), "reason": reason, "ended": now()}
         append_line(self.path, line)
-        self._attempts.append(line)
+        self._count(line)
 
 
 def named(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
@@ -162,8 +166,8 @@ def _attempt(unit: Unit) -> tuple[str, str, float]:
         state = "cut"
     except StorageError:
         raise
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:  # the others may still work
-        state, reason = "failed", one_line(error)
+    except Exception as error:  # whatever is wrong with one unit, it must not cost the minutes of the others
+        state, reason = "failed", one_line(f"{type(error).__name__}: {error}")
     return state, reason, time.monotonic() - begun
 
 

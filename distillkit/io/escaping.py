@@ -40,7 +40,7 @@ def markdown(text: object, longest: int | None = None) -> str:
 
 def say(text: object, *, error: bool = False) -> None:
     """Print ``text`` to the terminal (to stderr for an ``error``), each of its lines :func:`visible`."""
-    print("\n".join(map(visible, str(text).split("\n"))), file=sys.stderr if error else sys.stdout)
+    print("\n".join(map(visible, str(text).split("\n"))), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""A prepared folder: corpora and models made ready on one machine, to be carried to another in parts.
+"""A prepared folder: corpora and models made ready on one machine, to be uploaded to another in parts.
 
-A machine that is lent for minutes may have no network, and may take only so many bytes at a time.  So tasks and models are
+A machine that is at hand for minutes may have no network, and may take only so many bytes at a time.  So tasks and models are
 prepared where everything is at hand (:mod:`distillkit.experiments.prepared`), as ordinary files below ``files``, and cut into
-parts.  The parts that travel together lie in one folder, a *carry*::
+parts.  The parts that travel together lie in one folder, an *upload*::
 
     FOLDER/index.json       every file and every part with its size and SHA-256, sealed
-    FOLDER/carry-1/*.part   what travels first, carry-2/*.part what travels next, ...
+    FOLDER/upload-1/*.part   what travels first, upload-2/*.part what travels next, ...
     FOLDER/files/...        the whole files: here from the start, there once their parts have been joined
 
 ``DISTILLKIT_PREPARED=FOLDER`` makes ``load_task`` and ``load_student`` read from it.  A file is joined when it is first needed:
@@ -27,7 +27,7 @@ from distillkit.io.storage import Claim, StorageError, absolute, replacing, save
 from distillkit.io.verify import sha256_of
 
 VARIABLE = "DISTILLKIT_PREPARED"
-INDEX, FILES, CARRY = "index.json", "files", "carry-"
+INDEX, FILES, UPLOAD = "index.json", "files", "upload-"
 FORMAT, VERSION = "distillkit-prepared", 1
 COMMAND = "python -m distillkit suite --prepare"
 MIB = 2**20
@@ -43,7 +43,7 @@ def prepared_folder() -> Path | None:
 def read_index(folder: Path) -> dict:
     """What a prepared folder holds: ``files`` with their parts, ``tasks`` and ``students``.  Raises `StorageError`."""
     path = folder / INDEX
-    require(path.is_file(), f"{path} is not there; carry it there, or prepare the folder: {COMMAND} {folder.name}",
+    require(path.is_file(), f"{path} is not there; upload it there, or prepare the folder: {COMMAND} {folder.name}",
             StorageError)
     try:
         index = unsealed(path.read_bytes())
@@ -54,7 +54,7 @@ def read_index(folder: Path) -> dict:
         require(all(map(_NAME.fullmatch, names)), "it names a file outside of the folder")
         require({entry["file"] for entry in index["tasks"]} <= index["files"].keys(), "it lacks the file of a task")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{path} cannot be used ({error}); carry it again, or prepare the folder again: {COMMAND} "
+        raise StorageError(f"{path} cannot be used ({error}); upload it again, or prepare the folder again: {COMMAND} "
                            f"{folder.name}") from error
     return index
 
@@ -62,7 +62,8 @@ def read_index(folder: Path) -> dict:
 def whole_file(folder: Path, index: Mapping, name: str) -> Path:
     """The file ``name`` of a prepared folder, verified; joined from its parts if it is not there yet.
 
-    Raises `StorageError` for a part that is missing or damaged, by its name and that of its carry.
+    Raises `FileNotFoundError` for a part that has not been uploaded, and `StorageError` for one that is damaged, by its name
+    and that of its upload.
     """
     entry, path = index["files"][name], folder / FILES / name
     if _is(path, entry):
@@ -70,16 +71,19 @@ def whole_file(folder: Path, index: Mapping, name: str) -> Path:
     with Claim(folder / FILES, wait=True):
         if _is(path, entry):  # another process has joined it meanwhile
             return path
+        for part in (folder / part["name"] for part in entry["parts"]):
+            require(part.is_file(), f"{part} is not there, which {name} is joined from; upload "
+                    f"{folder.name}/{part.parent.name} there", FileNotFoundError)
         with replacing(path) as file:
             for part in entry["parts"]:
-                file.write(_part(folder, part, name))
+                file.write(_verified(folder, part))
     require(_is(path, entry), f"{path} does not have the SHA-256 of {INDEX} although its parts do; prepare the folder again: "
             f"{COMMAND} {folder.name}", StorageError)
     return path
 
 
 def join(folder: str | Path) -> list[Path]:
-    """Join every file of a prepared folder, and return them.  Raises `StorageError` as :func:`whole_file` does."""
+    """Join every file of a prepared folder, and return them.  Raises as :func:`whole_file` does."""
     folder = absolute(folder)
     index = read_index(folder)
     return [whole_file(folder, index, name) for name in index["files"]]
@@ -88,8 +92,7 @@ def join(folder: str | Path) -> list[Path]:
 def student_folder(folder: Path, source: str) -> tuple[Path, str]:
     """The folder of a student's files, whole and verified, and the precision of its weights.
 
-    Raises `FileNotFoundError` that lists what there is where it was not prepared, and `StorageError` as :func:`whole_file`
-    does.
+    Raises `FileNotFoundError` that lists what there is where it was not prepared, and as :func:`whole_file` does.
     """
     index = read_index(folder)
     student = index["students"].get(source)
@@ -107,14 +110,11 @@ def _is(path: Path, entry: Mapping) -> bool:
     return path.is_file() and path.stat().st_size == entry["size"] and sha256_of(path) == entry["sha256"]
 
 
-def _part(folder: Path, part: Mapping, name: str) -> bytes:
-    """The bytes of a part, verified."""
+def _verified(folder: Path, part: Mapping) -> bytes:
     path = folder / part["name"]
-    require(path.is_file(), f"{path} is not there, which {name} is joined from; carry {folder.name}/{path.parent.name} there",
-            StorageError)
     content = path.read_bytes()
     require(hashlib.sha256(content).hexdigest() == part["sha256"], f"{path} does not have the SHA-256 of {INDEX}: it is "
-            f"damaged, or another file; carry {folder.name}/{path.parent.name} there again", StorageError)
+            f"damaged, or another file; upload {folder.name}/{path.parent.name} there again", StorageError)
     return content
 
 
@@ -126,30 +126,35 @@ def begin(folder: Path) -> Path:
 
     Raises `StorageError` if it holds anything that preparing does not write.
     """
-    known = re.compile(rf"{INDEX}|{FILES}|{CARRY}\d+|\..*")
+    known = re.compile(rf"{INDEX}|{FILES}|{UPLOAD}\d+|\..*")
     strange = [path.name for path in folder.iterdir() if not known.fullmatch(path.name)] if folder.is_dir() else []
     require(not strange, f"{folder} holds {strange[:1]}, which preparing did not write; choose an empty or a new folder",
             StorageError)
     (folder / INDEX).unlink(missing_ok=True)  # first: what is left after a kill is then no prepared folder
-    for place in (folder / FILES, *folder.glob(f"{CARRY}*")):
+    for place in (folder / FILES, *folder.glob(f"{UPLOAD}*")):
         shutil.rmtree(place, ignore_errors=True)
     (folder / FILES).mkdir(parents=True)
     return folder / FILES
 
 
-def finish(folder: Path, *, tasks: list, students: Mapping, carry_bytes: int) -> dict:
-    """Cut the files of a prepared folder into carries of ``carry_bytes`` at most, write its index and return it."""
+def finish(folder: Path, *, tasks: list, students: Mapping, upload_bytes: int) -> dict:
+    """Cut the files of a prepared folder into uploads of ``upload_bytes`` at most, write its index and return it.
+
+    Tasks come first, then the students in their order, so that work can begin before the last upload.
+    """
     files: dict[str, dict] = {}
-    carry, room, parts = 0, 0, 0
-    for path in sorted(path for path in (folder / FILES).rglob("*") if path.is_file() and not path.name.startswith(".")):
+    upload, room, parts = 0, 0, 0
+    order = [folder / FILES / "tasks", *(folder / FILES / student["folder"] for student in students.values())]
+    paths = [path for place in dict.fromkeys(order) for path in sorted(place.glob("*")) if not path.name.startswith(".")]
+    for path in paths:
         entry = {"size": path.stat().st_size, "sha256": sha256_of(path), "parts": []}
         with path.open("rb") as file:
             while not entry["parts"] or file.tell() < entry["size"]:
                 if not room:
-                    carry, room, parts = carry + 1, carry_bytes, 0
+                    upload, room, parts = upload + 1, upload_bytes, 0
                 content, parts = file.read(room), parts + 1
                 room -= len(content)
-                name = f"{CARRY}{carry}/{parts:03}.part"
+                name = f"{UPLOAD}{upload}/{parts:03}.part"
                 with replacing(folder / name) as part:
                     part.write(content)
                 entry["parts"].append({"name": name, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()})
