@@ -107,7 +107,9 @@ def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
     assert scores(other(only=("full/standard",), seeds=(1,))) == [
         ("full/standard", 0, 0.0), ("full/standard", 1, 0.1), ("random/standard", 0, 0.0)]
     assert scores(one()) == [(row, seed, 0.1 * seed) for row in rows for seed in (0, 1)]
-    assert one.result["cells"]["small"]["notes"] == {"nacd 1": {"steps": 2}}, "nothing that the other has made is lost"
+    notes = one.result["cells"]["small"]["notes"]
+    assert notes["nacd 1"] == {"steps": 2}, "nothing that the other has made is lost"
+    assert {*notes} == {"nacd 1", *(f"{row} {seed}" for row in rows for seed in (0, 1))}
     assert read(tmp_path / "small.json") == one.result
     with pytest.raises(ValueError, match="no seed 7 in this job; it has 0, 1"):
         one(seeds=(7,))

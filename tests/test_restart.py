@@ -292,6 +292,9 @@ class Job(Settings):
     seeds: tuple[int, ...] = tuple(range(24))
     rows: tuple[str, ...] = ("random/own",)
 
+    def seeds_of(self, row):
+        return self.seeds
+
 
 class Seeds(Cell):
     def score(self, method, recipe, seed):

@@ -537,13 +537,13 @@ def test_a_task_longer_than_the_positions(standin_hub, name):
 
 
 @pytest.mark.parametrize(("option", "value", "known"), [
-    ("trainable", "body", "full, head, lora"),
-    ("dtype", "float16", "float32, float64, bfloat16"),
-    ("weights", "none", "pretrained, random"),
-    ("attention", "flash", "eager, sdpa"),
+    ("trainable", "body", ".*full.*head.*lora.*top:"),
+    ("dtype", "float16", ".*float32, float64, bfloat16"),
+    ("weights", "none", ".*pretrained, random"),
+    ("attention", "flash", ".*eager, sdpa"),
 ])
 def test_bad_options_are_named(task, option, value, known):
-    with pytest.raises(ValueError, match=f"{option} must be one of {known}, not '{value}'"):
+    with pytest.raises(ValueError, match=f"{option} must be {known}.*, not '{value}'"):
         dk.load_student("bert-base-uncased", task, **{option: value})
 
 

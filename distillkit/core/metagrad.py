@@ -324,7 +324,7 @@ class Truncated:
         """The meta-gradient of ``problem``; a ValueError where a random window has no seed or ``inner`` raises one."""
         stop = len(problem.rows)
         if self.place == "random" and stop > self.window:
-            require(problem.seed is not None, "Truncated(place='random') draws its window from the Problem's seed: set one")
+            require(problem.seed is not None, "Truncated(place='random') draws from the seed of a Problem: set one")
             stop = self.window + derive_seed("window", problem.seed) % (stop - self.window + 1)
         start = max(0, stop - self.window)
         windowed = self.inner(problem.window(start, stop))

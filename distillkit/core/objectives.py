@@ -29,7 +29,7 @@ from distillkit.core.inner import Unroll, half_of, inner_step, to_device
 from distillkit.core.metagrad import suited
 from distillkit.core.mixture import Mixture
 from distillkit.core.optimizers import State, optimizer_from
-from distillkit.core.problem import MetaGradient, Problem, RealLoss, equal_step_sizes, inner_problem
+from distillkit.core.problem import MetaGradient, Problem, RealLoss, equal_step_sizes, inner_problem, solved
 from distillkit.core.stacked import meta_gradients
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
@@ -360,7 +360,7 @@ def meta_gradient(
         if getattr(objective, "stacked", False):
             gradients = meta_gradients(objective.metagrad, [*problems])
         else:  # one after the other, so that the memory of one is enough
-            gradients = [problem.meta_gradient(objective.metagrad) for problem in problems]
+            gradients = [solved(objective.metagrad, problem) for problem in problems]
         gradient = MetaGradient.mean(gradients)
     except torch.OutOfMemoryError:
         smaller = _in_halves(objective, len(distilled))

@@ -100,11 +100,6 @@ class Problem:
         object.__setattr__(self, "lengths", lengths_of(self.mask))
         object.__setattr__(self, "orders", [np.asarray(rows) for rows in self.rows])
 
-    def meta_gradient(self, strategy: Callable[[Problem], MetaGradient]) -> MetaGradient:
-        """∇J by ``strategy``; it is 0 for step sizes that this run did not take."""
-        gradient, unused = strategy(self), self.unused_sizes
-        return gradient if unused is None else dataclasses.replace(gradient, step_sizes=torch.zeros_like(unused))
-
     def start(self) -> tuple[Params, State]:
         """Parameters and optimiser state at the beginning of the run."""
         return self.params, self.optimizer.init(self.params) if self.state is None else self.state
@@ -148,6 +143,14 @@ class Problem:
         steps, examples = len(self.rows), len(self.embeds)
         copies = {name: torch.cat([getattr(self, name)] * steps) for name in ("embeds", "mask", "targets")}
         return dataclasses.replace(self, rows=[rows + t * examples for t, rows in enumerate(self.rows)], **copies)
+
+
+def solved(strategy: Callable[[Problem], MetaGradient], problem: Problem) -> MetaGradient:
+    """∇J by ``strategy``; it is 0 for step sizes that the run did not take.  Objectives may have problems of other kinds."""
+    gradient = strategy(problem)
+    if not isinstance(problem, Problem) or problem.unused_sizes is None:
+        return gradient
+    return dataclasses.replace(gradient, step_sizes=torch.zeros_like(problem.unused_sizes))
 
 
 def inner_problem(

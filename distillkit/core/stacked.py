@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distillkit.core.optimizers import Optimizer, State
-from distillkit.core.problem import MetaGradient, Problem, RealLoss
+from distillkit.core.problem import MetaGradient, Problem, RealLoss, solved
 from distillkit.core.student import Batch, Params, Student
 from distillkit.data.tasks import NO_TARGET
 from distillkit.io.checks import require
@@ -90,6 +90,8 @@ def _with_tensors(state: State, tensors: Sequence[Tensor]) -> State:
 
 def stackable(problems: Sequence[Problem]) -> bool:
     """Whether problems differ only in what can be stacked: parameters, sets of one shape, and real batches of one size."""
+    if not all(isinstance(problem, Problem) for problem in problems):
+        return False
     first = problems[0]
     plain = all(p.micro_batch is None and p.dropout_seed is None and p.state is None and not p.first_step
                 and p.unused_sizes is None for p in problems)
@@ -149,7 +151,7 @@ def meta_gradients(strategy: Callable[[Problem], MetaGradient], problems: Sequen
     """The meta-gradient of each problem: all computed at once where they are :func:`stackable`, else one after the other."""
     members = len(problems)
     if members == 1 or not stackable(problems):
-        return [problem.meta_gradient(strategy) for problem in problems]
+        return [solved(strategy, problem) for problem in problems]
     joint = strategy(stack(problems))
     embeds = joint.embeds.chunk(members)
     targets = [None] * members if joint.targets is None else joint.targets.chunk(members)
