@@ -316,7 +316,7 @@ def test_tables_of_costs_are_merged_row_by_row():
 
 
 def test_the_command_ends_in_time_and_goes_on(tmp_path, capsys):
-    """A dry run of two of the jobs, as a person would try the suite before borrowing a GPU."""
+    """A dry run of two of the jobs, as a person would try the suite before using a GPU."""
     out, jobs = tmp_path / "out", ["metagrad_gpu_opt_tiny", "gpu_scaling_tiny"]
     common = ["suite", "--tiny", "--out", str(out), "--jobs", *jobs]
     assert command_line.main([*common, "--list"]) == 0

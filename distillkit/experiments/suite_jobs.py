@@ -1,7 +1,7 @@
 """What the suite does, in order of value: :data:`JOBS`.  A further experiment is one more entry there.
 
 Each job has a dry run, ``tiny()``: the same work with small models and a handful of steps, under a name of its own.  So the
-whole suite can be tried in minutes on a CPU before a GPU is borrowed.
+whole suite can be tried in minutes on a CPU before a GPU is used.
 """
 
 from __future__ import annotations
