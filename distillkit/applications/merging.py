@@ -51,6 +51,7 @@ FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
 TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights")  # what of a recipe says how to train
+WHERE_OTHER = ("attention_weight",)  # and what a recipe names only where it is not the default
 
 
 def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task:
@@ -100,8 +101,8 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     """One set of the examples of several, in that order, for the classes of all of them.
 
     Args:
-        sets: distilled with, or selected for, the same student; with soft labels all, or with hard ones all.  What was
-            merged before may be merged again.
+        sets: distilled with, or selected for, the same student; with soft labels all, or with hard ones all; with attention
+            labels all, or none.  What was merged before may be merged again.
         foreign: the share of probability that soft labels give, in equal parts, to classes of other sets; in [0, 1).
 
     Returns:
@@ -123,6 +124,9 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
                          "one student")
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
+    if len({s.attention is None for s in sets}) > 1:
+        raise ValueError("some of the sets have attention labels and some none; take those without them: "
+                         "dataclasses.replace(set, attention=None)")
     check_number("foreign: the share of probability", foreign, most=1, without="most")
     classes = list(dict.fromkeys(name for s in sets for name in s.meta["classes"]))
     sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
@@ -137,9 +141,10 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
         if any(value is None for value in values):
             return None
         # Zeros up to the longest set's length; a mask of False covers them.
-        return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in values])
+        after = (0, 0) * (name == "embeds")  # positions are the last axis but in embeddings
+        return torch.cat([F.pad(v, after + (0, length - s.embeds.shape[1])) for v, s in zip(values, sets, strict=True)])
 
-    tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
+    tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens", "attention")}
     parts = [part for s in sets for part in _parts(s)]
     return _of_parts(parts, tensors | {"targets": torch.cat([s.targets for s in sets])}, meta | {"classes": classes})
 
@@ -158,7 +163,7 @@ def _parts(distilled: DistilledSet) -> list[dict]:
     return [{
         "source": distilled.meta.get("task", "unknown"),
         "examples": len(distilled),
-        "recipe": recipe and {key: recipe.get(key) for key in TRAINED_BY},
+        "recipe": recipe and {key: recipe.get(key) for key in TRAINED_BY} | {k: recipe[k] for k in WHERE_OTHER if k in recipe},
         "step_sizes": None if distilled.step_sizes is None else distilled.step_sizes.tolist(),
     }]
 
@@ -195,7 +200,7 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
         raise ValueError(f"{source!r} is the only source of this set; without it nothing is left")
     owners = [part["source"] for part in _parts(merged) for _ in range(part["examples"])]
     remain = torch.tensor([owner != source for owner in owners])
-    tensors = {name: getattr(merged, name) for name in ("embeds", "mask", "free", "targets", "tokens")}
+    tensors = {name: getattr(merged, name) for name in ("embeds", "mask", "free", "targets", "tokens", "attention")}
     tensors = {name: None if tensor is None else tensor[remain] for name, tensor in tensors.items()}
     meta = {key: value for key, value in merged.meta.items() if key != "recipe"}
     meta |= {key: list(itertools.compress(meta[key], remain)) for key in ("labels", "text", "rows") if key in meta}
@@ -390,7 +395,8 @@ class _Run:
                 continue
             targets = examples.targets.to(device, dtype if examples.soft else None)
             tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
-            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
+            attention = None if examples.attention is None else examples.attention.to(device, dtype)
+            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None, attention=attention)
             parts.append((weight / len(past), *part))
         return parts
 

@@ -174,8 +174,8 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         metric: ``"l2"`` or ``"cosine"``.
 
     Returns:
-        A set with ``tokens`` and text, embeddings equal to those tokens', and the same labels, step sizes and recipe;
-        ``meta["projection"]`` holds the metric and the mean distance moved.
+        A set with ``tokens`` and text, embeddings equal to those tokens', and the same labels of both kinds, step sizes
+        and recipe; ``meta["projection"]`` holds the metric and the mean distance moved.
 
     Raises:
         ValueError: an unknown metric, or a set that was made with another embedding table.
