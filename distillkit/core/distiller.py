@@ -86,7 +86,7 @@ class Distiller:
         lr: outer learning rate of the embeddings (Adam).
         label_lr: of the label logits; default: 5 × ``lr``.
         step_size_lr: of the raw step sizes; default: 2 × ``lr``.
-        attention_lr: of the attention labels, where the set has any; default: that of the label logits.
+        attention_lr: of the attention labels, where the set has any; default: ``lr``.
         learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"``, ``"attention"`` to learn.  Hard targets cannot be, nor
             attention labels that are not there, and the default leaves them out.
         schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
@@ -149,7 +149,7 @@ class Distiller:
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         if distilled.attention is not None:
-            self.rates["attention"] = self.rates["targets"] if attention_lr is None else attention_lr
+            self.rates["attention"] = lr if attention_lr is None else attention_lr
         self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.objective, self.schedule, self.seed = objective, schedule, seed
         self.regularizers = tuple(regularizers)

@@ -14,7 +14,8 @@ Beside them:
 * ``published``: another project's sets (``from_text``), set number s for seed s; they were made from other rows than ours.
 * ``chosen sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
-* ``embeddings``: distilled by BPTT; ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
+* ``embeddings``: distilled by BPTT; ``embeddings + attention labels`` with labels for the attention of the first token too
+  (Maekawa et al., 2023); ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
 * ``tfidf``, ``linear probe``: classifiers on all rows, of the bootstrap (``all``) or of the corpus as it is (``corpus``).
 * ``full``: the student trained on the corpus as it is.
 """
@@ -62,6 +63,7 @@ from distillkit.text.sentences import search_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
 BY_HAND = ("class names", "written")  # texts that do not depend on the drawn rows
+ATTENTION = "embeddings + attention labels"
 PUBLISHED, CHOSEN, FLOAT16, LOW_RANK = "published", "chosen sentences", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
@@ -69,7 +71,8 @@ UPPER = ("tfidf", "linear probe")
 ROWS = (
     *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN) for labels in ("", TEACHER)),
     f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
-    f"{FLOAT16}/own", f"{LOW_RANK}/own", *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
+    *(f"{method}/own" for method in (ATTENTION, FLOAT16, LOW_RANK)),
+    *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
     "full/standard",
 )
 LAST = 5  # outer losses at the end of a distillation, whose mean is what it was screened by
@@ -206,6 +209,8 @@ class BootstrapCell(ClassificationCell):
         return rows["text"].tolist(), rows["label"].tolist()
 
     def create(self, method: str, seed: int) -> DistilledSet:
+        if method == ATTENTION:
+            return self.distil(method, seed, self.start(seed).with_attention(self.student), self.objective())
         if method != CHOSEN:
             return super().create(method, seed)
         job, begun = self.job, time.perf_counter()
