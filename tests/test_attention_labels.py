@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import distillkit as dk
+from benchmarks import attention_labels as benchmark
 from distillkit.applications.costs import as_float16, set_bytes
 from distillkit.applications.merging import merge, without
 from distillkit.core.problem import Problem
@@ -306,3 +307,47 @@ def test_labels_that_no_set_has(world, tmp_path, change):
 def test_a_negative_weight_is_no_weight():
     with pytest.raises(ValueError, match="attention_weight"):
         dk.Unroll(1, attention_weight=-1.0)
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(standin_hub, monkeypatch):
+    monkeypatch.setattr(benchmark, "LENGTH", 8)
+    task = dk.load_task("rotten_tomatoes", max_length=8)
+    return task, dk.load_student("bert-base-uncased", task)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_published_way_trains_as_the_kit_does(tiny, steps):
+    """With labels that are probabilities both inner loops are the same, step for step."""
+    task, student = tiny
+    way = benchmark.Published(task, student, seed=0, total=10, steps=steps, first_size=0.3)
+    way.labels.data = torch.randn(2, 2).softmax(-1)
+    free = torch.ones(way.embeds.shape[:2], dtype=torch.bool)
+    distilled = dk.DistilledSet(way.embeds.detach(), free, free, way.labels.detach().log(), attention=way.attention.detach())
+    goal = dk.BPTT(task, student, dk.Unroll(steps, optimizer=dk.SGD(0.3)), metagrad=dk.Replay(), batch_size=4)
+    problem = goal.problem(distilled, 0)
+    expected, _ = problem.trained(steps)
+    for name, value in way.trained_from(way.checkpoint(), 0).items():
+        assert name in expected and value.shape == expected[name].shape
+    ours = way.trained(problem.params)
+    assert all(torch.allclose(ours[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+
+
+@pytest.mark.parametrize("way", ["published", "kit"])
+def test_both_ways_are_scored_alike(tiny, monkeypatch, way):
+    monkeypatch.setattr(benchmark, "SCORED", (1, 2))
+    settings = {"total": 3} | ({"batch": 4} if way == "kit" else {"rate": 0.1})
+    run = benchmark.timed(way, *tiny, seed=0, set_up=5.0, settings=settings)
+    assert [score["step"] for score in run["scores"]] in ([1, 2], [1]) and run["scores"][0]["seconds"] >= 5
+    assert {*run["reached"]} == {"0.70", "0.80"}
+    assert all(score["accuracy"] >= 0.7 for score in run["scores"] if run["reached"]["0.70"] == score["seconds"])
+
+
+def test_the_published_way_moves_everything_it_learns(tiny):
+    way = benchmark.Published(*tiny, seed=0, total=4, rate=0.1)
+    before = way.checkpoint()
+    next(way.steps())
+    assert not any(torch.equal(old, new) for old, new in zip(before, way.checkpoint(), strict=True))
