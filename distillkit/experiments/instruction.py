@@ -29,7 +29,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
-from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, paired_difference, rounded, spread
+from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, rounded, spread
 from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
 from distillkit.experiments.settings import (
     Data,
@@ -49,12 +49,13 @@ from distillkit.experiments.settings import (
 )
 
 LEARNED = ("nacd", "bptt")
+RANDOM, FULL, ZERO = "random/standard", "full/standard", "zero-shot/none"
 ROWS = (
-    "zero-shot/none",
+    ZERO,
     *(f"{m}/{r}" for m in REAL_METHODS for r in ("standard", "tuned")),
     *(f"{m}/{r}" for m in LEARNED for r in ("own", "standard", "tuned")),
     *(f"{m} text/{r}" for m in LEARNED for r in ("standard", "tuned")),
-    "full/standard",
+    FULL,
 )
 
 
@@ -74,6 +75,10 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
+
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
+        return self.seeds[:1] if row == ZERO else self.seeds
 
 
 class InstructionCell(Cell):
@@ -119,24 +124,22 @@ class InstructionCell(Cell):
         return {"optimizer": AdamW(self.job.step_size, eps_root=self.job.eps_root), "micro_batch": self.job.micro_batch}
 
 
-RANDOM, FULL = "random/standard", "full/standard"
-
-
 def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
     sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
-    scored = sets.dropna(how="all")
+    scored, (zero, full) = sets.dropna(how="all"), rows["mean"].reindex([ZERO, FULL])
     marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
               and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
     for row in rows.itertuples():
         method, recipe = row.Index.split("/")
         lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
                       spread(sets.loc[row.Index]) or "not run", number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
-                      number(row.mean / rows["mean"].get(FULL, math.nan), ".0%")])
-    heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of full data"]
-    note = ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
-            "fine-tuning.")
-    return markdown(heads, lines, "ll") + (note if marked else "") + _differences(scored)
+                      number((row.mean - zero) / ((full - zero) or math.nan), ".0%")])
+    heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of the way"]
+    note = ("\n\n*Of the way*: the share of the way from the model as it is (zero-shot) to the full data." +
+            ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
+             "fine-tuning." if marked else ""))
+    return markdown(heads, lines, "ll") + note + _differences(scored)
 
 
 def _differences(sets) -> str:
@@ -145,11 +148,6 @@ def _differences(sets) -> str:
     selected = [name for name in sets.index if name.split("/")[0] in REAL_METHODS]
     if not learned or not selected:
         return ""
-    lines, (whole_way, _) = [], paired_difference(sets, FULL, RANDOM)
-    for name in learned:
-        way = paired_difference(sets, name, RANDOM)[0] / whole_way if whole_way else math.nan
-        lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected),
-                      number(way, ".0%")])
-    table = markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)
-    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
-            f"column is the share of the way from random selection to the full data.\n\n{table}")
+    lines = [[name.replace("/", ", "), *(gain(sets, name, other) for other in selected)] for name in learned]
+    table = markdown(["minus", *(name.replace("/", ", ") for name in selected)], lines)
+    return f"\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other.\n\n{table}"
