@@ -10,6 +10,9 @@ Methods:
 * ``random``, ``k_center``, ``herding``, ``less``: real examples (:mod:`distillkit.evaluation.selection`).
 * ``nacd``: prompts learned by trajectory matching with the neighbour term (Yao et al., 2025); ``nacd text``: their nearest
   tokens.
+* ``chosen pairs``: real examples, exchanged while that lowers the loss of trajectory matching
+  (:func:`~distillkit.text.sentences.search_pairs`).
+* ``nacd vectors``: those pairs, of which only the first few tokens of each prompt are learned, as ``nacd``.
 * ``bptt``: prompts learned through the loss on real data instead, at the same size; ``bptt text``: their nearest tokens.
 
 Each is scored under ``standard`` fine-tuning and under the ``tuned`` grid, and distilled sets under their ``own`` recipe
@@ -47,14 +50,15 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
+from distillkit.text.sentences import search_pairs
 
-LEARNED = ("nacd", "bptt")
+LEARNED, PAIRS, VECTORS = ("nacd", "bptt"), "chosen pairs", "nacd vectors"
 RANDOM, FULL, ZERO = "random/standard", "full/standard", "zero-shot/none"
 ROWS = (
     ZERO,
     *(f"{m}/{r}" for m in REAL_METHODS for r in ("standard", "tuned")),
-    *(f"{m}/{r}" for m in LEARNED for r in ("own", "standard", "tuned")),
-    *(f"{m} text/{r}" for m in LEARNED for r in ("standard", "tuned")),
+    *(f"{m}/{r}" for m in (*LEARNED, VECTORS) for r in ("own", "standard", "tuned")),
+    *(f"{m}/{r}" for m in (PAIRS, *(f"{m} text" for m in LEARNED)) for r in ("standard", "tuned")),
     FULL,
 )
 
@@ -75,6 +79,8 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
+    pair_steps: int = whole(30, "exchanges that the search for chosen pairs tries")
+    prompt_vectors: int = whole(8, "learned tokens of each prompt in the row 'nacd vectors'")
 
     def seeds_of(self, row: str) -> tuple[int, ...]:
         """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
@@ -100,9 +106,14 @@ class InstructionCell(Cell):
         return load_student(self.job.student, self.task, trainable="lora") if adapted else self.student
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method != "nacd":
+        if method == PAIRS:
+            return search_pairs(self.start(seed), self.task, self.student, self.matching(seed), steps=self.job.pair_steps,
+                                length=self.job.length, seed=seed)
+        if method not in ("nacd", VECTORS):
             return super().create(method, seed)
-        return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
+        vectors = method == VECTORS
+        start = self.set_of(PAIRS, seed).with_prompt_vectors(self.job.prompt_vectors) if vectors else self.start(seed)
+        return self.distil(method, seed, start, self.matching(seed), regularizers=self.neighbor_terms())
 
     def objective(self, *args, **unroll) -> BPTT:
         return super().objective(*args, **self._training(), **unroll)
@@ -144,7 +155,7 @@ def instruction_table(result: Mapping) -> str:
 
 def _differences(sets) -> str:
     """The table of paired differences; nothing where there is nothing to compare."""
-    learned = [name for name in sets.index if name.startswith(LEARNED)]
+    learned = [name for name in sets.index if name.startswith((*LEARNED, PAIRS))]
     selected = [name for name in sets.index if name.split("/")[0] in REAL_METHODS]
     if not learned or not selected:
         return ""

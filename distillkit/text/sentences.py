@@ -21,6 +21,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.objectives import Objective, trained_loss
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
+from distillkit.evaluation.influence import groups_of_questions
 from distillkit.evaluation.selection import sentence_features
 from distillkit.io.checks import check_are, check_is, check_number, check_whole, check_wholes, require
 from distillkit.io.progress import progress
@@ -94,10 +95,10 @@ def search_pairs(
 ) -> DistilledSet:
     """Real prompts with responses that have the lowest outer loss of an objective: a hill climb over whole pairs.
 
-    A step exchanges some pairs for others of the training split with the same responses, trains the student on the set, and
-    keeps the exchange if the outer loss is lower.  Nothing is differentiated, so that the text remains real and a step costs
-    one inner loop.  What the objective draws stays the same throughout; trajectory matching, which draws no real batch, cannot
-    reward pairs for standing in it.
+    A step exchanges some pairs for others of the training split with the same answer (where answers are many, of the same
+    group), trains the student on the set, and keeps the exchange if the outer loss is lower.  Nothing is differentiated, so
+    that the text remains real and a step costs one inner loop.  What the objective draws stays the same throughout;
+    trajectory matching, which draws no real batch, cannot reward pairs for standing in it.
 
     Args:
         distilled: selected pairs of ``task`` to start from, with their ``meta["rows"]``.
@@ -118,7 +119,7 @@ def search_pairs(
     check_number("share", share, most=1, without="least")
     require(task.kind == "instruction", f"task {task.name!r} has classes; use search_sentences")
     require("rows" in distilled.meta, "the set does not name the training rows it was taken from; start from dk.select")
-    responses = np.unique(task.split("train")["response"][:], return_inverse=True)[1]
+    groups = groups_of_questions(task, "train")
 
     def of(rows: list[int]) -> tuple[DistilledSet, float]:
         pairs = DistilledSet.from_rows(task, student, [rows], length=length)
@@ -130,7 +131,7 @@ def search_pairs(
     for step in progress(range(steps), desc="choosing pairs", unit="step"):
         draw, exchanged = generator("pairs-exchanged", seed, step), list(rows)
         for place in torch.randperm(len(rows), generator=draw)[: max(1, round(share * len(rows)))].tolist():
-            unused = np.setdiff1d(np.flatnonzero(responses == responses[rows[place]]), exchanged)
+            unused = np.setdiff1d(np.flatnonzero(groups == groups[rows[place]]), exchanged)
             if len(unused):
                 exchanged[place] = int(unused[int(torch.randint(len(unused), (), generator=draw))])
         pairs, loss = of(exchanged)
