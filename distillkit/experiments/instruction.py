@@ -141,10 +141,10 @@ def instruction_table(result: Mapping) -> str:
     scored, (zero, full) = sets.dropna(how="all"), rows["mean"].reindex([ZERO, FULL])
     marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
               and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
-    for row in rows.itertuples():
+    for row in rows.dropna(subset="mean").itertuples():  # what has not run is not in the table
         method, recipe = row.Index.split("/")
         lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
-                      spread(sets.loc[row.Index]) or "not run", number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
+                      spread(sets.loc[row.Index]), number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
                       number((row.mean - zero) / ((full - zero) or math.nan), ".0%")])
     heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of the way"]
     note = ("\n\n*Of the way*: the share of the way from the model as it is (zero-shot) to the full data." +
