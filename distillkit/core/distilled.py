@@ -27,7 +27,7 @@ from distillkit.core.examples import embed, examples_per_class, rows_as_set, tex
 from distillkit.core.student import Student
 from distillkit.data.rows import dataset_of
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_flag, check_is, require
+from distillkit.io.checks import check_are, check_flag, check_is, check_whole, require
 from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, absolute
@@ -268,6 +268,18 @@ class DistilledSet:
         """
         self.check_table(student)
         return self.in_classes(student.classes, f"student {student.name!r}") if isinstance(student, Student) else self
+
+    def with_prompt_vectors(self, count: int) -> DistilledSet:
+        """The same examples, of which only the first ``count`` learned positions are still learned.
+
+        In this form a synthetic example is a real one whose opening tokens become ``count`` prompt vectors; the rest of its
+        text is never optimised, and it holds no more tokens than before.
+
+        Raises:
+            ValueError: ``count`` is no whole number from 1 on.
+        """
+        check_whole("count", count)
+        return dataclasses.replace(self, free=self.free & (self.free.cumsum(1) <= count), meta=dict(self.meta))
 
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""
