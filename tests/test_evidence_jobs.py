@@ -116,7 +116,7 @@ def test_bytes_and_upper_lines(finished, cell, standin_hub):
     numbers = 2 * (2 * 8 + 32) + learned.targets.numel() + learned.step_sizes.numel()  # rank 2, 2 × 8 positions of width 32
     assert first["embeddings low rank/own"]["nbytes"] == 2 * numbers
     rows = list(zip(cell.task.train["text"][:], cell.task.train["label"][:], strict=True))
-    assert result["cells"]["per_class=1"]["notes"]["corpus"]["compressed"] == text_bytes(rows)
+    assert result["cells"]["per_class=1"]["training_text"]["compressed"] == text_bytes(rows)
     assert f"{learned.nbytes / text_bytes(rows):.2%}" in evidence_table(result)
     assert first["tfidf/all"]["accuracy"] == pytest.approx(tfidf_accuracy(dk.bootstrap(cell.task, 0)), abs=1e-6)
     assert first["tfidf/corpus"]["accuracy"] == pytest.approx(tfidf_accuracy(cell.task), abs=1e-6)
@@ -142,7 +142,7 @@ def test_the_table_by_hand():
     result = result_of(rows, {"per_class=1": rows}, per_class=[1])
     for score in result["scores"]:
         score |= {"nbytes": 100, "init_seed": 0}
-    result["cells"] = {"per_class=1": {"notes": {"corpus": {"bytes": 4000, "compressed": 1000}}}}
+    result["cells"] = {"per_class=1": {"notes": {}, "training_text": {"bytes": 4000, "compressed": 1000}}}
     assert best_cheap(by_set(result, cell="per_class=1")) == "written/tuned"
     table = evidence_table(result)
     differences = np.array([0.3, 0.2, 0.4])

@@ -50,8 +50,7 @@ from distillkit.io.seeds import derive_seed, generator
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
-TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights")  # what of a recipe says how to train
-WHERE_OTHER = ("attention_weight",)  # and what a recipe names only where it is not the default
+TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights", "attention_weight")  # of a recipe
 
 
 def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task:
@@ -125,8 +124,7 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
     if len({s.attention is None for s in sets}) > 1:
-        raise ValueError("some of the sets have attention labels and some none; take those without them: "
-                         "dataclasses.replace(set, attention=None)")
+        raise ValueError("some of the sets have attention labels and some none; give dataclasses.replace(set, attention=None)")
     check_number("foreign: the share of probability", foreign, most=1, without="most")
     classes = list(dict.fromkeys(name for s in sets for name in s.meta["classes"]))
     sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
@@ -141,8 +139,8 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
         if any(value is None for value in values):
             return None
         # Zeros up to the longest set's length; a mask of False covers them.
-        after = (0, 0) * (name == "embeds")  # positions are the last axis but in embeddings
-        return torch.cat([F.pad(v, after + (0, length - s.embeds.shape[1])) for v, s in zip(values, sets, strict=True)])
+        width = (0, 0) * (name == "embeds")
+        return torch.cat([F.pad(v, width + (0, length - v.shape[-1 - (name == "embeds")])) for v in values])
 
     tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens", "attention")}
     parts = [part for s in sets for part in _parts(s)]
@@ -163,7 +161,7 @@ def _parts(distilled: DistilledSet) -> list[dict]:
     return [{
         "source": distilled.meta.get("task", "unknown"),
         "examples": len(distilled),
-        "recipe": recipe and {key: recipe.get(key) for key in TRAINED_BY} | {k: recipe[k] for k in WHERE_OTHER if k in recipe},
+        "recipe": recipe and {key: recipe[key] for key in TRAINED_BY if key in recipe},
         "step_sizes": None if distilled.step_sizes is None else distilled.step_sizes.tolist(),
     }]
 
@@ -393,10 +391,7 @@ class _Run:
             if isinstance(examples, Tensor):
                 parts += [self._real(weight / len(past), examples[chosen])] if len(chosen) else []
                 continue
-            targets = examples.targets.to(device, dtype if examples.soft else None)
-            tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
-            attention = None if examples.attention is None else examples.attention.to(device, dtype)
-            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None, attention=attention)
+            ((_, *part),) = set_parts(chosen, **examples.tensors_on(device, dtype), micro_batch=None, dropout=None)
             parts.append((weight / len(past), *part))
         return parts
 

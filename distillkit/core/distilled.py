@@ -27,7 +27,7 @@ from distillkit.core.examples import embed, examples_per_class, rows_as_set, tex
 from distillkit.core.student import Student
 from distillkit.data.rows import dataset_of
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_flag, check_is, require
+from distillkit.io.checks import check_are, check_flag, check_is, check_whole, require
 from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, absolute
@@ -281,6 +281,12 @@ class DistilledSet:
                     "take the set without them: dataclasses.replace(set, attention=None)")
         return self.in_classes(student.classes, f"student {student.name!r}") if isinstance(student, Student) else self
 
+    def tensors_on(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+        """Embeddings, mask, targets and attention labels as a student reads them: on ``device``, floats in ``dtype``."""
+        values = {name: getattr(self, name) for name in ("embeds", "mask", "targets", "attention")}
+        return {name: None if value is None else value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in values.items()}
+
     def with_attention(self, student: Student) -> DistilledSet:
         """The same examples with attention labels: a target for where the first token looks, beside the soft label.
 
@@ -301,6 +307,18 @@ class DistilledSet:
             _, attention = student.with_first_attention(student.init(0), batch)
         logits = attention.clamp_min(torch.finfo(attention.dtype).tiny).log().to(self.embeds)
         return dataclasses.replace(self, attention=logits.masked_fill(~self.mask[:, None, None], 0.0), meta=dict(self.meta))
+
+    def with_prompt_vectors(self, count: int) -> DistilledSet:
+        """The same examples, of which only the first ``count`` learned positions are still learned.
+
+        In this form a synthetic example is a real one whose opening tokens become ``count`` prompt vectors; the rest of its
+        text is never optimised, and it holds no more tokens than before.
+
+        Raises:
+            ValueError: ``count`` is no whole number from 1 on.
+        """
+        check_whole("count", count)
+        return dataclasses.replace(self, free=self.free & (self.free.cumsum(1) <= count), meta=dict(self.meta))
 
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""

@@ -176,15 +176,11 @@ def inner_problem(
         if not is_central:
             order, unused_sizes = derive_seed("mixture-order", seed), bound_step_sizes(distilled, mixture.central, student)
             distilled = dataclasses.replace(distilled, step_sizes=None)
-    move = {"device": student.device, "dtype": student.dtype}
     return Problem(
         student=student,
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
-        embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.to(student.device),
-        targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
-        step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
+        step_sizes=bound_step_sizes(distilled, unroll, student).to(student.device, student.dtype),
         rows=unroll.rows(len(distilled), order),
         outer=outer,
         micro_batch=unroll.micro_batch,
@@ -192,8 +188,8 @@ def inner_problem(
         state=state,
         seed=seed,
         unused_sizes=unused_sizes,
-        attention=None if distilled.attention is None else distilled.attention.to(**move),
         attention_weight=unroll.attention_weight,
+        **distilled.tensors_on(student.device, student.dtype),
     )
 
 

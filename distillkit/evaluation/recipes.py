@@ -280,17 +280,14 @@ def set_plan(
     """
     if step_sizes is None:
         step_sizes = bound_step_sizes(dataclasses.replace(distilled, step_sizes=None), unroll, student)
-    embeds = distilled.embeds.to(student.device, student.dtype)
-    targets = distilled.targets.to(student.device, student.dtype if distilled.soft else None)
-    mask, rows = distilled.mask.to(student.device), unroll.rows(len(distilled), order)
-    attention = None if distilled.attention is None else distilled.attention.to(student.device, student.dtype)
+    tensors, rows = distilled.tensors_on(student.device, student.dtype), unroll.rows(len(distilled), order)
     lengths = lengths_of(distilled.mask)
     masks = derive_seed("evaluate-dropout", seed)
 
     def feed(t: int) -> Iterable[Part]:
         dropout = (masks, t) if unroll.dropout else None
-        return set_parts(rows[t], embeds, mask, targets, micro_batch=unroll.micro_batch, dropout=dropout, lengths=lengths,
-                         attention=attention, attention_weight=unroll.attention_weight)
+        return set_parts(rows[t], **tensors, micro_batch=unroll.micro_batch, dropout=dropout, lengths=lengths,
+                         attention_weight=unroll.attention_weight)
 
     return Plan(unroll.optimizer, step_sizes, feed, recipe)
 

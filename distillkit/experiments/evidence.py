@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes, text_bytes
+from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes
 from distillkit.core.distilled import DistilledSet
 from distillkit.data.tasks import Task, bootstrap
 from distillkit.evaluation.recipes import Tuned
@@ -39,7 +39,17 @@ from distillkit.evaluation.selection import METHODS
 from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accuracy
 from distillkit.evaluation.words import with_teacher_labels
 from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
-from distillkit.experiments.results import by_set, frame, gain, markdown, number, rank_correlation, rounded, spread
+from distillkit.experiments.results import (
+    by_set,
+    frame,
+    gain,
+    markdown,
+    number,
+    of_the_corpus,
+    rank_correlation,
+    rounded,
+    spread,
+)
 from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -124,8 +134,6 @@ class EvidenceCell(Cell):
 
     def __init__(self, *args):
         super().__init__(*args)
-        rows = list(zip(self.task.train["text"][:], self.task.train["label"][:], strict=True))
-        self.notes["corpus"] = {"bytes": text_bytes(rows, "none"), "compressed": text_bytes(rows)}
         self.of_seed = functools.cache(self._of_seed)
 
     def _of_seed(self, seed: int) -> BootstrapCell:
@@ -254,8 +262,7 @@ def evidence_table(result: Mapping) -> str:
     for k, sets in sets_of.items():
         paired, of_cell = _by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
-            compressed = result["cells"][f"per_class={k}"]["notes"]["corpus"]["compressed"]
-            described = _described(of_cell[of_cell["row"] == row], compressed)
+            described = _described(of_cell[of_cell["row"] == row], result["cells"][f"per_class={k}"])
             lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
@@ -286,7 +293,7 @@ def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
     return everywhere
 
 
-def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
+def _described(of_row: pd.DataFrame, cell: Mapping) -> list[str | None]:
     """Method, recipe, bytes and their share of the compressed corpus, and the score of a row's students."""
     first = of_row.iloc[0]
     method, mark = str(first["method"]), ""
@@ -294,7 +301,7 @@ def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
         mark = f" (the sentences of {first['same_set_as'].split(': ')[1].split('/')[0]})"
     if isinstance(first.get("committed"), str):
         mark = f" (committed, {first['committed']})"
-    share = None if method in UPPER or method == "full" else f"{first['nbytes'] / compressed:.2%}"
+    share = None if method in UPPER or method == "full" else of_the_corpus(first["nbytes"], cell)
     of_sets = of_row.groupby("set_seed")["accuracy"].mean()
     inits = of_row["init_seed"].nunique()
     counts = f"{len(of_sets)} set{'s' * (len(of_sets) > 1)}" + f", {inits} initialisations" * (inits > 1)
@@ -302,7 +309,7 @@ def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
 
 
 def _corpus_size(result: Mapping) -> str:
-    sizes = [cell["notes"]["corpus"] for cell in result["cells"].values()]
+    sizes = [cell["training_text"] for cell in result["cells"].values()]
     return f" The corpus has {sizes[0]['bytes']:,} bytes, {sizes[0]['compressed']:,} under xz." if sizes else ""
 
 

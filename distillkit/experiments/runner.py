@@ -38,6 +38,7 @@ from distillkit.experiments.results import (
     SCORES,
     as_config,
     check_same_settings,
+    corpus_of,
     new_cell,
     now,
     processor,
@@ -349,7 +350,7 @@ class Run:
         self._worlds[world], cell.deadline = (cell.task, cell.student), self.deadline
         cell.siblings = functools.partial(self._siblings, key)
         if stored := self.result["cells"].get(key):
-            if difference := first_difference(stored["corpus"], new_cell(job, cell.task)["corpus"]):
+            if difference := first_difference(stored["corpus"], corpus_of(cell.task)):
                 raise ValueError(f"{self.path} is the result of a run with another corpus: {difference}; {REPLACE}")
             cell.notes |= stored["notes"]
         return cell
