@@ -111,7 +111,7 @@ def distil(work: Work, args: argparse.Namespace) -> None:
 
 def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> None:
     """Distil, write the set and its nearest words, and show them."""
-    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
+    distiller = Distiller(start, objective, **work.rates(), clip=work.clip, seed=work.seed, checkpoint=folder / "checkpoint",
                           checkpoint_every=work.checkpoint_every, writes=leads)
     if not leads:
         for _ in distiller.run(work.outer_steps):

@@ -231,6 +231,7 @@ class Outer(Settings):
     lr: float = positive(0.08, "outer learning rate")
     label_lr: float | None = positive(None, "outer learning rate of labels (default: a multiple of lr)")
     step_size_lr: float | None = positive(None, "outer learning rate of step sizes (default: a multiple of lr)")
+    clip: float | None = positive(None, "a meta-gradient above so many times the usual norm is scaled down (default: none is)")
 
     def rates(self) -> dict:
         """The outer learning rates, as :class:`~distillkit.core.distiller.Distiller` takes them."""
