@@ -145,6 +145,23 @@ def test_rates_and_schedule(start, scripted):
     assert default == pytest.approx({"embeds": 0.01, "targets": 0.05, "step_sizes": 0.02})
 
 
+@pytest.mark.parametrize("size", [0.1, 1.0, 50.0, 1e4])
+def test_a_meta_gradient_far_above_the_usual_ones_is_scaled_down(start, scripted, size):
+    """All of it by one factor, to twice the median norm of the last ones; smaller ones stay as they are."""
+
+    def script(unusual):
+        def gradient(distilled, step):
+            factor = unusual if step == 4 else 1.0
+            return gradients(distilled, **{n: factor * torch.ones_like(getattr(distilled, n)) for n in VALUES})
+        return scripted(gradient)
+
+    clipped = finished(dk.Distiller(start, script(size), clip=2), 6)
+    expected = finished(dk.Distiller(start, script(min(size, 2.0))), 6).distilled
+    assert all(torch.allclose(getattr(clipped.distilled, n), getattr(expected, n), rtol=1e-5) for n in VALUES)
+    norms = [record.grad_norm for record in clipped.records]
+    assert norms[3] == pytest.approx(size * norms[0]), "the record says what it was before"
+
+
 # --- repeating -------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
@@ -199,20 +216,20 @@ def test_no_steps(start, goal):
     assert distiller.distilled.meta["text"] == start.meta["text"]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_resumed_run_is_bit_equal(start, goal, tmp_path, every):
-    whole = finished(dk.Distiller(start, goal, seed=4), 5)
-    interrupted = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run", checkpoint_every=every)
+@pytest.mark.parametrize(("every", "clip"), [(1, None), (2, None), (2, 0.9)])
+def test_a_resumed_run_is_bit_equal(start, goal, tmp_path, every, clip):
+    whole = finished(dk.Distiller(start, goal, seed=4, clip=clip), 5)
+    interrupted = dk.Distiller(start, goal, seed=4, clip=clip, checkpoint=tmp_path / "run", checkpoint_every=every)
     for record in interrupted.run(5):
         if record.step == 3:
             break
-    resumed = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run", checkpoint_every=every)
+    resumed = dk.Distiller(start, goal, seed=4, clip=clip, checkpoint=tmp_path / "run", checkpoint_every=every)
     assert resumed.step == 3, "a run that is left saves its last step"
     assert resumed.records == interrupted.records
     finished(resumed, 5)
     assert same(resumed.distilled, whole.distilled)
     assert resumed.distilled.meta == whole.distilled.meta
-    again = dk.Distiller(start, goal, seed=4, checkpoint=tmp_path / "run")
+    again = dk.Distiller(start, goal, seed=4, clip=clip, checkpoint=tmp_path / "run")
     assert again.step == 5 and list(again.run(5)) == []
     assert same(again.distilled, whole.distilled)
 
@@ -232,6 +249,7 @@ def test_more_steps_than_first_asked_for(start, goal, tmp_path):
     ("learn", {"learn": ("embeds",)}),
     ("schedule", {"schedule": constant}),
     ("seed", {"seed": 9}),
+    ("clip", {"clip": 2.0}),
     ("objective", {"unroll": dk.Unroll(2, optimizer=dk.SGD(0.4))}),
     ("objective", {"batch_size": 9}),
     ("start", {"per_class": 2}),
@@ -361,6 +379,7 @@ def test_hard_labels_cannot_be_learned(world, goal):
     ({"step_size_lr": -1.0}, "learning rate of step_sizes .* not -1.0"),
     ({"learn": ()}, r"learn must name some of embeds, targets, step_sizes, not \(\)"),
     ({"learn": ("labels",)}, r"not \('labels',\)"),
+    ({"clip": 0}, r"clip must be a number in \(0, inf\), not 0"),
     ({"checkpoint_every": 0}, "checkpoint_every must be a whole number of at least 1, not 0"),
 ])
 def test_bad_settings_are_named(start, goal, settings, message):

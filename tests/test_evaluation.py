@@ -10,6 +10,7 @@ import torch
 
 import distillkit as dk
 from distillkit.evaluation import recipes
+from distillkit.evaluation.evaluate import flop_counter
 from distillkit.evaluation.recipes import as_recipe, warm_up_and_decay
 from distillkit.evaluation.scoring import classified
 from distillkit.io.seeds import derive_seed
@@ -152,6 +153,19 @@ def test_work_is_counted(task, tiny):
     # The matrices of the body, forward once and backward twice, two operations a multiplication; attention on top.
     matrices = sum(p.numel() for n, p in tiny.init(0).items() if "layer" in n and p.ndim == 2)
     assert 1 < flops[1] / (6 * 8 * 8 * matrices) < 1.5
+
+
+def test_steps_of_one_shape_are_counted_once(task, minilm, monkeypatch):
+    """A count costs a training step, so equal steps share it, also those of a later evaluation; other shapes do not."""
+    student, counted = dataclasses.replace(minilm, cache={}), []
+    monkeypatch.setattr("distillkit.evaluation.evaluate.flop_counter", lambda: counted.append(1) or flop_counter())
+    found, _ = a_set(task, student, batch_size=None)
+    longer = dk.DistilledSet.from_real(task, student, per_class=2, length=6)
+    flops = [dk.evaluate(chosen, task, student, seeds=(0,), recipe=dk.Unroll(t)).flops
+             for chosen, t in ((found, 2), (found, 4), (longer, 2))]
+    assert len(counted) == 2 and flops[1] == 2 * flops[0] and flops[2] > 0
+    assert dk.evaluate(found, task, student, seeds=(0,), recipe=dk.Unroll(2, optimizer=dk.AdamW())).flops == flops[0]
+    assert len(counted) == 3, "another optimiser may compute more"
 
 
 def test_operations_are_counted_where_a_module_is_given_a_parameter(task, standin_hub):

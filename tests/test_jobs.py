@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import distillkit as dk
 from distillkit.cli import main as command_line
 from distillkit.cli import runs
 from distillkit.experiments import runner
@@ -266,6 +268,15 @@ def test_a_committed_row_that_is_not_there_is_missed_at_once(copied, scored):
     with pytest.raises(ValueError, match=r"committed='longer', but .*longer\.json has no row full/standard; finish it"):
         run(copied, committed="longer", committed_rows=["full/standard"])
     assert scored == []
+
+
+@pytest.mark.parametrize("start", ["random", "keywords", "herding"])
+def test_learning_starts_where_the_settings_say(copied, start):
+    """The start has the selection's own embeddings, and soft labels that can be learned."""
+    cell = ClassificationCell(job(start=start), copied / "work" / "other", copied / "results")
+    distilled, selected = cell.start(0), dk.select(cell.task, cell.student, start, per_class=1, length=8)
+    assert torch.equal(distilled.embeds, selected.embeds) and distilled.soft
+    assert distilled.targets.argmax(1).tolist() == selected.targets.tolist() == [0, 1]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

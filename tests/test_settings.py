@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from distillkit.cli.work import Work
 from distillkit.experiments.classification import ClassificationJob
-from distillkit.experiments.settings import Number, Seeds, Whole
+from distillkit.experiments.kinds import KINDS
+from distillkit.experiments.results import take_up
+from distillkit.experiments.runner import CONFIGS, unroll_of
+from distillkit.experiments.settings import Grid, Number, Seeds, Whole, kind_of
 from distillkit.experiments.values import Misfit, fitted
 
 LIMIT = Whole | dict[Literal["train", "test"], Whole] | None
@@ -58,3 +62,19 @@ def test_a_missing_setting_is_named_and_a_job_cannot_be_changed():
     assert type(job.lr) is float and job.tuned_grid == {"step_size": (1,), "steps": (2,)} and Work().seeds == (0, 1, 2)
     with pytest.raises(AttributeError):
         job.lr = 2.0
+
+
+@pytest.mark.parametrize("steps, size, expected", [
+    (3, None, 0.2), (6, None, 0.2), (10, None, 0.12), (60, None, 0.02), (60, 0.2, 0.2), (3, 0.05, 0.05)])
+def test_the_first_step_size_falls_with_the_number_of_steps_unless_it_is_set(steps, size, expected):
+    work = Work(unroll_steps=steps, step_size=size)
+    assert unroll_of(work).optimizer.step_size == pytest.approx(expected) and unroll_of(work).steps == steps
+    assert unroll_of(Work(step_size=size), steps=steps).optimizer.step_size == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_file_of_settings_still_describes_its_committed_result(config):
+    """A default that changes changes no experiment silently: its file names the value that it was run with."""
+    job = KINDS[kind_of(config)][0].from_yaml(config)
+    path = Path(__file__).parents[1] / "figures" / "results" / f"{job.name}.json"
+    assert take_up(path, job, job.cells() if isinstance(job, Grid) else {job.name: job})["config"]["name"] == job.name

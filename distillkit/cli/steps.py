@@ -25,7 +25,7 @@ from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import SGD, AdamW, Momentum
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.results import as_config, as_json
-from distillkit.experiments.runner import load_corpus, strategy, unroll_of
+from distillkit.experiments.runner import load_corpus, start_of, strategy, unroll_of
 from distillkit.experiments.settings import renamed
 from distillkit.io.escaping import one_line, say
 from distillkit.io.files import refuse_to_overwrite
@@ -80,8 +80,8 @@ def experts(work: Work, args: argparse.Namespace) -> None:
 
 
 def _objective(work: Work, task, student, folder: Path):
-    optimizers = {"sgd": SGD(work.step_size), "momentum": Momentum(work.step_size),
-                  "adamw": AdamW(work.step_size, eps_root=1e-8)}
+    size = work.first_step_size()
+    optimizers = {"sgd": SGD(size), "momentum": Momentum(size), "adamw": AdamW(size, eps_root=1e-8)}
     unroll, metagrad = unroll_of(work, optimizer=optimizers[work.optimizer]), strategy(work.metagrad)
     if work.objective == "bptt":
         return BPTT(task, student, unroll, metagrad=metagrad, batch_size=work.outer_batch, inits=work.inits)
@@ -97,7 +97,7 @@ def distil(work: Work, args: argparse.Namespace) -> None:
     folder = args.work / work.name
     with team() as ranks:
         task, student = _world(work)
-        start = DistilledSet.from_real(task, student, **work.size(work.seed))
+        start = start_of(work, task, student, work.seed)
         objective = _objective(work, task, student, folder)
         if ranks.leads:
             announce(start, objective, work.outer_steps)
@@ -111,7 +111,7 @@ def distil(work: Work, args: argparse.Namespace) -> None:
 
 def _learn(work: Work, folder: Path, start, objective, student, leads: bool) -> None:
     """Distil, write the set and its nearest words, and show them."""
-    distiller = Distiller(start, objective, **work.rates(), seed=work.seed, checkpoint=folder / "checkpoint",
+    distiller = Distiller(start, objective, **work.rates(), clip=work.clip, seed=work.seed, checkpoint=folder / "checkpoint",
                           checkpoint_every=work.checkpoint_every, writes=leads)
     if not leads:
         for _ in distiller.run(work.outer_steps):

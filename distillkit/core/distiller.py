@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -91,6 +92,9 @@ class Distiller:
             attention labels that are not there, and the default leaves them out.
         schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
             the default decay ``run(100)`` and then ``run(200)`` is not one run of 200 steps.
+        clip: the most that a meta-gradient may exceed the median of the last ten in norm; a larger one is scaled down to it.
+            Long training runs on a set are nearly chaotic, so that now and then a meta-gradient is a hundred times too large,
+            after which Adam would stand still for a hundred steps (Metz et al., 2019).  Default: no limit.
         regularizers: terms added to the loss that look at the set alone, such as
             :class:`~distillkit.text.projection.NeighborLoss`.
         seed: draws initialisations and batches.
@@ -119,6 +123,7 @@ class Distiller:
         attention_lr: float | None = None,
         learn: Sequence[str] = LEARNABLE,
         schedule: Callable[[float], float] = cosine,
+        clip: float | None = None,
         regularizers: Sequence = (),
         seed: int = 0,
         checkpoint: str | Path | None = None,
@@ -140,6 +145,8 @@ class Distiller:
                                       (lr, label_lr, step_size_lr, attention_lr), LEARNABLE, strict=True):
             if rate is not None or name == "lr":
                 check_number(f"{name}: the learning rate of {values}", rate)
+        if clip is not None:
+            check_number("clip", clip, without="least")
         check_whole("checkpoint_every", checkpoint_every)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
@@ -151,7 +158,7 @@ class Distiller:
         if distilled.attention is not None:
             self.rates["attention"] = lr if attention_lr is None else attention_lr
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.objective, self.schedule, self.seed = objective, schedule, seed
+        self.objective, self.schedule, self.clip, self.seed = objective, schedule, clip, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
         self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
@@ -211,6 +218,7 @@ class Distiller:
         gradients = {name: getattr(outer, name) for name in self._state.values}
         grads = {n: None if gradient is None else gradient.to(self._state.values[n]) for n, gradient in gradients.items()}
         loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
+        grads = {name: None if gradient is None else gradient * self._scale(norm) for name, gradient in grads.items()}
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -250,6 +258,13 @@ class Distiller:
         """Go on with ``objective``: the same one in parts that memory has room for."""
         self.objective = objective
 
+    def _scale(self, norm: float) -> float:
+        """The factor that brings a meta-gradient of this ``norm`` down to ``clip`` times the median of the last ones."""
+        if self.clip is None or not self.records or not math.isfinite(norm):
+            return 1.0
+        most = self.clip * statistics.median(record.grad_norm for record in self.records[-10:])
+        return min(1.0, most / norm) if most > 0 else 1.0
+
     def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
         """The values after Adam's step along ``grads``, and its state then; the current ones stay as they are."""
         values, adam = dict(self._state.values), {}
@@ -286,6 +301,7 @@ class Distiller:
             "learn": self.learn,
             "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
+            **({} if self.clip is None else {"clip": self.clip}),
             "seed": self.seed,
             "start": {
                 "examples": len(self._start),

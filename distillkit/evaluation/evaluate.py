@@ -168,7 +168,17 @@ def _flops(plan: Plan, student: Student, params: Params) -> int:
     """Operations of a training run, counted on up to eight evenly spaced steps; the values of ``params`` do not matter."""
     steps = len(plan.step_sizes)
     sample = range(0, steps, -(-steps // 8))
-    with flop_counter() as counter:
-        for t in sample:
-            inner_step(student, plan.optimizer, params, plan.optimizer.init(params), plan.feed(t), plan.step_sizes[t])
-    return counter.get_total_flops() * steps // len(sample)
+    return sum(_flops_of_step(plan, student, params, t) for t in sample) * steps // len(sample)
+
+
+def _flops_of_step(plan: Plan, student: Student, params: Params, t: int) -> int:
+    """Operations of step ``t``; steps of one optimiser on micro-batches of the same shapes are counted once per student."""
+    parts = list(plan.feed(t))
+    shapes = [({name: tuple(tensor.shape) for name, tensor in batch.items()}, tuple(targets.shape), targets.dtype)
+              for _, batch, targets, _ in parts]
+    key = f"flops: {plan.optimizer!r} {shapes}"
+    if key not in student.cache:
+        with flop_counter() as counter:
+            inner_step(student, plan.optimizer, params, plan.optimizer.init(params), parts, plan.step_sizes[t])
+        student.cache[key] = counter.get_total_flops()
+    return student.cache[key]

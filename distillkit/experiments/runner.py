@@ -81,8 +81,16 @@ def recipe_of(settings, recipe):
 
 def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
     """The inner loop that settings describe, by default of SGD; ``more`` is as :class:`~distillkit.core.inner.Unroll` takes."""
-    return Unroll(steps or settings.unroll_steps, optimizer=optimizer or SGD(settings.step_size),
+    return Unroll(steps or settings.unroll_steps, optimizer=optimizer or SGD(settings.first_step_size(steps)),
                   batch_size=settings.inner_batch, **more)
+
+
+def start_of(settings, task: Task, student: Student, seed: int) -> DistilledSet:
+    """The examples that distilling starts from, as settings say; classes become soft labels."""
+    if settings.start == "random":
+        return DistilledSet.from_real(task, student, **settings.size(seed))
+    selected = select(task, student, settings.start, **settings.size(seed))
+    return selected.soften() if task.classes else selected
 
 
 class Cell:
@@ -197,7 +205,8 @@ class Cell:
 
     def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
         """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
-        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
+        return Distiller(start, objective, clip=self.job.clip, seed=seed, checkpoint=self.checkpoint(name, seed),
+                         **self.job.rates(), **options)
 
     def learn_with_siblings(self, name: str, seed: int) -> None:
         """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
@@ -209,8 +218,8 @@ class Cell:
                     self.deadline.check(sum(record.seconds for record in records))
 
     def start(self, seed: int, task: Task | None = None, student: Student | None = None) -> DistilledSet:
-        """Real rows that distilling starts from."""
-        return DistilledSet.from_real(task or self.task, student or self.student, **self.job.size(seed))
+        """The examples that distilling starts from."""
+        return start_of(self.job, task or self.task, student or self.student, seed)
 
     def objective(self, task: Task | None = None, student: Student | None = None, **unroll) -> BPTT:
         """The loss on real data after the inner loop; ``unroll`` is as :func:`unroll_of` takes it."""

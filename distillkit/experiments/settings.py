@@ -209,10 +209,15 @@ class Inner(Settings):
     """The inner loop: how a student trains on a set, and how its meta-gradient is formed."""
 
     unroll_steps: int = whole(3, "inner steps T")
-    step_size: float = positive(0.2, "inner step size; the learned step sizes start from it")
+    step_size: float | None = positive(None, "inner step size; the learned step sizes start from it (default: 0.2, and less "
+                                             "from seven inner steps on, so that they are 1.2 in all)")
     inner_batch: int | None = whole(None, "synthetic examples per inner step (default: all)")
     metagrad: Literal["replay", "forward_difference", "recommended"] | None = option(
         None, "replay (exact), forward_difference, or recommended: what suits the student (default)")
+
+    def first_step_size(self, steps: int | None = None) -> float:
+        """The size that the learned step sizes of so many inner ``steps`` start from, by default of ``unroll_steps``."""
+        return self.step_size or min(0.2, 1.2 / (steps or self.unroll_steps))
 
 
 @settings()
@@ -221,9 +226,12 @@ class Outer(Settings):
 
     outer_steps: int = whole(100, "updates of the synthetic examples")
     outer_batch: int = whole(48, "real examples per outer loss")
+    start: Literal["random", "k_center", "herding", "k_means", "keywords"] = option(
+        "random", "where learning starts from: random real rows, a selection of them, or a line of keywords per example")
     lr: float = positive(0.08, "outer learning rate")
     label_lr: float | None = positive(None, "outer learning rate of labels (default: a multiple of lr)")
     step_size_lr: float | None = positive(None, "outer learning rate of step sizes (default: a multiple of lr)")
+    clip: float | None = positive(None, "a meta-gradient above so many times the usual norm is scaled down (default: none is)")
 
     def rates(self) -> dict:
         """The outer learning rates, as :class:`~distillkit.core.distiller.Distiller` takes them."""

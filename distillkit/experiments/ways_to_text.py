@@ -42,7 +42,7 @@ from distillkit.applications.transfer import transfer
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
-from distillkit.core.optimizers import SGD, AdamW
+from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
@@ -180,7 +180,7 @@ class TextCell(Cell):
         if job.label_rates is not None:
             rates |= dict(zip(("label_lr", "step_size_lr"), job.label_rates, strict=True))
         # An ε inside the root: what AdamW does to labels can be differentiated.
-        optimizer = SGD(job.step_size) if job.label_adamw is None else AdamW(job.label_adamw, eps_root=1e-8)
+        optimizer = None if job.label_adamw is None else AdamW(job.label_adamw, eps_root=1e-8)
         objective = self.objective(steps=job.label_unroll_steps, optimizer=optimizer)
         return relabel(hardened(self.set_of(method, seed)), objective, steps=job.label_steps, seed=seed, **rates)
 
