@@ -10,6 +10,7 @@ import distillkit as dk
 from benchmarks import attention_labels as benchmark
 from distillkit.applications.costs import as_float16, set_bytes
 from distillkit.applications.merging import merge, without
+from distillkit.applications.processes import Shared, Team
 from distillkit.core.problem import Problem
 from distillkit.core.stacked import meta_gradients, stackable
 
@@ -142,6 +143,19 @@ def test_runs_that_share_their_kernels(world):
     assert stackable(problems) and not stackable([problems[0], dataclasses.replace(problems[1], attention=None)])
     for alone, together in zip(map(strategy, problems), meta_gradients(strategy, problems), strict=True):
         assert_equal(alone, together, 1e-8)
+
+
+@pytest.mark.parametrize("soft", [True, False], ids=["soft", "hard"])
+def test_a_team_sums_them(world, soft):
+    task, students = world
+    student = students["bert-base-uncased"]
+    distilled, goal = a_set(task, student), an_objective(task, student, dk.Replay())
+    if not soft:
+        distilled = dataclasses.replace(distilled, targets=torch.tensor(distilled.meta["labels"]))
+    alone, shared = (dk.meta_gradient(distilled, g, seed=1) for g in (goal, Shared(goal, Team())))
+    for field in FIELDS:
+        assert (getattr(alone, field) is None) == (field == "targets" and not soft)
+        assert getattr(alone, field) is None or torch.equal(getattr(shared, field), getattr(alone, field))
 
 
 def test_hard_labels_may_have_them_too(world):
