@@ -1,10 +1,10 @@
 """The distilled set φ: a few synthetic examples, as tensors, with everything needed to train on them.
 
 A synthetic example is l input embeddings of width d.  Its label is learned too (a *soft label*: c logits), and so may be
-the step size of each inner step.  For an instruction task an example is a prompt, and its label the tokens of the
-response, which are not learned.  A set begins as real sentences (:meth:`DistilledSet.from_real`), moves away from them
-while it is distilled, and comes back to words when it is projected; ``tokens`` is there exactly while each embedding *is*
-the embedding of a token.
+the step size of each inner step, and where the first token looks (*attention labels*).  For an instruction task an example
+is a prompt, and its label the tokens of the response, which are not learned.  A set begins as real sentences
+(:meth:`DistilledSet.from_real`), moves away from them while it is distilled, and comes back to words when it is projected;
+``tokens`` is there exactly while each embedding *is* the embedding of a token.
 
 On disk a set is one safetensors file that carries its own SHA-256 (:mod:`distillkit.io.files`); the recipe it was distilled
 with travels in ``meta["recipe"]``, since a distilled set is good for the recipe it was made with.

@@ -1,9 +1,9 @@
 """The outer loop: gradient descent on the distilled set itself.
 
 Each outer step asks the objective for a meta-gradient at a fresh student initialisation and a fresh real batch, and
-Adam moves three things along it: the embeddings at the free positions, the soft labels, and the step sizes of the inner
-loop.  Step sizes are owned here as softplus(raw), so that they cannot become negative, which is how several published
-distillation codes run into NaN.
+Adam moves up to four things along it: the embeddings at the free positions, the soft labels, the step sizes of the inner
+loop, and attention labels.  Step sizes are owned here as softplus(raw), so that they cannot become negative, which is how
+several published distillation codes run into NaN.
 
 The loop is an iterator of records, so that a notebook can plot while it runs, a script can stop it, and a checkpoint can
 take it up again at the step where it ended.

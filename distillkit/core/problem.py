@@ -1,7 +1,7 @@
 """What a strategy differentiates: one inner training run, and the loss at its end.
 
 A :class:`Problem` binds a distilled set to a student: where training starts, which examples each step sees, and the outer
-loss J(θ_T).  A :class:`MetaGradient` is the answer, ∇J with respect to embeddings, soft labels and step sizes.
+loss J(θ_T).  A :class:`MetaGradient` is the answer, ∇J with respect to embeddings, labels of both kinds and step sizes.
 :mod:`distillkit.core.metagrad` computes one from the other.
 """
 
