@@ -125,8 +125,8 @@ class EvidenceCell(Cell):
         self.notes["corpus"] = {"bytes": text_bytes(rows, "none"), "compressed": text_bytes(rows)}
         self.of_seed = functools.cache(self._of_seed)
 
-    def _of_seed(self, seed: int) -> BootstrapCell:
-        cell = BootstrapCell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
+    def _of_seed(self, seed: int, kind: type[BootstrapCell] | None = None) -> BootstrapCell:
+        cell = (kind or BootstrapCell)(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
         cell.corpus, cell.notes, cell.deadline = self.task, self.notes, self.deadline
         return cell
 
