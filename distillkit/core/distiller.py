@@ -39,6 +39,7 @@ from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes")
 KIND = "distiller-checkpoint"
+SMALLEST = 1e-12  # norm of a gradient that is scaled to 1; step sizes that a run did not take have a gradient of 0
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 ADAM = AdamW(betas=(0.9, 0.99))
 MOMENTS = ("m", "v")
@@ -90,6 +91,9 @@ class Distiller:
             leaves them out.
         schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
             the default decay ``run(100)`` and then ``run(200)`` is not one run of 200 steps.
+        normalize: scale the meta-gradients of embeddings, labels and step sizes to norm 1 in every step.  Draws of a
+            :class:`~distillkit.core.mixture.Mixture` have norms that differ by factors of thousands; after a large one Adam
+            would hardly follow the others.
         regularizers: terms added to the loss that look at the set alone, such as
             :class:`~distillkit.text.projection.NeighborLoss`.
         seed: draws initialisations and batches.
@@ -117,6 +121,7 @@ class Distiller:
         step_size_lr: float | None = None,
         learn: Sequence[str] = LEARNABLE,
         schedule: Callable[[float], float] = cosine,
+        normalize: bool = False,
         regularizers: Sequence = (),
         seed: int = 0,
         checkpoint: str | Path | None = None,
@@ -135,6 +140,7 @@ class Distiller:
             if rate is not None or name == "lr":
                 check_number(f"{name}: the learning rate of {values}", rate)
         check_whole("checkpoint_every", checkpoint_every)
+        check_flag("normalize", normalize)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
@@ -143,7 +149,7 @@ class Distiller:
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.objective, self.schedule, self.seed = objective, schedule, seed
+        self.objective, self.schedule, self.normalize, self.seed = objective, schedule, normalize, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
         self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
@@ -201,6 +207,8 @@ class Distiller:
         grads = {name: None if gradient is None else gradient.to(self._state.values[name])
                  for name, gradient in zip(LEARNABLE, (outer.embeds, outer.targets, outer.step_sizes), strict=True)}
         loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
+        if self.normalize:
+            grads = {name: g if g is None else g / g.norm().clamp_min(SMALLEST) for name, g in grads.items()}
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -276,6 +284,7 @@ class Distiller:
             "learn": self.learn,
             "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
+            **({"normalize": True} if self.normalize else {}),  # older checkpoints do not say it
             "seed": self.seed,
             "start": {
                 "examples": len(self._start),

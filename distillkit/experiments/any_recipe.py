@@ -100,7 +100,8 @@ class SetCell(BootstrapCell):
         if method not in (LONGER, MIXTURE):
             return super().create(method, seed)
         objective = dataclasses.replace(self.objective(), unroll=self.job.unroll_of(method))
-        return self.distil(method, seed, self.set_of("keywords", seed).soften(), objective, steps=self.job.recipe_outer_steps)
+        return self.distil(method, seed, self.set_of("keywords", seed).soften(), objective, steps=self.job.recipe_outer_steps,
+                           normalize=True)
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         return None if recipe == EVERY else super().training_hash(method, recipe, seed)
