@@ -30,9 +30,9 @@ class CommonRecipes:
     """A sampler of what people train with: SGD, momentum or AdamW, with equal chances.
 
     The number of steps is drawn log-uniformly, and so is the distance of the run, number of steps × step size, over a decade
-    around :data:`DISTANCE`.  Two independent draws would often give a few small steps, which train nothing.  Step sizes are
-    at most :data:`LARGEST`; above it many runs diverge, and the meta-gradient of such a run is thousands of times larger than
-    others.
+    and a half around :data:`DISTANCE`.  Real sentences train an encoder over these distances.  Two independent draws, of
+    steps and of step size, would often give a few small steps, which train nothing.  Step sizes are at most :data:`LARGEST`,
+    above which many runs diverge.
 
     Args:
         central: the recipe that the set carries.
@@ -53,12 +53,13 @@ class CommonRecipes:
         kind, distance, length = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
         name = [*DISTANCE][int(kind * len(DISTANCE))]
         steps = round(self.least_steps * (self.most_steps / self.least_steps) ** length)
-        step_size = min(DISTANCE[name] * 10 ** (distance - 0.5) / steps, LARGEST[name])
+        step_size = min(DISTANCE[name] * 10 ** (DECADES * (distance - 0.5)) / steps, LARGEST[name])
         optimizer = {"SGD": SGD(step_size), "Momentum": Momentum(step_size), "AdamW": AdamW(step_size, eps_root=1e-8)}[name]
         return Unroll(steps, optimizer=optimizer)
 
 
-DISTANCE = {"SGD": 1.5, "Momentum": 0.15, "AdamW": 4e-3}  # for encoders, in the middle of the decade
+DISTANCE = {"SGD": 1.0, "Momentum": 0.2, "AdamW": 3e-3}  # for encoders
+DECADES = 1.5
 LARGEST = {"SGD": 0.3, "Momentum": 0.05, "AdamW": 1e-3}
 
 

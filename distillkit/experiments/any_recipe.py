@@ -50,6 +50,7 @@ class AnyRecipeJob(EvidenceJob):
     central_share: float = option(0.5, "of the outer steps of 'mixture' that take the central recipe", gt=0, le=1)
     least_steps: int = whole(3, "fewest steps of a drawn recipe")
     most_steps: int = whole(20, "most steps of a drawn recipe")
+    recipe_lr: float = positive(0.05, "outer learning rate of these two rows, that of labels and step sizes in proportion")
     recipe_outer_steps: int | None = whole(None, "outer steps of these two rows (default: outer_steps)")
 
     def unroll_of(self, method: str) -> Unroll | Mixture:
@@ -99,9 +100,9 @@ class SetCell(BootstrapCell):
     def create(self, method: str, seed: int) -> DistilledSet:
         if method not in (LONGER, MIXTURE):
             return super().create(method, seed)
-        objective = dataclasses.replace(self.objective(), unroll=self.job.unroll_of(method))
-        return self.distil(method, seed, self.set_of("keywords", seed).soften(), objective, steps=self.job.recipe_outer_steps,
-                           normalize=True)
+        job, objective = self.job, dataclasses.replace(self.objective(), unroll=self.job.unroll_of(method))
+        return self.distil(method, seed, self.set_of("keywords", seed).soften(), objective, steps=job.recipe_outer_steps,
+                           lr=job.recipe_lr, label_lr=None, step_size_lr=None, normalize=True)
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         return None if recipe == EVERY else super().training_hash(method, recipe, seed)

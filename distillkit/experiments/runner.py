@@ -196,7 +196,7 @@ class Cell:
 
     def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
         """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
-        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates(), **options)
+        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **self.job.rates() | options)
 
     def learn_with_siblings(self, name: str, seed: int) -> None:
         """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
