@@ -315,6 +315,25 @@ def test_the_recipe_travels_with_the_set(start, goal, tmp_path):
     assert "recipe" not in start.meta
 
 
+def test_normalized_gradients_count_alike(start, scripted):
+    """The scale of a step's gradients does not matter, and a gradient of 0 moves nothing."""
+    scales = {1: 1.0, 2: 1e5, 3: 1e-4, 4: 10.0}
+
+    def run(scales, step_sizes=1.0, **options):
+        def script(distilled, step):
+            embeds = torch.randn(distilled.embeds.shape, generator=torch.Generator().manual_seed(step))
+            return gradients(distilled, embeds=scales[step] * embeds, step_sizes=torch.full((2,), step_sizes))
+        return finished(dk.Distiller(start, scripted(script), schedule=constant, **options), 4)
+
+    plain, scaled = run(dict.fromkeys(scales, 1.0), normalize=True).distilled, run(scales, normalize=True).distilled
+    assert torch.allclose(plain.embeds, scaled.embeds, atol=1e-5)
+    moved, apart = plain.embeds - start.embeds, run(scales).distilled.embeds - plain.embeds
+    assert apart[start.free].abs().mean() > 0.1 * moved[start.free].abs().mean(), "unscaled ones do not count alike"
+    still = run(scales, step_sizes=0.0, normalize=True)
+    assert still.distilled.step_sizes.tolist() == pytest.approx([0.5, 0.5])
+    assert still.records[1].grad_norm > 1e4, "records say the norm before scaling"
+
+
 def test_seed_streams_are_disjoint(world, start, goal, monkeypatch):
     """No initialisation that is scored was tuned or distilled on."""
     task, student = world
