@@ -62,7 +62,7 @@ CALLS = {
     "AdamW": (dk.AdamW, {}, {"step_size": POSITIVE, "clip_norm": POSITIVE, "eps": RATE, "eps_root": RATE, "weight_decay": RATE,
                              "betas": st.sampled_from([None, 0.9, (0.9,), (0.9, 1.0), ("a", "b"), (NAN, 0.9)])}),
     "Unroll": (dk.Unroll, {"steps": 2}, {"steps": WHOLE, "batch_size": WHOLE, "micro_batch": WHOLE, "dropout": FLAG,
-                                         "optimizer": THING}),
+                                         "optimizer": THING, "attention_weight": RATE}),
     "Mixture": (dk.Mixture, {"sampler": dk.CommonRecipes()}, {
         "sampler": THING, "central": THING, "share": SHARE, "micro_batch": or_none(WHOLE)}),
     "CommonRecipes": (dk.CommonRecipes, {}, {
