@@ -103,7 +103,7 @@ CALLS = {
     "Distiller": (distil, {"distilled": None, "objective": None, "n": None}, {
         "distilled": THING, "objective": THING, "lr": RATE, "label_lr": RATE, "step_size_lr": RATE, "n": WHOLE.filter(bool),
         "learn": st.sampled_from([None, "embeds", (), ("labels",), 3, ([],)]), "schedule": THING, "regularizers": THING,
-        "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG, "normalize": FLAG}),
+        "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG, "normalize": FLAG, "clip": RATE, "attention_lr": RATE}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {"optimizer": st.sampled_from(["sgd", dk.SGD, 3])}),

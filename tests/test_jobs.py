@@ -150,7 +150,8 @@ def test_the_same_sentences_are_scored_once(finished, standin_hub, tmp_path, sco
 def test_the_table(finished):
     _, result = finished
     lines = table(result).splitlines()
-    assert lines[0] == "| method | recipe | examples | bytes | of the compressed corpus | accuracy (mean ± sd) | seeds | seconds to train |"
+    heads = "method | recipe | examples | bytes | of the compressed corpus | accuracy (mean ± sd) | seeds | seconds to train"
+    assert lines[0] == f"| {heads} |"
     assert len(lines) == 2 + len(ROW_NAMES) and all(line.count("|") == 9 for line in lines)
     one, other = (score["accuracy"] for score in scores(result, "herding/tuned"))
     nbytes, mean, deviation = scores(result, "herding/tuned")[0]["nbytes"], (one + other) / 2, abs(one - other) / 2**0.5
