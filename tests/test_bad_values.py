@@ -123,7 +123,7 @@ CALLS = {
     "corpus_tokens": (dk.corpus_tokens, dict.fromkeys(("task", "student")), {
         "task": THING, "student": THING, "least": WHOLE}),
     "FrozenJudge": (dk.FrozenJudge, dict.fromkeys(("task", "student")), {
-        "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
+        "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE, "reads": CHOICE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
         "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
