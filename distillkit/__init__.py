@@ -49,8 +49,9 @@ _HOMES = {
     "evaluation.words": ("with_teacher_labels",),
     # from embeddings to words
     "text.projection": ("NeighborLoss", "ThroughProjection", "corpus_tokens", "nearest_tokens", "project", "relabel"),
-    "text.judges": ("FrozenJudge", "StudentJudge"),
+    "text.judges": ("FrozenJudge", "JointJudge", "StudentJudge"),
     "text.swaps": ("SwapSearch",),
+    "text.keywords": ("search_keywords",),
     "text.relaxed": ("relax_tokens",),
     "text.sentences": ("nearest_sentences", "search_sentences"),
     # uses of a finished set: other models, prompts, a description of its text, publishing

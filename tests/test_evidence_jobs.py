@@ -32,6 +32,7 @@ BASE = {
     "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1],
     "eval_seeds": [0, 1], "full_seeds": [0], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "judge_steps": 5,
     "sentence_steps": 2, "sentences": 20, "candidates": 4, "rank": 2, "standard_steps": 2,
+    "word_steps": 2, "word_candidates": 4, "judges": ["bert-base-uncased", "distilbert-base-uncased"],
     "tuned_initialisations": 1, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }
@@ -81,7 +82,7 @@ def test_every_method_of_a_seed_sees_the_same_bootstrap(cell, standin_hub):
         drawn = {*dk.bootstrap(cell.task, seed).train["text"][:]}
         texts = [cell.task.train[row]["text"] for row in range(len(cell.task.train))]
         assert drawn < {*texts}
-        for method in ("random", "herding", "k_center", "k_means", "chosen sentences"):
+        for method in ("random", "herding", "k_center", "k_means", "chosen sentences", "searched keywords"):
             distilled = cell.of_seed(seed).set_of(method, seed)
             task = cell.of_seed(seed).task
             assert distilled.meta["task_fingerprint"] == task.fingerprint and {*task.train["text"][:]} == drawn
@@ -116,7 +117,7 @@ def test_bytes_and_upper_lines(finished, cell, standin_hub):
     numbers = 2 * (2 * 8 + 32) + learned.targets.numel() + learned.step_sizes.numel()  # rank 2, 2 × 8 positions of width 32
     assert first["embeddings low rank/own"]["nbytes"] == 2 * numbers
     rows = list(zip(cell.task.train["text"][:], cell.task.train["label"][:], strict=True))
-    assert result["cells"]["per_class=1"]["notes"]["corpus"]["compressed"] == text_bytes(rows)
+    assert result["cells"]["per_class=1"]["training_text"]["compressed"] == text_bytes(rows)
     assert f"{learned.nbytes / text_bytes(rows):.2%}" in evidence_table(result)
     assert first["tfidf/all"]["accuracy"] == pytest.approx(tfidf_accuracy(dk.bootstrap(cell.task, 0)), abs=1e-6)
     assert first["tfidf/corpus"]["accuracy"] == pytest.approx(tfidf_accuracy(cell.task), abs=1e-6)
@@ -142,7 +143,7 @@ def test_the_table_by_hand():
     result = result_of(rows, {"per_class=1": rows}, per_class=[1])
     for score in result["scores"]:
         score |= {"nbytes": 100, "init_seed": 0}
-    result["cells"] = {"per_class=1": {"notes": {"corpus": {"bytes": 4000, "compressed": 1000}}}}
+    result["cells"] = {"per_class=1": {"notes": {}, "training_text": {"bytes": 4000, "compressed": 1000}}}
     assert best_cheap(by_set(result, cell="per_class=1")) == "written/tuned"
     table = evidence_table(result)
     differences = np.array([0.3, 0.2, 0.4])
@@ -167,7 +168,7 @@ def test_rank_correlations():
 
 def test_screening_losses_are_kept(finished):
     notes = finished[1]["cells"]["per_class=2"]["notes"]
-    for method in ("embeddings", "chosen sentences", "real + learned labels"):
+    for method in ("embeddings", "chosen sentences", "searched keywords", "real + learned labels"):
         assert all(math.isfinite(notes[f"{method} {seed}"]["outer_loss"]) for seed in (0, 1))
 
 
@@ -179,10 +180,12 @@ def test_a_finished_run_does_nothing(finished, standin_hub, monkeypatch):
 
 def test_shipped_settings():
     shipped = {path.stem: EvidenceGrid.from_yaml(path) for path in CONFIGS.glob("evidence_*.yaml")}
-    assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", "rotten_tomatoes", "ag_news", "sst2")}
+    others = ("rotten_tomatoes_l3", "ag_news_l3")  # scored on an encoder that did not judge
+    assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", "rotten_tomatoes", "ag_news", "sst2", *others)}
     for name, job in shipped.items():
         assert job.name == name and kind_of(CONFIGS / f"{name}.yaml") == "evidence"
-        sentences = written_sentences(name.removeprefix("evidence_"))
+        sentences = written_sentences(job.base["corpus"])
+        assert name.endswith("_l3") == (job.base["student"] not in job.base["judges"])
         assert len(sentences) > 1 and {len({*texts}) for texts in sentences} == {5}
 
 

@@ -41,8 +41,9 @@ def job(**changes):
 
 def test_every_score_is_made(finished):
     folder, result = finished
+    assert job().seeds_of("zero-shot/none") == (0,), "one and the same model"
     assert [(score["row"], score["set_seed"], score["init_seed"]) for score in result["scores"]] == [
-        (row, seed, seed) for row in sorted(ROWS) for seed in (0, 1)]
+        (row, seed, seed) for row in sorted(ROWS) for seed in job().seeds_of(row)]
     for score in result["scores"]:
         assert 0 <= score["accuracy"] <= 1 and 0 <= score["normalized"] <= 1
         assert (score["method"], score["recipe"]) == tuple(score["row"].split("/"))
@@ -50,7 +51,7 @@ def test_every_score_is_made(finished):
     sizes, rows = {score["method"]: score["examples"] for score in result["scores"]}, cell["corpus"]["rows"]["train"]
     assert sizes.pop("full") == rows and sizes.pop("zero-shot") == 0 and set(sizes.values()) == {int(0.2 * rows)}
     learned = {name: note for name, note in cell["notes"].items() if "losses" in note}
-    assert learned.keys() == {"nacd 0", "nacd 1", "bptt 0", "bptt 1"}
+    assert learned.keys() == {f"{method} {seed}" for method in ("nacd", "nacd vectors", "bptt") for seed in (0, 1)}
     assert learned["nacd 0"]["terms"].keys() == {"outer", "neighbor"} and len(learned["bptt 0"]["losses"]) == 2
     assert learned["nacd 0"]["terms"] != learned["nacd 1"]["terms"], "a seed is another set"
 
@@ -89,9 +90,10 @@ def test_the_table(finished):
     scores = sets.loc["nacd/own"]
     (line,) = (line for line in lines if line.startswith(("| nacd | own |", "| nacd † | own |")))
     assert f"| {scores.mean():.3f} ± {scores.std():.3f} |" in line
-    assert line.endswith(f"| 2 | {scores.mean() / sets.loc['full/standard'].mean():.0%} |")
+    zero, full = (sets.loc[row].mean() for row in ("zero-shot/none", "full/standard"))
+    assert line.endswith(f"| 2 | {(scores.mean() - zero) / (full - zero):.0%} |" if full != zero else "| 2 | |")
     partial = result | {"scores": [score for score in result["scores"] if score["row"] != "less/tuned"]}
-    assert "| less | tuned | | not run | | | |" in instruction_table(partial)
+    assert "| less | standard |" in instruction_table(partial) and "| less | tuned |" not in instruction_table(partial)
 
 
 def test_processes_share_a_result(finished, standin_hub, tmp_path, monkeypatch):
@@ -125,12 +127,15 @@ def test_paired_differences_by_hand():
 
 
 def test_the_table_compares_at_the_same_seed_and_marks_what_works_in_one_way_only():
-    rows = {"random/standard": (0.4, 0.5, 0.6), "full/standard": (0.8, 0.9, 1.0), "nacd/own": (0.6, 0.7, 0.79),
+    rows = {"zero-shot/none": (0.3,), "random/standard": (0.4, 0.5, 0.6), "full/standard": (0.8, 0.9, 1.0),
+            "nacd/own": (0.6, 0.7, 0.79),
             "nacd/standard": (0.3, 0.6, 0.6), "bptt/own": (0.5, 0.61, 0.7), "bptt/standard": (0.5, 0.61, 0.7)}
     text = instruction_table(result_of(rows))
     assert text.count("| nacd † | own |") == 1 and "| bptt † |" not in text and "but not under standard" in text
     mean, half = paired_difference(by_set(result_of(rows)), "nacd/own", "random/standard")
-    assert f"| nacd, own | {mean:+.3f} ± {half:.3f} | {mean / 0.4:.0%} |" in text
+    assert f"| nacd, own | {mean:+.3f} ± {half:.3f} |" in text
+    assert "| zero-shot | none | 4 | 0.300 | 0.300 | 1 | 0% |" in text and text.count("| 3 | 100% |") == 1
+    assert "| random | standard | 4 | 0.500 ± 0.100 | 0.500 | 3 | 33% |" in text, "a third of the way from 0.3 to 0.9"
     del rows["random/standard"]
     text = instruction_table(result_of(rows))
     assert "†" not in text and "Differences" not in text, "there is nothing to compare with"

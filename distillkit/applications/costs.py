@@ -112,14 +112,16 @@ def set_bytes(distilled: DistilledSet, *, dtype: str = "float32", codec: str = "
     check_choice("dtype", dtype, DTYPES)
     check_choice("codec", codec, CODECS)
     require(distilled.tokens is None, "set_bytes counts learned embeddings, and this set is text: use text_bytes on its texts")
-    numbers = [value for value in (distilled.embeds, distilled.targets, distilled.step_sizes) if value is not None]
+    values = (distilled.embeds, distilled.targets, distilled.step_sizes, distilled.attention)
+    numbers = [value for value in values if value is not None]
     stored = [value.detach().to(DTYPES[dtype]) if value.is_floating_point() else value for value in numbers]
     return len(CODECS[codec](b"".join(value.numpy().tobytes() for value in stored)))
 
 
 def as_float16(distilled: DistilledSet) -> DistilledSet:
     """The set with its numbers rounded to float16 and stored in their original type."""
-    names = ["embeds"] + ["targets"] * distilled.soft + ["step_sizes"] * (distilled.step_sizes is not None)
+    names = ["embeds"] + ["targets"] * distilled.soft
+    names += [name for name in ("step_sizes", "attention") if getattr(distilled, name) is not None]
     halves = {name: getattr(distilled, name).half().to(getattr(distilled, name).dtype) for name in names}
     return dataclasses.replace(distilled, **halves, meta={**distilled.meta})
 

@@ -50,7 +50,7 @@ from distillkit.io.seeds import derive_seed, generator
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 TUNING_SEEDS = 2
 OPTIMIZER = AdamW(1e-3)
-TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights")  # what of a recipe says how to train
+TRAINED_BY = ("steps", "optimizer", "batch_size", "dropout", "trainable", "weights", "attention_weight")  # of a recipe
 
 
 def with_classes(task: Task, classes: Sequence[str] | Mapping[str, str]) -> Task:
@@ -100,8 +100,8 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
     """One set of the examples of several, in that order, for the classes of all of them.
 
     Args:
-        sets: distilled with, or selected for, the same student; with soft labels all, or with hard ones all.  What was
-            merged before may be merged again.
+        sets: distilled with, or selected for, the same student; with soft labels all, or with hard ones all; with attention
+            labels all, or none.  What was merged before may be merged again.
         foreign: the share of probability that soft labels give, in equal parts, to classes of other sets; in [0, 1).
 
     Returns:
@@ -123,6 +123,8 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
                          "one student")
     if len({s.soft for s in sets}) > 1:
         raise ValueError("some of the sets have soft labels and some hard ones; soften() those that are hard")
+    if len({s.attention is None for s in sets}) > 1:
+        raise ValueError("some of the sets have attention labels and some none; give dataclasses.replace(set, attention=None)")
     check_number("foreign: the share of probability", foreign, most=1, without="most")
     classes = list(dict.fromkeys(name for s in sets for name in s.meta["classes"]))
     sets = tuple(s.in_classes(classes, "the merged set", foreign=foreign) for s in sets)
@@ -137,9 +139,10 @@ def merge(*sets: DistilledSet, foreign: float = 0.0) -> DistilledSet:
         if any(value is None for value in values):
             return None
         # Zeros up to the longest set's length; a mask of False covers them.
-        return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in values])
+        width = (0, 0) * (name == "embeds")
+        return torch.cat([F.pad(v, width + (0, length - v.shape[-1 - (name == "embeds")])) for v in values])
 
-    tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens")}
+    tensors = {name: joined(name) for name in ("embeds", "mask", "free", "tokens", "attention")}
     parts = [part for s in sets for part in _parts(s)]
     return _of_parts(parts, tensors | {"targets": torch.cat([s.targets for s in sets])}, meta | {"classes": classes})
 
@@ -158,7 +161,7 @@ def _parts(distilled: DistilledSet) -> list[dict]:
     return [{
         "source": distilled.meta.get("task", "unknown"),
         "examples": len(distilled),
-        "recipe": recipe and {key: recipe.get(key) for key in TRAINED_BY},
+        "recipe": recipe and {key: recipe[key] for key in TRAINED_BY if key in recipe},
         "step_sizes": None if distilled.step_sizes is None else distilled.step_sizes.tolist(),
     }]
 
@@ -195,7 +198,7 @@ def without(merged: DistilledSet, source: str) -> DistilledSet:
         raise ValueError(f"{source!r} is the only source of this set; without it nothing is left")
     owners = [part["source"] for part in _parts(merged) for _ in range(part["examples"])]
     remain = torch.tensor([owner != source for owner in owners])
-    tensors = {name: getattr(merged, name) for name in ("embeds", "mask", "free", "targets", "tokens")}
+    tensors = {name: getattr(merged, name) for name in ("embeds", "mask", "free", "targets", "tokens", "attention")}
     tensors = {name: None if tensor is None else tensor[remain] for name, tensor in tensors.items()}
     meta = {key: value for key, value in merged.meta.items() if key != "recipe"}
     meta |= {key: list(itertools.compress(meta[key], remain)) for key in ("labels", "text", "rows") if key in meta}
@@ -388,9 +391,7 @@ class _Run:
             if isinstance(examples, Tensor):
                 parts += [self._real(weight / len(past), examples[chosen])] if len(chosen) else []
                 continue
-            targets = examples.targets.to(device, dtype if examples.soft else None)
-            tensors = examples.embeds.to(device, dtype), examples.mask.to(device), targets
-            ((_, *part),) = set_parts(chosen, *tensors, micro_batch=None, dropout=None)
+            ((_, *part),) = set_parts(chosen, **examples.tensors_on(device, dtype), micro_batch=None, dropout=None)
             parts.append((weight / len(past), *part))
         return parts
 

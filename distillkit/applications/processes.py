@@ -54,7 +54,7 @@ from distillkit.io.signals import ending_signals
 
 START = timedelta(minutes=30)  # for all processes to have started
 DRIFT = 1e-5  # relative difference between ranks that rounding does not explain
-COMPARED = ("outer step", "settings or corpus", "embeddings", "step sizes", "labels")
+COMPARED = ("outer step", "settings or corpus", "embeddings", "step sizes", "labels", "attention labels")
 _blocks = itertools.count()
 
 
@@ -241,13 +241,15 @@ class Shared(Wrapper):
         distilled, seed = step
         rank, size, count = self.team.rank, self.team.size, members(self.objective)
         learned = [distilled.embeds, bound_step_sizes(distilled, self.unroll, self.student)]
-        learned += [distilled.targets] if distilled.soft else []
+        optional = {"targets": distilled.targets if distilled.soft else None, "attention": distilled.attention}
+        optional = {name: value for name, value in optional.items() if value is not None}
+        learned += optional.values()
         shapes = [(size, 2 + len(learned)), (1,), *(value.shape for value in learned)]
         states, *sums = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         if turns := range(rank, count, size):
             with self.team.attentive():
                 share = meta_gradient(distilled, _Share(self.objective, self.team), seed=seed, on_retry=self._shrink)
-            for total, mean in zip(sums, (share.loss, share.embeds, share.step_sizes, share.targets)):
+            for total, mean in zip(sums, (share.loss, share.embeds, share.step_sizes, *(getattr(share, n) for n in optional))):
                 total += torch.as_tensor(mean, dtype=torch.float64, device="cpu").detach() * (len(turns) / count)
         settings = derive_seed("settings", json.dumps([self.recipe(), distilled.meta.get("task_fingerprint")]))
         norms = [float(value.double().norm()) for value in learned]
@@ -257,8 +259,9 @@ class Shared(Wrapper):
         for rank, column in ((states - states[0]).abs() > DRIFT * states[0].abs()).nonzero().tolist():
             raise ValueError(f"process {rank} differs from process 0 in its {COMPARED[column]}; start all processes with the "
                              "same arguments and versions, and with a checkpoint that all of them can read")
-        embeds, step_sizes, *targets = (gradient.to(distilled.embeds.dtype) for gradient in gradients)
-        return MetaGradient(float(loss), embeds, targets[0] if targets else None, step_sizes)
+        embeds, step_sizes, *others = (gradient.to(distilled.embeds.dtype) for gradient in gradients)
+        labels = {"targets": None} | dict(zip(optional, others, strict=True))
+        return MetaGradient(float(loss), embeds=embeds, step_sizes=step_sizes, **labels)
 
     def _shrink(self, share: _Share) -> None:
         self.objective = share.objective  # in parts that memory has room for

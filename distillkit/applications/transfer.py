@@ -28,7 +28,7 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
         student: whose tokenizer and embedding table to use.
 
     Returns:
-        a set of the same texts and labels, soft labels included, without step sizes or recipe.
+        a set of the same texts and labels, soft labels included, without step sizes, recipe or attention labels.
         ``meta["retokenized"]`` counts ``tokens_before`` and ``tokens_after`` (words' tokens, special ones apart), ``cut``,
         the examples that outgrew the length, and ``same_text``, those that read the same when decoded again.
 

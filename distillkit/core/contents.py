@@ -67,6 +67,14 @@ def check_targets(targets: Tensor, examples: int, classes: int) -> None:
             targets, outside)
 
 
+def check_attention(attention: Tensor, examples: int, length: int) -> None:
+    """Raise ValueError unless attention labels are finite logits of every position, for each example, layer and head."""
+    fits = attention.ndim == 4 and attention.dtype in FLOATS and attention.numel() > 0
+    _demand(fits and (len(attention), attention.shape[-1]) == (examples, length),
+            f"attention must be floats [{examples}, layers, heads, {length}]", attention)
+    _demand(bool(attention.isfinite().all()), "attention must be finite", attention, ~attention.isfinite())
+
+
 def check_step_sizes(step_sizes: Tensor) -> None:
     """Raise ValueError unless step sizes are finite and above 0, one at least."""
     floats = step_sizes.ndim == 1 and len(step_sizes) > 0 and step_sizes.dtype in FLOATS

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distillkit.core.contents import check_depth, check_inputs, check_meta, check_step_sizes, check_targets
+from distillkit.core.contents import check_attention, check_depth, check_inputs, check_meta, check_step_sizes, check_targets
 from distillkit.core.examples import embed, examples_per_class, rows_as_set, texts_as_set
 from distillkit.core.student import Student
 from distillkit.data.rows import dataset_of
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_are, check_flag, check_is, require
+from distillkit.io.checks import check_are, check_flag, check_is, check_whole, require
 from distillkit.io.files import read_file, write_file
 from distillkit.io.seeds import generator
 from distillkit.io.storage import StorageError, absolute
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 KIND = "distilled-set"
 CONFIDENCE = 0.9  # share of its own class in a soft label before learning
+OPTIONAL = ("step_sizes", "tokens", "attention")
 NONE_AT_ALL = 30.0  # nats below the rest: a share of 1e-13
 WAY_ACROSS = ("only text moves to another model: dk.transfer(set, task, student), or dk.retokenize for the set alone; learned "
               "embeddings become text by dk.project(set, the student it was made with)")
@@ -54,6 +55,8 @@ class DistilledSet:
             response ids, short ones filled up with -100.
         step_sizes: ``[t]`` positive step sizes of the inner loop, or None until bound to an Unroll.
         tokens: ``[m, l]`` int64 token ids, or None when the embeddings are no token's.
+        attention: ``[m, layers, heads, l]`` float logits; their softmax over unmasked positions is the label of the first
+            token's attention (:meth:`with_attention`).  None: a set without.
         meta: JSON values: classes, each example's own class (``labels``), decoded ``text``, ``recipe``, origin.
             ``table_sha256`` is the embedding table it belongs to, ``rows`` the training rows that it was taken from.
 
@@ -69,18 +72,21 @@ class DistilledSet:
     step_sizes: Tensor | None = None
     tokens: Tensor | None = None
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    attention: Tensor | None = None
 
     def __post_init__(self):
         check_is("meta", self.meta, dict)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "meta" and (value is not None or field.name not in ("step_sizes", "tokens")):
+            if field.name != "meta" and (value is not None or field.name not in OPTIONAL):
                 check_is(field.name, value, Tensor)
         check_inputs(self.embeds, self.mask, self.free, self.tokens)
         check_meta(self.meta, len(self))
         check_targets(self.targets, len(self), len(self.meta.get("classes", ())))
         if self.step_sizes is not None:
             check_step_sizes(self.step_sizes)
+        if self.attention is not None:
+            check_attention(self.attention, *self.mask.shape)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -96,9 +102,9 @@ class DistilledSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes a reader needs to train on it: embeddings (or, for text, token ids) and labels and step sizes."""
+        """Bytes a reader needs to train on it: embeddings (or, for text, token ids), labels of both kinds and step sizes."""
         inputs = self.embeds if self.tokens is None else self.tokens.to(torch.int32)
-        return sum(tensor.nbytes for tensor in (inputs, self.targets, self.step_sizes) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (inputs, self.targets, self.step_sizes, self.attention) if tensor is not None)
 
     @classmethod
     def from_real(
@@ -264,10 +270,55 @@ class DistilledSet:
         """This set as ``student`` trains on it: in its embedding space, with labels in the order of its classes.
 
         Raises:
-            ValueError: see :meth:`check_table` and :meth:`in_classes`.
+            ValueError: see :meth:`check_table` and :meth:`in_classes`; or attention labels for other layers or heads.
         """
         self.check_table(student)
+        if self.attention is not None and isinstance(student, Student):
+            config: Any = student.module.config
+            layers_heads = config.num_hidden_layers, config.num_attention_heads
+            require(self.attention.shape[1:3] == layers_heads, f"the set's attention labels are for "
+                    f"{list(self.attention.shape[1:3])} layers and heads, student {student.name!r} has {list(layers_heads)}; "
+                    "take the set without them: dataclasses.replace(set, attention=None)")
         return self.in_classes(student.classes, f"student {student.name!r}") if isinstance(student, Student) else self
+
+    def tensors_on(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+        """Embeddings, mask, targets and attention labels as a student reads them: on ``device``, floats in ``dtype``."""
+        values = {name: getattr(self, name) for name in ("embeds", "mask", "targets", "attention")}
+        return {name: None if value is None else value.to(device, dtype if value.is_floating_point() else None)
+                for name, value in values.items()}
+
+    def with_attention(self, student: Student) -> DistilledSet:
+        """The same examples with attention labels: a target for where the first token looks, beside the soft label.
+
+        Training then minimises the loss of the labels plus ``Unroll.attention_weight`` times KL(label ‖ attention of the
+        first token), as Maekawa et al. (ACL 2023, "Dataset Distillation with Attention Labels for Fine-tuning BERT") propose.
+        They start from random labels; these start as the student's attention before training, which costs nothing until they
+        are learned.  The labels belong to positions: projected sets keep them, retokenised sets and exported text have none.
+
+        Args:
+            student: an encoder with a classifier and attention="eager", whose layers and heads the labels are for.
+
+        Raises:
+            ValueError: another kind of student, or one of another embedding table.
+        """
+        self.check_table(student)
+        with torch.no_grad():
+            batch = {"inputs_embeds": self.embeds, "attention_mask": self.mask}
+            _, attention = student.with_first_attention(student.init(0), batch)
+        logits = attention.clamp_min(torch.finfo(attention.dtype).tiny).log().to(self.embeds)
+        return dataclasses.replace(self, attention=logits.masked_fill(~self.mask[:, None, None], 0.0), meta=dict(self.meta))
+
+    def with_prompt_vectors(self, count: int) -> DistilledSet:
+        """The same examples, of which only the first ``count`` learned positions are still learned.
+
+        In this form a synthetic example is a real one whose opening tokens become ``count`` prompt vectors; the rest of its
+        text is never optimised, and it holds no more tokens than before.
+
+        Raises:
+            ValueError: ``count`` is no whole number from 1 on.
+        """
+        check_whole("count", count)
+        return dataclasses.replace(self, free=self.free & (self.free.cumsum(1) <= count), meta=dict(self.meta))
 
     def soften(self, confidence: float = CONFIDENCE) -> DistilledSet:
         """The same examples with soft labels that give each its own class with probability ``confidence``."""

@@ -38,8 +38,9 @@ from distillkit.io.checkpoint import Checkpoint
 from distillkit.io.checks import check_flag, check_is, check_number, check_whole, require
 from distillkit.io.seeds import derive_seed
 
-LEARNABLE = ("embeds", "targets", "step_sizes")
+LEARNABLE = ("embeds", "targets", "step_sizes", "attention")
 KIND = "distiller-checkpoint"
+SMALLEST = 1e-12  # norm of a gradient that is scaled to 1; step sizes that a run did not take have a gradient of 0
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 ADAM = AdamW(betas=(0.9, 0.99))
 MOMENTS = ("m", "v")
@@ -87,13 +88,17 @@ class Distiller:
         lr: outer learning rate of the embeddings (Adam).
         label_lr: of the label logits; default: 5 × ``lr``.
         step_size_lr: of the raw step sizes; default: 2 × ``lr``.
-        learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"`` to learn.  Hard targets cannot be, and the default
-            leaves them out.
+        attention_lr: of the attention labels, where the set has any; default: ``lr``.
+        learn: which of ``"embeds"``, ``"targets"``, ``"step_sizes"``, ``"attention"`` to learn.  Hard targets cannot be, nor
+            attention labels that are not there, and the default leaves them out.
         schedule: factor on all learning rates as a function of progress in 0..1 towards the ``n`` of ``run(n)``; so with
             the default decay ``run(100)`` and then ``run(200)`` is not one run of 200 steps.
         clip: the most that a meta-gradient may exceed the median of the last ten in norm; a larger one is scaled down to it.
             Long training runs on a set are nearly chaotic, so that now and then a meta-gradient is a hundred times too large,
             after which Adam would stand still for a hundred steps (Metz et al., 2019).  Default: no limit.
+        normalize: scale the meta-gradients of embeddings, labels and step sizes to norm 1 in every step.  Draws of a
+            :class:`~distillkit.core.mixture.Mixture` have norms that differ by factors of thousands; after a large one Adam
+            would hardly follow the others.
         regularizers: terms added to the loss that look at the set alone, such as
             :class:`~distillkit.text.projection.NeighborLoss`.
         seed: draws initialisations and batches.
@@ -119,9 +124,11 @@ class Distiller:
         lr: float = 0.02,
         label_lr: float | None = None,
         step_size_lr: float | None = None,
+        attention_lr: float | None = None,
         learn: Sequence[str] = LEARNABLE,
         schedule: Callable[[float], float] = cosine,
         clip: float | None = None,
+        normalize: bool = False,
         regularizers: Sequence = (),
         seed: int = 0,
         checkpoint: str | Path | None = None,
@@ -130,18 +137,23 @@ class Distiller:
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
-        if learn is LEARNABLE and not distilled.soft:
-            learn = tuple(n for n in LEARNABLE if n != "targets")
+        fixed = {"targets": not distilled.soft, "attention": distilled.attention is None}
+        if learn is LEARNABLE:
+            learn = tuple(n for n in LEARNABLE if not fixed.get(n))
         names = isinstance(learn, Sequence) and not isinstance(learn, str) and learn and all(n in LEARNABLE for n in learn)
         require(names, f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
         require(distilled.soft or "targets" not in learn,
                 "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
-        for name, rate, values in zip(("lr", "label_lr", "step_size_lr"), (lr, label_lr, step_size_lr), LEARNABLE):
+        require(distilled.attention is not None or "attention" not in learn,
+                "the set has no attention labels to learn: use set.with_attention(student), or leave 'attention' out of learn")
+        for name, rate, values in zip(("lr", "label_lr", "step_size_lr", "attention_lr"),
+                                      (lr, label_lr, step_size_lr, attention_lr), LEARNABLE, strict=True):
             if rate is not None or name == "lr":
                 check_number(f"{name}: the learning rate of {values}", rate)
         if clip is not None:
             check_number("clip", clip, without="least")
         check_whole("checkpoint_every", checkpoint_every)
+        check_flag("normalize", normalize)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
@@ -149,13 +161,17 @@ class Distiller:
                 f"regularizers must be a list of terms such as NeighborLoss, not {regularizers!r}", TypeError)
         self.rates = {"embeds": lr, "targets": 5 * lr if label_lr is None else label_lr,
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
+        if distilled.attention is not None:
+            self.rates["attention"] = lr if attention_lr is None else attention_lr
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.objective, self.schedule, self.clip, self.seed = objective, schedule, clip, seed
+        self.objective, self.schedule, self.clip, self.normalize, self.seed = objective, schedule, clip, normalize, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
         self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
         values = {"embeds": self._start.embeds, "targets": self._start.targets,
                   "step_sizes": _inverse_softplus(self._first_step_sizes)}
+        if self._start.attention is not None:
+            values["attention"] = self._start.attention
         self._state = RunState(values, {}, [])
         # Of the next step, and its share of the seconds, where it is computed beside those of other sets.
         self.next_gradient: tuple[MetaGradient, float] | None = None
@@ -205,10 +221,10 @@ class Distiller:
         else:
             (outer, seconds), self.next_gradient = self.next_gradient, None
             begun -= seconds
-        grads = {name: None if gradient is None else gradient.to(self._state.values[name])
-                 for name, gradient in zip(LEARNABLE, (outer.embeds, outer.targets, outer.step_sizes), strict=True)}
+        gradients = {name: getattr(outer, name) for name in self._state.values}
+        grads = {n: None if gradient is None else gradient.to(self._state.values[n]) for n, gradient in gradients.items()}
         loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
-        grads = {name: None if gradient is None else gradient * self._scale(norm) for name, gradient in grads.items()}
+        grads = {name: None if gradient is None else self._scaled(gradient, norm) for name, gradient in grads.items()}
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -239,7 +255,7 @@ class Distiller:
 
     def restore(self, tensors: dict[str, Tensor], data: dict, records: list[dict]) -> None:
         """Become what :meth:`state` returned."""
-        values = {name: tensors[f"value.{name}"] for name in LEARNABLE}
+        values = {name: tensors[f"value.{name}"] for name in self._state.values}
         adam = {name: {"count": count} | {moment: {name: tensors[f"{moment}.{name}"]} for moment in MOMENTS}
                 for name, count in data["counts"].items()}
         self._state = RunState(values, adam, [_record(fields) for fields in records])
@@ -248,12 +264,14 @@ class Distiller:
         """Go on with ``objective``: the same one in parts that memory has room for."""
         self.objective = objective
 
-    def _scale(self, norm: float) -> float:
-        """The factor that brings a meta-gradient of this ``norm`` down to ``clip`` times the median of the last ones."""
-        if self.clip is None or not self.records or not math.isfinite(norm):
-            return 1.0
+    def _scaled(self, gradient: Tensor, norm: float) -> Tensor:
+        """A gradient as Adam is to see it, after ``normalize`` or ``clip``; ``norm`` is that of the embeddings' gradient."""
+        if self.normalize:
+            return gradient / gradient.norm().clamp_min(SMALLEST)
+        if self.clip is None or not self.records or not 0 < norm < math.inf:
+            return gradient
         most = self.clip * statistics.median(record.grad_norm for record in self.records[-10:])
-        return min(1.0, most / norm) if most > 0 else 1.0
+        return gradient * min(1.0, most / norm) if most > 0 else gradient
 
     def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
         """The values after Adam's step along ``grads``, and its state then; the current ones stay as they are."""
@@ -281,7 +299,7 @@ class Distiller:
         # Not made anew: values were checked when they were made, and a step says itself what is not finite.
         current, values = copy.copy(self._start), self._state.values
         current.embeds, current.targets, current.tokens = values["embeds"], values["targets"], None
-        current.step_sizes = _positive(values["step_sizes"])
+        current.step_sizes, current.attention = _positive(values["step_sizes"]), values.get("attention")
         return current
 
     def _describe(self) -> dict:
@@ -292,6 +310,7 @@ class Distiller:
             "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
             **({} if self.clip is None else {"clip": self.clip}),
+            **({"normalize": True} if self.normalize else {}),  # older checkpoints do not say it
             "seed": self.seed,
             "start": {
                 "examples": len(self._start),

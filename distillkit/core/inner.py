@@ -24,21 +24,28 @@ from torch.utils._pytree import tree_map_only
 
 from distillkit.core.optimizers import SGD, Optimizer, State, check_optimizer, described, optimizer_from
 from distillkit.core.student import Batch, Params, Student
-from distillkit.io.checks import check_flag, check_whole
+from distillkit.io.checks import check_flag, check_number, check_whole
 from distillkit.io.seeds import derive_seed, generator
 
 MOST_STEPS = 10**6  # of a recipe that somebody else wrote down
 
 
 class Phi(NamedTuple):
-    """What is learned at each inner step, or its gradient: ``embeds [m, l, d]``, ``targets [m, c]`` (None: hard labels)."""
+    """What is learned at each inner step, or its gradient: ``embeds [m, l, d]``, ``targets [m, c]`` (None: hard labels), and
+    ``attention [m, layers, heads, l]`` (None: no attention labels)."""
 
     embeds: Tensor
     targets: Tensor | None = None
+    attention: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The embeddings, and the labels where they are soft."""
-        return (self.embeds,) if self.targets is None else (self.embeds, self.targets)
+        """Those that are there, embeddings first."""
+        return tuple(tensor for tensor in self if tensor is not None)
+
+    def like(self, tensors: Iterable[Tensor]) -> Phi:
+        """Other ``tensors``, such as gradients, in the places of those of :meth:`tensors`."""
+        values = iter(tensors)
+        return Phi(*(None if tensor is None else next(values) for tensor in self))
 
 
 class Stepped(NamedTuple):
@@ -96,7 +103,7 @@ def loss_and_grads(
     theta = params if differentiable else leaves(params)
     inputs = (*theta.values(), *(phi.tensors() if phi else ()))
     loss, *grads = summed(_of_part(student, theta, inputs, part, differentiable) for part in parts)
-    return loss, dict(zip(theta, grads)), Phi(*grads[len(theta) :]) if phi else None
+    return loss, dict(zip(theta, grads)), phi.like(grads[len(theta) :]) if phi else None
 
 
 def _of_part(student: Student, theta: Params, inputs, part: Part, differentiable: bool, halved: bool = False) -> list[Tensor]:
@@ -141,7 +148,7 @@ def lengths_of(mask: Tensor) -> np.ndarray:
 
 def set_parts(
     rows: Tensor | np.ndarray, embeds: Tensor, mask: Tensor, targets: Tensor, *, micro_batch: int | None,
-    dropout: tuple | None, lengths: np.ndarray | None = None,
+    dropout: tuple | None, lengths: np.ndarray | None = None, attention: Tensor | None = None, attention_weight: float = 1.0,
 ) -> Iterator[Part]:
     """The micro-batches of one step on a distilled set: examples of similar length together, without common padding.
 
@@ -152,6 +159,7 @@ def set_parts(
         dropout: the address of the dropout masks, (seed, step), or None for no dropout.
         lengths: :func:`lengths_of` the mask, whose reading waits for the device, and cannot be done inside a transform of
             ``torch.func``; default: read here.
+        attention, attention_weight: the set's attention labels, if it has any, and the weight of their loss.
     """
     lengths = lengths_of(mask) if lengths is None else lengths
     order, size = np.asarray(rows), micro_batch or len(rows)
@@ -162,6 +170,10 @@ def set_parts(
         part = order[start : start + size]
         end = lengths[part].max()
         inputs = {"inputs_embeds": embeds[part, :end], "attention_mask": mask[part, :end]}
+        if attention is not None:
+            # A weight for each example, so that halves and members of a batch take theirs along.
+            inputs |= {"attention_labels": attention[part, ..., :end],
+                       "attention_weight": torch.full((len(part),), attention_weight, device=embeds.device, dtype=embeds.dtype)}
         yield len(part) / len(rows), inputs, targets[part], seed
 
 
@@ -200,6 +212,7 @@ class Unroll:
             set in a seeded order that is the same whenever the set is trained on.
         micro_batch: examples whose activations are alive at a time; the gradient is the same.
         dropout: train with the model's dropout; off by default, since its noise hides the gradient of a set.
+        attention_weight: weight of the loss of attention labels, where a set has any.
     """
 
     steps: int
@@ -208,9 +221,11 @@ class Unroll:
     batch_size: int | None = None
     micro_batch: int | None = None
     dropout: bool = False
+    attention_weight: float = 1.0
 
     def __post_init__(self):
         check_whole("steps", self.steps)
+        check_number("attention_weight", self.attention_weight)
         for name in ("batch_size", "micro_batch"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name))
@@ -231,6 +246,8 @@ class Unroll:
     def recipe(self) -> dict:
         """What a reader needs to train as this does, as JSON values."""
         settings = {name: getattr(self, name) for name in ("steps", "optimizer", "batch_size", "dropout")}
+        if self.attention_weight != 1:
+            settings["attention_weight"] = self.attention_weight
         return settings | {"optimizer": described(self.optimizer)}
 
 
@@ -246,7 +263,8 @@ def from_recipe(recipe: dict, optimizer: Optimizer | None = None) -> Unroll:
     try:
         check_whole("steps", recipe["steps"], most=MOST_STEPS)
         return Unroll(recipe["steps"], optimizer=optimizer or optimizer_from(recipe["optimizer"]),
-                      batch_size=recipe["batch_size"], dropout=recipe.get("dropout", False))
+                      batch_size=recipe["batch_size"], dropout=recipe.get("dropout", False),
+                      attention_weight=recipe.get("attention_weight", 1.0))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the recipe does not say how to train: {error}; or choose another recipe than the set's own, which "
                          "ignores its learned step sizes") from error

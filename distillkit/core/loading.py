@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from distillkit.core import model_files
-from distillkit.core.probing import PROBED, probe, unsuitable
+from distillkit.core.probing import NO_LANGUAGE_MODEL, PROBED, probe, unsuitable
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_choice, check_is, require
@@ -132,7 +132,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _max_positions(module: Any, source: str) -> int:
     limit = getattr(module.config, "max_position_embeddings", None)
     if limit is None or limit < PROBED:
-        raise unsuitable(module, source, "its configuration does not name its longest input (max_position_embeddings)")
+        raise unsuitable(module.config, source, "its configuration does not name its longest input (max_position_embeddings)")
     # RoBERTa and MPNet count positions from the padding token's id + 1, which their position table shows.
     tables = (m for name, m in module.named_modules() if name.endswith("position_embeddings"))
     return limit - max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
@@ -271,6 +271,8 @@ def _from_pretrained(location: str, source: str, task, dtype: torch.dtype, atten
         auto: Any = transformers.AutoModelForCausalLM
         if task.kind == "classification":
             auto, config.num_labels = transformers.AutoModelForSequenceClassification, len(task.classes)
+        elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:  # encoders such as MPNet
+            raise unsuitable(config, source, NO_LANGUAGE_MODEL)
         problem = (f"transformers cannot build a student for {task.kind} from the config.json of kind {config.model_type!r} "
                    f"with attention={attention!r}")
         with model_files.refusing(source, problem), torch.device("meta"):

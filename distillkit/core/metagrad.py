@@ -57,7 +57,7 @@ class StoreAll:
                                            step_sizes[t], differentiable=True)
         loss = cast("Tensor", sum(part(params) for part in problem.outer))
         *d_phi, d_step_sizes = grad(loss.sum(), (*phi.tensors(), step_sizes))
-        return MetaGradient(loss=loss.tolist(), step_sizes=d_step_sizes, **Phi(*d_phi)._asdict())
+        return MetaGradient(loss=loss.tolist(), step_sizes=d_step_sizes, **phi.like(d_phi)._asdict())
 
 
 class Step(NamedTuple):
@@ -134,7 +134,7 @@ def walk_back(problem: Problem, linearise: Linearise, keep: tuple[str, ...], eve
             cotangents, sigma, d_phi, d_step_sizes[t] = step_back(problem, steps.pop(), cotangents, sigma, linearise, notes)
             for tensor, part in zip(total, d_phi.tensors(), strict=True):
                 tensor += part
-    return MetaGradient(loss=loss, step_sizes=d_step_sizes, **Phi(*total)._asdict())
+    return MetaGradient(loss=loss, step_sizes=d_step_sizes, **problem.phi().like(total)._asdict())
 
 
 def _train(problem: Problem, keep: tuple[str, ...], every: int, host: bool) -> tuple[list[Step], float, Params]:
@@ -194,7 +194,7 @@ def _exact(problem: Problem, step: Step, notes: dict) -> tuple[Params, Product]:
         inputs = phi.tensors() if at_start else (*phi.tensors(), *theta.values())
         products = summed(grad(gradient, inputs, grad_outputs=list(gamma.values())) for gradient in graphs)
         along_phi, along_theta = products[: len(phi.tensors())], products[len(phi.tensors()) :]
-        return None if at_start else dict(zip(theta, along_theta, strict=True)), Phi(*along_phi)
+        return None if at_start else dict(zip(theta, along_theta, strict=True)), phi.like(along_phi)
 
     return grads, product
 
@@ -247,7 +247,7 @@ class ForwardDifference:
         """One difference, and more where ε was wrong; the slope ‖∇²ℓ·γ‖ / ‖γ‖ is noted for the next step."""
         norm, size, scale = _norms(gamma, cast("Params", step.grads), step.params)
         if norm == 0.0:
-            return None, Phi(*(torch.zeros_like(p) for p in cast("Phi", step.d_phi).tensors()))
+            return None, problem.phi().like(map(torch.zeros_like, problem.phi().tensors()))
         unit = torch.finfo(next(iter(gamma.values())).dtype).eps
         for _ in range(ATTEMPTS):
             least, epsilon, central = self.epsilon(scale, size, notes.get("slope"), unit)
@@ -296,7 +296,7 @@ def _difference(problem: Problem, step: Step, gamma: Params, h: float, central: 
     middle = [*(cast("Params", step.grads)[n] for n in names), *cast("Phi", step.d_phi).tensors()]
     ahead, behind = gradient(h), gradient(-h) if central else middle
     slopes = [(a - b) / (2 * h if central else h) for a, b in zip(ahead, behind, strict=True)]
-    return dict(zip(names, slopes)), Phi(*slopes[len(names) :])
+    return dict(zip(names, slopes)), cast("Phi", step.d_phi).like(slopes[len(names) :])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,12 @@ KINKED = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "prelu", "rrelu
 FAILURES = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def unsuitable(module: Any, source: str, why: str) -> ValueError:
-    """The error for a model that cannot be a student."""
-    return ValueError(f"{source!r} is a model of kind {module.config.model_type!r}, which cannot be a student: {why}")
+NO_LANGUAGE_MODEL = "an instruction task needs a language model whose tokens see only those before them, as in offline:tiny-opt"
+
+
+def unsuitable(config: Any, source: str, why: str) -> ValueError:
+    """The error for a model of this configuration, which cannot be a student."""
+    return ValueError(f"{source!r} is a model of kind {config.model_type!r}, which cannot be a student: {why}")
 
 
 def probe(student: Student, source: str) -> None:
@@ -52,14 +55,13 @@ def probe(student: Student, source: str) -> None:
                 whole, other = (module(input_ids=row[None], output_hidden_states=True) for row in (ids, changed))
                 short = module(input_ids=ids[None, :2])
         except FAILURES as error:
-            raise unsuitable(module, source, f"it does not run on tokens alone ({in_brief(error)})") from error
+            raise unsuitable(module.config, source, f"it does not run on tokens alone ({in_brief(error)})") from error
         student.causal = torch.equal(whole.hidden_states[-1][:, :-1], other.hidden_states[-1][:, :-1])
         student.has_kinks, student.scale = kinks.seen, cast("float", scale)
         obstacles = {
             f"its logits are not finite in {student.dtype}; its weights may be damaged": not whole.logits.isfinite().all(),
             "its embedding layer does more than look up rows of a table and scale them": scale is None,
-            "an instruction task needs a language model whose tokens see only those before them":
-                student.kind == "instruction" and not student.causal,
+            NO_LANGUAGE_MODEL: student.kind == "instruction" and not student.causal,
         }
         reasons = [reason for reason, applies in obstacles.items() if applies]
         for builds_masks in (False, True) if not reasons else ():
@@ -68,7 +70,7 @@ def probe(student: Student, source: str) -> None:
             if reason is None:
                 return
             reasons.append(reason)
-    raise unsuitable(module, source, "; with other masks, ".join(dict.fromkeys(reasons)))
+    raise unsuitable(module.config, source, "; with other masks, ".join(dict.fromkeys(reasons)))
 
 
 class _Kinks(TorchFunctionMode):

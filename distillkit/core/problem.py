@@ -32,12 +32,14 @@ class MetaGradient:
         embeds: ``[m, l, d]``.
         targets: ``[m, c]`` for soft labels, None for hard ones.
         step_sizes: ``[t]``, with respect to the positive step sizes themselves.
+        attention: ``[m, layers, heads, l]``, None for a set without attention labels.
     """
 
     loss: float
     embeds: Tensor
     targets: Tensor | None
     step_sizes: Tensor
+    attention: Tensor | None = None
 
     @classmethod
     def mean(cls, members: Sequence[MetaGradient]) -> MetaGradient:
@@ -77,6 +79,7 @@ class Problem:
         seed: the address of this run, which differs between outer steps: strategies draw from it.
         first_step: how many steps of the run came before ``params``, where this is a window of a longer run.
         unused_sizes: the set's own step sizes ``[t]``, where this run does not take them (:mod:`distillkit.core.mixture`).
+        attention, attention_weight: the set's attention labels ``[m, layers, heads, l]``, and the weight of their loss.
     """
 
     student: Student
@@ -94,6 +97,8 @@ class Problem:
     seed: int | None = None
     first_step: int = 0
     unused_sizes: Tensor | None = None
+    attention: Tensor | None = None
+    attention_weight: float = 1.0
 
     def __post_init__(self):
         # What the host needs of each step is read once: a read waits for the device.
@@ -106,7 +111,8 @@ class Problem:
 
     def phi(self) -> Phi:
         """Fresh leaves of what is learned at each step."""
-        return Phi(leaf(self.embeds), leaf(self.targets) if self.targets.is_floating_point() else None)
+        return Phi(leaf(self.embeds), leaf(self.targets) if self.targets.is_floating_point() else None,
+                   None if self.attention is None else leaf(self.attention))
 
     def parts(self, t: int, phi: Phi | None = None) -> Iterator[Part]:
         """The micro-batches of step t, made of the leaves ``phi`` where they are passed."""
@@ -114,7 +120,8 @@ class Problem:
         targets = self.targets if phi is None or phi.targets is None else phi.targets
         dropout = None if self.dropout_seed is None else (self.dropout_seed, self.first_step + t)
         return set_parts(self.orders[t], embeds, self.mask, targets, micro_batch=self.micro_batch, dropout=dropout,
-                         lengths=self.lengths)
+                         lengths=self.lengths, attention=self.attention if phi is None else phi.attention,
+                         attention_weight=self.attention_weight)
 
     def loss(self, params: Params, t: int, phi: Phi) -> Iterator[Tensor]:
         """ℓ(θ, φ_t) in parts that add up, with a graph."""
@@ -141,7 +148,8 @@ class Problem:
     def with_copies(self) -> Problem:
         """The same run, in which each step sees a copy of the set of its own, so that gradients of φ are told apart by step."""
         steps, examples = len(self.rows), len(self.embeds)
-        copies = {name: torch.cat([getattr(self, name)] * steps) for name in ("embeds", "mask", "targets")}
+        names = ("embeds", "mask", "targets", *(("attention",) if self.attention is not None else ()))
+        copies = {name: torch.cat([getattr(self, name)] * steps) for name in names}
         return dataclasses.replace(self, rows=[rows + t * examples for t, rows in enumerate(self.rows)], **copies)
 
 
@@ -168,15 +176,11 @@ def inner_problem(
         if not is_central:
             order, unused_sizes = derive_seed("mixture-order", seed), bound_step_sizes(distilled, mixture.central, student)
             distilled = dataclasses.replace(distilled, step_sizes=None)
-    move = {"device": student.device, "dtype": student.dtype}
     return Problem(
         student=student,
         optimizer=unroll.optimizer,
         params=student.init(seed) if params is None else params,
-        embeds=distilled.embeds.to(**move),
-        mask=distilled.mask.to(student.device),
-        targets=distilled.targets.to(**move) if distilled.soft else distilled.targets.to(student.device),
-        step_sizes=bound_step_sizes(distilled, unroll, student).to(**move),
+        step_sizes=bound_step_sizes(distilled, unroll, student).to(student.device, student.dtype),
         rows=unroll.rows(len(distilled), order),
         outer=outer,
         micro_batch=unroll.micro_batch,
@@ -184,6 +188,8 @@ def inner_problem(
         state=state,
         seed=seed,
         unused_sizes=unused_sizes,
+        attention_weight=unroll.attention_weight,
+        **distilled.tensors_on(student.device, student.dtype),
     )
 
 

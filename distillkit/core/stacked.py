@@ -109,7 +109,9 @@ def stackable(problems: Sequence[Problem]) -> bool:
 def _sizes(problem: Problem) -> tuple:
     """What the sets of stacked problems have in common; responses, which are hard targets, may be of any length."""
     targets = problem.targets
-    return problem.embeds.shape, problem.step_sizes.shape, targets.dtype, targets.is_floating_point() and targets.shape
+    labels = problem.attention is not None and problem.attention.shape
+    soft = targets.is_floating_point() and targets.shape
+    return problem.embeds.shape, problem.step_sizes.shape, targets.dtype, soft, labels, problem.attention_weight
 
 
 def stack(problems: Sequence[Problem]) -> Problem:
@@ -130,6 +132,7 @@ def stack(problems: Sequence[Problem]) -> Problem:
         embeds=torch.cat([p.embeds for p in problems]),
         mask=torch.cat([p.mask for p in problems]),
         targets=_joined([p.targets for p in problems], NO_TARGET),
+        attention=None if first.attention is None else torch.cat([p.attention for p in problems]),
     )
 
 
@@ -153,6 +156,7 @@ def meta_gradients(strategy: Callable[[Problem], MetaGradient], problems: Sequen
     if members == 1 or not stackable(problems):
         return [solved(strategy, problem) for problem in problems]
     joint = strategy(stack(problems))
-    embeds = joint.embeds.chunk(members)
-    targets = [None] * members if joint.targets is None else joint.targets.chunk(members)
-    return [MetaGradient(*values) for values in zip(joint.loss, embeds, targets, joint.step_sizes.unbind(1), strict=True)]
+    embeds, targets, attention = ([None] * members if values is None else values.chunk(members)
+                                  for values in (joint.embeds, joint.targets, joint.attention))
+    return [MetaGradient(*values)
+            for values in zip(joint.loss, embeds, targets, joint.step_sizes.unbind(1), attention, strict=True)]

@@ -36,6 +36,7 @@ from distillkit.data.tasks import NO_TARGET
 from distillkit.io.checks import require
 from distillkit.io.seeds import generator
 
+UNSEEN = -1e4  # a logit whose probability is 0
 Params = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
 
@@ -196,10 +197,23 @@ class Student:
         if self.kind == "instruction":
             likelihoods = self.log_likelihood(params, batch, targets)
             return -(likelihoods.sum(1) / (targets.to(self.device) != NO_TARGET).sum(1)).mean()
-        logits = self.logits(params, batch)
-        if targets.is_floating_point():
-            return -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-        return F.cross_entropy(logits, targets)
+        if "attention_labels" not in batch:
+            return _cross_entropy(self.logits(params, batch), targets)
+        logits, attention = self.with_first_attention(params, batch)
+        return _cross_entropy(logits, targets) + _attention_loss(attention, batch)
+
+    def with_first_attention(self, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Class logits ``[b, c]``, and where the first token looks: attention probabilities ``[b, layers, heads, l]``.
+
+        Raises:
+            ValueError: the student does not give them, or its first token sees nothing but itself.
+        """
+        require(self.attention == "eager" and not self.causal and self.kind == "classification",
+                f"student {self.name!r} has no attention labels: they are of the first token of an encoder that classifies, "
+                f"loaded with attention='eager' (it is {'a decoder' if self.causal else 'an encoder'} for {self.kind}, "
+                f"attention={self.attention!r}); load it so, or take a set without: dataclasses.replace(set, attention=None)")
+        outputs = self._outputs(params, batch, output_attentions=True)
+        return outputs.logits, torch.stack([layer[:, :, 0] for layer in outputs.attentions], 1)
 
     def features(self, batch: Batch, params: Params | None = None) -> Tensor:
         """Sentence representations ``[b, h]``: the mean of the last hidden states over the unmasked tokens.
@@ -285,6 +299,26 @@ class Student:
         # Decoders take their softmax in float32, where the lowest float64 would be −∞ and a row of nothing else NaN.
         lowest = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min)
         return bias.masked_fill(~visible, lowest).expand(-1, -1, visible.shape[-1], -1)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return -(targets.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    return F.cross_entropy(logits, targets)
+
+
+def _attention_loss(attention: Tensor, batch: Batch) -> Tensor:
+    """KL(label ‖ attention), summed over positions; mean over examples (with their weights), layers and heads.
+
+    Args:
+        attention: the first token's probabilities ``[b, layers, heads, l]``.
+        batch: ``attention_labels``, logits of that shape; ``attention_weight`` ``[b]``; ``attention_mask`` ``[b, l]``.
+    """
+    hidden = batch["attention_mask"].to(attention.device)[:, None, None] == 0
+    labels = batch["attention_labels"].to(attention).masked_fill(hidden, UNSEEN).log_softmax(-1)
+    log_probabilities = attention.clamp_min(torch.finfo(attention.dtype).tiny).log()
+    divergence = (labels.exp() * (labels - log_probabilities)).sum(-1)
+    return (divergence.mean((1, 2)) * batch["attention_weight"].to(attention)).mean()
 
 
 def _blank(model: transformers.PreTrainedModel, names: Sequence[str]) -> tuple[Params, list]:

@@ -43,7 +43,7 @@ from distillkit.io.seeds import derive_seed, generator
 
 BLOCK = 1 << 13  # coordinates of a projection that share a random stream
 ROWS = 16  # examples whose activations, or whose gradients, are alive at a time
-MOST_ANSWERS = 32  # different answers of a validation split that count as groups
+MOST_ANSWERS = 32  # different answers of a split that count as groups
 NUMBERS = 1 << 26  # entries of per-example gradients that are alive at a time, where one example has no more
 
 
@@ -196,7 +196,14 @@ def validation_groups(task: Task) -> list[Tensor]:
     validation = task.split("validation")
     if task.kind == "classification":
         return [torch.arange(len(validation))]
-    answers, names = np.unique(validation["response"][:], return_inverse=True)
-    if len(answers) > MOST_ANSWERS or 2 * len(answers) > len(validation):
-        _, names = np.unique(validation["group"][:], return_inverse=True)
-    return [torch.from_numpy(np.flatnonzero(names == group)) for group in range(names.max() + 1)]
+    groups = groups_of_questions(task, "validation")
+    return [torch.from_numpy(np.flatnonzero(groups == group)) for group in range(groups.max() + 1)]
+
+
+def groups_of_questions(task: Task, split: str) -> np.ndarray:
+    """The number of each row's group, ``[n]``: its answer, where these are a few that repeat, else its column ``group``."""
+    rows = task.split(split)
+    answers, groups = np.unique(rows["response"][:], return_inverse=True)
+    if len(answers) > MOST_ANSWERS or 2 * len(answers) > len(rows):
+        _, groups = np.unique(rows["group"][:], return_inverse=True)
+    return groups

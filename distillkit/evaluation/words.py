@@ -58,17 +58,23 @@ def keyword_lines(task: Task, tokenizer, k: int, room: int) -> list[list[str]]:
         ValueError: a class has fewer words of positive weight than lines.
     """
     check_whole("room", room)
-    classifier = word_classifier(task)
-    weights, names = classifier[-1].coef_, classifier[0].get_feature_names_out()
-    if len(weights) == 1:  # two classes share one vector of weights
-        weights = np.concatenate([-weights, weights])
     lines = []
-    for name, of_class in zip(task.classes, weights, strict=True):
-        words = [str(names[place]) for place in np.argsort(-of_class, kind="stable") if of_class[place] > 0]
+    for name, of_class in zip(task.classes, weighted_words(task), strict=True):
+        words = [word for word, _ in of_class]
         require(len(words) >= k, f"class {name!r} of task {task.name!r} has {len(words)} keywords, fewer than the {k} lines "
                 "that are asked for; ask for fewer examples")
         lines.append(_lines(words, tokenizer, k, room))
     return lines
+
+
+def weighted_words(task: Task) -> list[list[tuple[str, float]]]:
+    """For each class the words of positive weight in a :func:`word_classifier`, and their weights, the heaviest first."""
+    classifier = word_classifier(task)
+    weights, names = classifier[-1].coef_, classifier[0].get_feature_names_out()
+    if len(weights) == 1:  # two classes share one vector of weights
+        weights = np.concatenate([-weights, weights])
+    return [[(str(names[place]), float(of_class[place])) for place in np.argsort(-of_class, kind="stable")
+             if of_class[place] > 0] for of_class in weights]
 
 
 def _lines(words: list[str], tokenizer, k: int, room: int) -> list[str]:

@@ -27,7 +27,7 @@ import pandas as pd
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.evaluation.selection import METHODS
-from distillkit.experiments.results import by_row, frame, markdown, number, read, spread, take_up
+from distillkit.experiments.results import by_row, frame, markdown, number, of_the_corpus, read, spread, take_up
 from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
@@ -128,13 +128,16 @@ class ClassificationCell(Cell):
 def table(result: Mapping) -> str:
     """The result as a Markdown table."""
     rows = by_row(result).join(frame(result).groupby("row")["accuracy"].apply(spread).rename("score"))
+    cell = next(iter(result["cells"].values()), {})
     marks = {score["row"]: f" (committed, {score['committed']})" for score in result["scores"] if "committed" in score}
     lines = []
     for row in rows.itertuples():
         method, recipe = row.Index.split("/")
         lines.append([method + marks.get(row.Index, ""), recipe, number(row.examples, ",.0f"), number(row.nbytes, ",.0f"),
+                      of_the_corpus(math.nan if method == "full" else row.nbytes, cell),
                       "not run" if math.isnan(row.mean) else row.score, number(row.size, ".0f"), number(row.seconds, ".1f")])
-    heads = ["method", "recipe", "examples", "bytes", "accuracy (mean ± sd)", "seeds", "seconds to train"]
+    heads = ["method", "recipe", "examples", "bytes", "of the compressed corpus", "accuracy (mean ± sd)", "seeds",
+             "seconds to train"]
     return markdown(heads, lines, "ll")
 
 
@@ -185,13 +188,19 @@ def scaling_table(result: Mapping) -> str:
     lines = {}
     for key, cell in job.cells().items():
         of_cell = scores[scores["place"] == without_seed(key)]
-        means, sizes = of_cell.groupby("row")["accuracy"].mean(), of_cell[of_cell["method"] == "embeddings"]["nbytes"]
+        means, sizes = of_cell.groupby("row")["accuracy"].mean(), of_cell[of_cell["method"] == "embeddings"]
         lines[without_seed(key)] = [
             without_seed(key), str(cell.per_class), str(cell.length or cell.max_length), str(cell.unroll_steps),
-            f"{sizes.iloc[0]:,}" if len(sizes) else "",
+            *(_bytes(sizes.iloc[0], result) if len(sizes) else ("", "")),
             *(f"{means[row]:.3f}" if row in means else "not run" for row in job.rows), str(of_cell["cell"].nunique())]
-    heads = ["cell", "examples a class", "tokens", "inner steps", "bytes", *job.rows, "sets"]
+    heads = ["cell", "examples a class", "tokens", "inner steps", "bytes", "of the compressed corpus", *job.rows,
+             "sets"]
     return markdown(heads, [*lines.values()])
+
+
+def _bytes(score: pd.Series, result: Mapping) -> tuple[str, str | None]:
+    """The bytes of a scored set, and their share of the compressed corpus."""
+    return f"{score['nbytes']:,}", of_the_corpus(score["nbytes"], result["cells"][score["cell"]])
 
 
 def without_seed(key: str) -> str:

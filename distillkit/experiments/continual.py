@@ -39,8 +39,9 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import select
-from distillkit.experiments.results import by_row, by_set, markdown, number, rounded, spread
-from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
+from distillkit.experiments.building import load_corpus, unroll_of
+from distillkit.experiments.results import by_row, by_set, markdown, number, of_the_corpus, rounded, spread
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,
@@ -187,7 +188,7 @@ def _nbytes(task: Task, memory: DistilledSet | Sequence[int]) -> int:
 def continual_table(result: Mapping) -> str:
     """The result as Markdown tables: merging, the stream, and the update."""
     values = {value: by_set(result, value) for value in ("accuracy", "forgetting", "new", "rest")}
-    names, sizes = [*values["accuracy"].index], by_row(result)
+    names, sizes, cell = [*values["accuracy"].index], by_row(result), next(iter(result["cells"].values()), {})
 
     def score(name: str, value: str = "accuracy") -> str:
         return (spread(values[value].loc[name]) or "not run") if name in names else ""
@@ -199,12 +200,13 @@ def continual_table(result: Mapping) -> str:
     merging = [[method, score(f"{method}/own"), score(f"{method}/tuned"), sets(f"{method}/own", f"{method}/tuned")]
                for method in methods]
     stream = [[name.split("/")[0], number(sizes["examples"][name], ",.0f") or "", number(sizes["nbytes"][name], ",.0f") or "",
-               score(name), score(name, "forgetting"), sets(name)] for name in names if name.endswith("/stream")]
+               of_the_corpus(sizes["nbytes"][name], cell), score(name), score(name, "forgetting"), sets(name)]
+              for name in names if name.endswith("/stream")]
     update = [[f"{name.split('/')[0]} the update", score(name, "new"), score(name, "rest"), sets(name)]
               for name in names if name.endswith("/update")]
     tables = {
         ("trained on", "own, rescaled", "AdamW, tuned", "sets"): merging,
-        ("memory", "examples", "bytes", "average accuracy", "forgetting", "sets"): stream,
+        ("memory", "examples", "bytes", "of the compressed corpus", "average accuracy", "forgetting", "sets"): stream,
         ("set", "the new", "the rest", "sets"): update,
     }
     return "\n\n".join(markdown(heads, lines) for heads, lines in tables.items() if lines)

@@ -13,8 +13,11 @@ Beside them:
 
 * ``published``: another project's sets (``from_text``), set number s for seed s; they were made from other rows than ours.
 * ``chosen sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
+* ``searched keywords``: the keywords after a search that asks several encoders at once, each by what its head reads first and
+  by all its layers (:func:`~distillkit.text.keywords.search_keywords`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
-* ``embeddings``: distilled by BPTT; ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
+* ``embeddings``: distilled by BPTT; ``embeddings + attention labels`` with labels for the attention of the first token too
+  (Maekawa et al., 2023); ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
 * ``tfidf``, ``linear probe``: classifiers on all rows, of the bootstrap (``all``) or of the corpus as it is (``corpus``).
 * ``full``: the student trained on the corpus as it is.
 """
@@ -24,21 +27,33 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes, text_bytes
+from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes
 from distillkit.core.distilled import DistilledSet
+from distillkit.core.loading import load_student
+from distillkit.core.student import Student
 from distillkit.data.tasks import Task, bootstrap
 from distillkit.evaluation.recipes import Tuned
 from distillkit.evaluation.selection import METHODS
 from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accuracy
 from distillkit.evaluation.words import with_teacher_labels
 from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
-from distillkit.experiments.results import by_set, frame, gain, markdown, number, rank_correlation, rounded, spread
+from distillkit.experiments.results import (
+    by_set,
+    frame,
+    gain,
+    markdown,
+    number,
+    of_the_corpus,
+    rank_correlation,
+    rounded,
+    spread,
+)
 from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -57,21 +72,25 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
-from distillkit.text.judges import FrozenJudge
+from distillkit.text.judges import READS, FrozenJudge, JointJudge
+from distillkit.text.keywords import search_keywords
 from distillkit.text.sentences import search_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
 BY_HAND = ("class names", "written")  # texts that do not depend on the drawn rows
-PUBLISHED, CHOSEN, FLOAT16, LOW_RANK = "published", "chosen sentences", "embeddings float16", "embeddings low rank"
+PUBLISHED, CHOSEN, SEARCHED = "published", "chosen sentences", "searched keywords"
+ATTENTION, FLOAT16, LOW_RANK = "embeddings + attention labels", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
-    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN) for labels in ("", TEACHER)),
+    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN, SEARCHED) for labels in ("", TEACHER)),
     f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
-    f"{FLOAT16}/own", f"{LOW_RANK}/own", *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
+    *(f"{method}/own" for method in (ATTENTION, FLOAT16, LOW_RANK)),
+    *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
     "full/standard",
 )
+WORD_JUDGE = {"steps": 20, "batch_size": 512}  # of the judges of searched keywords
 LAST = 5  # outer losses at the end of a distillation, whose mean is what it was screened by
 
 
@@ -84,6 +103,9 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     sentence_steps: int = whole(60, "steps of the search for real sentences")
     sentences: int = whole(3000, "real sentences that the search chooses from")
     candidates: int = whole(64, "sentences that are judged per step")
+    judges: tuple[str, ...] = option((), "students that judge searched keywords together (default: the student); one tokenizer")
+    word_steps: int = whole(40, "steps of the search for keywords")
+    word_candidates: int = whole(24, "changes of words that are judged per step")
     rank: int = whole(16, "rank of the row 'embeddings low rank'")
     published: dict[int, str] | None = option(None, "{per_class: file of published sets below $DISTILLKIT_DATA}, JSON lines of "
                                                     "set (a number), text and label (an index)")
@@ -121,14 +143,15 @@ class EvidenceCell(Cell):
 
     def __init__(self, *args):
         super().__init__(*args)
-        rows = list(zip(self.task.train["text"][:], self.task.train["label"][:], strict=True))
-        self.notes["corpus"] = {"bytes": text_bytes(rows, "none"), "compressed": text_bytes(rows)}
-        self.of_seed = functools.cache(self._of_seed)
+        self.of_seed, self.encoder = functools.cache(self._of_seed), functools.cache(self._encoder)
 
-    def _of_seed(self, seed: int) -> BootstrapCell:
-        cell = BootstrapCell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
-        cell.corpus, cell.notes, cell.deadline = self.task, self.notes, self.deadline
+    def _of_seed(self, seed: int, kind: type[BootstrapCell] | None = None) -> BootstrapCell:
+        cell = (kind or BootstrapCell)(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
+        cell.corpus, cell.notes, cell.deadline, cell.encoder = self.task, self.notes, self.deadline, self.encoder
         return cell
+
+    def _encoder(self, source: str) -> Student:
+        return self.student if source == self.job.student else load_student(source, self.task)
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         return self.of_seed(seed).score(method, recipe, seed)
@@ -144,7 +167,9 @@ class BootstrapCell(ClassificationCell):
     """The sets of one seed, all from the same bootstrap; ``corpus`` is the task that it was drawn from."""
 
     corpus: Task
-    texts, selections = (CHOSEN,), tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
+    encoder: Callable[[str], Student]
+    texts = (CHOSEN, SEARCHED)
+    selections = tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method in UPPER:
@@ -206,14 +231,23 @@ class BootstrapCell(ClassificationCell):
         return rows["text"].tolist(), rows["label"].tolist()
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method != CHOSEN:
+        if method == ATTENTION:
+            return self.distil(method, seed, self.start(seed).with_attention(self.student), self.objective())
+        if method not in (CHOSEN, SEARCHED):
             return super().create(method, seed)
         job, begun = self.job, time.perf_counter()
-        judge = FrozenJudge(self.task, self.student, steps=job.judge_steps)
-        chosen = search_sentences(self.set_of("herding", seed), self.task, self.student, judge, steps=job.sentence_steps,
-                                  candidates=job.candidates, sentences=job.sentences, seed=seed)
-        self.note(method, seed, [after for _, after in chosen.meta["search"]["losses"]], time.perf_counter() - begun)
-        return chosen
+        if method == CHOSEN:
+            judge = FrozenJudge(self.task, self.student, steps=job.judge_steps)
+            text = search_sentences(self.set_of("herding", seed), self.task, self.student, judge, steps=job.sentence_steps,
+                                    candidates=job.candidates, sentences=job.sentences, seed=seed)
+        else:
+            encoders = [self.encoder(source) for source in job.judges or (job.student,)]
+            joint = JointJudge([FrozenJudge(self.task, encoder, **WORD_JUDGE, reads=part)
+                                for encoder in encoders for part in READS])
+            text = search_keywords(self.set_of("keywords", seed), self.task, self.student, joint, steps=job.word_steps,
+                                   candidates=job.word_candidates, seed=seed)
+        self.note(method, seed, [after for _, after in text.meta["search"]["losses"]], time.perf_counter() - begun)
+        return text
 
     def note(self, name: str, seed: int, losses: Sequence[float], seconds: float, **more) -> None:
         super().note(name, seed, losses, seconds, outer_loss=round(float(np.mean(losses[-LAST:])), 5), **more)
@@ -249,8 +283,7 @@ def evidence_table(result: Mapping) -> str:
     for k, sets in sets_of.items():
         paired, of_cell = _by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
-            compressed = result["cells"][f"per_class={k}"]["notes"]["corpus"]["compressed"]
-            described = _described(of_cell[of_cell["row"] == row], compressed)
+            described = _described(of_cell[of_cell["row"] == row], result["cells"][f"per_class={k}"])
             lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              "gain over the best cheap text"]
@@ -281,7 +314,7 @@ def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
     return everywhere
 
 
-def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
+def _described(of_row: pd.DataFrame, cell: Mapping) -> list[str | None]:
     """Method, recipe, bytes and their share of the compressed corpus, and the score of a row's students."""
     first = of_row.iloc[0]
     method, mark = str(first["method"]), ""
@@ -289,7 +322,7 @@ def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
         mark = f" (the sentences of {first['same_set_as'].split(': ')[1].split('/')[0]})"
     if isinstance(first.get("committed"), str):
         mark = f" (committed, {first['committed']})"
-    share = None if method in UPPER or method == "full" else f"{first['nbytes'] / compressed:.2%}"
+    share = None if method in UPPER or method == "full" else of_the_corpus(first["nbytes"], cell)
     of_sets = of_row.groupby("set_seed")["accuracy"].mean()
     inits = of_row["init_seed"].nunique()
     counts = f"{len(of_sets)} set{'s' * (len(of_sets) > 1)}" + f", {inits} initialisations" * (inits > 1)
@@ -297,7 +330,7 @@ def _described(of_row: pd.DataFrame, compressed: int) -> list[str | None]:
 
 
 def _corpus_size(result: Mapping) -> str:
-    sizes = [cell["notes"]["corpus"] for cell in result["cells"].values()]
+    sizes = [cell["training_text"] for cell in result["cells"].values()]
     return f" The corpus has {sizes[0]['bytes']:,} bytes, {sizes[0]['compressed']:,} under xz." if sizes else ""
 
 

@@ -10,6 +10,9 @@ Methods:
 * ``random``, ``k_center``, ``herding``, ``less``: real examples (:mod:`distillkit.evaluation.selection`).
 * ``nacd``: prompts learned by trajectory matching with the neighbour term (Yao et al., 2025); ``nacd text``: their nearest
   tokens.
+* ``chosen pairs``: real examples, exchanged while that lowers the loss of trajectory matching
+  (:func:`~distillkit.text.sentences.search_pairs`).
+* ``nacd vectors``: those pairs, of which only the first few tokens of each prompt are learned, as ``nacd``.
 * ``bptt``: prompts learned through the loss on real data instead, at the same size; ``bptt text``: their nearest tokens.
 
 Each is scored under ``standard`` fine-tuning and under the ``tuned`` grid, and distilled sets under their ``own`` recipe
@@ -29,8 +32,9 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
-from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, paired_difference, rounded, spread
-from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
+from distillkit.experiments.building import strategy, unroll_of
+from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, rounded, spread
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
     Experiment,
@@ -47,14 +51,16 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
+from distillkit.text.sentences import search_pairs
 
-LEARNED = ("nacd", "bptt")
+LEARNED, PAIRS, VECTORS = ("nacd", "bptt"), "chosen pairs", "nacd vectors"
+RANDOM, FULL, ZERO = "random/standard", "full/standard", "zero-shot/none"
 ROWS = (
-    "zero-shot/none",
+    ZERO,
     *(f"{m}/{r}" for m in REAL_METHODS for r in ("standard", "tuned")),
-    *(f"{m}/{r}" for m in LEARNED for r in ("own", "standard", "tuned")),
-    *(f"{m} text/{r}" for m in LEARNED for r in ("standard", "tuned")),
-    "full/standard",
+    *(f"{m}/{r}" for m in (*LEARNED, VECTORS) for r in ("own", "standard", "tuned")),
+    *(f"{m}/{r}" for m in (PAIRS, *(f"{m} text" for m in LEARNED)) for r in ("standard", "tuned")),
+    FULL,
 )
 
 
@@ -74,6 +80,12 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     micro_batch: int = whole(8, "examples of an inner step that are computed at once")
     eps_root: float = positive(1e-4, "ε inside the root of AdamW")
     distance: str = option("whole", "distance of trajectory matching")
+    pair_steps: int = whole(30, "exchanges that the search for chosen pairs tries")
+    prompt_vectors: int = whole(8, "learned tokens of each prompt in the row 'nacd vectors'")
+
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
+        return self.seeds[:1] if row == ZERO else self.seeds
 
 
 class InstructionCell(Cell):
@@ -95,9 +107,14 @@ class InstructionCell(Cell):
         return load_student(self.job.student, self.task, trainable="lora") if adapted else self.student
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method != "nacd":
+        if method == PAIRS:
+            return search_pairs(self.start(seed), self.task, self.student, self.matching(seed), steps=self.job.pair_steps,
+                                length=self.job.length, seed=seed)
+        if method not in ("nacd", VECTORS):
             return super().create(method, seed)
-        return self.distil(method, seed, self.start(seed), self.matching(seed), regularizers=self.neighbor_terms())
+        vectors = method == VECTORS
+        start = self.set_of(PAIRS, seed).with_prompt_vectors(self.job.prompt_vectors) if vectors else self.start(seed)
+        return self.distil(method, seed, start, self.matching(seed), regularizers=self.neighbor_terms())
 
     def objective(self, *args, **unroll) -> BPTT:
         return super().objective(*args, **self._training(), **unroll)
@@ -119,37 +136,30 @@ class InstructionCell(Cell):
         return {"optimizer": AdamW(self.job.step_size, eps_root=self.job.eps_root), "micro_batch": self.job.micro_batch}
 
 
-RANDOM, FULL = "random/standard", "full/standard"
-
-
 def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
     sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
-    scored = sets.dropna(how="all")
+    scored, (zero, full) = sets.dropna(how="all"), rows["mean"].reindex([ZERO, FULL])
     marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
               and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
-    for row in rows.itertuples():
+    for row in rows.dropna(subset="mean").itertuples():  # what has not run is not in the table
         method, recipe = row.Index.split("/")
         lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
-                      spread(sets.loc[row.Index]) or "not run", number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
-                      number(row.mean / rows["mean"].get(FULL, math.nan), ".0%")])
-    heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of full data"]
-    note = ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
-            "fine-tuning.")
-    return markdown(heads, lines, "ll") + (note if marked else "") + _differences(scored)
+                      spread(sets.loc[row.Index]), number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
+                      number((row.mean - zero) / ((full - zero) or math.nan), ".0%")])
+    heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of the way"]
+    note = ("\n\n*Of the way*: the share of the way from the model as it is (zero-shot) to the full data." +
+            ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
+             "fine-tuning." if marked else ""))
+    return markdown(heads, lines, "ll") + note + _differences(scored)
 
 
 def _differences(sets) -> str:
     """The table of paired differences; nothing where there is nothing to compare."""
-    learned = [name for name in sets.index if name.startswith(LEARNED)]
+    learned = [name for name in sets.index if name.startswith((*LEARNED, PAIRS))]
     selected = [name for name in sets.index if name.split("/")[0] in REAL_METHODS]
     if not learned or not selected:
         return ""
-    lines, (whole_way, _) = [], paired_difference(sets, FULL, RANDOM)
-    for name in learned:
-        way = paired_difference(sets, name, RANDOM)[0] / whole_way if whole_way else math.nan
-        lines.append([name.replace("/", ", "), *(gain(sets, name, other) for other in selected),
-                      number(way, ".0%")])
-    table = markdown(["minus", *(name.replace("/", ", ") for name in selected), "of the way"], lines)
-    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other. The last "
-            f"column is the share of the way from random selection to the full data.\n\n{table}")
+    lines = [[name.replace("/", ", "), *(gain(sets, name, other) for other in selected)] for name in learned]
+    table = markdown(["minus", *(name.replace("/", ", ") for name in selected)], lines)
+    return f"\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other.\n\n{table}"

@@ -31,6 +31,8 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr, t
 
+from distillkit.applications.costs import text_bytes
+from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation
 from distillkit.experiments.settings import Settings
 from distillkit.io.checkpoint import first_difference
@@ -67,15 +69,33 @@ def take_up(path: Path | None, job, cells: Mapping[str, Settings]) -> dict:
     return stored | {"config": config}
 
 
-def new_cell(settings: Settings, task) -> dict:
+def new_cell(settings: Settings, task: Task) -> dict:
     """What a result says of a cell before it has any score."""
     return {
         "config": as_config(settings),
-        "corpus": {"name": task.name, "sha256": task.fingerprint,
-                   "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}},
+        "corpus": corpus_of(task),
+        "training_text": weight(task),
         **environment(),
         "notes": {},
     }
+
+
+def corpus_of(task: Task) -> dict:
+    """What a cell says of its corpus."""
+    return {"name": task.name, "sha256": task.fingerprint,
+            "rows": {split: len(task.split(split)) for split in ("train", "validation", "test")}}
+
+
+def weight(task: Task) -> dict:
+    """Bytes of the training rows, labels or responses included: ``bytes`` as they are, ``compressed`` by xz."""
+    columns = ("text", "label") if task.kind == "classification" else ("prompt", "response")
+    rows = list(zip(*(task.train[column][:] for column in columns), strict=True))
+    return {"bytes": text_bytes(rows, "none"), "compressed": text_bytes(rows)}
+
+
+def of_the_corpus(nbytes: float, cell: Mapping) -> str | None:
+    """The bytes of a set as a share of the compressed training text, for a table; None for nan."""
+    return None if math.isnan(nbytes) else f"{nbytes / cell['training_text']['compressed']:.2%}"
 
 
 def environment() -> dict:

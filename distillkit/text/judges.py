@@ -24,9 +24,10 @@ from distillkit.core.problem import MetaGradient
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import over_rows
-from distillkit.io.checks import check_are, check_whole, check_wholes, require
+from distillkit.io.checks import check_are, check_choice, check_whole, check_wholes, require
 from distillkit.io.seeds import derive_seed, generator
 
+READS = ("layers", "head")
 REMEMBERED = 8192  # sentences whose representations a judge keeps
 
 
@@ -92,9 +93,10 @@ def check_search(distilled: DistilledSet, student: Student, judge, *methods: str
 class FrozenJudge:
     """Judges a text by a linear head trained on its frozen representations.
 
-    A sentence is represented by all layers and not by the last alone, since training the whole student moves all of them.  The
-    parts that :meth:`~distillkit.core.student.Student.layer_features` gives are centred on the training split, scaled to the
-    same mean square there, and put side by side; their squared lengths are 1 on average.  A head without bias starts at zero
+    A sentence is represented by all layers, since training the whole student moves all of them, or by the last state that the
+    head reads (an encoder's first token), since a fresh student starts from there.  The parts that
+    :meth:`~distillkit.core.student.Student.layer_features` gives are centred on the training split, scaled to the same mean
+    square there, and put side by side; their squared lengths are 1 on average.  A head without bias starts at zero
     and takes ``steps`` steps of gradient descent on the set's representations and labels, with the largest step size that is
     stable everywhere.  Its cross-entropy on real training rows is the outer loss.  The encoder is never trained, so a set of
     which one sentence changes needs one forward pass of that sentence.
@@ -103,6 +105,7 @@ class FrozenJudge:
         task, student: a classification task and the student whose body is the encoder.
         steps: of the head's training.
         batch_size: real rows, balanced, drawn anew for each seed; None: the whole training split.
+        reads: ``"layers"`` or ``"head"``, what of a sentence is judged.
 
     The judge remembers every sentence that it has read since the last gradient, so that a step of a search reads each once.
 
@@ -115,10 +118,12 @@ class FrozenJudge:
     _: dataclasses.KW_ONLY
     steps: int = 400
     batch_size: int | None = 2048
+    reads: str = "layers"
     _read: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         check_are(task=(self.task, Task), student=(self.student, Student))
+        check_choice("reads", self.reads, READS)
         check_wholes(steps=self.steps, **({} if self.batch_size is None else {"batch_size": self.batch_size}))
         require(self.task.kind == "classification",
                 f"FrozenJudge needs classes, and task {self.task.name!r} is {self.task.kind}; use StudentJudge")
@@ -159,7 +164,8 @@ class FrozenJudge:
 
     def describe(self) -> dict:
         """The settings as JSON values."""
-        return {"name": type(self).__name__, "student": self.student.name, "steps": self.steps, "batch_size": self.batch_size}
+        return {"name": type(self).__name__, "student": self.student.name, "steps": self.steps, "batch_size": self.batch_size,
+                "reads": self.reads}
 
     def features(self, distilled: DistilledSet) -> Tensor:
         """The representations ``[m, n·d]`` of a set's sentences, on which heads are trained."""
@@ -175,17 +181,20 @@ class FrozenJudge:
         return distilled.in_classes(self.task.classes, f"task {self.task.name!r}").probabilities().to(self.student.device)
 
     def _represented(self, batch: dict[str, Tensor]) -> Tensor:
-        x = self.student.layer_features(batch)
+        x = self._parts(self.student.layer_features(batch))
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision cannot tell texts apart
         _, mean, scale = self._of_the_corpus()
         return ((x - mean.to(x)) * scale.to(x)).flatten(1)
 
+    def _parts(self, layers: Tensor) -> Tensor:
+        return layers[:, -1:] if self.reads == "head" else layers
+
     def _of_the_corpus(self) -> tuple[Tensor, Tensor, Tensor]:
         """Representations ``[rows, n·d]`` of the training split, and the mean ``[n, d]`` and scale ``[n, 1]``; remembered."""
         student, task = self.student, self.task
-        key = ("layers", task.fingerprint, task.max_length)
+        key = (self.reads, task.fingerprint, task.max_length)
         if key not in student.cache:
-            features = over_rows(task, student, student.layer_features)
+            features = self._parts(over_rows(task, student, student.layer_features))
             mean = features.mean(0)
             features -= mean
             scale = (features.square().sum(2).mean(0) * features.shape[1]).rsqrt().unsqueeze(1)
@@ -265,3 +274,42 @@ class StudentJudge:
 
     def _addresses(self, seed: int) -> list[int]:
         return [derive_seed("judge", seed, n) for n in range(self.tries)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JointJudge:
+    """The mean outer loss of several frozen judges: a text that pleases one encoder does not please the next.
+
+    It gives losses and no gradient, as the encoders' embeddings differ.
+
+    Args:
+        judges: such as :class:`FrozenJudge`; their students have one vocabulary.
+
+    Raises:
+        ValueError: no judges, or students with other vocabularies.
+    """
+
+    judges: Sequence[FrozenJudge]
+
+    def __post_init__(self):
+        require(len(self.judges) > 0, "judges must be at least one judge, such as FrozenJudge")
+        vocabularies = [judge.student.tokenizer.get_vocab() for judge in self.judges]
+        other = next((n for n, vocabulary in enumerate(vocabularies) if vocabulary != vocabularies[0]), 0)
+        require(other == 0, f"judges read one text token by token, and the vocabulary of {self.judges[other].student.name!r} "
+                f"is not that of {self.judges[0].student.name!r}; take encoders that share a tokenizer")
+
+    def losses(self, distilled: DistilledSet, swaps: Sequence[Sequence[Swap]], seed: int) -> list[float]:
+        """The mean outer loss of the set after each of several groups of swaps; an empty group is the set as it is."""
+        tokens = swapped(distilled, [])
+        each = [judge.losses(_with_table(distilled, tokens, judge.student), swaps, seed) for judge in self.judges]
+        return torch.tensor(each, dtype=torch.float64).mean(0).tolist()
+
+    def describe(self) -> dict:
+        """The settings as JSON values."""
+        return {"name": type(self).__name__, "judges": [judge.describe() for judge in self.judges]}
+
+
+def _with_table(distilled: DistilledSet, tokens: Tensor, student: Student) -> DistilledSet:
+    """The same tokens in the embedding table of another student with the same vocabulary."""
+    meta = distilled.meta | {"table_sha256": student.table_sha256, "student": student.name}
+    return dataclasses.replace(distilled, embeds=embed(student, tokens), meta=meta)

@@ -66,7 +66,9 @@ def choosable(student: Student, allowed: Tensor | None) -> Tensor:
 def with_tokens(distilled: DistilledSet, student: Student, tokens: Tensor) -> DistilledSet:
     """The set with other ``tokens [m, l]``: their embeddings and their text."""
     distilled.check_table(student)
-    text = decode(student.tokenizer, tokens, distilled.free)
+    # Real words that are not learned, as between prompt vectors and response, belong to the text too.
+    special = torch.isin(tokens, torch.tensor(student.tokenizer.all_special_ids, dtype=torch.long))
+    text = decode(student.tokenizer, tokens, distilled.free | distilled.mask & ~special)
     meta = {**distilled.meta, "text": text, "table_sha256": student.table_sha256}
     return dataclasses.replace(distilled, embeds=embed(student, tokens), tokens=tokens, meta=meta)
 
@@ -174,8 +176,8 @@ def project(distilled: DistilledSet, student: Student, *, metric: str = "l2") ->
         metric: ``"l2"`` or ``"cosine"``.
 
     Returns:
-        A set with ``tokens`` and text, embeddings equal to those tokens', and the same labels, step sizes and recipe;
-        ``meta["projection"]`` holds the metric and the mean distance moved.
+        A set with ``tokens`` and text, embeddings equal to those tokens', and the same labels of both kinds, step sizes
+        and recipe; ``meta["projection"]`` holds the metric and the mean distance moved.
 
     Raises:
         ValueError: an unknown metric, or a set that was made with another embedding table.

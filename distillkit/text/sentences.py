@@ -3,6 +3,7 @@
 :func:`search_sentences` changes one whole sentence at a time for another *real* one, judged as swaps of tokens are.  The result
 was written by people, so it cannot exploit what is odd about the judge's representations, as single tokens do.
 :func:`nearest_sentences` replaces each example by the nearest real sentence of its class, as a reference.
+:func:`search_pairs` chooses the real pairs of an instruction task by the outer loss itself.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
+from distillkit.core.objectives import Objective, trained_loss
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
+from distillkit.evaluation.influence import groups_of_questions
 from distillkit.evaluation.selection import sentence_features
-from distillkit.io.checks import check_are, check_is, check_wholes
+from distillkit.io.checks import check_are, check_is, check_number, check_whole, check_wholes, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed, generator
 from distillkit.text.judges import FrozenJudge, check_search
@@ -84,6 +87,59 @@ def search_sentences(
         now = _changed(now, chosen)
         losses.append([round(before, 4), round(after, 4)])
     return _picked(pool, start, now, {"judge": judge.describe(), "steps": steps, "sentences": len(pool), "losses": losses})
+
+
+def search_pairs(
+    distilled: DistilledSet, task: Task, student: Student, objective: Objective, *, steps: int = 40, share: float = 0.1,
+    length: int | None = None, seed: int = 0,
+) -> DistilledSet:
+    """Real prompts with responses that have the lowest outer loss of an objective: a hill climb over whole pairs.
+
+    A step exchanges some pairs for others of the training split with the same answer (where answers are many, of the same
+    group), trains the student on the set, and keeps the exchange if the outer loss is lower.  Nothing is differentiated, so
+    that the text remains real and a step costs one inner loop.  What the objective draws stays the same throughout;
+    trajectory matching, which draws no real batch, cannot reward pairs for standing in it.
+
+    Args:
+        distilled: selected pairs of ``task`` to start from, with their ``meta["rows"]``.
+        objective: such as :class:`~distillkit.core.objectives.TrajectoryMatching`.
+        steps: exchanges that are tried.
+        share: of the pairs that a step exchanges, in (0, 1].
+        length: longer prompts lose tokens in front, as in :meth:`~distillkit.core.distilled.DistilledSet.from_real`.
+        seed: draws the exchanges, and what the objective draws.
+
+    Returns:
+        a selection of as many pairs; ``meta["search"]`` holds the outer losses before the search and of each exchange.
+
+    Raises:
+        ValueError: a task with classes, or a set that does not name its rows.
+    """
+    check_are(distilled=(distilled, DistilledSet), task=(task, Task), student=(student, Student))
+    check_whole("steps", steps)
+    check_number("share", share, most=1, without="least")
+    require(task.kind == "instruction", f"task {task.name!r} has classes; use search_sentences")
+    require("rows" in distilled.meta, "the set does not name the training rows it was taken from; start from dk.select")
+    groups = groups_of_questions(task, "train")
+
+    def of(rows: list[int]) -> tuple[DistilledSet, float]:
+        pairs = DistilledSet.from_rows(task, student, [rows], length=length)
+        return pairs, float(np.mean([trained_loss(p) for p in objective.problems(pairs, derive_seed("pairs", seed))]))
+
+    rows = list(distilled.meta["rows"])
+    chosen, least = of(rows)
+    losses = [least]
+    for step in progress(range(steps), desc="choosing pairs", unit="step"):
+        draw, exchanged = generator("pairs-exchanged", seed, step), list(rows)
+        for place in torch.randperm(len(rows), generator=draw)[: max(1, round(share * len(rows)))].tolist():
+            unused = np.setdiff1d(np.flatnonzero(groups == groups[rows[place]]), exchanged)
+            if len(unused):
+                exchanged[place] = int(unused[int(torch.randint(len(unused), (), generator=draw))])
+        pairs, loss = of(exchanged)
+        losses.append(loss)
+        if loss < least:
+            rows, chosen, least = exchanged, pairs, loss
+    chosen.meta["search"] = {"steps": steps, "share": share, "seed": seed, "losses": [round(loss, 4) for loss in losses]}
+    return chosen
 
 
 def _changes(

@@ -30,14 +30,15 @@ METHOD_COLOURS = {
     "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6], "through projection": _DARK[4], "nearest sentences": _DARK[2],
     "swaps from random": _DARK[3], "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
     "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9], "bptt": _BRIGHT[0], "bptt text": _DARK[0],
-    "nacd": _DARK[9], "nacd text": _DARK[5], "zero-shot": _DARK[7],
-    "k_means": _BRIGHT[6], "keywords": _BRIGHT[3],
+    "nacd": _DARK[9], "nacd text": _DARK[5], "nacd vectors": _BRIGHT[9], "zero-shot": _DARK[7],
+    "k_means": _BRIGHT[6], "keywords": _BRIGHT[3], "chosen pairs": _DARK[1],
 }
 LABELS = {
     "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
     "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
     "real + learned labels": "real, labels learned", "less": "real, LESS", "sentences": "real, chosen by a judge",
-    "nacd": "distilled, NACD", "nacd text": "NACD → text", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
+    "nacd": "distilled, NACD", "nacd text": "NACD → text", "nacd vectors": "NACD, prompt vectors",
+    "chosen pairs": "real, chosen by matching", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
     "zero-shot": "no training", "k_means": "real, medoids", "keywords": "keywords",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
@@ -317,7 +318,7 @@ def differences(result: Mapping) -> Figure:
     """
     sets = by_set(result).dropna(how="all")
     others = [name for name in SELECTED if name in sets.index]
-    learned = [name for name in sets.index if name.startswith(("nacd", "bptt"))]
+    learned = [name for name in sets.index if name.startswith(("nacd", "bptt", "chosen"))]
     figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
     for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
         means, halves = np.reshape([paired_difference(sets, name, other) for name in learned], (-1, 2)).T
