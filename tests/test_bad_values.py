@@ -134,6 +134,10 @@ CALLS = {
     "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
         "sentences": WHOLE, "seed": SEED}),
+    "search_keywords": (dk.search_keywords, dict.fromkeys(("distilled", "task", "student", "judge")), {
+        "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
+        "words": WHOLE, "seed": SEED}),
+    "JointJudge": (dk.JointJudge, {}, {"judges": st.one_of(THING, st.just([]), st.just([1]))}),
     "relax_tokens": (dk.relax_tokens, dict.fromkeys(("distilled", "student", "judge")), {
         "distilled": THING, "student": THING, "judge": THING, "steps": WHOLE, "lr": RATE,
         "allowed": THING, "seed": SEED}),
