@@ -62,7 +62,7 @@ CALLS = {
     "AdamW": (dk.AdamW, {}, {"step_size": POSITIVE, "clip_norm": POSITIVE, "eps": RATE, "eps_root": RATE, "weight_decay": RATE,
                              "betas": st.sampled_from([None, 0.9, (0.9,), (0.9, 1.0), ("a", "b"), (NAN, 0.9)])}),
     "Unroll": (dk.Unroll, {"steps": 2}, {"steps": WHOLE, "batch_size": WHOLE, "micro_batch": WHOLE, "dropout": FLAG,
-                                         "optimizer": THING}),
+                                         "optimizer": THING, "attention_weight": RATE}),
     "Mixture": (dk.Mixture, {"sampler": dk.CommonRecipes()}, {
         "sampler": THING, "central": THING, "share": SHARE, "micro_batch": or_none(WHOLE)}),
     "CommonRecipes": (dk.CommonRecipes, {}, {
@@ -103,7 +103,7 @@ CALLS = {
     "Distiller": (distil, {"distilled": None, "objective": None, "n": None}, {
         "distilled": THING, "objective": THING, "lr": RATE, "label_lr": RATE, "step_size_lr": RATE, "n": WHOLE.filter(bool),
         "learn": st.sampled_from([None, "embeds", (), ("labels",), 3, ([],)]), "schedule": THING, "regularizers": THING,
-        "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG}),
+        "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG, "normalize": FLAG, "clip": RATE, "attention_lr": RATE}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
     "Own": (dk.Own, {}, {"optimizer": st.sampled_from(["sgd", dk.SGD, 3])}),
@@ -123,7 +123,7 @@ CALLS = {
     "corpus_tokens": (dk.corpus_tokens, dict.fromkeys(("task", "student")), {
         "task": THING, "student": THING, "least": WHOLE}),
     "FrozenJudge": (dk.FrozenJudge, dict.fromkeys(("task", "student")), {
-        "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE}),
+        "task": THING, "student": THING, "steps": WHOLE, "batch_size": WHOLE, "reads": CHOICE}),
     "StudentJudge": (dk.StudentJudge, {"objective": None}, {"objective": THING, "tries": WHOLE}),
     "SwapSearch": (dk.SwapSearch, dict.fromkeys(("distilled", "student", "judge")), {
         "distilled": THING, "student": THING, "judge": THING, "candidates": WHOLE, "examples": WHOLE,
@@ -134,6 +134,10 @@ CALLS = {
     "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
         "sentences": WHOLE, "seed": SEED}),
+    "search_keywords": (dk.search_keywords, dict.fromkeys(("distilled", "task", "student", "judge")), {
+        "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
+        "words": WHOLE, "seed": SEED}),
+    "JointJudge": (dk.JointJudge, {}, {"judges": st.one_of(THING, st.just([]), st.just([1]))}),
     "relax_tokens": (dk.relax_tokens, dict.fromkeys(("distilled", "student", "judge")), {
         "distilled": THING, "student": THING, "judge": THING, "steps": WHOLE, "lr": RATE,
         "allowed": THING, "seed": SEED}),

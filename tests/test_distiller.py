@@ -86,12 +86,14 @@ def test_the_loss_falls(world):
     assert record.step_sizes == tuple(distiller.distilled.step_sizes.tolist())
 
 
-@pytest.mark.parametrize("learn", [*LEARNABLE, ("targets", "step_sizes"), LEARNABLE])
-def test_only_what_is_named_moves(start, goal, learn):
+@pytest.mark.parametrize("learn", [*LEARNABLE, ("targets", "step_sizes"), LEARNABLE[:3]])
+def test_only_what_is_named_moves(world, start, goal, learn):
     learn = (learn,) if isinstance(learn, str) else learn
+    start = start.with_attention(world[1]) if "attention" in learn else start
     found = finished(dk.Distiller(start, goal, learn=learn, lr=0.1), 2).distilled
     initial = dk.Distiller(start, goal, learn=learn).distilled
-    assert {n for n in VALUES if not same(found, initial, [n])} == set(learn)
+    names = LEARNABLE if "attention" in learn else VALUES
+    assert {n for n in names if not same(found, initial, [n])} == set(learn)
     assert (found.tokens is None) == ("embeds" in learn)
     assert ("text" in found.meta) == ("embeds" not in learn)
 
@@ -315,6 +317,25 @@ def test_the_recipe_travels_with_the_set(start, goal, tmp_path):
     assert "recipe" not in start.meta
 
 
+def test_normalized_gradients_count_alike(start, scripted):
+    """The scale of a step's gradients does not matter, and a gradient of 0 moves nothing."""
+    scales = {1: 1.0, 2: 1e5, 3: 1e-4, 4: 10.0}
+
+    def run(scales, step_sizes=1.0, **options):
+        def script(distilled, step):
+            embeds = torch.randn(distilled.embeds.shape, generator=torch.Generator().manual_seed(step))
+            return gradients(distilled, embeds=scales[step] * embeds, step_sizes=torch.full((2,), step_sizes))
+        return finished(dk.Distiller(start, scripted(script), schedule=constant, **options), 4)
+
+    plain, scaled = run(dict.fromkeys(scales, 1.0), normalize=True).distilled, run(scales, normalize=True).distilled
+    assert torch.allclose(plain.embeds, scaled.embeds, atol=1e-5)
+    moved, apart = plain.embeds - start.embeds, run(scales).distilled.embeds - plain.embeds
+    assert apart[start.free].abs().mean() > 0.1 * moved[start.free].abs().mean(), "unscaled ones do not count alike"
+    still = run(scales, step_sizes=0.0, normalize=True)
+    assert still.distilled.step_sizes.tolist() == pytest.approx([0.5, 0.5])
+    assert still.records[1].grad_norm > 1e4, "records say the norm before scaling"
+
+
 def test_seed_streams_are_disjoint(world, start, goal, monkeypatch):
     """No initialisation that is scored was tuned or distilled on."""
     task, student = world
@@ -377,7 +398,7 @@ def test_hard_labels_cannot_be_learned(world, goal):
     ({"lr": float("nan")}, "learning rate of embeds .* not nan"),
     ({"label_lr": float("inf")}, "learning rate of targets .* not inf"),
     ({"step_size_lr": -1.0}, "learning rate of step_sizes .* not -1.0"),
-    ({"learn": ()}, r"learn must name some of embeds, targets, step_sizes, not \(\)"),
+    ({"learn": ()}, r"learn must name some of embeds, targets, step_sizes, attention, not \(\)"),
     ({"learn": ("labels",)}, r"not \('labels',\)"),
     ({"clip": 0}, r"clip must be a number in \(0, inf\), not 0"),
     ({"checkpoint_every": 0}, "checkpoint_every must be a whole number of at least 1, not 0"),

@@ -150,13 +150,15 @@ def test_the_same_sentences_are_scored_once(finished, standin_hub, tmp_path, sco
 def test_the_table(finished):
     _, result = finished
     lines = table(result).splitlines()
-    assert lines[0] == "| method | recipe | examples | bytes | accuracy (mean ± sd) | seeds | seconds to train |"
-    assert len(lines) == 2 + len(ROW_NAMES) and all(line.count("|") == 8 for line in lines)
+    heads = "method | recipe | examples | bytes | of the compressed corpus | accuracy (mean ± sd) | seeds | seconds to train"
+    assert lines[0] == f"| {heads} |"
+    assert len(lines) == 2 + len(ROW_NAMES) and all(line.count("|") == 9 for line in lines)
     one, other = (score["accuracy"] for score in scores(result, "herding/tuned"))
     nbytes, mean, deviation = scores(result, "herding/tuned")[0]["nbytes"], (one + other) / 2, abs(one - other) / 2**0.5
-    assert lines[4].startswith(f"| herding | tuned | 2 | {nbytes} | {mean:.3f} ± {deviation:.3f} | 2 | ")
+    share = nbytes / result["cells"]["small"]["training_text"]["compressed"]
+    assert lines[4].startswith(f"| herding | tuned | 2 | {nbytes} | {share:.2%} | {mean:.3f} ± {deviation:.3f} | 2 | ")
     partial = result | {"scores": [dict(score) for score in result["scores"] if score["row"] != "k_center/tuned"]}
-    assert table(partial).splitlines()[3] == "| k_center | tuned | | | not run | | |"
+    assert table(partial).splitlines()[3] == "| k_center | tuned | | | | not run | | |"
     scores(partial, "full/standard")[0]["committed"] = "same corpus"
     assert table(partial).splitlines()[-1].startswith("| full (committed, same corpus) | ")
 

@@ -56,7 +56,7 @@ def test_joint_judges_read_one_text(world, task, standin_hub):
     other = dk.load_student("roberta-base", task)
     with pytest.raises(ValueError, match="vocabulary"):
         joint(world, other)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="judges"):
         JointJudge([])
 
 

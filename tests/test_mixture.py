@@ -41,8 +41,12 @@ def test_draws_are_spread_over_what_people_train_with():
     assert all(150 < kinds[name] < 250 for name in ("SGD", "Momentum", "AdamW"))
     steps = sorted(unroll.steps for unroll in draws)
     assert steps[0] == 3 and steps[-1] >= 58 and 11 <= steps[300] <= 16, "log-uniform: the median is near sqrt(3 x 60)"
-    sizes = sorted(unroll.optimizer.step_size for unroll in draws if isinstance(unroll.optimizer, dk.AdamW))
-    assert 9e-5 < sizes[0] < 1.2e-4 and 8e-4 < sizes[-1] < 9.6e-4
+    for name, middle, largest in (("SGD", 1.0, 0.3), ("Momentum", 0.2, 0.05), ("AdamW", 3e-3, 1e-3)):
+        runs = [(u.steps, u.optimizer.step_size) for u in draws if type(u.optimizer).__name__ == name]
+        distances = sorted(steps * size for steps, size in runs)
+        assert max(size for _, size in runs) == largest, "short runs of long distance"
+        assert 4 * middle < distances[-1] < 10**0.75 * middle
+        assert all(steps * size > 10**-0.75 * middle or size == largest for steps, size in runs)
     assert all(unroll.optimizer.eps_root > 0 for unroll in draws if isinstance(unroll.optimizer, dk.AdamW))
 
 

@@ -8,10 +8,11 @@ from typing import Literal
 import pytest
 
 from distillkit.cli.work import Work
+from distillkit.experiments.building import unroll_of
 from distillkit.experiments.classification import ClassificationJob
 from distillkit.experiments.kinds import KINDS
 from distillkit.experiments.results import take_up
-from distillkit.experiments.runner import CONFIGS, unroll_of
+from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import Grid, Number, Seeds, Whole, kind_of
 from distillkit.experiments.values import Misfit, fitted
 

@@ -24,8 +24,8 @@ from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import SGD, AdamW, Momentum
 from distillkit.evaluation.evaluate import Evaluation
+from distillkit.experiments.building import load_corpus, start_of, strategy, unroll_of
 from distillkit.experiments.results import as_config, as_json
-from distillkit.experiments.runner import load_corpus, start_of, strategy, unroll_of
 from distillkit.experiments.settings import renamed
 from distillkit.io.escaping import one_line, say
 from distillkit.io.files import refuse_to_overwrite

@@ -40,6 +40,7 @@ from distillkit.io.seeds import derive_seed
 
 LEARNABLE = ("embeds", "targets", "step_sizes", "attention")
 KIND = "distiller-checkpoint"
+SMALLEST = 1e-12  # norm of a gradient that is scaled to 1; step sizes that a run did not take have a gradient of 0
 RUNAWAY = 1e4  # factor between a step size and the one it started from that no useful one has
 ADAM = AdamW(betas=(0.9, 0.99))
 MOMENTS = ("m", "v")
@@ -95,6 +96,9 @@ class Distiller:
         clip: the most that a meta-gradient may exceed the median of the last ten in norm; a larger one is scaled down to it.
             Long training runs on a set are nearly chaotic, so that now and then a meta-gradient is a hundred times too large,
             after which Adam would stand still for a hundred steps (Metz et al., 2019).  Default: no limit.
+        normalize: scale the meta-gradients of embeddings, labels and step sizes to norm 1 in every step.  Draws of a
+            :class:`~distillkit.core.mixture.Mixture` have norms that differ by factors of thousands; after a large one Adam
+            would hardly follow the others.
         regularizers: terms added to the loss that look at the set alone, such as
             :class:`~distillkit.text.projection.NeighborLoss`.
         seed: draws initialisations and batches.
@@ -124,6 +128,7 @@ class Distiller:
         learn: Sequence[str] = LEARNABLE,
         schedule: Callable[[float], float] = cosine,
         clip: float | None = None,
+        normalize: bool = False,
         regularizers: Sequence = (),
         seed: int = 0,
         checkpoint: str | Path | None = None,
@@ -148,6 +153,7 @@ class Distiller:
         if clip is not None:
             check_number("clip", clip, without="least")
         check_whole("checkpoint_every", checkpoint_every)
+        check_flag("normalize", normalize)
         check_flag("writes", writes)
         derive_seed("distil", seed)  # an error now if it is none
         require(callable(schedule), f"schedule must be a function of the progress in 0..1, not {schedule!r}", TypeError)
@@ -158,7 +164,7 @@ class Distiller:
         if distilled.attention is not None:
             self.rates["attention"] = lr if attention_lr is None else attention_lr
         self.learn = tuple(n for n in LEARNABLE if n in learn)
-        self.objective, self.schedule, self.clip, self.seed = objective, schedule, clip, seed
+        self.objective, self.schedule, self.clip, self.normalize, self.seed = objective, schedule, clip, normalize, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
         self._first_step_sizes = bound_step_sizes(self._start, objective.unroll, getattr(objective, "student", None))
@@ -218,7 +224,7 @@ class Distiller:
         gradients = {name: getattr(outer, name) for name in self._state.values}
         grads = {n: None if gradient is None else gradient.to(self._state.values[n]) for n, gradient in gradients.items()}
         loss, terms, norm = outer.loss, {"outer": outer.loss}, float(grads["embeds"].norm())
-        grads = {name: None if gradient is None else gradient * self._scale(norm) for name, gradient in grads.items()}
+        grads = {name: None if gradient is None else self._scaled(gradient, norm) for name, gradient in grads.items()}
         for term in self.regularizers:
             weight = term.weight_at(self.step / n)
             terms[term.name], gradient = term(current)
@@ -258,12 +264,14 @@ class Distiller:
         """Go on with ``objective``: the same one in parts that memory has room for."""
         self.objective = objective
 
-    def _scale(self, norm: float) -> float:
-        """The factor that brings a meta-gradient of this ``norm`` down to ``clip`` times the median of the last ones."""
-        if self.clip is None or not self.records or not math.isfinite(norm):
-            return 1.0
+    def _scaled(self, gradient: Tensor, norm: float) -> Tensor:
+        """A gradient as Adam is to see it, after ``normalize`` or ``clip``; ``norm`` is that of the embeddings' gradient."""
+        if self.normalize:
+            return gradient / gradient.norm().clamp_min(SMALLEST)
+        if self.clip is None or not self.records or not 0 < norm < math.inf:
+            return gradient
         most = self.clip * statistics.median(record.grad_norm for record in self.records[-10:])
-        return min(1.0, most / norm) if most > 0 else 1.0
+        return gradient * min(1.0, most / norm) if most > 0 else gradient
 
     def _moved(self, grads: dict[str, Tensor | None], factor: float) -> tuple[dict, dict]:
         """The values after Adam's step along ``grads``, and its state then; the current ones stay as they are."""
@@ -302,6 +310,7 @@ class Distiller:
             "regularizers": [term.describe() for term in self.regularizers],
             "schedule": getattr(self.schedule, "__name__", repr(self.schedule)),
             **({} if self.clip is None else {"clip": self.clip}),
+            **({"normalize": True} if self.normalize else {}),  # older checkpoints do not say it
             "seed": self.seed,
             "start": {
                 "examples": len(self._start),

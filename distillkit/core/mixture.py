@@ -5,6 +5,9 @@ run.  :class:`Mixture` takes the place of an :class:`~distillkit.core.inner.Unro
 step size, the number of steps and the order of the examples for each outer step, so that the set has to serve them all.
 ("Utility Boundary of Dataset Distillation", arXiv 2512.05817, studies how large a set must be to serve many recipes.)
 
+The meta-gradients of the draws differ in norm by factors of thousands, so give the
+:class:`~distillkit.core.distiller.Distiller` of a mixture ``normalize=True``.
+
 One recipe is *central*.  It is the one that the set carries, and the only one whose step sizes are learned; the other draws
 train with constant step sizes.
 """
@@ -26,7 +29,10 @@ from distillkit.io.seeds import generator
 class CommonRecipes:
     """A sampler of what people train with: SGD, momentum or AdamW, with equal chances.
 
-    Step sizes are drawn log-uniformly over a decade around :data:`USUAL`; the number of steps log-uniformly.
+    The number of steps is drawn log-uniformly, and so is the distance of the run, number of steps × step size, over a decade
+    and a half around :data:`DISTANCE`.  Real sentences train an encoder over these distances.  Two independent draws, of
+    steps and of step size, would often give a few small steps, which train nothing.  Step sizes are at most :data:`LARGEST`,
+    above which many runs diverge.
 
     Args:
         central: the recipe that the set carries.
@@ -44,14 +50,17 @@ class CommonRecipes:
 
     def __call__(self, draw: torch.Generator) -> Unroll:
         """A recipe; AdamW's has an ``eps_root``, without which its derivative at a gradient of 0 is infinite."""
-        kind, size, steps = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
-        name = [*USUAL][int(kind * len(USUAL))]
-        step_size = USUAL[name] * 10 ** (size - 0.5)
+        kind, distance, length = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
+        name = [*DISTANCE][int(kind * len(DISTANCE))]
+        steps = round(self.least_steps * (self.most_steps / self.least_steps) ** length)
+        step_size = min(DISTANCE[name] * 10 ** (DECADES * (distance - 0.5)) / steps, LARGEST[name])
         optimizer = {"SGD": SGD(step_size), "Momentum": Momentum(step_size), "AdamW": AdamW(step_size, eps_root=1e-8)}[name]
-        return Unroll(round(self.least_steps * (self.most_steps / self.least_steps) ** steps), optimizer=optimizer)
+        return Unroll(steps, optimizer=optimizer)
 
 
-USUAL = {"SGD": 0.1, "Momentum": 0.03, "AdamW": 3e-4}  # step sizes for encoders, in the middle of the decade
+DISTANCE = {"SGD": 1.0, "Momentum": 0.2, "AdamW": 3e-3}  # for encoders
+DECADES = 1.5
+LARGEST = {"SGD": 0.3, "Momentum": 0.05, "AdamW": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)

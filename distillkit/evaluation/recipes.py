@@ -213,17 +213,46 @@ class Tuned:
 
     def _scores(self, distilled, task: Task, student: Student, grid) -> dict[tuple[int, float], list[float]]:
         """The validation score of each grid point (steps, step size) under each initialisation."""
-        rows = task.balanced_rows("validation", min(self.rows, len(task.validation)), generator("tune-rows", 0)).numpy()
-        scores = collections.defaultdict(list)
-        for step_size in progress(grid["step_size"], desc="tuning", unit="step size", leave=False):
-            plan = set_plan(distilled, student, _adamw(max(grid["steps"]), step_size), {}, seed=0)
-            for seed in range(self.initialisations if student.draws else 1):  # without a draw all runs would be the same
-                start = student.init(derive_seed("tune-init", seed))
-                # As the step size is constant, one run passes through all step counts of the grid.
-                for steps, params in enumerate(plan.train(student, start), start=1):
-                    if steps in grid["steps"]:
-                        scores[steps, step_size].append(worth(student, params, task, "validation", rows))
-        return scores
+        recipes = [(AdamW(step_size), steps) for step_size in grid["step_size"] for steps in grid["steps"]]
+        scores = grid_scores(distilled, task, student, recipes, split="validation", rows=tuning_rows(task, self.rows),
+                             starts=tuning_starts(student, self.initialisations))
+        return {(steps, optimizer.step_size): values for (optimizer, steps), values in scores.items()}
+
+
+def tuning_rows(task: Task, most: int) -> np.ndarray:
+    """The validation rows, at most so many, that choices are made on; balanced over the classes."""
+    return task.balanced_rows("validation", min(most, len(task.validation)), generator("tune-rows", 0)).numpy()
+
+
+def tuning_starts(student: Student, initialisations: int) -> list[int]:
+    """Seeds of the initialisations that choices are made on: one where the student draws nothing at random."""
+    return [derive_seed("tune-init", seed) for seed in range(initialisations if student.draws else 1)]
+
+
+def grid_scores(
+    distilled: DistilledSet, task: Task, student: Student, recipes: Iterable[tuple[Optimizer, int]], *,
+    split: str, starts: Sequence[int], rows: np.ndarray | None = None,
+) -> dict[tuple[Optimizer, int], list[float]]:
+    """The score of a set under each recipe, a value for each initialisation.
+
+    Args:
+        distilled: the set, its classes in the student's order.
+        recipes: optimisers, which train with their own step size throughout, and numbers of steps.
+        split, rows: what is scored; default: all rows of the split.
+        starts: seeds of the initialisations, as ``student.init`` takes them.
+    """
+    steps_of, scores = collections.defaultdict(set), collections.defaultdict(list)
+    for optimizer, steps in recipes:
+        steps_of[optimizer].add(steps)
+    for optimizer, steps in progress(steps_of.items(), desc="recipes", unit="step size", leave=False):
+        unroll = Unroll(max(steps), optimizer=optimizer, batch_size=BATCH, micro_batch=MICRO_BATCH)
+        plan = set_plan(distilled, student, unroll, {}, seed=0)
+        for start in starts:
+            # As the step size is constant, one run passes through all numbers of steps.
+            for taken, params in enumerate(plan.train(student, student.init(start)), start=1):
+                if taken in steps:
+                    scores[optimizer, taken].append(worth(student, params, task, split, rows))
+    return scores
 
 
 NAMED: Mapping[str, Recipe] = {"own": Own(), "standard": Standard(), "tuned": Tuned()}

@@ -39,8 +39,9 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.selection import select
+from distillkit.experiments.building import load_corpus, unroll_of
 from distillkit.experiments.results import by_row, by_set, markdown, number, of_the_corpus, rounded, spread
-from distillkit.experiments.runner import Cell, Scores, load_corpus, unroll_of
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,

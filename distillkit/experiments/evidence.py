@@ -145,8 +145,8 @@ class EvidenceCell(Cell):
         super().__init__(*args)
         self.of_seed, self.encoder = functools.cache(self._of_seed), functools.cache(self._encoder)
 
-    def _of_seed(self, seed: int) -> BootstrapCell:
-        cell = BootstrapCell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
+    def _of_seed(self, seed: int, kind: type[BootstrapCell] | None = None) -> BootstrapCell:
+        cell = (kind or BootstrapCell)(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
         cell.corpus, cell.notes, cell.deadline, cell.encoder = self.task, self.notes, self.deadline, self.encoder
         return cell
 

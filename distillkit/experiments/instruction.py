@@ -32,8 +32,9 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
+from distillkit.experiments.building import strategy, unroll_of
 from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, rounded, spread
-from distillkit.experiments.runner import Cell, Scores, strategy, unroll_of
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
     Experiment,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
+from distillkit.experiments.any_recipe import AnyRecipeCell, AnyRecipeGrid, any_recipe_table
 from distillkit.experiments.classification import (
     ClassificationCell,
     ClassificationJob,
@@ -25,6 +26,7 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
     "instruction": (InstructionJob, partial(Run, InstructionCell), instruction_table),
     "prompting": (PromptingJob, partial(Run, PromptingCell), prompting_table),
     "continual": (ContinualJob, partial(Run, ContinualCell), continual_table),
+    "any_recipe": (AnyRecipeGrid, partial(Run, AnyRecipeCell), any_recipe_table),
     "evidence": (EvidenceGrid, partial(Run, EvidenceCell), evidence_table),
     "scaling": (GridJob, partial(Run, ClassificationCell), scaling_table),
     "slides": (GridJob, partial(Run, ClassificationCell), slides_table),

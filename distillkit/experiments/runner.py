@@ -20,19 +20,16 @@ from typing import Any, ClassVar
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller, digest, distil_together
 from distillkit.core.estimate import announce
-from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
-from distillkit.core.metagrad import ForwardDifference, Replay
 from distillkit.core.objectives import BPTT
-from distillkit.core.optimizers import SGD, Optimizer
 from distillkit.core.student import Student
 from distillkit.data.corpus import CorpusError
 from distillkit.data.instruction import InstructionTask
-from distillkit.data.load import load_task
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import evaluate
-from distillkit.evaluation.recipes import Standard, Tuned, Until
+from distillkit.evaluation.recipes import Until
 from distillkit.evaluation.selection import ALL_METHODS, select
+from distillkit.experiments.building import load_corpus, recipe_of, start_of, strategy, unroll_of
 from distillkit.experiments.results import (
     REPLACE,
     SCORES,
@@ -59,38 +56,6 @@ from distillkit.text.projection import NeighborLoss, project
 
 CONFIGS = Path(__file__).parent / "configs"
 Scores = tuple[list[dict], dict]  # a row of the table for each student, and the note beside them
-
-
-def load_corpus(settings: Data, *, seed: int = 0) -> Task:
-    """The task that settings name."""
-    return load_task(settings.corpus, max_length=settings.max_length, limit=settings.limit, seed=seed,
-                     text_column=settings.text_column, label_column=settings.label_column)
-
-
-def strategy(metagrad: str | None):
-    """The strategy of meta-gradients that settings name; None, by which an objective takes what suits its student."""
-    return {"replay": Replay(), "forward_difference": ForwardDifference()}.get(metagrad or "")
-
-
-def recipe_of(settings, recipe):
-    """The recipe "standard" or "tuned" with the steps and the grid that settings name; any other recipe as it is."""
-    if recipe == "standard":
-        return Standard(least_steps=settings.standard_steps)
-    return Tuned(settings.tuned_grid) if recipe == "tuned" else recipe
-
-
-def unroll_of(settings, *, steps: int | None = None, optimizer: Optimizer | None = None, **more) -> Unroll:
-    """The inner loop that settings describe, by default of SGD; ``more`` is as :class:`~distillkit.core.inner.Unroll` takes."""
-    return Unroll(steps or settings.unroll_steps, optimizer=optimizer or SGD(settings.first_step_size(steps)),
-                  batch_size=settings.inner_batch, **more)
-
-
-def start_of(settings, task: Task, student: Student, seed: int) -> DistilledSet:
-    """The examples that distilling starts from, as settings say; classes become soft labels."""
-    if settings.start == "random":
-        return DistilledSet.from_real(task, student, **settings.size(seed))
-    selected = select(task, student, settings.start, **settings.size(seed))
-    return selected.soften() if task.classes else selected
 
 
 class Cell:
@@ -205,8 +170,8 @@ class Cell:
 
     def distiller(self, name: str, seed: int, start: DistilledSet, objective, **options) -> Distiller:
         """What learns a set, with the rates of the settings; it goes on from the set's checkpoint."""
-        return Distiller(start, objective, clip=self.job.clip, seed=seed, checkpoint=self.checkpoint(name, seed),
-                         **self.job.rates(), **options)
+        options = {"clip": self.job.clip, **self.job.rates(), **options}
+        return Distiller(start, objective, seed=seed, checkpoint=self.checkpoint(name, seed), **options)
 
     def learn_with_siblings(self, name: str, seed: int) -> None:
         """Bring the checkpoints of a set, and of the same set of all :attr:`siblings`, to their last step."""
@@ -222,7 +187,7 @@ class Cell:
         return start_of(self.job, task or self.task, student or self.student, seed)
 
     def objective(self, task: Task | None = None, student: Student | None = None, **unroll) -> BPTT:
-        """The loss on real data after the inner loop; ``unroll`` is as :func:`unroll_of` takes it."""
+        """The loss on real data after the inner loop; ``unroll`` is as :func:`.building.unroll_of` takes it."""
         return BPTT(task or self.task, student or self.student, unroll_of(self.job, **unroll),
                     metagrad=strategy(self.job.metagrad), batch_size=self.job.outer_batch)
 

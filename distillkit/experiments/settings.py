@@ -209,8 +209,8 @@ class Inner(Settings):
     """The inner loop: how a student trains on a set, and how its meta-gradient is formed."""
 
     unroll_steps: int = whole(3, "inner steps T")
-    step_size: float | None = positive(None, "inner step size; the learned step sizes start from it (default: 0.2, and less "
-                                             "from seven inner steps on, so that they are 1.2 in all)")
+    step_size: float | None = positive(None, "inner step size; the learned step sizes start from it (default: 0.2; with more "
+                                             "than six inner steps 1.2 in all)")
     inner_batch: int | None = whole(None, "synthetic examples per inner step (default: all)")
     metagrad: Literal["replay", "forward_difference", "recommended"] | None = option(
         None, "replay (exact), forward_difference, or recommended: what suits the student (default)")

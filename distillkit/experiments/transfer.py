@@ -26,9 +26,10 @@ from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import REAL_METHODS
+from distillkit.experiments.building import load_corpus, recipe_of
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
 from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
-from distillkit.experiments.runner import Cell, Scores, load_corpus, recipe_of, size_columns
+from distillkit.experiments.runner import Cell, Scores, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
     Experiment,

@@ -17,13 +17,15 @@ from typing import Any
 LIMITS: dict[str, Callable] = {  # of a value; whether it holds
     "ge": lambda value, least: value >= least,
     "gt": lambda value, least: value > least,
+    "le": lambda value, most: value <= most,
     "finite": lambda value, _: abs(value) < float("inf"),
     "least": lambda value, least: len(value) >= least,
     "most": lambda value, most: len(value) <= most,
     "seeds": lambda value, _: value and len({*value}) == len(value),  # one that is repeated would pass for a spread of 0
     "pattern": lambda value, pattern: re.search(pattern, value),
 }
-WORDS = {"ge": "be greater than or equal to {}", "gt": "be greater than {}", "finite": "be finite",
+WORDS = {"ge": "be greater than or equal to {}", "gt": "be greater than {}", "le": "be at most {}",
+         "finite": "be finite",
          "least": "have at least {} item(s)", "most": "have at most {} characters",
          "seeds": "name at least one seed, each once", "pattern": "match pattern '{}'"}
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}

@@ -45,8 +45,9 @@ from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.selection import METHODS
+from distillkit.experiments.building import recipe_of
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
-from distillkit.experiments.runner import Cell, Scores, recipe_of
+from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     REQUIRED,
     Data,

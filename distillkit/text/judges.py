@@ -286,13 +286,16 @@ class JointJudge:
         judges: such as :class:`FrozenJudge`; their students have one vocabulary.
 
     Raises:
+        TypeError: something else than judges.
         ValueError: no judges, or students with other vocabularies.
     """
 
     judges: Sequence[FrozenJudge]
 
     def __post_init__(self):
-        require(len(self.judges) > 0, "judges must be at least one judge, such as FrozenJudge")
+        listed = isinstance(self.judges, Sequence) and all(hasattr(judge, "student") for judge in self.judges)
+        require(listed and self.judges, f"judges must be a list of such as FrozenJudge, not {reprlib.repr(self.judges)}",
+                ValueError if listed else TypeError)
         vocabularies = [judge.student.tokenizer.get_vocab() for judge in self.judges]
         other = next((n for n, vocabulary in enumerate(vocabularies) if vocabulary != vocabularies[0]), 0)
         require(other == 0, f"judges read one text token by token, and the vocabulary of {self.judges[other].student.name!r} "
