@@ -253,7 +253,7 @@ def test_an_experiment_and_the_command_line_share_their_settings():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("colour: red", "unknown setting 'colour'; there are checkpoint_every, corpus"),
+    ("colour: red", "unknown setting 'colour'; there are checkpoint_every, clip, corpus"),
     ("outer_steps: 0", "outer_steps must be greater than or equal to 1, not 0"),
     ("lr: fast", "lr must be a valid number, not 'fast'"),
     ("lr: yes", "lr must be a valid number, not True"),
