@@ -100,7 +100,9 @@ def test_a_second_run_computes_nothing(finished, standin_hub, monkeypatch):
 
 def test_the_table_names_the_worst_recipe(finished):
     _, result = finished
-    lines = [line.split("|")[1:-1] for line in table_of(result).splitlines() if line.startswith("|")]
+    recipes, shown = result["cells"]["per_class=1"]["notes"]["recipes"], table_of(result)
+    assert f"{len(recipes['names'])} of 6 recipes stay" in shown and f"{max(recipes['validation'].values()):.3f}" in shown
+    lines = [line.split("|")[1:-1] for line in shown.splitlines() if line.startswith("|")]
     heads, mixture = [text.strip() for text in lines[0]], next(line for line in lines if "mixture" in line[1])
     of_set = under_every_recipe(frame(result), "mixture")
     worst = of_set.min(axis=1)

@@ -128,23 +128,27 @@ def any_recipe_table(result: Mapping) -> str:
 
     Gains of the worst recipe are over the row ``embeddings``, paired by set.
     """
-    scores, summary, columns = frame(result), [], {}
+    scores, summary, columns, notes = frame(result), [], {}, []
     for cell, stored in result["cells"].items():
         every = {method: under_every_recipe(scores[scores["cell"] == cell], method) for method in methods_of(result)}
         every = {method: table for method, table in every.items() if len(table)}
-        chance = stored["notes"]["recipes"]["chance"] if every else 0
+        if not every:
+            continue
+        recipes, sets = stored["notes"]["recipes"], by_set(result, cell=cell)
         worst = pd.DataFrame({method: table.min(axis=1) for method, table in every.items()}).T
-        sets = by_set(result, cell=cell)
         for method, table in every.items():
             others = [spread(row) for _, row in sets.reindex([f"{method}/own", f"{method}/tuned"]).iterrows()]
-            summary.append([cell, method, *others, *described(table, chance),
-                            gain(worst, method, EMBEDDINGS) if method != EMBEDDINGS and EMBEDDINGS in every else ""])
+            gained = gain(worst, method, EMBEDDINGS) if method != EMBEDDINGS and EMBEDDINGS in every else ""
+            summary.append([cell, method, str(len(table)), *others, *described(table, recipes["chance"]), gained])
             columns[f"{method}, {cell}"] = table.apply(spread)
-    heads = ["cell", "method", "own", "tuned", "best recipe", "median", "worst recipe", "worst / best above chance",
+        validation = recipes["validation"]
+        notes.append(f"{cell}: {len(recipes['names'])} of {len(validation)} recipes stay; under the best, real sentences "
+                     f"reach {max(validation.values()):.3f} on validation.")
+    heads = ["cell", "method", "sets", "own", "tuned", "best recipe", "median", "worst recipe", "worst / best above chance",
              "worst: gain over embeddings"]
     points = pd.DataFrame(columns)
     every_recipe = markdown(["recipe", *points], [[name, *line] for name, line in zip(points.index, points.to_numpy())])
-    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}"
+    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)}"
 
 
 def methods_of(result: Mapping) -> list[str]:
