@@ -162,4 +162,9 @@ def _differences(sets) -> str:
         return ""
     lines = [[name.replace("/", ", "), *(gain(sets, name, other) for other in selected)] for name in learned]
     table = markdown(["minus", *(name.replace("/", ", ") for name in selected)], lines)
-    return f"\n\nDifferences at the same seed, mean ± half of the 95 % interval; above it, one beats the other.\n\n{table}"
+    pairs = [(name, other) for name in learned for other in selected]
+    sure = [f"{name} over {other}" for name, other in pairs if beats(sets, name, other, len(pairs))]
+    note = (f"\n\nCorrected for these {len(pairs)} comparisons together (Bonferroni), the interval lies above 0 for: "
+            f"{'; '.join(sure) or 'none'}.")
+    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval of each by itself; above it, one beats the "
+            f"other.\n\n{table}{note}")
