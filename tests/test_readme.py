@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import distillkit as dk
+from benchmarks import attention_labels
 from benchmarks import metagrad as benchmark
 from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import MARKED, with_tables
@@ -27,6 +28,8 @@ def test_its_tables_are_the_committed_results(page):
     assert with_tables(text, RESULTS, marker="table", draw=table_of) == text, "run: python -m distillkit readme"
     drawn = with_tables(text, RESULTS, marker="benchmark", draw=benchmark.tables)
     assert drawn == text, "run: python tests/benchmarks/metagrad.py --readme"
+    drawn = with_tables(text, RESULTS, marker="attention", draw=attention_labels.table)
+    assert drawn == text, "run: python tests/benchmarks/attention_labels.py --readme"
 
 
 def test_every_result_has_its_table():

@@ -3,6 +3,7 @@
     DISTILLKIT_DATA=folder python tests/benchmarks/attention_labels.py             # 5 sets of each, one thread
     DISTILLKIT_DATA=folder python tests/benchmarks/attention_labels.py --ways published --sets 0 \\
         --settings '{"rate": 0.1}' --settings '{"rate": 0.01}'                     # how a rate is chosen
+    python tests/benchmarks/attention_labels.py --readme                           # write RESULTS.md's table from the JSON
 
 Maekawa et al. (ACL 2023, "Dataset Distillation with Attention Labels for Fine-tuning BERT") learn inputs, labels, a step size
 for each inner step, and labels for the attention of the first token.  :class:`Published` is their algorithm, written here
@@ -41,10 +42,11 @@ import distillkit as dk
 from distillkit.core.problem import leaf
 from distillkit.data.tasks import bootstrap
 from distillkit.evaluation.recipes import Own
-from distillkit.experiments.results import environment, markdown, read, write
+from distillkit.experiments.results import environment, markdown, read, with_tables, write
 from distillkit.io.seeds import derive_seed, generator
 
-RESULT = Path(__file__).resolve().parents[2] / "figures" / "results" / "attention_labels.json"
+FIGURES = Path(__file__).resolve().parents[2] / "figures"
+RESULT = FIGURES / "results" / "attention_labels.json"
 LIMIT = {"train": 4000, "validation": 300, "test": 1000}
 LENGTH = 32
 SCORED = (5, 10, 15, 20, 30, 40, 60, 80, 100, 130, 160, 200, 250, 300)
@@ -224,7 +226,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--settings", type=json.loads, action="append", help="of a way, as JSON; several are compared")
     parser.add_argument("--stop", type=int, help="outer steps after which a run is given up; default: those of its schedule")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--readme", action="store_true", help="measure nothing: write the table of figures/RESULTS.md")
     options = parser.parse_args(arguments)
+    if options.readme:
+        text = (FIGURES / "RESULTS.md").read_text(encoding="utf-8")
+        drawn = with_tables(text, FIGURES / "results", marker="attention", draw=table)
+        (FIGURES / "RESULTS.md").write_text(drawn, encoding="utf-8")
+        return
     torch.set_num_threads(1)
     task = dk.load_task("ag_news", max_length=LENGTH, limit=LIMIT)
     student = dk.load_student("offline:minilm", task)
