@@ -33,7 +33,17 @@ from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
 from distillkit.experiments.building import strategy, unroll_of
-from distillkit.experiments.results import beats, by_row, by_set, gain, markdown, number, rounded, spread
+from distillkit.experiments.results import (
+    beats,
+    by_row,
+    by_set,
+    gain,
+    markdown,
+    number,
+    paired_difference,
+    rounded,
+    spread,
+)
 from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
     Data,
@@ -162,7 +172,8 @@ def _differences(sets) -> str:
         return ""
     lines = [[name.replace("/", ", "), *(gain(sets, name, other) for other in selected)] for name in learned]
     table = markdown(["minus", *(name.replace("/", ", ") for name in selected)], lines)
-    pairs = [(name, other) for name in learned for other in selected]
+    pairs = [(name, other) for name in learned for other in selected
+             if math.isfinite(paired_difference(sets, name, other)[1])]  # of one set alone there is no interval
     sure = [f"{name} over {other}" for name, other in pairs if beats(sets, name, other, len(pairs))]
     note = (f"\n\nCorrected for these {len(pairs)} comparisons together (Bonferroni), the interval lies above 0 for: "
             f"{'; '.join(sure) or 'none'}.")
