@@ -137,15 +137,7 @@ class Distiller:
     ):
         check_is("distilled", distilled, DistilledSet)
         check_objective(objective)
-        fixed = {"targets": not distilled.soft, "attention": distilled.attention is None}
-        if learn is LEARNABLE:
-            learn = tuple(n for n in LEARNABLE if not fixed.get(n))
-        names = isinstance(learn, Sequence) and not isinstance(learn, str) and learn and all(n in LEARNABLE for n in learn)
-        require(names, f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
-        require(distilled.soft or "targets" not in learn,
-                "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
-        require(distilled.attention is not None or "attention" not in learn,
-                "the set has no attention labels to learn: use set.with_attention(student), or leave 'attention' out of learn")
+        self.learn = _learned(distilled, learn)
         for name, rate, values in zip(("lr", "label_lr", "step_size_lr", "attention_lr"),
                                       (lr, label_lr, step_size_lr, attention_lr), LEARNABLE, strict=True):
             if rate is not None or name == "lr":
@@ -163,7 +155,6 @@ class Distiller:
                       "step_sizes": 2 * lr if step_size_lr is None else step_size_lr}
         if distilled.attention is not None:
             self.rates["attention"] = lr if attention_lr is None else attention_lr
-        self.learn = tuple(n for n in LEARNABLE if n in learn)
         self.objective, self.schedule, self.clip, self.normalize, self.seed = objective, schedule, clip, normalize, seed
         self.regularizers = tuple(regularizers)
         self._start = copy.deepcopy(fitted(distilled, objective))
@@ -380,6 +371,20 @@ def digest(distilled: DistilledSet) -> str:
 def _positive(raw: Tensor) -> Tensor:
     """softplus(``raw``), which far below 0 would round to 0."""
     return torch.nn.functional.softplus(raw).clamp_min(torch.finfo(raw.dtype).tiny)
+
+
+def _learned(distilled: DistilledSet, learn: Sequence[str]) -> tuple[str, ...]:
+    """The names of what is learned, in the order of :data:`LEARNABLE`; by default all that the set has."""
+    fixed = {"targets": not distilled.soft, "attention": distilled.attention is None}
+    if learn is LEARNABLE:
+        return tuple(name for name in LEARNABLE if not fixed.get(name))
+    names = isinstance(learn, Sequence) and not isinstance(learn, str) and learn and all(n in LEARNABLE for n in learn)
+    require(names, f"learn must name some of {', '.join(LEARNABLE)}, not {learn!r}")
+    require(distilled.soft or "targets" not in learn,
+            "hard targets cannot be learned: use set.soften(), or leave 'targets' out of learn")
+    require(distilled.attention is not None or "attention" not in learn,
+            "the set has no attention labels to learn: use set.with_attention(student), or leave 'attention' out of learn")
+    return tuple(name for name in LEARNABLE if name in learn)
 
 
 def _inverse_softplus(positive: Tensor) -> Tensor:
