@@ -61,13 +61,6 @@ class AnyRecipeJob(EvidenceJob):
         return Mixture(CommonRecipes(central, self.least_steps, self.most_steps), share=self.central_share)
 
 
-class AnyRecipeCell(EvidenceCell):
-    """One corpus and size."""
-
-    def _of_seed(self, seed: int) -> SetCell:
-        return super()._of_seed(seed, SetCell)
-
-
 class SetCell(BootstrapCell):
     """The sets of one seed."""
 
@@ -106,6 +99,12 @@ class SetCell(BootstrapCell):
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
         return None if recipe == EVERY else super().training_hash(method, recipe, seed)
+
+
+class AnyRecipeCell(EvidenceCell):
+    """One corpus and size."""
+
+    seed_cell = SetCell
 
 
 def recipe_name(optimizer: Optimizer, steps: int) -> str:

@@ -29,6 +29,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -138,31 +139,6 @@ def written_per_class(corpus: str) -> int:
     return min(map(len, written_sentences(corpus)), default=0)
 
 
-class EvidenceCell(Cell):
-    """One corpus and size; the sets of each seed belong to a :class:`BootstrapCell`."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.of_seed, self.encoder = functools.cache(self._of_seed), functools.cache(self._encoder)
-
-    def _of_seed(self, seed: int, kind: type[BootstrapCell] | None = None) -> BootstrapCell:
-        cell = (kind or BootstrapCell)(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
-        cell.corpus, cell.notes, cell.deadline, cell.encoder = self.task, self.notes, self.deadline, self.encoder
-        return cell
-
-    def _encoder(self, source: str) -> Student:
-        return self.student if source == self.job.student else load_student(source, self.task)
-
-    def score(self, method: str, recipe: str, seed: int) -> Scores:
-        return self.of_seed(seed).score(method, recipe, seed)
-
-    def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
-        return self.of_seed(seed).training_hash(method, recipe, seed)
-
-    def columns(self, method: str, recipe: str) -> dict:
-        return super().columns("full" if method in UPPER else method, recipe) | {"method": method}
-
-
 class BootstrapCell(ClassificationCell):
     """The sets of one seed, all from the same bootstrap; ``corpus`` is the task that it was drawn from."""
 
@@ -251,6 +227,33 @@ class BootstrapCell(ClassificationCell):
 
     def note(self, name: str, seed: int, losses: Sequence[float], seconds: float, **more) -> None:
         super().note(name, seed, losses, seconds, outer_loss=round(float(np.mean(losses[-LAST:])), 5), **more)
+
+
+class EvidenceCell(Cell):
+    """One corpus and size; the sets of each seed belong to a :class:`BootstrapCell`, or to another ``seed_cell``."""
+
+    seed_cell: ClassVar[type[BootstrapCell]] = BootstrapCell
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.of_seed, self.encoder = functools.cache(self._of_seed), functools.cache(self._encoder)
+
+    def _of_seed(self, seed: int) -> BootstrapCell:
+        cell = self.seed_cell(self.job, self.work, self.results, bootstrap(self.task, seed), self.student)
+        cell.corpus, cell.notes, cell.deadline, cell.encoder = self.task, self.notes, self.deadline, self.encoder
+        return cell
+
+    def _encoder(self, source: str) -> Student:
+        return self.student if source == self.job.student else load_student(source, self.task)
+
+    def score(self, method: str, recipe: str, seed: int) -> Scores:
+        return self.of_seed(seed).score(method, recipe, seed)
+
+    def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
+        return self.of_seed(seed).training_hash(method, recipe, seed)
+
+    def columns(self, method: str, recipe: str) -> dict:
+        return super().columns("full" if method in UPPER else method, recipe) | {"method": method}
 
 
 @settings(kind="evidence")

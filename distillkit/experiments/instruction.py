@@ -40,6 +40,7 @@ from distillkit.experiments.results import (
     gain,
     markdown,
     number,
+    of_the_corpus,
     paired_difference,
     rounded,
     spread,
@@ -150,14 +151,17 @@ def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
     sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
     scored, (zero, full) = sets.dropna(how="all"), rows["mean"].reindex([ZERO, FULL])
+    cell = next(iter(result["cells"].values()), {})
     marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
               and f"{method}/standard" in scored.index and not beats(sets, f"{method}/standard", RANDOM)]
     for row in rows.dropna(subset="mean").itertuples():  # what has not run is not in the table
         method, recipe = row.Index.split("/")
         lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
+                      number(row.nbytes, ",.0f"), of_the_corpus(math.nan if row.Index in (ZERO, FULL) else row.nbytes, cell),
                       spread(sets.loc[row.Index]), number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
                       number((row.mean - zero) / ((full - zero) or math.nan), ".0%")])
-    heads = ["method", "recipe", "examples", "accuracy (mean ± sd)", "length-normalised", "seeds", "of the way"]
+    heads = ["method", "recipe", "examples", "bytes", "of the compressed corpus", "accuracy (mean ± sd)",
+             "length-normalised", "seeds", "of the way"]
     note = ("\n\n*Of the way*: the share of the way from the model as it is (zero-shot) to the full data." +
             ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
              "fine-tuning." if marked else ""))

@@ -165,7 +165,7 @@ class FrozenJudge:
     def describe(self) -> dict:
         """The settings as JSON values."""
         return {"name": type(self).__name__, "student": self.student.name, "steps": self.steps, "batch_size": self.batch_size,
-                "reads": self.reads}
+                **({} if self.reads == READS[0] else {"reads": self.reads})}  # older searches do not say it
 
     def features(self, distilled: DistilledSet) -> Tensor:
         """The representations ``[m, n·d]`` of a set's sentences, on which heads are trained."""
