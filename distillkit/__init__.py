@@ -62,7 +62,7 @@ _HOMES = {
     # errors of storage, seeds of random streams, sizes of the notebooks
     "io.storage": ("StorageError",),
     "io.seeds": ("derive_seed",),
-    "view.scale": ("scale",),
+    "view.lesson": ("sizes",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

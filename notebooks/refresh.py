@@ -6,7 +6,7 @@ installed. So outputs come from here alone: each notebook runs from top to botto
 interpreter, in a fixed environment, and replaces the file only when every cell succeeded.
 
     python notebooks/refresh.py                       # all of them
-    python notebooks/refresh.py 00_quickstart         # some
+    python notebooks/refresh.py 00_the_idea_on_a_plane         # some
     python notebooks/refresh.py --check               # execute and compare, write nothing
     python notebooks/refresh.py --scale gpu --into out [--reduced]   # the workstation's settings, into another folder
     python notebooks/refresh.py --tier                # print --nbval or --nbval-lax, as pytest may compare outputs here
@@ -37,6 +37,7 @@ CONSTRAINTS = FOLDER.parent / "constraints.txt"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Mime types whose bytes differ between machines that agree on everything a reader can see.
 INCOMPARABLE = ("image/png", "image/jpeg")
+COLLAPSED = {"check", "setup"}  # tags of cells whose source is hidden until a reader asks for it
 
 
 def environment(scale: str = "cpu", reduced: bool = False) -> dict[str, str]:
@@ -49,6 +50,7 @@ def environment(scale: str = "cpu", reduced: bool = False) -> dict[str, str]:
     variables = {
         "DISTILLKIT_SCALE": scale,
         "DISTILLKIT_REDUCED": "1" if reduced else "0",
+        "DISTILLKIT_CLAIMS": "1",
         "TQDM_DISABLE": "1",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -118,12 +120,21 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
         }
     )
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.metadata = nbformat.from_dict(cell_metadata(cell))
         for output in cell.get("outputs", ()):
             output.get("data", {}).pop(WIDGET, None)  # a random model id, which no page can show without its kernel
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
+
+
+def cell_metadata(cell: nbformat.NotebookNode) -> dict:
+    """Return what is stored with a cell: its tags, whether its source is collapsed, and where a slide begins."""
+    metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+    if cell.cell_type == "markdown" and cell.source.startswith("#"):
+        metadata["slideshow"] = {"slide_type": "subslide" if cell.source.startswith("###") else "slide"}
+    if set(metadata.get("tags", ())) & COLLAPSED:
+        metadata["jupyter"] = {"source_hidden": True}
+    return metadata
 
 
 def read(path: Path) -> nbformat.NotebookNode:

@@ -42,7 +42,7 @@ class Notebooks:
     def tiny(self) -> Notebooks:
         """The dry run: the first notebook, its sizes cut."""
         return dataclasses.replace(self, name=f"{self.name}_tiny", options=("--scale", "cpu", "--reduced"),
-                                   names=("00_quickstart",), guess=60.0)
+                                   names=("01_six_examples_for_a_corpus",), guess=60.0)
 
     def needs(self) -> list:
         """Nothing that is known beforehand: a notebook names its corpora and models itself."""

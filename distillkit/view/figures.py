@@ -1,7 +1,7 @@
 """Figures: data in, a matplotlib Figure out, and nothing shown or saved on the way.
 
-All share one style: seaborn's white-grid theme, its colour-blind palette, and the same colour for the same method
-wherever it appears.  :func:`describe` says in words what a figure holds, so that a test can compare what a picture shows
+All share one style: seaborn's white-grid theme, one colour for each role (:data:`ROLE_COLOURS`), and a shade of it for each
+method that plays it.  :func:`describe` says in words what a figure holds, so that a test can compare what a picture shows
 without comparing pixels.  Corpus text goes through :func:`plain` first, because matplotlib reads ``$`` as mathematics.
 """
 
@@ -17,21 +17,33 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distillkit.experiments.results import by_row, by_set, classes_of, frame, paired_difference, spread
 from distillkit.experiments.transfer import of_full, parsed, short_name
 
-_BRIGHT, _DARK = sns.color_palette("colorblind", 10), sns.color_palette("dark", 10)
-METHOD_COLOURS = {
-    "embeddings": _BRIGHT[0], "projected": _BRIGHT[1], "full": _BRIGHT[7], "random": _BRIGHT[8], "k_center": _BRIGHT[2],
-    "herding": _BRIGHT[4], "real + learned labels": _BRIGHT[9], "projection": _BRIGHT[1], "swaps": _BRIGHT[3],
-    "neighbor loss": _BRIGHT[5], "less": _BRIGHT[6], "through projection": _DARK[4], "nearest sentences": _DARK[2],
-    "swaps from random": _DARK[3], "sentences": _DARK[1], "swaps from herding": _DARK[6], "swaps from sentences": _DARK[8],
-    "relaxed tokens": _DARK[0], "swaps from relaxed tokens": _DARK[9], "bptt": _BRIGHT[0], "bptt text": _DARK[0],
-    "nacd": _DARK[9], "nacd text": _DARK[5], "nacd vectors": _BRIGHT[9], "zero-shot": _DARK[7],
-    "k_means": _BRIGHT[6], "keywords": _BRIGHT[3], "chosen pairs": _DARK[1],
+# One colour for each role, in every figure: real text grey, learned embeddings blue, distilled text orange, all the data black.
+ROLE_COLOURS = {"real": "#8c8c8c", "learned": "#0173b2", "text": "#de8f05", "full": "#000000", "chance": "#595959"}
+_ROLES = {
+    "real": ("random", "k_center", "herding", "k_means", "less", "real + learned labels", "zero-shot", "nearest sentences"),
+    "learned": ("embeddings", "nacd", "nacd vectors", "bptt", "neighbor loss", "through projection"),
+    "text": ("projected", "projection", "nacd text", "bptt text", "keywords", "swaps", "relaxed tokens", "swaps from random",
+             "swaps from herding", "swaps from sentences", "swaps from relaxed tokens", "sentences", "chosen pairs"),
+}
+
+
+def shades(role: str, count: int) -> list[str]:
+    """``count`` shades of the colour of a role, for methods that share it: the role's own colour, then darker and lighter."""
+    base, (darkest, lightest) = ROLE_COLOURS[role], (0.55, 0.45)
+    darker = [sns.dark_palette(base, 101)[round(100 * (1 - darkest * i / count))] for i in range(0, count, 2)]
+    lighter = [sns.light_palette(base, 101)[round(100 * (1 - lightest * i / count))] for i in range(1, count, 2)]
+    return [to_hex((darker if i % 2 == 0 else lighter)[i // 2]) for i in range(count)]
+
+
+METHOD_COLOURS = {"full": ROLE_COLOURS["full"]} | {
+    method: colour for role, methods in _ROLES.items() for method, colour in zip(methods, shades(role, len(methods)))
 }
 LABELS = {
     "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
@@ -43,6 +55,7 @@ LABELS = {
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
+MARKERS = "osD^vPX"
 DPI = 150
 LONGEST = 200  # characters of a label or title
 WINDOW = 10  # steps of a running mean
@@ -168,7 +181,7 @@ def curves(panels: Sequence[tuple[str, str, str, dict[str, tuple[Sequence[float]
     """
     figure, axes = _figure(5 * len(panels), 3.4, len(panels))
     for where, (title, x, y, lines) in zip(axes, panels, strict=True):
-        for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), "osD^vP", lines.items(), strict=False):
+        for colour, marker, (name, (xs, ys)) in zip(sns.color_palette("colorblind"), MARKERS, lines.items(), strict=False):
             where.plot(xs, ys, marker=marker, color=colour, label=name)
         where.set(title=title, xlabel=x, ylabel=y)
         if all(float(value).is_integer() for xs, _ in lines.values() for value in xs):
@@ -208,7 +221,8 @@ def points(title: str, x: str, y: str, clouds: dict[str, tuple[Sequence[float], 
 def describe(figure: Figure) -> str:
     """What a figure shows, a line for each panel: title, axis labels, and what is drawn."""
     lines = []
-    for number, axes in enumerate(figure.axes, start=1):
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    for number, axes in enumerate(panels, start=1):
         series = [
             f"{line.get_label()}: {len(np.asarray(line.get_ydata()))} points" for line in axes.lines
             if not str(line.get_label()).startswith("_")
@@ -294,7 +308,7 @@ def seeded_grid(result: Mapping) -> Figure:
             line = dots.groupby("place")["accuracy"].mean()
             shift = 0.05 * (number - (len(names) - 1) / 2)  # so that dots of one size do not hide each other
             colour = METHOD_COLOURS[name.split("/")[0]]
-            axes.plot(line.index + shift, line, color=colour, lw=1.8, marker="_", ms=9, mew=2,
+            axes.plot(line.index + shift, line, color=colour, lw=1.8, marker=MARKERS[number % len(MARKERS)], ms=7,
                       label=_row_label(name, not one))
             axes.plot(dots["place"] + shift, dots["accuracy"], ".", color=colour, ms=5, alpha=0.6)
         axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
@@ -320,10 +334,10 @@ def differences(result: Mapping) -> Figure:
     others = [name for name in SELECTED if name in sets.index]
     learned = [name for name in sets.index if name.startswith(("nacd", "bptt", "chosen"))]
     figure, (axes,) = _figure(8.5, 0.5 * len(learned) + 1.4)
-    for shift, other in zip(np.linspace(-0.2, 0.2, len(others)), others, strict=True):
+    for shift, marker, other in zip(np.linspace(-0.2, 0.2, len(others)), MARKERS, others, strict=False):
         means, halves = np.reshape([paired_difference(sets, name, other) for name in learned], (-1, 2)).T
         axes.errorbar(
-            means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt="o", ms=5, capsize=3,
+            means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt=marker, ms=6, capsize=3,
             color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
         )  # of a single set there is no interval
     axes.axvline(0, color="black", lw=1, ls=":")

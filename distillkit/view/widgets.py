@@ -3,6 +3,7 @@
 What a widget shows comes from a function that needs no front end, so that a test or an ordinary cell can call it.  Moving a
 slider calls that function again:
 
+* :func:`explore`: any function that returns a figure, drawn again when a control moves.
 * :func:`prompt_explorer`: a position's nearest words and the score with each (:func:`candidates`, :func:`prompt_html`).
 * :func:`attention_explorer`: one head on real and on distilled text.  The weights are computed once; :func:`attention_panels`
   cuts out a head and :func:`attention_html` draws it (on paper: ``set_figures.attention_maps``).
@@ -37,6 +38,7 @@ from distillkit.core.distiller import Distiller, StepRecord
 from distillkit.core.student import Params, Student
 from distillkit.io.escaping import LONGEST, one_line
 from distillkit.text.projection import allowed_tokens, nearest_tokens, project, with_tokens
+from distillkit.view.explore import explore as explore
 from distillkit.view.figures import curves, html_table, text_table
 from distillkit.view.measures import attention
 
