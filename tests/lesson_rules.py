@@ -131,8 +131,8 @@ def every_exercise_has_an_answer(notebook, name):
     text = "\n".join(prose(notebook))
     for exercise in EXERCISES:
         _, _, behind = text.partition(f"### {exercise}")
-        if "<details>" not in re.split(r"^##", behind, flags=re.MULTILINE)[0]:
-            yield f"'### {exercise}' is missing, or has no answer in <details>"
+        if not re.search(r"<details>\s*<summary>Answer", re.split(r"^##", behind, flags=re.MULTILINE)[0]):
+            yield f"'### {exercise}' is missing, or has no answer in <details><summary>Answer…"
     if text.count("<details>") != text.count("</details>"):
         yield "<details> without its end"
 

@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lesson_rules
 import nbformat
 import pytest
+
+import lesson_rules
 from lesson_rules import EXERCISES, FOLDER, NOTEBOOKS, OPENING, RULES, SECTIONS
 
 _spec = importlib.util.spec_from_file_location("distillkit_refresh", FOLDER / "refresh.py")
@@ -86,9 +87,10 @@ def shown(**data):
 
 
 SIZES = "cfg = dk.sizes(student=('offline:minilm', 'gpt2'))\n"
-OPENED = "# 99 A lesson\n\n" + " ".join(OPENING) + " a second on two cores and on a GPU [terms](GLOSSARY.md) [picture](#The-picture)"
+LINKS = " a second on two cores and on a GPU [terms](GLOSSARY.md) [picture](#The-picture)"
+OPENED = "# 99 A lesson\n\n" + " ".join(OPENING) + LINKS
 DRAWING = "![Two loops, one inside the other](../figures/diagrams/99.svg)"
-ANSWERED = "\n\n".join(f"### {exercise}\n\nHow?\n\n<details>So.</details>" for exercise in EXERCISES)
+ANSWERED = "\n\n".join(f"### {exercise}\n\nHow?\n\n<details><summary>Answer</summary>So.</details>" for exercise in EXERCISES)
 BODY = "\n\n".join(f"## {section}\n\n" + {"The picture": DRAWING, "Exercises": ANSWERED}.get(section, "Text.")
                    for section in SECTIONS)
 THREE = "assert True\n" * 3
@@ -144,7 +146,7 @@ BREAKS = [
     ("begins_with_a_drawing", without(DRAWING)),
     ("begins_with_a_drawing", without("Two loops, one inside the other", "loops")),
     ("every_exercise_has_an_answer", without("### Exercise 2 (change)")),
-    ("every_exercise_has_an_answer", without("<details>So.</details>")),
+    ("every_exercise_has_an_answer", without("<details><summary>Answer</summary>So.</details>")),
     ("every_exercise_has_an_answer", without("</details>")),
     ("cells_are_short", with_another_cell("x = 1\n" * 15 + "print(1)", printed("1\n"))),
     ("checks_are_collapsed", with_code(THREE, tags=())),
