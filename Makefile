@@ -10,7 +10,7 @@ JOBS   ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-avx2 notebooks lab lint clean
+.PHONY: help setup demo test test-avx2 notebooks lab slides lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,8 +51,16 @@ test-avx2: $(STAMP)  ## the numeric tests and every notebook, with AVX2 instruct
 notebooks: $(STAMP)  ## execute the notebooks and write their outputs
 	@$(BIN)/python notebooks/refresh.py
 
-lab: $(STAMP)  ## open the notebooks in JupyterLab
+lab: $(STAMP)  ## open the course in JupyterLab; STUDENT=1: a copy without answers, in course/
+ifdef STUDENT
+	@$(BIN)/python notebooks/course.py student
+	@$(BIN)/jupyter lab course
+else
 	@$(BIN)/jupyter lab notebooks
+endif
+
+slides: $(STAMP)  ## every lesson as slides, in course/
+	@$(BIN)/python notebooks/course.py slides
 
 lint: $(STAMP)  ## ruff over code and notebooks
 	@$(BIN)/ruff check --quiet .

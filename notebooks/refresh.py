@@ -19,8 +19,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import time
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +39,16 @@ CONSTRAINTS = FOLDER.parent / "constraints.txt"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 # Mime types whose bytes differ between machines that agree on everything a reader can see.
 INCOMPARABLE = ("image/png", "image/jpeg")
+COLAB_SETUP = """# Where the kit is missing, as on Colab: get the course and install it.
+import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("distillkit") is None:
+    subprocess.run(["git", "clone", "--depth", "1", "{address}", "course"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "./course[offline,notebooks]"], check=True)
+    os.chdir("course/notebooks")"""
 COLLAPSED = {"check", "setup"}  # tags of cells whose source is hidden until a reader asks for it
 
 
@@ -150,7 +162,33 @@ def read(path: Path) -> nbformat.NotebookNode:
             cell["id"] = hashlib.sha256(f"{position}\n{''.join(cell['source'])}".encode()).hexdigest()[:8]
         seen.add(cell["id"])
     content["nbformat_minor"] = 5  # the first version in which cells have ids
-    return nbformat.reads(json.dumps(content), as_version=4)
+    notebook = nbformat.reads(json.dumps(content), as_version=4)
+    if address := repository():
+        open_in_colab(notebook, path.name, address)
+    return notebook
+
+
+def repository(project: Path = FOLDER.parent / "pyproject.toml") -> str | None:
+    """Return where this repository is published, from the project's URLs; None where it is not said."""
+    urls = tomllib.loads(project.read_text(encoding="utf-8"))["project"].get("urls", {})
+    return urls.get("Repository", "").removesuffix("/").removesuffix(".git") or None
+
+
+def open_in_colab(notebook: nbformat.NotebookNode, name: str, address: str) -> None:
+    """Put a badge above the title and a set-up cell below it, where they are not there already.
+
+    Args:
+        name: the file's name.
+        address: of the repository on GitHub, ``https://github.com/owner/name``.
+    """
+    first, setup = notebook.cells[0], COLAB_SETUP.format(address=address)
+    link = f"https://colab.research.google.com/github/{address.split('github.com/')[-1]}/blob/main/notebooks/{name}"
+    text = re.sub(r"^\[!\[Open in Colab\].*\n\n", "", first.source)
+    first.source = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})\n\n{text}"
+    if notebook.cells[1].cell_type == "code" and notebook.cells[1].source.startswith(COLAB_SETUP.split("\n")[0]):
+        notebook.cells[1].source = setup
+    else:
+        notebook.cells.insert(1, nbformat.v4.new_code_cell(setup, id="colab", metadata={"tags": ["setup"]}))
 
 
 def render(notebook: nbformat.NotebookNode) -> str:

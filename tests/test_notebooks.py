@@ -1,241 +1,27 @@
-"""The notebooks as files (no kernel needed), and the machinery that executes them.
+"""The lessons as files (no kernel needed), and the machinery that executes them.
 
-nbval executes every notebook in the same `make test` and compares what it prints. This module checks what nbval lets
-through: a notebook without outputs, one whose cells ran out of order, an output that can never be the same twice, a tag
-that excuses an error, a magic that switches the rest of its cell off. Each rule is a function from a notebook to
-complaints, and each is itself tested on a notebook that breaks it.
+The rules of `lesson_rules.py` are applied to every lesson, and each is itself tested on a notebook that breaks it.
 """
 
-import ast
 import copy
 import importlib.util
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import nbformat
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+import lesson_rules
+from lesson_rules import EXERCISES, FOLDER, NOTEBOOKS, OPENING, RULES, SECTIONS
 
 _spec = importlib.util.spec_from_file_location("distillkit_refresh", FOLDER / "refresh.py")
 refresh = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(refresh)
-
-SECTIONS = ("What would break this", "References", "Check yourself")
-UNREPEATABLE = {
-    "clear_output",
-    "update_display",
-    "interact",
-    "interactive",
-    "interactive_output",
-    "Output",
-    "get_ipython",
-}
-EXCUSES = {"raises-exception", "nbval-raises-exception", "nbval-skip"}
-COMPARABLE = {"text/plain", "text/html", "text/markdown", "text/latex", "image/png"}
-PRIVATE = re.compile(r"(?<![\w.~])/(?:home|Users|root|work|tmp|opt|usr|var|mnt|srv)/[\w.-]+|[A-Z]:\\+Users\\")
-ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{6,}")
-PROGRESS_BAR = re.compile(r"\d+%\|.*\| \d+/\d+")  # tqdm's notebook bars ignore TQDM_DISABLE; disable= they obey
-
-
-def source(cell: dict) -> str:
-    return "".join(cell["source"])
-
-
-def code_cells(notebook: dict) -> list[tuple[int, dict]]:
-    """Return (number from 1, cell) of every code cell."""
-    return list(enumerate((cell for cell in notebook["cells"] if cell["cell_type"] == "code"), start=1))
-
-
-def prose(notebook: dict) -> list[str]:
-    return [source(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
-
-
-def syntax(cell: dict) -> ast.Module:
-    """Return the cell's syntax tree, an empty one where it is not Python (which `plain_python` complains about)."""
-    try:
-        return ast.parse(source(cell))
-    except SyntaxError:
-        return ast.Module(body=[], type_ignores=[])
-
-
-def called(node: ast.AST) -> str | None:
-    """Return the last name of what is called: "scale" for `dk.scale(...)`; None for anything but a call."""
-    if not isinstance(node, ast.Call):
-        return None
-    return getattr(node.func, "attr", None) or getattr(node.func, "id", None)
-
-
-def checks(cell: dict) -> int:
-    """Return how many assertions the cell makes: `assert` statements and claims."""
-    return sum(isinstance(node, ast.Assert) or called(node) == "claim" for node in ast.walk(syntax(cell)))
-
-
-def texts(output: dict) -> list[tuple[str, str]]:
-    """Return (mime type or stream, text) of everything in an output that is not a picture."""
-    if output["output_type"] == "stream":
-        return [(output["name"], "".join(output["text"]))]
-    return [(mime, "".join(text)) for mime, text in output.get("data", {}).items() if not mime.startswith("image/")]
-
-
-# The rules. Each yields complaints; `name` is the file name without .ipynb.
-
-
-def title_with_its_number(notebook, name):
-    number = int(name[:2])
-    first = notebook["cells"][0]
-    if first["cell_type"] != "markdown" or not re.match(rf"# 0*{number}\b", source(first)):
-        yield f"the first cell is not a title with its number, '# {number:02d} ...'"
-
-
-def says_how_long_it_takes(notebook, name):
-    opening = " ".join(source(cell) for cell in notebook["cells"][:3] if cell["cell_type"] == "markdown").lower()
-    if not ("two cores" in opening or "2 cores" in opening) or "gpu" not in opening:
-        yield "the opening does not say how long it takes on two cores and on a GPU"
-
-
-def sizes_are_in_the_first_cell(notebook, name):
-    calls = [(n, node) for n, cell in code_cells(notebook) for node in ast.walk(syntax(cell)) if called(node) == "scale"]
-    if [number for number, _ in calls] != [1]:
-        yield f"{len(calls)} calls of scale(), instead of one in the first code cell"
-        return
-    columns = {keyword.arg: ast.literal_eval(keyword.value) for keyword in calls[0][1].keywords}
-    cpu, gpu = columns.get("cpu", {}), columns.get("gpu", {})
-    if cpu.keys() != gpu.keys() or not cpu:
-        yield f"scale() must be given cpu={{...}} and gpu={{...}} with the same names, not {columns}"
-    for column, local in ((cpu, True), (gpu, False)):
-        for key, start in (("corpus", "docstrings"), ("student", "offline:")):
-            if column.get(key, start if local else "").startswith(start) != local:
-                yield f"the cpu column must work without a network and the gpu column needs hub names: {key} {column[key]!r}"
-
-
-def sections_are_there(notebook, name):
-    lines = [line for text in prose(notebook) for line in text.splitlines()]
-    headings = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
-    for section in SECTIONS:
-        if not any(heading.startswith(section.lower()) for heading in headings):
-            yield f"no section '{section}'"
-
-
-def links_lead_somewhere(notebook, name):
-    targets = [target for text in prose(notebook) for target in re.findall(r"\]\(([^)#\s]+)", text)]
-    for target in targets:
-        if not re.match(r"[a-z]+:", target) and not (FOLDER / target).exists():
-            yield f"a link to {target}, which is not there"
-    later = [path.name for path in NOTEBOOKS if path.stem > name]
-    if later and later[0] not in source(notebook["cells"][-1]):
-        yield f"the last cell does not link to the next notebook, {later[0]}"
-
-
-def at_least_three_assertions(notebook, name):
-    count = sum(checks(cell) for _, cell in code_cells(notebook))
-    if count < 3:
-        yield f"{count} assertions; three is the least: an invariant, an oracle, the lesson's claim"
-
-
-def ran_from_top_to_bottom(notebook, name):
-    counts = [cell["execution_count"] for _, cell in code_cells(notebook)]
-    if counts != list(range(1, len(counts) + 1)):
-        yield f"execution counts {counts} instead of 1 to {len(counts)}: run notebooks/refresh.py"
-
-
-def has_outputs(notebook, name):
-    if not any(cell["outputs"] for _, cell in code_cells(notebook)):
-        yield "no outputs: run notebooks/refresh.py"
-
-
-def every_cell_shows_or_checks(notebook, name):
-    for number, cell in code_cells(notebook):
-        if not cell["outputs"] and not checks(cell):
-            yield f"code cell {number} neither shows anything nor asserts anything"
-
-
-def plain_python(notebook, name):
-    for number, cell in code_cells(notebook):
-        try:
-            ast.parse(source(cell))
-        except SyntaxError as error:
-            yield f"code cell {number} is not plain Python (a magic, a shell command?): {error.text}"
-
-
-def no_trailing_semicolon(notebook, name):
-    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER, tokenize.DEDENT}
-    for number, cell in code_cells(notebook):
-        if syntax(cell).body:
-            tokens = [t for t in tokenize.generate_tokens(io.StringIO(source(cell)).readline) if t.type not in blank]
-            if tokens[-1].string == ";":
-                yield f"code cell {number} ends with a semicolon, which nbval ignores"
-
-
-def nothing_unrepeatable_is_used(notebook, name):
-    for number, cell in code_cells(notebook):
-        for node in ast.walk(syntax(cell)):
-            used = {getattr(node, attribute, None) for attribute in ("id", "attr", "name")} & UNREPEATABLE
-            if used:
-                yield f"code cell {number} uses {used.pop()}: its output can never be compared"
-
-
-def nothing_is_excused(notebook, name):
-    for number, cell in code_cells(notebook):
-        comments = re.findall(r"^\s*#\s*((?:NBVAL|PYTEST)_\w+)\s*$", source(cell), re.MULTILINE)
-        marks = {mark.lower().replace("_", "-") for mark in comments} | set(cell["metadata"].get("tags", ()))
-        if marks & EXCUSES:
-            yield f"code cell {number} is excused by {sorted(marks & EXCUSES)}"
-        if marks & {"nbval-ignore-output", "pytest-validate-ignore-output"} and not checks(cell):
-            yield f"code cell {number} is not compared and asserts nothing"
-
-
-def outputs_are_comparable(notebook, name):
-    for number, cell in code_cells(notebook):
-        for output in cell["outputs"]:
-            if output["output_type"] == "error":
-                yield f"code cell {number} failed with {output['ename']}"
-            if output.get("name") == "stderr":
-                yield f"code cell {number} wrote to stderr: {''.join(output['text'])[:200]}"
-            if set(output.get("data", {})) - COMPARABLE:
-                yield f"code cell {number} shows {sorted(set(output['data']) - COMPARABLE)}"
-            for kind, text in texts(output):
-                if ADDRESS.search(text):
-                    yield f"code cell {number} shows an object's address ({kind}): {ADDRESS.search(text)[0]}"
-                if PROGRESS_BAR.search(text):
-                    yield f"code cell {number} shows a progress bar: {PROGRESS_BAR.search(text)[0]}"
-
-
-def no_absolute_path(notebook, name):
-    cells = [(f"cell {n}", source(cell)) for n, cell in enumerate(notebook["cells"], start=1)]
-    outputs = [(n, output) for n, cell in code_cells(notebook) for output in cell["outputs"]]
-    visible = [(f"code cell {n}", text) for n, output in outputs for _, text in texts(output)]
-    for place, text in cells + visible:
-        if PRIVATE.search(text):
-            yield f"{place} names a path of one machine: {PRIVATE.search(text)[0]}"
-
-
-RULES = (
-    title_with_its_number,
-    says_how_long_it_takes,
-    sizes_are_in_the_first_cell,
-    sections_are_there,
-    links_lead_somewhere,
-    at_least_three_assertions,
-    ran_from_top_to_bottom,
-    has_outputs,
-    every_cell_shows_or_checks,
-    plain_python,
-    no_trailing_semicolon,
-    nothing_unrepeatable_is_used,
-    nothing_is_excused,
-    outputs_are_comparable,
-    no_absolute_path,
-)
 
 
 # The notebooks themselves
@@ -286,8 +72,8 @@ def markdown(text):
 
 
 def code(text, *outputs, count=1, tags=()):
-    metadata = {"tags": list(tags)} if tags else {}
-    kind = {"cell_type": "code", "id": f"c{count}", "execution_count": count, "metadata": metadata}
+    metadata = {"tags": list(tags)} | ({"jupyter": {"source_hidden": True}} if {"check", "setup"} & {*tags} else {})
+    kind = {"cell_type": "code", "id": f"c{count}", "execution_count": count, "metadata": metadata if tags else {}}
     return kind | {"outputs": list(outputs), "source": text}
 
 
@@ -300,27 +86,43 @@ def shown(**data):
     return {"output_type": "display_data", "data": data, "metadata": {}}
 
 
-SIZES = "cfg = dk.scale(cpu={'student': 'offline:minilm'}, gpu={'student': 'gpt2'})\n"
+SIZES = "cfg = dk.sizes(student=('offline:minilm', 'gpt2'))\n"
+LINKS = " a second on two cores and on a GPU [terms](GLOSSARY.md) [picture](#The-picture)"
+OPENED = "# 99 A lesson\n\n" + " ".join(OPENING) + LINKS
+DRAWING = "![Two loops, one inside the other](../figures/diagrams/99.svg)"
+ANSWERED = "\n\n".join(f"### {exercise}\n\nHow?\n\n<details><summary>Answer</summary>So.</details>" for exercise in EXERCISES)
+BODY = "\n\n".join(f"## {section}\n\n" + {"The picture": DRAWING, "Exercises": ANSWERED}.get(section, "Text.")
+                   for section in SECTIONS)
+THREE = "assert True\n" * 3
 
 
 def lesson() -> dict:
     """Return a notebook, the last of its folder, that breaks no rule."""
     cells = [
-        markdown("# 99 A lesson\n\nWhat is one and one? A second on two cores, and on a GPU."),
+        markdown(OPENED),
         code(SIZES + "print(1)", printed("1\n")),
-        code("assert 1 + 1 == 2\nassert [1]\ncfg.claim(2 > 1, 'two is more than one')", count=2),
-        markdown("## What would break this\n\n## References\n\n[a paper](https://arxiv.org/abs/1811.10959)"),
-        markdown("## Check yourself\n\nThis is the end."),
+        code("assert 1 + 1 == 2\nassert [1]\ncfg.claim(2 > 1, 'two is more than one')", count=2, tags=["check"]),
+        markdown(BODY),
+        markdown("This is the end."),
     ]
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
 
-def with_code(*arguments, **options):
-    return lambda notebook: notebook["cells"].__setitem__(2, code(*arguments, **{"count": 2} | options))
+def with_code(*arguments, tags=("check",), **options):
+    return lambda notebook: notebook["cells"].__setitem__(2, code(*arguments, **{"count": 2, "tags": tags} | options))
 
 
 def with_prose(position, text):
     return lambda notebook: notebook["cells"].__setitem__(position, markdown(text))
+
+
+def without(text, instead=""):
+    """Leave a piece of prose out, or put another in its place."""
+    def change(notebook):
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = cell["source"].replace(text, instead)
+    return change
 
 
 def with_first_code(text):
@@ -331,22 +133,34 @@ def with_another_cell(*arguments, **options):
     return lambda notebook: notebook["cells"].insert(3, code(*arguments, count=3, **options))
 
 
-THREE = "assert True\n" * 3
+PICTURE = shown(image_png="iVBORw0KGgo=")
 BREAKS = [
-    ("title_with_its_number", with_prose(0, "# A lesson\n\nA second on two cores and on a GPU.")),
-    ("says_how_long_it_takes", with_prose(0, "# 99 A lesson")),
-    ("sizes_are_in_the_first_cell", with_code(THREE + SIZES)),
-    ("sizes_are_in_the_first_cell", with_first_code("print(1)")),
-    ("sizes_are_in_the_first_cell", with_first_code("print(dk.scale(cpu={'length': 8}, gpu={'per_class': 1}))")),
-    ("sizes_are_in_the_first_cell", with_first_code("print(dk.scale(cpu={'student': 'gpt2'}, gpu={'student': 'gpt2'}))")),
-    ("sizes_are_in_the_first_cell", with_first_code("dk.scale(cpu={'corpus': 'docstrings'}, gpu={'corpus': 'docstrings'})")),
-    ("sections_are_there", with_prose(4, "This is the end.")),
-    ("links_lead_somewhere", with_prose(4, "## Check yourself\n\n[next](98_nothing.ipynb)")),
+    ("title_with_its_number", without("# 99 A lesson", "# A lesson")),
+    *(("opening_says_what_to_expect", without(part)) for part in (*OPENING, "two cores", "a GPU", "(GLOSSARY.md)", "(#")),
+    ("sizes_are_in_the_first_cell", with_another_cell(SIZES + "print(1)", printed("1\n"))),
+    ("sizes_are_in_the_first_cell", with_first_code("print(dk.load_student('offline:minilm'))")),
+    ("sizes_are_in_the_first_cell", with_first_code("print(dk.sizes(student=('gpt2', 'gpt2')))")),
+    ("sizes_are_in_the_first_cell", with_first_code("print(dk.sizes(corpus=('docstrings', 'docstrings')))")),
+    ("sections_are_in_order", without("## Guess first")),
+    ("sections_are_in_order", without("## Guess first", "## References")),
+    ("begins_with_a_drawing", without(DRAWING)),
+    ("begins_with_a_drawing", without("Two loops, one inside the other", "loops")),
+    ("every_exercise_has_an_answer", without("### Exercise 2 (change)")),
+    ("every_exercise_has_an_answer", without("<details><summary>Answer</summary>So.</details>")),
+    ("every_exercise_has_an_answer", without("</details>")),
+    ("cells_are_short", with_another_cell("x = 1\n" * 15 + "print(1)", printed("1\n"))),
+    ("checks_are_collapsed", with_code(THREE, tags=())),
+    ("checks_are_collapsed", lambda nb: nb["cells"][2]["metadata"].pop("jupyter")),
+    ("figures_are_titled_and_described", with_another_cell("figure", PICTURE)),
+    ("figures_are_titled_and_described", with_another_cell("figure", printed("panel 1: untitled"), PICTURE)),
+    ("tables_fit_into_view", with_another_cell("table", shown(text_markdown="| a |\n" * 16))),
+    ("nothing_was_not_run", with_another_cell("print(1)", printed("not run"))),
+    ("links_lead_somewhere", with_prose(4, "[next](98_nothing.ipynb)")),
     ("links_lead_somewhere", None),
     ("at_least_three_assertions", with_code("assert True\nassert True")),
     ("ran_from_top_to_bottom", with_code(THREE, count=3)),
     ("ran_from_top_to_bottom", with_code(THREE, count=None)),
-    ("has_outputs", lambda nb: nb["cells"][1].update(source=SIZES + "assert cfg", outputs=[])),
+    ("has_outputs", lambda nb: nb["cells"][1].update(source=SIZES, outputs=[], metadata=nb["cells"][2]["metadata"])),
     ("every_cell_shows_or_checks", with_another_cell("x = 1")),
     ("plain_python", with_another_cell("%matplotlib inline\nprint(1)", printed("1\n"))),
     ("plain_python", with_another_cell("!pip list", printed("distillkit\n"))),
@@ -354,7 +168,7 @@ BREAKS = [
     ("nothing_unrepeatable_is_used", with_code("from IPython.display import clear_output\n" + THREE)),
     ("nothing_unrepeatable_is_used", with_code("widgets.interact(print, x=3)\n" + THREE)),
     ("nothing_unrepeatable_is_used", with_code("out = widgets.Output()\n" + THREE)),
-    ("nothing_is_excused", with_code(THREE, tags=["raises-exception"])),
+    ("nothing_is_excused", with_code(THREE, tags=["check", "raises-exception"])),
     ("nothing_is_excused", with_code("# NBVAL_SKIP\n" + THREE)),
     ("nothing_is_excused", with_another_cell("# NBVAL_IGNORE_OUTPUT\nprint(1)", printed("1"))),
     ("outputs_are_comparable", with_code(THREE, printed("UserWarning: careful", "stderr"))),
@@ -367,15 +181,25 @@ BREAKS = [
 ]
 
 
-def test_a_good_lesson_breaks_no_rule():
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """The drawing of the lesson is there, beside the course's own files."""
+    (tmp_path / "figures" / "diagrams").mkdir(parents=True)
+    (tmp_path / "figures" / "diagrams" / "99.svg").touch()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "GLOSSARY.md").touch()
+    monkeypatch.setattr(lesson_rules, "FOLDER", tmp_path / "notebooks")
+
+
+def test_a_good_lesson_breaks_no_rule(drawn):
     assert [complaint for rule in RULES for complaint in rule(lesson(), "99_lesson")] == []
 
 
 @pytest.mark.parametrize(("rule", "change"), BREAKS, ids=[f"{n}-{rule}" for n, (rule, _) in enumerate(BREAKS)])
-def test_each_rule_notices_what_it_is_for(rule, change, monkeypatch):
+def test_each_rule_notices_what_it_is_for(rule, change, monkeypatch, drawn):
     notebook = copy.deepcopy(lesson())
     if change is None:  # a lesson that is not the last one has to name the next
-        monkeypatch.setitem(globals(), "NOTEBOOKS", [Path("99_lesson.ipynb"), Path("99_more.ipynb")])
+        monkeypatch.setattr(lesson_rules, "NOTEBOOKS", [Path("99_lesson.ipynb"), Path("99_more.ipynb")])
     else:
         change(notebook)
     complaining = {r.__name__ for r in RULES if list(r(notebook, "99_lesson"))}
