@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 
@@ -23,10 +24,11 @@ def front(points: pd.DataFrame) -> pd.DataFrame:
     return ordered[ordered["accuracy"] > ordered["accuracy"].cummax().shift(fill_value=-np.inf)]
 
 
-def _dot(axes, x: float, y: float, deviation: float, colour: str, several: bool, **options) -> None:
+def _dot(axes, x: float, y: float, deviation: float, colour: str, several: bool, label: str = "_point") -> None:
     """A point with the standard deviation over its sets, hollow where there is only one."""
-    axes.errorbar(x, y, yerr=deviation if several else None, fmt="o", ms=8, mew=1.8, capsize=3, mec=colour, ecolor=colour,
-                  mfc=colour if several else "white", **options)
+    if several:
+        axes.errorbar(x, y, yerr=deviation, fmt="none", capsize=3, ecolor=colour, label="_deviation")
+    axes.plot(x, y, "o", ms=8, mew=1.8, mec=colour, mfc=colour if several else "white", label=label)
 
 
 @style()
@@ -45,7 +47,7 @@ def pareto(points: pd.DataFrame, title: str, cost: str, chance: float) -> Figure
         _dot(axes, row.cost, row.accuracy, row.deviation, ROLE_COLOURS[row.role], row.sets > 1, label=plain(row.label))
         offset, horizontal, vertical = BESIDE[row.place]
         axes.annotate(plain(row.label), (row.cost, row.accuracy), xytext=offset, textcoords="offset points", fontsize=11,
-                      ha=horizontal, va=vertical, color=ROLE_COLOURS[row.role])
+                      ha=horizontal, va=vertical)
     best = front(points)
     axes.plot([*best["cost"], points["cost"].max() * 4], [*best["accuracy"], best["accuracy"].iloc[-1]], color="black", lw=1,
               ls="--", drawstyle="steps-post", label="Pareto line", zorder=0)
@@ -53,7 +55,7 @@ def pareto(points: pd.DataFrame, title: str, cost: str, chance: float) -> Figure
     axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=11,
                   color=ROLE_COLOURS["chance"])
     axes.set(xscale="log", xlabel=cost, ylabel="accuracy on the test split", ylim=(0.1, 0.9), title=title,
-             xlim=(points["cost"].min() / 3, points["cost"].max() * 4))
+             xlim=(points["cost"].min() / 8, points["cost"].max() * 4))
     return figure
 
 
@@ -69,13 +71,14 @@ def byte_bars(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure
     figure, (axes,) = _figure(8, 0.45 * len(rows) + 1.5)
     for place, row in enumerate(rows.itertuples()):
         axes.barh(place, row.nbytes, color=ROLE_COLOURS[row.role], height=0.68, alpha=0.9)
-        axes.text(row.nbytes * 1.15, place, plain(f"{row.nbytes:,.0f}  {row.worth}"), va="center", fontsize=11)
+        axes.text(row.nbytes * 1.15, place, plain(f"{row.nbytes:,.0f} B  {row.worth}"), va="center", fontsize=11,
+                  bbox={"color": "white", "pad": 1})
     name, weight = line
     axes.axvline(weight, color="black", ls="--", lw=1.2, label=name, zorder=0)
     axes.set_yticks(range(len(rows)), [plain(label) for label in rows["label"]], fontsize=11)
     axes.set(xscale="log", xlabel="bytes (logarithmic)", title=title, ylim=(len(rows) - 0.4, -0.6),
-             xlim=(100, rows["nbytes"].max() * 30))
-    axes.legend(frameon=False, loc="lower right")
+             xlim=(100, rows["nbytes"].max() * 100))
+    figure.legend(loc="outside lower right", frameon=False, fontsize=11)
     axes.grid(axis="y", visible=False)
     return figure
 
@@ -94,7 +97,7 @@ def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, 
         for name, group in points.groupby("line", sort=False):
             axes.plot(group["x"], group["accuracy"], color=group["colour"].iloc[0], lw=1.6, zorder=1, label=plain(name))
             for row in group.itertuples():
-                _dot(axes, row.x, row.accuracy, row.deviation, row.colour, row.sets > 1, label="_point")
+                _dot(axes, row.x, row.accuracy, row.deviation, row.colour, row.sets > 1)
         for number, (name, value) in enumerate(lines.items()):
             axes.axhline(value, color="0.2", lw=1.2, ls=(":", "--", "-.")[number % 3], label=name)
         ticks = sorted({*points["x"]})
@@ -106,4 +109,27 @@ def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, 
     names = dict(sorted({label: handle for axes in panes for handle, label in zip(*axes.get_legend_handles_labels())}.items(),
                         key=lambda pair: pair[0] in lines))
     figure.legend([*names.values()], [*names], loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    return figure
+
+
+@style()
+def running_cost(distilling: float, full: float, small: float, pays: float) -> Figure:
+    """What n trainings cost in all, on the full data and on a set that has to be distilled first.
+
+    Args:
+        distilling, full, small: TFLOPs of distilling, of a training on the full data and of one on the set.
+        pays: the number of trainings from which distilling costs less, as :func:`distillkit.applications.costs.break_even`
+            gives it; may be infinite.
+    """
+    figure, (axes,) = _figure(7.5, 4)
+    last = int(min(2 * pays + 1, 200))
+    trainings = np.arange(last + 1)
+    axes.plot(trainings, trainings * full, color=ROLE_COLOURS["full"], lw=2, label="full data each time")
+    axes.plot(trainings, distilling + trainings * small, color=ROLE_COLOURS["learned"], lw=2, label="distil once, then the set")
+    if pays <= last:
+        axes.plot(pays, pays * full, "o", color=ROLE_COLOURS["full"], ms=9, label=f"n* = {pays:,}")
+    title = f"Distilling costs less from training {pays:,} on" if np.isfinite(pays) else "Distilling never costs less"
+    axes.set(title=title, xlabel="trainings", ylabel="TFLOPs in all", ylim=(0, None), xlim=(0, last))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.legend(frameon=False)
     return figure
