@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 
 BESIDE = {"right": ((8, 0), "left", "center"), "left": ((-8, 0), "right", "center"), "above": ((0, 8), "center", "bottom"),
-          "below": ((0, -8), "center", "top")}
+          "below": ((0, -8), "center", "top"), "below left": ((2, -8), "right", "top")}
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +77,7 @@ def byte_bars(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure
     axes.axvline(weight, color="black", ls="--", lw=1.2, label=name, zorder=0)
     axes.set_yticks(range(len(rows)), [plain(label) for label in rows["label"]], fontsize=11)
     axes.set(xscale="log", xlabel="bytes (logarithmic)", title=title, ylim=(len(rows) - 0.4, -0.6),
-             xlim=(100, rows["nbytes"].max() * 100))
+             xlim=(100, rows["nbytes"].max() * 1500))
     figure.legend(loc="outside lower right", frameon=False, fontsize=11)
     axes.grid(axis="y", visible=False)
     return figure
@@ -92,7 +92,7 @@ def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, 
             ``accuracy``, ``deviation`` over ``sets`` sets.
         lines: accuracies to draw across, by name, such as chance and the full data.
     """
-    figure, panes = _figure(max(4 * len(panels), 6.5), 4.4, len(panels))
+    figure, panes = _figure(max(4 * len(panels), 7), 4.4, len(panels))
     for axes, (title, setting, points) in zip(panes, panels, strict=True):
         for name, group in points.groupby("line", sort=False):
             axes.plot(group["x"], group["accuracy"], color=group["colour"].iloc[0], lw=1.6, zorder=1, label=plain(name))
@@ -108,7 +108,8 @@ def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, 
     panes[0].set_ylabel("accuracy on the test split")
     names = dict(sorted({label: handle for axes in panes for handle, label in zip(*axes.get_legend_handles_labels())}.items(),
                         key=lambda pair: pair[0] in lines))
-    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+    figure.legend([*names.values()], [*names], loc="outside lower center", ncols=min(3, 1 + len(panels)), frameon=False,
+                  fontsize=11)
     return figure
 
 
