@@ -1,4 +1,4 @@
-"""Pictures of trajectory matching: coordinates that keep the matching loss, a forest plot that shows how many sets there are."""
+"""Pictures of trajectory matching: coordinates that keep the matching loss, a forest plot that says how many sets it has."""
 
 import numpy as np
 import pytest

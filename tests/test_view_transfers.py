@@ -64,7 +64,8 @@ def test_slopes_join_what_was_measured():
     lines = {line.get_label(): line for line in axes.lines}
     assert lines["real, random"].get_xydata().tolist() == [[0, 0.5], [1, 0.3]]
     assert lines["swaps"].get_xydata().tolist() == [[1, 0.5]]
-    filled = [line.get_xydata().tolist() for line in axes.lines if line.get_label() == "_several sets"]
-    assert filled == [[[0, 0.5]], []]  # one set: hollow
+    hollow = [line for line in axes.lines if line.get_label() == "_one set"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[1, 0.3]], [[1, 0.5]]]
+    assert {line.get_markerfacecolor() for line in hollow} == {"white"} != {lines["swaps"].get_markerfacecolor()}
     assert [text.get_text() for text in axes.get_xticklabels()] == ["home", "away"]
     assert [text.get_text() for text in axes.texts] == ["all data", "guessing"]

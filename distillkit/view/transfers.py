@@ -120,10 +120,10 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
             marker, dashes = LINES.get(str(method), ("o", "-"))
             colour = METHOD_COLOURS[str(method)]
             look = {"color": colour, "marker": marker, "ms": 8, "mew": 1.6}
-            panel.plot(means.index.map(targets.index), means["mean"], dashes, lw=2.2, mfc="white", **look,
+            panel.plot(means.index.map(targets.index), means["mean"], dashes, lw=2.2, **look,
                        label=LABELS.get(str(method), str(method)))
-            several = means[means["size"] > 1]
-            panel.plot(several.index.map(targets.index), several["mean"], ls="", **look, label="_several sets")
+            single = means[means["size"] == 1]
+            panel.plot(single.index.map(targets.index), single["mean"], ls="", mfc="white", **look, label="_one set")
             panel.plot(rows["target"].map(targets.index) + 0.06, rows["accuracy"], ".", ms=6, color=colour, label="_sets")
         for target, score in full.items():
             if target in targets:
