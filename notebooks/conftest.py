@@ -19,7 +19,7 @@ def pytest_runtest_setup(item):
     """Skip the cells below a failed one; else let nbval set up, which starts the kernel, in the fixed environment."""
     if item.parent in _broken:
         pytest.skip(f"{_broken[item.parent]} of this notebook failed")
-    with mock.patch.dict(os.environ, environment()):
+    with mock.patch.dict(os.environ, environment(reduced=os.environ.get("DISTILLKIT_REDUCED") == "1")):
         return (yield)
 
 

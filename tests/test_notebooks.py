@@ -347,3 +347,9 @@ def test_nbval_compares_strictly_or_not_at_all(scratch):
 def test_nbval_skips_the_cells_below_a_failed_one(scratch):
     path = scratch("print(1)", "raise RuntimeError('broken')", "print(2)", "print(3)")
     assert "1 failed, 1 passed, 2 skipped" in run_nbval(path, "--nbval-lax")
+
+
+def test_nbval_runs_reduced_sizes_where_it_is_asked_to(scratch, monkeypatch):
+    path = scratch("import os\nassert os.environ['DISTILLKIT_REDUCED'] == '1'")
+    monkeypatch.setenv("DISTILLKIT_REDUCED", "1")
+    assert "1 passed" in run_nbval(path, "--nbval-lax")
