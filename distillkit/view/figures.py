@@ -29,8 +29,8 @@ ROLE_COLOURS = {"real": "#8c8c8c", "learned": "#0173b2", "text": "#de8f05", "ful
 _ROLES = {
     "real": ("random", "k_center", "herding", "k_means", "less", "real + learned labels", "zero-shot", "nearest sentences"),
     "learned": ("embeddings", "nacd", "nacd vectors", "bptt", "neighbor loss", "through projection"),
-    "text": ("projected", "projection", "nacd text", "bptt text", "keywords", "swaps", "relaxed tokens", "swaps from random",
-             "swaps from herding", "swaps from sentences", "swaps from relaxed tokens", "sentences", "chosen pairs"),
+    "text": ("projected", "sentences", "keywords", "chosen pairs", "nacd text", "bptt text", "swaps", "projection",
+             "relaxed tokens", "swaps from random", "swaps from herding", "swaps from sentences", "swaps from relaxed tokens"),
 }
 
 
@@ -286,7 +286,7 @@ def seeded(result: Mapping, title: str) -> Figure:
 
 @style()
 def seeded_grid(result: Mapping) -> Figure:
-    """A grid of texts, as far as it has run: accuracy against examples a class, a panel a corpus, a dot a set.
+    """A grid of texts, as far as it has run: accuracy against examples per class, a panel a corpus, a dot a set.
 
     Rows that have run at one size only make no line and are left to the table, unless there is no more than one size.
 
@@ -311,7 +311,7 @@ def seeded_grid(result: Mapping) -> Figure:
             axes.plot(line.index + shift, line, color=colour, lw=1.8, marker=MARKERS[number % len(MARKERS)], ms=7,
                       label=_row_label(name, not one))
             axes.plot(dots["place"] + shift, dots["accuracy"], ".", color=colour, ms=5, alpha=0.6)
-        axes.set(title=plain(corpus), xlabel="examples a class", xticks=range(len(sizes)), xticklabels=sizes)
+        axes.set(title=plain(corpus), xlabel="examples per class", xticks=range(len(sizes)), xticklabels=sizes)
     panels[0].set_ylabel("test accuracy (dots: sets)")
     _legend_below(figure)
     return figure
@@ -339,7 +339,10 @@ def differences(result: Mapping) -> Figure:
         axes.errorbar(
             means, np.arange(len(learned)) + shift, xerr=np.where(np.isfinite(halves), halves, 0), fmt=marker, ms=6, capsize=3,
             color=METHOD_COLOURS[other.split("/")[0]], label=f"minus {_row_label(other)}",
-        )  # of a single set there is no interval
+        )
+        alone = ~np.isfinite(halves)  # of a single set there is no interval: a hollow mark
+        axes.plot(means[alone], np.flatnonzero(alone) + shift, marker, ms=6, color=METHOD_COLOURS[other.split("/")[0]],
+                  mfc="white", label="_single")
     axes.axvline(0, color="black", lw=1, ls=":")
     axes.set_yticks(range(len(learned)), [_row_label(name) for name in learned], fontsize=9)
     axes.set(xlabel="difference of accuracy at the same seed (95 % interval)", ylim=(max(1, len(learned)) - 0.5, -0.5))

@@ -16,7 +16,7 @@ from distillkit.view import figures as plots
 
 
 def _text(result: dict) -> Figure:
-    return plots.seeded(result, f"Ways to text, one example a class: {result['config']['corpus']}")
+    return plots.seeded(result, f"Ways to text, one example per class: {result['config']['corpus']}")
 
 
 # File → the result it is drawn from, and how.
@@ -41,7 +41,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
 
 
 def regenerate(results: Path, folder: Path) -> Iterator[str]:
-    """Draw every figure of which there is a result into ``folder``; yields a line a figure: where it is, or why it is not.
+    """Draw every figure of which there is a result into ``folder``; yields a line for each figure: where it is, or why it is not.
 
     Args:
         results: the folder of results.

@@ -8,6 +8,7 @@ A picture of high-dimensional points is a claim about neighbours, so every view 
 * :func:`distance_to_words` has a yardstick: how far words are from each other.
 * :func:`attention` gives the weights of every head; :func:`attention_entropy` and :func:`attention_shares` condense them
   (Clark et al., 2019), and :func:`uniform_attention` is the attention of a head without preferences.
+* :func:`random_shift` is the control of a learned set: as far from real text, in a direction without meaning.
 * :func:`history` follows a set through its snapshots.
 
 Data in, arrays out; the figures are in :mod:`distillkit.view.set_figures`.
@@ -15,6 +16,7 @@ Data in, arrays out; the figures are in :mod:`distillkit.view.set_figures`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import namedtuple
 from collections.abc import Sequence
 
@@ -143,6 +145,31 @@ def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistance
     words = words[torch.randperm(len(words), generator=generator("yardstick", 0))[:SAMPLE]]
     _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
     return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
+
+
+def random_shift(learned: DistilledSet, start: DistilledSet, seed: int = 0) -> DistilledSet:
+    """The control of a learned set: each example of ``start`` shifted in one random direction, every position as far as it
+    moved while it was learned.
+
+    Args:
+        learned: a set that was learned from ``start``.
+        start: the real examples.
+        seed: of the directions.
+
+    Returns:
+        the shifted set, whose positions are as far from those of ``start`` as those of ``learned`` are.
+
+    Raises:
+        ValueError: sets of different shape.
+    """
+    if learned.embeds.shape != start.embeds.shape:
+        raise ValueError(f"learned has shape {tuple(learned.embeds.shape)}, start {tuple(start.embeds.shape)}; give the set "
+                         "that learned was started from")
+    examples, _, width = start.embeds.shape
+    direction = torch.randn(examples, 1, width, generator=generator("random-shift", seed))
+    distance = (learned.embeds - start.embeds).norm(dim=-1, keepdim=True)
+    return dataclasses.replace(start, embeds=start.embeds + distance * direction / direction.norm(dim=-1, keepdim=True),
+                               tokens=None)
 
 
 def attention(student: Student, examples: DistilledSet | Batch, params: Params | None = None) -> np.ndarray:

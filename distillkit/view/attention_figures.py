@@ -1,0 +1,159 @@
+"""Figures that show a learned set from inside a model, with its control beside it: maps, all heads, one head, numbers by set.
+
+What differs from real text may differ because of its length alone.  So each figure has room for three *kinds* of examples:
+``real``; ``learned``; and ``control``, real examples shifted in a random direction by as much as the learned ones
+(:func:`~distillkit.view.measures.random_shift`).  Differences of attention are drawn on one diverging scale that is white at
+zero, the same in all panels.  The arrays come from :mod:`distillkit.view.measures`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
+from distillkit.view.set_figures import drawn
+
+KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "control": ("s", "#a23b72")}
+DIFFERENCE = LinearSegmentedColormap.from_list("difference", ["#b2182b", "#ef8a62", "#ffffff", "#67a9cf", "#2166ac"])
+WEIGHT = LinearSegmentedColormap.from_list("weight", ["#ffffff", "#4d4d4d", "#000000"])
+LIMIT = 0.4  # end of the scale of differences, in shares of a row's attention
+GAP = 3  # cells between two heads
+
+
+@style()
+def kind_maps(panels: Mapping[str, tuple[np.ndarray, Sequence[str] | np.ndarray]]) -> Figure:
+    """Flat maps side by side, a marker and a colour for each kind.
+
+    Args:
+        panels: title → (points ``[n, 2]``, the kind of each, one of :data:`KINDS`, or ``""`` for points of no kind).
+    """
+    figure, axes = _figure(4.1 * len(panels), 4.3, len(panels))
+    looks = {"control": KINDS["control"], "learned": KINDS["learned"], "real": KINDS["real"], "": ("o", ROLE_COLOURS["chance"])}
+    for panel, (title, (flat, kinds)) in zip(axes, panels.items(), strict=True):
+        for kind, (marker, colour) in looks.items():
+            chosen = np.asarray(flat)[np.asarray(kinds) == kind]
+            if len(chosen):
+                size = 3 if kind == "real" else 6
+                panel.plot(*chosen.T, ls="", marker=marker, ms=size, mew=0, color=colour, label=kind or "points")
+        panel.set(title=plain(title), xlabel="first axis (no unit)", ylabel="second axis (no unit)", xticks=[], yticks=[])
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, markerscale=1.5)
+    return figure
+
+
+@style()
+def thumbnails(panels: Mapping[str, np.ndarray], marked: tuple[int, int] | None = None, title: str = "") -> Figure:
+    """Every head as a small map of the difference of its attention: rows look at columns; blue is more than in real text.
+
+    Args:
+        panels: title → differences ``[layers, heads, l, l]``, such as means over examples.
+        marked: (layer, head), counted from 0, that gets a frame.
+        title: of the figure.
+    """
+    layers, heads, length, _ = next(iter(panels.values())).shape
+    step = length + GAP
+    side = 0.46 if heads > 8 else 0.7  # inches of a thumbnail
+    figure, axes = _figure(len(panels) * (0.6 + side * heads) + 0.9, 1.5 + side * layers, len(panels))
+    for panel, (name, values) in zip(axes, panels.items(), strict=True):
+        sheet = np.full((layers * step - GAP, heads * step - GAP), np.nan)
+        for layer, head in np.ndindex(layers, heads):
+            sheet[layer * step :, head * step :][:length, :length] = values[layer, head]
+            panel.add_patch(Rectangle((head * step, layer * step), length, length, fill=False, ec="0.7", lw=0.6, zorder=3))
+        mesh = panel.pcolormesh(sheet, cmap=DIFFERENCE, vmin=-LIMIT, vmax=LIMIT)
+        if marked:
+            corner = marked[1] * step - 1, marked[0] * step - 1
+            panel.add_patch(Rectangle(corner, length + 2, length + 2, fill=False, ec="black", lw=2.2, zorder=4, clip_on=False))
+        panel.invert_yaxis()
+        middle = (length - 1) / 2
+        panel.set_xticks(np.arange(heads) * step + middle, range(1, heads + 1))
+        panel.set_yticks(np.arange(layers) * step + middle, range(1, layers + 1))
+        panel.set(title=plain(name), xlabel="head", ylabel="layer", aspect="equal")
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, extend="both", fraction=0.03, ticks=[-LIMIT, 0, LIMIT])
+    bar.set_label("attention minus real")
+    figure.suptitle(plain(title) if title else None)
+    return figure
+
+
+@style()
+def one_head(maps: Mapping[str, np.ndarray], tokens: Sequence[str], title: str = "") -> Figure:
+    """One head in one example: its attention to each kind of text, and what each kind adds to that to real text.
+
+    Args:
+        maps: kind → weights ``[l, l]``; ``real`` is one of them.
+        tokens: the l tokens of the example.
+        title: of the figure.
+    """
+    others = [kind for kind in maps if kind != "real"]
+    names, size = [drawn(token)[:12] for token in tokens], 0.155 * len(tokens)
+    figure, axes = _figure((1 + len(others)) * (size + 0.5) + 2.4, size + 1.9, 1 + len(others))
+    for panel, kind in zip(axes, ["real", *others], strict=True):
+        if kind == "real":
+            weights = panel.pcolormesh(np.asarray(maps[kind]), cmap=WEIGHT, vmin=0, vmax=1)
+        else:
+            change = panel.pcolormesh(np.asarray(maps[kind]) - maps["real"], cmap=DIFFERENCE, vmin=-LIMIT, vmax=LIMIT)
+        panel.invert_yaxis()
+        panel.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=8, rotation=90)
+        panel.set_yticks(np.arange(len(names)) + 0.5, names if kind == "real" else [], fontsize=8)
+        panel.set(title="real text" if kind == "real" else f"{kind} − real", xlabel="looked at", aspect="equal",
+                  ylabel="looking" if kind == "real" else "")
+        panel.tick_params(length=0, pad=1)
+        panel.grid(visible=False)
+    figure.colorbar(weights, ax=axes[0], shrink=0.8, label="attention", ticks=[0, 0.5, 1])
+    figure.colorbar(change, ax=axes[-1], shrink=0.8, extend="both", label="attention minus real", ticks=[-LIMIT, 0, LIMIT])
+    figure.suptitle(plain(title) if title else None)
+    return figure
+
+
+@style()
+def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], float | None]]) -> Figure:
+    """A number for each kind, a dot for each set and a line for their mean.
+
+    Args:
+        panels: for each its title, the label of y, {kind: values}, and where chance is (or None).
+    """
+    figure, axes = _figure(3.9 * len(panels), 3.5, len(panels))
+    for panel, (title, label, values, chance) in zip(axes, panels, strict=True):
+        for place, (kind, numbers) in enumerate(values.items()):
+            marker, colour = KINDS[kind]
+            spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
+            panel.plot(place + spread, numbers, ls="", marker=marker, ms=7, color=colour, label=kind)
+            panel.plot([place - 0.25, place + 0.25], [np.mean(numbers)] * 2, color=colour, lw=2, label="_mean")
+        if chance is not None:
+            panel.axhline(chance, color=ROLE_COLOURS["chance"], ls=":", lw=1.5, label="chance")
+            panel.annotate("chance", (-0.48, chance), xytext=(0, 3), textcoords="offset points", fontsize=10,
+                           color=ROLE_COLOURS["chance"])
+        panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
+        panel.set_xticks(range(len(values)), list(values))
+        panel.grid(axis="x", visible=False)
+    return figure
+
+
+@style()
+def dot_rows(rows: Mapping[str, tuple[str, Sequence[float]]], lines: Mapping[str, float], title: str, label: str) -> Figure:
+    """A row of dots for each method, a dot for each set (hollow where there is one), with lines such as chance and full data.
+
+    Args:
+        rows: name → (role, one of :data:`~distillkit.view.figures.ROLE_COLOURS`, and values).
+        lines: name → value; a name that is a role has its colour.
+        title, label: of the figure and of x.
+    """
+    figure, (axes,) = _figure(8, 1.5 + 0.42 * len(rows))
+    for place, (name, (role, values)) in enumerate(rows.items()):
+        inside = ROLE_COLOURS[role] if len(values) > 1 else "none"
+        axes.plot(values, [place] * len(values), "o", color=ROLE_COLOURS[role], mfc=inside, ms=9, mew=1.6, label=plain(name))
+    for name, value in lines.items():
+        colour = ROLE_COLOURS.get(name, ROLE_COLOURS["chance"])
+        axes.axvline(value, color=colour, ls=":" if name == "chance" else "--", lw=1.5, label=plain(name))
+        axes.annotate(plain(name), (value, -0.75), xytext=(4, 0), textcoords="offset points", va="center", fontsize=11,
+                      color=colour)
+    axes.set(title=plain(title), xlabel=label, ylim=(len(rows) - 0.5, -1.1))
+    axes.set_yticks(range(len(rows)), map(plain, rows))
+    axes.grid(axis="y", visible=False)
+    return figure
