@@ -1,5 +1,5 @@
 // The widget of distillkit.view.plane: draws what Python computed, and sends back where the points were moved to.
-const SIZE = 440, RIGHT = 290, NAMES = ["class 0", "class 1"];
+const SIZE = 440, RIGHT = 300, NAMES = ["class 0", "class 1"];
 
 function make(kind, attributes, parent, text) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", kind);
@@ -57,7 +57,7 @@ function render({ model, el }) {
   make("text", { y: 134 }, panel, "the loss since you began");
   make("path", { d: "M0,150v120h215", fill: "none", stroke: "currentColor", "stroke-opacity": 0.5 }, panel);
   const curve = make("polyline", { fill: "none", stroke: line, "stroke-width": 2.5 }, panel);
-  const told = [make("text", { y: 306 }, panel), make("text", { y: 328 }, panel), make("text", { y: 360 }, panel)];
+  const told = [make("text", { y: 306, "font-size": 14 }, panel), make("text", { y: 328, "font-size": 14 }, panel), make("text", { y: 360 }, panel)];
   make("text", { y: 404, "font-size": 14 }, panel, "arrows: against the meta-gradient");
   make("text", { y: 424, "font-size": 14 }, panel, "lines: 12 students after training");
 
@@ -134,7 +134,7 @@ function render({ model, el }) {
                                "marker-end": `url(#${id}-head)` }, arrows);
       handles[k].shape.setAttribute("d", shape(k, px(x), py(y), 11));
       handles[k].setAttribute("aria-label", `${NAMES[k]} point at ${round(x)}, ${round(y)}; arrow keys move it`);
-      told[k].textContent = `class ${k}: (${x.toFixed(2)}, ${y.toFixed(2)}), gradient ${size.toFixed(2)}`;
+      told[k].textContent = `class ${k}: (${x.toFixed(2)}, ${y.toFixed(2)}), gradient ${size.toFixed(3)}`;
     });
     told[2].textContent = `${model.get("steps")} steps of size ${model.get("step_size").toFixed(1)}`;
     loss.textContent = state.loss.toFixed(3);

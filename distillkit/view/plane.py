@@ -131,7 +131,7 @@ def fans(panels: Sequence[tuple[str, Tensor, Tensor | None, str]], real: Tensor,
         full: the weights (2,) that training on all real points leads to.
         edge: the plane is drawn from -edge to edge.
     """
-    figure, axes = _figure(max(3.8 * len(panels), 6.0), 5.4 if len(panels) > 1 else 6.4, len(panels))
+    figure, axes = _figure(max(3.8 * len(panels), 6.0), 4.9 if len(panels) > 1 else 6.4, len(panels))
     for where, (title, weights, points, role) in zip(axes, panels, strict=True):
         _draw_real(where, real, labels)
         where.plot(*_lines(weights), color=ROLE_COLOURS[role], lw=1.3, alpha=0.75, label="student from a random start")
