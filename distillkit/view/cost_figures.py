@@ -84,13 +84,15 @@ def byte_bars(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure
 
 
 @style()
-def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, float]) -> Figure:
+def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, float],
+           quantity: str = "accuracy on the test split") -> Figure:
     """Accuracy against settings, a panel each on one scale.
 
     Args:
         panels: title, name of the setting, and points: ``x``, ``line`` (those of one name are joined), ``colour``,
             ``accuracy``, ``deviation`` over ``sets`` sets.
         lines: accuracies to draw across, by name, such as chance and the full data.
+        quantity: the label of the accuracies.
     """
     figure, panes = _figure(max(4 * len(panels), 7), 4.4, len(panels))
     for axes, (title, setting, points) in zip(panes, panels, strict=True):
@@ -101,11 +103,11 @@ def varied(panels: Sequence[tuple[str, str, pd.DataFrame]], lines: Mapping[str, 
         for number, (name, value) in enumerate(lines.items()):
             axes.axhline(value, color="0.2", lw=1.2, ls=(":", "--", "-.")[number % 3], label=name)
         ticks = sorted({*points["x"]})
-        axes.set(title=title, xlabel=setting, ylim=(0.1, 0.9), xscale="log")
+        axes.set(title=title, xlabel=setting, ylim=(-0.03, 0.93), xscale="log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.margins(x=0.12)
-    panes[0].set_ylabel("accuracy on the test split")
+    panes[0].set_ylabel(quantity)
     names = dict(sorted({label: handle for axes in panes for handle, label in zip(*axes.get_legend_handles_labels())}.items(),
                         key=lambda pair: pair[0] in lines))
     figure.legend([*names.values()], [*names], loc="outside lower center", ncols=min(3, 1 + len(panels)), frameon=False,

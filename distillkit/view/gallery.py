@@ -41,7 +41,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
 
 
 def regenerate(results: Path, folder: Path) -> Iterator[str]:
-    """Draw every figure of which there is a result into ``folder``; yields a line for each figure: where it is, or why it is not.
+    """Draw every figure of which there is a result into ``folder``; yields a line for each: where it is, or why it is not.
 
     Args:
         results: the folder of results.

@@ -1,0 +1,129 @@
+"""Where a student ends beside where an expert went, as pictures of a lesson on trajectory matching.
+
+Weights have thousands or millions of coordinates, but the matching loss needs two of them.  :func:`in_plane` gives these: how
+far a point lies along the expert's move, and how far off the line through its two ends, both in units of the move.  They are
+the coordinates of the point in the plane that it spans with the two ends, so that both of its distances are exact:
+(1 − along)² + off² is the matching loss.  Every point has a plane of its own; :func:`plane` folds them onto one sheet, with the
+expert's line as the hinge.  Only distances between two points off the line are not those of weight space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from distillkit.experiments.results import by_set, paired_difference
+from distillkit.view.figures import LABELS, ROLE_COLOURS, _figure, plain, style
+
+RINGS = (0.05, 0.25, 0.5, 1.0)  # matching losses whose circles are drawn around the expert's end
+DASHES = {"full": "-", "real": "--", "learned": "-"}
+
+
+def in_plane(point: Mapping[str, Tensor], start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Along and off the expert's move, in units of its length: ``start`` is (0, 0) and ``end`` (1, 0).
+
+    Args:
+        point, start, end: parameters of the same names.
+
+    Raises:
+        ValueError: start and end are the same point.
+    """
+    origin, move = _flat(start), _flat(end) - _flat(start)
+    away, length = _flat(point) - origin, float(move.norm())
+    if not length:
+        raise ValueError(f"start and end are the same point ({len(move)} numbers), so that no line joins them")
+    along = float(away @ move) / length**2
+    return along, float((away - along * move).norm()) / length
+
+
+def _flat(params: Mapping[str, Tensor]) -> Tensor:
+    """All parameters as one float64 vector, in the order of their names."""
+    return torch.cat([params[name].detach().flatten().double().cpu() for name in sorted(params)])
+
+
+@style()
+def plane(paths: Mapping[str, tuple[str, Sequence[tuple[float, float]]]], title: str) -> Figure:
+    """Paths through weight space on one sheet, around the expert's end circles of equal matching loss.
+
+    Args:
+        paths: label → role (``"full"`` for the expert, ``"real"``, ``"learned"``) and the points, as :func:`in_plane` gives
+            them; the last one is where training ended, and a dotted line joins it to the expert's end.
+        title: of the panel.
+    """
+    figure, (axes,) = _figure(9, 5)
+    angles = np.linspace(0, 2 * np.pi, 200)
+    for loss in RINGS:
+        axes.plot(1 + loss**0.5 * np.cos(angles), loss**0.5 * np.sin(angles), color="0.7", lw=1, label="_ring")
+        axes.annotate(f"loss {loss:g}", (1, loss**0.5), ha="center", va="bottom", fontsize=9, color="0.35")
+    for label, (role, points) in paths.items():
+        (along, off), colour = np.transpose(points), ROLE_COLOURS[role]
+        axes.plot(along, off, DASHES[role], marker="o", ms=4, lw=2, color=colour, label=label)
+        if role != "full":
+            axes.plot([along[-1], 1], [off[-1], 0], ":", color=colour, lw=2)
+            axes.plot(along[-1], off[-1], "o", ms=10, color=colour, mfc="white" if role == "real" else colour, mew=2)
+    axes.plot([0, 1], [0, 0], "o", ms=10, color=ROLE_COLOURS["full"])
+    for x, name in ((0, r"$\theta^*_{start}$"), (1, r"$\theta^*_{end}$")):
+        axes.annotate(name, (x, 0), xytext=(0, -14), textcoords="offset points", ha="center", va="top", fontsize=13)
+    axes.set(title=plain(title), xlabel="along the expert's move (1 = all of it)", ylabel="off the expert's line (same unit)",
+             xlim=(-0.12, 1.45), ylim=(-0.13, 1.08), aspect="equal")
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return figure
+
+
+ROLE_OF = {"nacd": "learned", "nacd vectors": "learned", "bptt": "learned", "chosen pairs": "text"}
+
+
+@style()
+def gains(result: Mapping, other: str, chance: float, title: str) -> Figure:
+    """A forest plot of an experiment on instruction tuning: accuracy of every set, and the gain over one row, paired by set.
+
+    Args:
+        result: as :class:`~distillkit.experiments.instruction.InstructionJob` writes it; only rows that have scores are drawn.
+        other: the row that gains are measured over, such as ``"random/standard"``.
+        chance: accuracy of guessing.
+        title: of the left panel.
+
+    A row of a single set has hollow marks and no interval.
+    """
+    sets = by_set(result).dropna(how="all")
+    full, zero = (sets.loc[name].mean() for name in ("full/standard", "zero-shot/none"))
+    rows = sets.drop(["full/standard", "zero-shot/none"])
+    rows = rows.loc[rows.mean(axis=1).sort_values(ascending=False).index]
+    figure, (left, right) = _figure(11.5, 0.42 * len(rows) + 1.6, 2, ratios=(3, 2))
+    for place, (name, scores) in enumerate(rows.iterrows()):
+        scores = scores.dropna()
+        colour = ROLE_COLOURS[ROLE_OF.get(str(name).split("/")[0], "real")]
+        face = colour if len(scores) > 1 else "white"
+        left.plot(scores, [place] * len(scores), "o", ms=7, color=colour, mfc=face, mew=1.5, label=_label(str(name)))
+        if len(scores) > 1:
+            left.plot(scores.mean(), place, "|", ms=20, mew=2.5, color=colour)
+        if name != other:
+            mean, half = paired_difference(sets, str(name), other)
+            right.errorbar(mean, place, xerr=half if np.isfinite(half) else None, fmt="o", ms=7, capsize=4, color=colour,
+                           mfc=face, mew=1.5)
+    lines = (("guessing", chance, ":", "right"), ("no training", zero, "--", "left"), ("all pairs", full, "-", "right"))
+    for label, score, dashes, side in lines:
+        left.axvline(score, color=ROLE_COLOURS["full"], lw=1.5, ls=dashes)
+        left.annotate(f"{label} {score:.2f}", (score, -0.7), xytext=(4 if side == "left" else -4, 0), ha=side,
+                      textcoords="offset points", fontsize=9)
+    left.set_yticks(range(len(rows)), [_label(str(name)) for name in rows.index], fontsize=10)
+    left.set(title=plain(title), xlim=(chance - 0.13, full + 0.03), xlabel="test accuracy (a dot per set; hollow: one set)")
+    right.axvline(0, color="black", lw=1)
+    right.set_yticks(range(len(rows)), [])
+    right.set(title=f"Gain over {other.split('/')[0]} pairs", xlabel="paired difference (95 % interval)")
+    right.xaxis.set_major_locator(MaxNLocator(5))
+    for axes in (left, right):
+        axes.set_ylim(len(rows) - 0.5, -1)
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _label(name: str) -> str:
+    """A row ``method/recipe`` in words."""
+    method, recipe = name.split("/")
+    return f"{LABELS.get(method, method)} ({recipe})"
