@@ -572,17 +572,19 @@ def test_hostile_text_in_tables_is_text():
 def test_hostile_text_in_figures_is_drawn():
     import numpy as np
 
+    from distillkit.view import attention_figures, prompt_figures
     from distillkit.view import figures as plots
-    from distillkit.view import set_figures as view_plots
 
     names = list(HOSTILE.values())
     m = len(names)
     flat, weights = np.zeros((m, 2)), np.full((m, m), 1 / m)
+    demonstrations, scores = [(name, name) for name in names], {"without": dict.fromkeys(names, -1.0)}
     figures = [
         plots.soft_labels(weights, weights, names),
-        view_plots.maps(dict.fromkeys(names[:2], flat), names, ["real"] * m),
-        view_plots.attention_maps([(names[1], weights, names)]),
-        view_plots.heads([(names[1], np.zeros((2, 2)))], "nats", (0, 1)),
+        attention_figures.kind_maps(dict.fromkeys(names[:2], (flat, ["real"] * m))),
+        attention_figures.one_head({"real": weights, "learned": weights}, names, names[0]),
+        attention_figures.thumbnails({names[1]: weights[None, None]}, title=names[0]),
+        prompt_figures.prompt_and_labels(demonstrations, names[0], scores, names[0], title=names[1]),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # characters that the font does not have

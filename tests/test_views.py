@@ -10,11 +10,10 @@ import types
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import distillkit as dk
 from distillkit.text.projection import allowed_tokens
-from distillkit.view import figures as plots
+from distillkit.view import attention_figures
 from distillkit.view import measures as views
 from distillkit.view import set_figures as view_plots
 
@@ -314,66 +313,11 @@ def test_histories_that_cannot_be(world, start):
 # Figures
 
 
-@pytest.fixture(scope="module")
-def past(world, start):
-    _, student = world
-    return views.history([start, moved(start, 0.5, 3), moved(start, 1.0, 6)], student)
-
-
-def shown(figure):
-    assert isinstance(figure, Figure) and figure._repr_png_().startswith(b"\x89PNG")
-    return plots.describe(figure).splitlines()
-
-
-def test_maps_hold_every_point():
-    roles = ["real"] * 6 + ["distilled", "projected"]
-    classes = ["$a$", "b"] * 4
-    figure = view_plots.maps({"UMAP": cloud(8, 2), "PCA": cloud(8, 2, 1)}, classes, roles)
-    lines = shown(figure)
-    assert len(lines) == 2 and lines[0].startswith("panel 1: UMAP | x: first axis | y: second axis | ")
-    assert lines[1].endswith("real: 6 points; distilled: 1 points; projected: 1 points")
-    coloured = [line for line in figure.axes[0].lines if line.get_label().startswith("_")]
-    assert sum(len(line.get_xdata()) for line in coloured) == 8
-    assert {line.get_label() for line in coloured} == {"_$a$", "_b"}
-    with pytest.raises(ValueError, match="role must be one of real, distilled, projected, not 'fake'"):
-        view_plots.maps({"UMAP": cloud(1, 2)}, ["a"], ["fake"])
-
-
 def test_characters_without_a_glyph_are_named(recwarn):
     assert view_plots.drawn("##ä車$x$") == r"##äU+8ECA\$x\$"
-    shown(view_plots.attention_maps([("real", np.eye(2), ["車", "b"])]))
+    figure = attention_figures.one_head({"real": np.eye(2), "learned": np.eye(2)}, ["車", "b"])
+    assert figure._repr_png_().startswith(b"\x89PNG")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
-
-
-def test_attention_figures():
-    weights = np.full((3, 3), 1 / 3)
-    lines = shown(view_plots.attention_maps([("real", weights, ["$", "b_c", "##d"]), ("distilled", np.eye(3), "xyz")]))
-    assert lines[0] == "panel 1: real | x: looked at | y: looking | 9 cells" and "panel 2: distilled" in lines[1]
-    figure = view_plots.heads([("real", np.ones((2, 4))), ("distilled", np.zeros((2, 4)))], "entropy (nats)", (0, 2))
-    assert "panel 1: real | x: head | y: layer | 8 cells" in shown(figure)
-    assert {axes.collections[0].get_clim() for axes in figure.axes[:2]} == {(0, 2)}
-
-    weights, mask = ragged()
-    parts = views.attention_shares(weights, mask, np.array([[1, 0, 0, 1], [1, 0, 1, 0]]))
-    figure = view_plots.shares({"real": parts, "distilled": parts, "uniform": parts})
-    assert shown(figure) == ["panel 1: Where attention goes | x:  | y: share of attention | 15 bars"]
-    heights = [bar.get_height() for bar in figure.axes[0].patches[:5]]
-    assert heights == pytest.approx([getattr(parts, share).mean() for share in view_plots.SHARES])
-
-
-def test_movement_and_flips(past, world):
-    _, student = world
-    lines = shown(view_plots.movement(past, 0.7))
-    assert [line.split(" | ")[0] for line in lines] == [
-        "panel 1: Moved from the start", "panel 2: Another nearest word", "panel 3: Label: own class"]
-    assert "median position: 3 points; word to nearest word: 2 points" in lines[0] and "example 1: 3 points" in lines[2]
-    figure = view_plots.flips(past, 0, student.tokenizer.convert_ids_to_tokens)
-    changed = int(past.flipped[:, 0].any(0).sum())
-    assert changed and f"{changed} of {int(past.free[0].sum())} positions changed" in shown(figure)[0]
-    assert len(figure.axes[0].texts) == 3 * changed
-    still = past._replace(flipped=np.zeros_like(past.flipped))
-    figure = view_plots.flips(still, 0, lambda i: f"${i}$")
-    assert "0 of 8 positions changed" in shown(figure)[0] and figure.axes[0].texts[0].get_text().startswith("\\$")
 
 
 # Tables

@@ -17,7 +17,6 @@ import distillkit as dk
 from distillkit.io.escaping import one_line as expected
 from distillkit.view import figures as plots
 from distillkit.view import measures as views
-from distillkit.view import set_figures as view_plots
 from distillkit.view import widgets
 
 HOSTILE = [
@@ -210,8 +209,6 @@ def test_a_panel_is_one_head_of_one_example(weights, real):
     assert [title for title, *_ in panels] == ["real", "distilled"]
     for title, values, names in panels:
         assert np.array_equal(values, weights[title][2, 1, 0]) and names == words[title][2]
-    figure = view_plots.attention_maps(panels)  # on paper
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["real", "distilled"]
     with pytest.raises(IndexError):
         widgets.attention_panels(weights, words, 4, 0, 0)
 

@@ -127,8 +127,8 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
             panel.plot([place - 0.25, place + 0.25], [np.mean(numbers)] * 2, color=colour, lw=2, label="_mean")
         if chance is not None:
             panel.axhline(chance, color=ROLE_COLOURS["chance"], ls=":", lw=1.5, label="chance")
-            panel.annotate("chance", (-0.48, chance), xytext=(0, 3), textcoords="offset points", fontsize=10,
-                           color=ROLE_COLOURS["chance"])
+            panel.annotate("chance", (len(values) - 0.5, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
+                           va="top", ha="right", color=ROLE_COLOURS["chance"])
         panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
         panel.set_xticks(range(len(values)), list(values))
         panel.grid(axis="x", visible=False)
@@ -153,7 +153,8 @@ def dot_rows(rows: Mapping[str, tuple[str, Sequence[float]]], lines: Mapping[str
         axes.axvline(value, color=colour, ls=":" if name == "chance" else "--", lw=1.5, label=plain(name))
         axes.annotate(plain(name), (value, -0.75), xytext=(4, 0), textcoords="offset points", va="center", fontsize=11,
                       color=colour)
-    axes.set(title=plain(title), xlabel=label, ylim=(len(rows) - 0.5, -1.1))
+    most = max(max(map(max, (values for _, values in rows.values()))), *lines.values())
+    axes.set(title=plain(title), xlabel=label, xlim=(0, 1.15 * most), ylim=(len(rows) - 0.5, -1.1))
     axes.set_yticks(range(len(rows)), map(plain, rows))
     axes.grid(axis="y", visible=False)
     return figure

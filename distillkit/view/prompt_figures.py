@@ -36,7 +36,7 @@ def prompt_and_labels(
         title: of the prompt.
     """
     figure, (left, right) = _figure(11, 4.6, 2, (3, 2))
-    lines = _lines(demonstrations, question, ROLE_COLOURS[role])
+    lines = _lines(demonstrations, question, WITHOUT if role == "real" else ROLE_COLOURS[role])
     for place, (text, colour, bold) in enumerate(lines[-MOST:]):
         left.text(0.02, -place, text, color=colour, fontsize=10, family="DejaVu Sans Mono", va="center",
                   weight="bold" if bold else "normal")
@@ -49,7 +49,8 @@ def prompt_and_labels(
             colour = WITHOUT if kind == "without" else ROLE_COLOURS[role if role != "real" else "full"]
             right.barh(np.arange(len(names)) - shift, [labels[kind][name] for name in names], height=0.38, color=colour,
                        label=f"{kind} demonstrations")
-    right.set(title="How likely is each label?", xlabel="log-likelihood (nats): likelier to the right", ylim=(len(names) - 0.4, -0.6))
+    right.set(title="How likely is each label?", xlabel="log-likelihood (nats): likelier to the right",
+              ylim=(len(names) - 0.4, -0.6))
     right.set_yticks(range(len(names)), map(plain, names))
     for tick, name in zip(right.get_yticklabels(), names, strict=True):
         tick.set_weight("bold" if name == truth else "normal")
@@ -73,7 +74,8 @@ def _lines(demonstrations, question: str, colour: str) -> list[tuple[str, str, b
 
 @style()
 def forest(
-    panels: Mapping[str, Sequence[tuple[str, str, float, float]]], title: str, label: str, lines: Mapping[str, float] | None = None
+    panels: Mapping[str, Sequence[tuple[str, str, float, float]]], title: str, label: str,
+    lines: Mapping[str, float] | None = None,
 ) -> Figure:
     """Differences with their 95 % intervals, a panel for each group and a row for each method; 0 is no difference.
 
@@ -88,9 +90,10 @@ def forest(
     for panel, (name, rows) in zip(axes, panels.items(), strict=True):
         for method, role, difference, half in rows:
             known = np.isfinite(half)
-            panel.errorbar(difference, names.index(method), xerr=half if known else None, fmt="o", ms=7, capsize=4, lw=2,
-                           color=ROLE_COLOURS[role], mfc=None if known else "none")
-        panel.plot([], [], "o", color="0.5", label=f"{len(rows)} differences")
+            panel.errorbar(difference, names.index(method), xerr=half if known else None, fmt="none", capsize=4, lw=2,
+                           color=ROLE_COLOURS[role])
+            panel.plot(difference, names.index(method), "o", ms=7, color=ROLE_COLOURS[role], label=plain(method),
+                       mfc=ROLE_COLOURS[role] if known else "white", zorder=3)
         panel.axvline(0, color="black", lw=1.5, label="_zero")
         for text, value in (lines or {}).items():
             panel.axvline(value, color=ROLE_COLOURS["chance"], ls=":", lw=1.5, label=plain(text))

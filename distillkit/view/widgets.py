@@ -6,9 +6,10 @@ slider calls that function again:
 * :func:`explore`: any function that returns a figure, drawn again when a control moves.
 * :func:`prompt_explorer`: a position's nearest words and the score with each (:func:`candidates`, :func:`prompt_html`).
 * :func:`attention_explorer`: one head on real and on distilled text.  The weights are computed once; :func:`attention_panels`
-  cuts out a head and :func:`attention_html` draws it (on paper: ``set_figures.attention_maps``).
+  cuts out a head and :func:`attention_html` draws it (on paper: ``attention_figures.one_head``).
 * :func:`monitor`: a running distillation with a button that stops it (:func:`progress_figure`, :func:`text_html`).
-* :func:`map_explorer`: a flat map whose points show their text (:func:`map_html`; on paper: ``set_figures.maps``).
+* :func:`map_explorer`: a flat map whose points show their text (:func:`map_html`; on paper:
+  ``attention_figures.kind_maps``).
 
 Pictures that follow a slider are SVG: matplotlib takes too long to label a head.  Corpus text is not trusted, and an HTML
 widget runs its value, so every piece of text goes through :func:`escaped`.
@@ -190,7 +191,7 @@ def prompt_explorer(distilled: DistilledSet, student: Student, *, score: Score |
 def attention_panels(
     weights: Mapping[str, np.ndarray], words: Mapping[str, Sequence[Sequence[str]]], example: int, layer: int, head: int
 ) -> list[tuple[str, np.ndarray, list[str]]]:
-    """One head's attention in one example of several sets, as :func:`~distillkit.view.set_figures.attention_maps` draws it.
+    """One head's attention in one example of several sets, as :func:`attention_html` draws it.
 
     Args:
         weights: name → ``[examples, layers, heads, l, l]``, as :func:`~distillkit.view.measures.attention` returns them.

@@ -1,0 +1,94 @@
+"""The figures of the lessons on seeing prompts and on prompting: what they hold, and that corpus text is only text."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import distillkit as dk
+from distillkit.view import attention_figures, measures, prompt_figures
+from distillkit.view import figures as plots
+
+HOSTILE = "<script>$x$</script>\x1b[2J"
+
+
+def a_set(embeds):
+    examples, length, _ = embeds.shape
+    mask = torch.ones(examples, length, dtype=torch.bool)
+    free = mask.clone()
+    free[:, 0] = False
+    targets = torch.zeros(examples, dtype=torch.long)
+    return dk.DistilledSet(embeds=embeds, mask=mask, free=free, targets=targets, step_sizes=None,
+                           tokens=None, meta={"classes": ["a"], "labels": [0] * examples})
+
+
+def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
+    draw = torch.Generator().manual_seed(0)
+    start = a_set(torch.randn(2, 4, 16, generator=draw))
+    moved = torch.randn(2, 4, 16, generator=draw) * start.free[..., None]
+    learned = dataclasses.replace(start, embeds=start.embeds + moved)
+    control = measures.random_shift(learned, start, seed=1)
+    shift = control.embeds - start.embeds
+    assert torch.allclose(shift.norm(dim=-1), moved.norm(dim=-1), atol=1e-5)
+    directions = torch.nn.functional.normalize(shift[:, 1:], dim=-1)
+    assert torch.allclose(directions, directions[:, :1].expand_as(directions), atol=1e-5)
+    assert not torch.allclose(directions[0], directions[1])
+    assert torch.equal(control.embeds, measures.random_shift(learned, start, seed=1).embeds)
+    with pytest.raises(ValueError, match="started from"):
+        measures.random_shift(learned, dataclasses.replace(start, embeds=start.embeds[:, :, :8]))
+
+
+def test_thumbnails_put_every_head_in_its_place_on_a_scale_that_is_white_at_zero():
+    values = np.zeros((2, 3, 4, 4))
+    values[1, 2] = 0.25
+    figure = attention_figures.thumbnails({"learned − real": values}, (1, 2), "One head changes")
+    (mesh,) = figure.axes[0].collections
+    sheet, step = np.ma.filled(mesh.get_array(), np.nan).reshape(2 * 7 - 3, 3 * 7 - 3), 4 + attention_figures.GAP
+    assert (sheet[step:, 2 * step :] == 0.25).all() and np.nansum(sheet) == 0.25 * 16 and np.isnan(sheet[4:7]).all()
+    assert mesh.get_clim() == (-attention_figures.LIMIT, attention_figures.LIMIT)
+    assert attention_figures.DIFFERENCE(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.02)
+    assert "learned − real" in plots.describe(figure) and figure._suptitle.get_text() == "One head changes"
+
+
+def test_one_head_shows_real_weights_and_differences_and_draws_tokens_as_text():
+    maps = {"real": np.eye(2), "learned": np.full((2, 2), 0.5), "control": np.eye(2)}
+    figure = attention_figures.one_head(maps, ["[CLS]", "$x"], "a head")
+    real, learned, control = (axes.collections[0].get_array().ravel() for axes in figure.axes[:3])
+    assert real.tolist() == [1, 0, 0, 1] and learned.tolist() == [-0.5, 0.5, 0.5, -0.5] and not control.any()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["[CLS]", r"\$x"]
+    figure.canvas.draw()
+
+
+def test_maps_and_dots_hold_what_they_are_given():
+    flat, kinds = np.arange(8.0).reshape(4, 2), ["real", "real", "learned", "control"]
+    figure = attention_figures.kind_maps({"a map": (flat, kinds), "no kinds": (flat, [""] * 4)})
+    assert "real: 2 points" in plots.describe(figure) and "points: 4 points" in plots.describe(figure)
+    figure = attention_figures.by_kind([("t", "share", {"real": [0.1, 0.2], "learned": [0.3]}, 0.25)])
+    assert "real: 2 points; learned: 1 points; chance: 2 points" in plots.describe(figure)
+    figure = attention_figures.dot_rows({"many": ("real", [0.1, 0.2]), "one": ("learned", [0.3])}, {"chance": 0.25}, "t", "x")
+    many, one = figure.axes[0].lines[:2]
+    assert one.get_markerfacecolor() == "none" and many.get_markerfacecolor() != "none", "a single set is hollow"
+
+
+def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only():
+    labels = {"without": {"a": -1.0, "b": -2.0}, "with": {"a": -3.0, "b": -0.5}}
+    figure = prompt_figures.prompt_and_labels([("first", "a"), (HOSTILE, "b")], "what?", labels, "b", "learned", "two")
+    written = [text.get_text() for text in figure.axes[0].texts]
+    assert [line.strip() for line in written][-3:] == ["question", "what?", "→ ?"]
+    assert written.index("demonstration 1") < written.index("demonstration 2") < written.index("question")
+    assert r"\$x\$" in "".join(written) and "\x1b" not in "".join(written)
+    assert sorted(bar.get_width() for bar in figure.axes[1].patches) == [-3, -2, -1, -0.5]
+    assert [tick.get_weight() for tick in figure.axes[1].get_yticklabels()] == ["normal", "bold"]
+    figure.canvas.draw()
+    alone = prompt_figures.prompt_and_labels([], "what?", {"without": labels["without"]}, "a")
+    assert len(alone.axes[1].patches) == 2
+
+
+def test_a_forest_has_a_row_for_each_method_and_no_interval_where_there_is_none():
+    panels = {"k = 1": [("x", "real", -0.1, 0.05), ("y", "learned", -0.3, float("nan"))], "k = 4": [("y", "learned", 0.1, 0.2)]}
+    figure = prompt_figures.forest(panels, "title", "difference", {"chance": -0.4})
+    left, right = figure.axes
+    assert [tick.get_text() for tick in left.get_yticklabels()] == ["x", "y"] and left.get_xlim() == right.get_xlim()
+    hollow = [line.get_markerfacecolor() for line in left.lines if line.get_label() == "y"]
+    assert hollow == ["white"] and "x: 1 points" in plots.describe(figure)
