@@ -9,6 +9,7 @@ import os
 from unittest import mock
 
 import pytest
+
 from refresh import environment
 
 _broken: dict = {}  # notebook (a collector) -> name of its first failed cell

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 from nbconvert import SlidesExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
+
 from refresh import COLLAPSED, FOLDER, find, read, render
 
 ANSWER = re.compile(r"<details>\s*<summary>Answer.*?</details>", re.DOTALL)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distillkit.text.projection import nearest_tokens
-from distillkit.view import cells, forest
 from distillkit.view.figures import describe
+from pictures import cells, forest
 
 
 @pytest.fixture

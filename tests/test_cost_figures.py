@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from distillkit.applications.costs import break_even
-from distillkit.view import cost_figures
 from distillkit.view import figures as plots
+from pictures import cost_figures
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import distillkit as dk
-from distillkit.view import attention_figures, measures, prompt_figures
 from distillkit.view import figures as plots
+from distillkit.view import measures
+from pictures import attention_figures, prompt_figures
 
 HOSTILE = "<script>$x$</script>\x1b[2J"
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from distillkit.view import figures as plots
-from distillkit.view import plane
+from pictures import plane
 from test_browser import CHROMIUM, MISSING
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from distillkit.view import reviewing
 from distillkit.view.figures import describe
+from pictures import reviewing
 
 
 def words(figure):

@@ -11,7 +11,7 @@ import distillkit as dk
 from distillkit.experiments.results import read
 from distillkit.text.projection import allowed_tokens
 from distillkit.view import figures as plots
-from distillkit.view import six_examples as six
+from pictures import six_examples as six
 
 RESULTS = Path(__file__).resolve().parent.parent / "figures" / "results"
 

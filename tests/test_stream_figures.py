@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distillkit.view import figures as plots
-from distillkit.view import stream_figures
+from pictures import stream_figures
 
 R = np.array([[0.9, 0.0, 0.0], [0.1, 0.8, 0.0], [0.0, 0.2, 0.7]])
 

@@ -572,8 +572,8 @@ def test_hostile_text_in_tables_is_text():
 def test_hostile_text_in_figures_is_drawn():
     import numpy as np
 
-    from distillkit.view import attention_figures, prompt_figures
     from distillkit.view import figures as plots
+    from pictures import attention_figures, prompt_figures
 
     names = list(HOSTILE.values())
     m = len(names)

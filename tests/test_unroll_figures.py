@@ -8,7 +8,7 @@ import torch
 
 from distillkit.experiments.results import read
 from distillkit.view.figures import ROLE_COLOURS, describe
-from distillkit.view.unroll_figures import STRATEGY_COLOURS, MemoryTrace, Panel, cost_bars, line_panels
+from pictures.unroll_figures import STRATEGY_COLOURS, MemoryTrace, Panel, cost_bars, line_panels
 
 COSTS = Path(__file__).resolve().parent.parent / "figures" / "results" / "metagrad.json"
 

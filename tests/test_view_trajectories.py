@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distillkit.view import figures as plots
-from distillkit.view import trajectories
+from pictures import trajectories
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:

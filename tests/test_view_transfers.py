@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distillkit.io.packaged import ASSETS
-from distillkit.view import transfers
-from distillkit.view.transfers import Piece
+from pictures import transfers
+from pictures.transfers import Piece
 
 TEXT = "Returns the eigenvalues café of a Hermitian matrix."
 

@@ -13,9 +13,9 @@ import torch
 
 import distillkit as dk
 from distillkit.text.projection import allowed_tokens
-from distillkit.view import attention_figures
 from distillkit.view import measures as views
 from distillkit.view import set_figures as view_plots
+from pictures import attention_figures
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ A picture of high-dimensional points is a claim about neighbours, so every view 
 * :func:`random_shift` is the control of a learned set: as far from real text, in a direction without meaning.
 * :func:`history` follows a set through its snapshots.
 
-Data in, arrays out; the figures are in :mod:`distillkit.view.attention_figures`.
+Data in, arrays out; the figures are in the lessons that use them.
 """
 
 from __future__ import annotations

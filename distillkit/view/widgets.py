@@ -6,10 +6,9 @@ slider calls that function again:
 * :func:`explore`: any function that returns a figure, drawn again when a control moves.
 * :func:`prompt_explorer`: a position's nearest words and the score with each (:func:`candidates`, :func:`prompt_html`).
 * :func:`attention_explorer`: one head on real and on distilled text.  The weights are computed once; :func:`attention_panels`
-  cuts out a head and :func:`attention_html` draws it (on paper: ``attention_figures.one_head``).
+  cuts out a head and :func:`attention_html` draws it.
 * :func:`monitor`: a running distillation with a button that stops it (:func:`progress_figure`, :func:`text_html`).
-* :func:`map_explorer`: a flat map whose points show their text (:func:`map_html`; on paper:
-  ``attention_figures.kind_maps``).
+* :func:`map_explorer`: a flat map whose points show their text (:func:`map_html`).
 
 Pictures that follow a slider are SVG: matplotlib takes too long to label a head.  Corpus text is not trusted, and an HTML
 widget runs its value, so every piece of text goes through :func:`escaped`.

@@ -3,7 +3,7 @@
 The first lesson writes the idea out in its own cells.  Here stands what it shows: figures (:func:`fans`, :func:`paths`),
 :class:`Plane`, a widget whose points follow the mouse, and the film, which is made by
 
-    python -m distillkit.view.plane figures/00_plane.gif
+    python -m pictures.plane figures/00_plane.gif
 
 The student has two weights θ and calls a point x class 1 where θ·x > 0, so its boundary is a line through the origin.  The
 synthetic points are one per class.  Inner loop: T gradient steps on them.  Outer loss: the mean cross-entropy of the trained

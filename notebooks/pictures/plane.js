@@ -1,4 +1,4 @@
-// The widget of distillkit.view.plane: draws what Python computed, and sends back where the points were moved to.
+// The widget of plane.py: draws what Python computed, and sends back where the points were moved to.
 const SIZE = 440, RIGHT = 300, NAMES = ["class 0", "class 1"];
 
 function make(kind, attributes, parent, text) {
