@@ -298,7 +298,6 @@ def test_history_of_hard_labels_and_without_recipes(world, start):
     hard = dataclasses.replace(start, targets=torch.tensor(start.meta["labels"]))
     found = views.history([hard, hard], student)
     assert found.labels is None and found.steps.tolist() == [0, 1] and not found.moved.any()
-    assert len(view_plots.movement(found, 0.7).axes) == 2
 
 
 def test_histories_that_cannot_be(world, start):
