@@ -9,7 +9,7 @@ from distillkit.cli.main import main
 from distillkit.experiments import runner
 from distillkit.experiments import transfer as transfer_jobs
 from distillkit.experiments.kinds import table_of
-from distillkit.experiments.results import by_set, paired_difference, read
+from distillkit.experiments.results import by_set, classes_of, paired_difference, read
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
 from distillkit.experiments.transfer import TransferCell, TransferJob, parsed, short_name, transfer_table
@@ -119,7 +119,9 @@ def test_the_table(finished):
     gains = " | ".join("{:+.3f} ± {:.3f}".format(*paired_difference(sets, f"{PAIR}/swaps", f"{PAIR}/{other}"))
                        for other in ("random", "k_center"))
     scores = sets.loc[f"{PAIR}/swaps"]
-    share = f"{scores.mean() / sets.loc['roberta-base/full'].mean():.0%}"
+    chance = 1 / len(classes_of(result))
+    full = sets.loc["roberta-base/full"].mean()
+    share = f"{(scores.mean() - chance) / (full - chance):.0%}" if full > chance else ""
     spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
     assert f"| bert-base-uncased | roberta-base | swaps | {spread} | {gains} | {share} | 2 |" in lines
     assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  |  | 2 |"), "no full score of that target"
@@ -128,9 +130,9 @@ def test_the_table(finished):
 def test_the_table_by_hand_and_unfinished():
     means = {"a to b/random": 0.3, "a to b/k_center": 0.45, "a to b/swaps": 0.4, "a to c/random": 0.3, "a to c/swaps": 0.2}
     rows = {row: [mean + seed / 1000 for seed in range(3)] for row, mean in means.items()}
-    lines = transfer_table(result_of(rows | {"a to b/projection": [], "b/full": [0.8]})).splitlines()
-    assert lines[3] == "| a | b | k_center | 0.451 ± 0.001 | +0.150 ± 0.000 |  | 56% | 3 |"
-    assert lines[4] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | -0.050 ± 0.000 | 50% | 3 |"
+    lines = transfer_table(result_of(rows | {"a to b/projection": [], "b/full": [0.8]}, groups="wxyz")).splitlines()
+    assert lines[3] == "| a | b | k_center | 0.451 ± 0.001 | +0.150 ± 0.000 |  | 37% | 3 |"
+    assert lines[4] == "| a | b | swaps | 0.401 ± 0.001 | +0.100 ± 0.000 | -0.050 ± 0.000 | 27% | 3 |"
     assert "| a | b | projection | not run | | | | |" in lines and "| — | b | full data | 0.800 |  |  | 100% | 1 |" in lines
     assert lines[-1] == (
         "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1. "

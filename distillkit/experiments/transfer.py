@@ -28,7 +28,7 @@ from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.selection import REAL_METHODS
 from distillkit.experiments.building import load_corpus, recipe_of
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
-from distillkit.experiments.results import beats, by_set, gain, markdown, paired_difference, rows_of, spread
+from distillkit.experiments.results import beats, by_set, classes_of, gain, markdown, paired_difference, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores, size_columns
 from distillkit.experiments.settings import (
     REQUIRED,
@@ -161,7 +161,7 @@ def transfer_table(result: Mapping) -> str:
     """The result as a Markdown table: a row for each pair and method, beside random real text and the target's full data."""
     sets, lines = by_set(result), []
     against = [other for other in AGAINST if any(parsed(name)[2] == other for name in sets.index)]
-    shares = of_full(sets)
+    shares = of_full(result)
     for name in sets.index:
         source, target, method = parsed(name)
         line = [source or "—", target, method if source else "full data"]
@@ -172,18 +172,21 @@ def transfer_table(result: Mapping) -> str:
             line += ["not run", *[None] * (len(against) + 2)]
         lines.append(line)
     gains = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
-    heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data", "sets"]
+    heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data, above chance", "sets"]
     return markdown(heads, lines, "lll") + _verdict(sets)
 
 
-def of_full(sets: pd.DataFrame) -> pd.Series:
-    """Each row's mean score as a share of its target's on the full data; nan where either has not run.
+def of_full(result: Mapping) -> pd.Series:
+    """Each row's share of its target's score on the full data, both above chance.
 
-    Args:
-        sets: as :func:`~distillkit.experiments.results.by_set` gives it.
+    nan where either has not run, or where the full data teach nothing.
     """
-    mean = sets.mean(axis=1)
-    return mean / mean.reindex([f"{parsed(name)[1]}/full" for name in sets.index]).to_numpy()
+    mean = by_set(result).mean(axis=1)
+    full = mean.reindex([f"{parsed(name)[1]}/full" for name in mean.index]).set_axis(mean.index)
+    if full.isna().all():
+        return full
+    chance = 1 / len(classes_of(result))
+    return ((mean - chance) / (full - chance)).where(full > chance)
 
 
 def beside(name: str, other: str) -> str:

@@ -386,7 +386,7 @@ def transfer_map(result: Mapping) -> Figure:
     """
     sets = by_set(result)
     pairs = pd.DataFrame([parsed(name) for name in sets.index], columns=["source", "target", "method"], index=sets.index)
-    pairs = pairs.assign(accuracy=sets.mean(axis=1), share=of_full(sets))[pairs["source"] != ""]
+    pairs = pairs.assign(accuracy=sets.mean(axis=1), share=of_full(result))[pairs["source"] != ""]
     pairs["words"] = [spread(sets.loc[name], 2) or "not run" for name in pairs.index]
     shares = pairs["share"].map("{:.0%}".format).where(pairs["share"].notna(), "no full score")
     pairs["share words"] = shares.where(pairs["accuracy"].notna(), "not run")
@@ -396,7 +396,7 @@ def transfer_map(result: Mapping) -> Figure:
     def arranged(column: str) -> pd.DataFrame:
         return pairs.pivot(index=["source", "method"], columns="target", values=column).reindex(index=sides, columns=targets)
 
-    panels = [("accuracy", "words", "accuracy"), ("share", "share words", "share of the target's full data")]
+    panels = [("accuracy", "words", "accuracy"), ("share", "share words", "share of the target's full data, above chance")]
     panels = panels if pairs["share"].notna().any() else panels[:1]
     figure, axes = _figure(3 + 2.3 * len(targets) * len(panels) / 2, 0.42 * len(sides) + 1.4, len(panels))
     labels = [f"{source}: {LABELS.get(method, method)}" for source, method in sides]
