@@ -34,7 +34,6 @@ Cards = namedtuple("Cards", ("steps", "classes", "own", "words", "changed", "dis
 WIDTH, HEIGHT = 3.15, 1.75  # inches of a card
 CHARACTERS, LINES, LINE = 40, 5, 0.105  # of the words of a card: characters in a line, lines, and the height of one
 FONT = "DejaVu Sans Mono"  # every character is as wide as the next, so that words of two colours share a line
-FALLBACK = "DejaVu Sans"  # for the letters that it lacks
 LABELS = {
     "class names/tuned": ("class names", "text"), "written/tuned": ("hand-written sentences", "text"),
     "random/tuned": ("random sentences", "real"), "k_center/tuned": ("k-centre sentences", "real"),
@@ -163,7 +162,7 @@ class _Card:
         """The words in lines; those that changed are drawn over the gaps that the others leave."""
         lines = _in_lines(words, changed, LINES)
         for number, (kept, new) in enumerate(lines):
-            place = {"x": 0.05, "y": top + LINE * number, "family": [FONT, FALLBACK], "fontsize": 8.5}
+            place = {"x": 0.05, "y": top + LINE * number, "family": FONT, "fontsize": 8.5}
             self.text(words=kept, color="0.25", **place)
             self.text(words=new, color=ROLE_COLOURS["learned"], weight="bold", **place)
 
@@ -174,7 +173,7 @@ class _Card:
         x, y = self.at(places, floor)
         self.axes.bar(x, -height * probabilities, 0.8 * width, y, align="edge", color=palette, edgecolor="0.4", lw=0.5)
         for place, name in zip(places, classes, strict=True):
-            self.text(place + 0.4 * width, floor + 0.05, one_line(name[:3]), ha="center")
+            self.text(place + 0.4 * width, floor + 0.05, one_line(name[:3]), ha="center", fontsize=8)
         best = int(np.argmax(probabilities))
         self.text(0.04 + width * (best + 0.4), floor - height * probabilities[best] - 0.035, f"{probabilities[best]:.2f}",
                   ha="center")
@@ -207,10 +206,9 @@ def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[
 
 
 def _in_font(word: str) -> str:
-    """A word as :data:`FONT` and :data:`FALLBACK` draw it, ``U+8ECA`` for a character that neither has."""
-    fonts = [get_font(findfont(name)) for name in (FONT, FALLBACK)]
-    known = {c: any(font.get_char_index(ord(c)) for font in fonts) for c in word}
-    return "".join(c if known.get(c, True) else f"U+{ord(c):04X}" for c in one_line(word, 24))
+    """A word as :data:`FONT` draws it, ``U+8ECA`` for a character that it does not have."""
+    font = get_font(findfont(FONT))
+    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in one_line(word, 24))
 
 
 # --- accuracy against bytes ----------------------------------------------------------------------------------------------
@@ -281,10 +279,10 @@ def accuracy_against_bytes(
              xlabel="bytes of what a student trains on (log scale; a dot per set, hollow: one set)")
     axes.set_xticks([1e3, 1e4, 1e5, 1e6], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.grid(axis="x", visible=False)
-    figure.legend(handles=[Line2D([], [], ls="", marker="o", color=ROLE_COLOURS[role], label=name) for role, name in
-                           (("real", "real sentences, drawn without scoring them"), ("text", "text: written, chosen by a score, or nearest words"),
-                            ("learned", "learned vectors"))],
-                  loc="outside lower center", ncols=3, frameon=False)
+    names = {"real": "real sentences, drawn without scoring them", "text": "text: written, chosen by a score, or nearest words",
+             "learned": "learned vectors"}
+    marks = [Line2D([], [], ls="", marker="o", color=ROLE_COLOURS[role], label=name) for role, name in names.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
