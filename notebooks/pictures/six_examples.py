@@ -41,8 +41,8 @@ LABELS = {
     "embeddings/own": ("embeddings, float32", "learned"), "embeddings float16/own": ("embeddings, float16", "learned"),
     "embeddings low rank/own": ("embeddings, rank 16", "learned"),
     "embeddings/tuned": ("embeddings, tuned recipe", "learned"),
-    "projected/own": ("embeddings → words, own recipe", "text"),
-    "projected/tuned": ("embeddings → words, tuned recipe", "text"),
+    "projected/own": ("nearest words, own recipe", "text"),
+    "projected/tuned": ("nearest words, tuned", "text"),
     "real + learned labels/own": ("real + learned labels", "real"),
 }
 LONGER = ("embeddings/own", "projected/tuned")  # rows of the longer run that are shown beside those of a hundred steps
@@ -147,7 +147,7 @@ class _Card:
         return self.corner[0] + np.asarray(x), self.corner[1] + np.asarray(y)
 
     def text(self, x: float, y: float, words: str, **options) -> None:
-        self.axes.text(*self.at(x, y), words, **{"fontsize": 7.5, "va": "center", "parse_math": False} | options)
+        self.axes.text(*self.at(x, y), words, **{"fontsize": 8.5, "va": "center", "parse_math": False} | options)
 
     def draw(self, data: Cards, step: int, example: int, palette, *, heading: bool) -> None:
         edge = np.array([(0.02, 0.02), (0.98, 0.02), (0.98, 0.97), (0.02, 0.97), (0.02, 0.02)])
@@ -168,29 +168,28 @@ class _Card:
 
     def _labels(self, probabilities: np.ndarray, classes: Sequence[str], palette) -> None:
         """The soft label as bars, each class under the first three letters of its name."""
-        floor, height, width = 0.88, 0.2, 0.42 / len(classes)
-        places = 0.05 + width * np.arange(len(classes))
+        floor, height, width = 0.87, 0.18, 0.47 / len(classes)
+        places = 0.04 + width * np.arange(len(classes))
         x, y = self.at(places, floor)
         self.axes.bar(x, -height * probabilities, 0.8 * width, y, align="edge", color=palette, edgecolor="0.4", lw=0.5)
         for place, name in zip(places, classes, strict=True):
-            self.text(place + 0.4 * width, floor + 0.045, one_line(name[:3]), ha="center")
+            self.text(place + 0.4 * width, floor + 0.05, one_line(name[:3]), ha="center", fontsize=8)
         best = int(np.argmax(probabilities))
-        self.text(0.05 + width * (best + 0.4), floor - height * probabilities[best] - 0.03, f"{probabilities[best]:.2f}",
+        self.text(0.04 + width * (best + 0.4), floor - height * probabilities[best] - 0.035, f"{probabilities[best]:.2f}",
                   ha="center")
 
     def _distances(self, distances: Sequence[float], yardstick: float) -> None:
-        """Each position's distance to its nearest word as a dot on a line, above the yardstick."""
-        left, right, floor = 0.56, 0.95, 0.88
+        """Each position's distance to its nearest word as a dot on a line (heights keep dots apart), beside the yardstick."""
+        left, right, floor = 0.58, 0.95, 0.87
         scale = (right - left) / self.farthest
         self.axes.plot(*self.at([left, right], [floor, floor]), color="0.4", lw=1, label="_axis")
         heights = floor - 0.03 - 0.13 * (np.arange(len(distances)) % 5) / 4
         self.axes.plot(*self.at(left + scale * np.array(distances), heights), "o", ms=3.5, mew=0, alpha=0.6,
                        color=ROLE_COLOURS["learned"], label="_positions")
         x = left + scale * yardstick
-        self.axes.plot(*self.at([x, x], [floor - 0.2, floor]), ":", lw=2, color="black", label="_yardstick")
+        self.axes.plot(*self.at([x, x], [floor - 0.19, floor]), ":", lw=2, color="black", label="_yardstick")
         middle = float(np.median(distances)) / yardstick
-        self.text(left, floor + 0.045, "0", ha="center")
-        self.text(right, floor + 0.045, f"median {middle:.1f} yardsticks", ha="right")
+        self.text(right, floor + 0.05, f"median {middle:.1f} yardsticks", ha="right", fontsize=8)
 
 
 def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[tuple[str, str]]:
@@ -231,7 +230,7 @@ def scores_by_size(evidence: Mapping, demo: Mapping, longer: Mapping, *, cell: s
     shown = [(evidence, cell, row, "") for row in LABELS if row in {*frame(evidence)["row"]}]
     shown += [(demo, None, row, "") for row in ("projected/own", "real + learned labels/own")]
     (steps,) = {note["steps"] for name, note in _notes(longer) if name == "embeddings 0"}
-    shown += [(longer, None, row, f", {steps:,} steps") for row in LONGER]
+    shown += [(longer, None, row, f", {steps:,} outer steps") for row in LONGER]
     lines = []
     for result, of_cell, row, more in shown:
         scores = frame(result).query("row == @row")
@@ -264,7 +263,7 @@ def accuracy_against_bytes(
     figure, (axes,) = _figure(10.5, 6.2)
     for place, method in enumerate(methods.itertuples()):
         colour = ROLE_COLOURS[method.role]
-        x = method.bytes * (1 + 0.04 * (place % 3 - 1))  # beside each other, where several weigh the same
+        x = _beside(method.bytes, place)
         filled = colour if method.sets > 1 else "white"
         axes.plot([x] * method.sets, method.accuracies, "o", color=colour, mfc=filled, mew=1.6, ms=7, alpha=0.85,
                   label=method.label)
@@ -276,29 +275,43 @@ def accuracy_against_bytes(
     axes.axvline(corpus_bytes, color=ROLE_COLOURS["full"], lw=1.6, ls="--", label="compressed corpus")
     axes.text(corpus_bytes * 0.94, 0.2, "the whole corpus, compressed", rotation=90, fontsize=10, ha="right", va="bottom")
     _labelled(axes, methods)
-    axes.set(xscale="log", xlim=(140, 6e6), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
+    axes.set(xscale="log", xlim=(140, 2e7), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
              xlabel="bytes of what a student trains on (log scale; a dot per set, hollow: one set)")
     axes.set_xticks([1e3, 1e4, 1e5, 1e6], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.grid(axis="x", visible=False)
-    figure.legend(handles=[Line2D([], [], ls="", marker="o", color=ROLE_COLOURS[role], label=name) for role, name in
-                           (("real", "real sentences"), ("text", "words and text"), ("learned", "learned vectors"))],
-                  loc="outside lower center", ncols=3, frameon=False)
+    names = {"real": "real sentences, drawn without scoring them", "text": "text: written, chosen by a score, or nearest words",
+             "learned": "learned vectors"}
+    marks = [Line2D([], [], ls="", marker="o", color=ROLE_COLOURS[role], label=name) for role, name in names.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _labelled(axes, methods: pd.DataFrame) -> None:
-    """Each method's name to the right of its dots, moved down where two would overlap, with a line to the mean.
+def _beside(nbytes: float, place: int) -> float:
+    """Where a method of ``nbytes`` is drawn, so that several of the same weight stand beside each other."""
+    return nbytes * (1 + 0.05 * (place % 3 - 1))
 
-    Methods of similar weight form a column; the name of one that is alone between two columns stands above its dots.
+
+def _labelled(axes, methods: pd.DataFrame) -> None:
+    """Each method's name and mean to the right of its dots, moved apart where two would overlap, with a line to the mean.
+
+    Methods of similar weight form a column; the name of one that is alone in a column before the last stands below its dots,
+    and the name of the lightest of the last column to the left of its dots.
     """
     columns = (np.log10(methods["bytes"]).diff() > 0.5).cumsum()
     for column, group in methods.groupby(columns):
-        if len(group) == 1 and 0 < column < columns.max():
+        names = {method.Index: f"{method.label}: {method.mean:.2f}" for method in group.itertuples()}
+        if len(group) == 1 and column < columns.max():
             (method,) = group.itertuples()
-            axes.text(method.bytes, max(method.accuracies) + 0.015, method.label, fontsize=9.5, ha="center", va="bottom")
+            axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top",
+                      ha="center" if column else "left")
             continue
-        place, last = group["bytes"].max() * 1.55, np.inf
-        for method in group.sort_values("mean", ascending=False).itertuples():
-            last = min(method.mean, last - GAP)
-            axes.annotate(method.label, (method.bytes, method.mean), (place, last), fontsize=9.5, va="center", color="black",
-                          arrowprops={"arrowstyle": "-", "color": "0.55", "lw": 0.8, "shrinkA": 2, "shrinkB": 5})
+        right, last = group["bytes"].max() * 1.55, np.inf
+        for method in group.sort_values("mean", ascending=False, kind="stable").itertuples():
+            x = _beside(method.bytes, method.Index)
+            if column == columns.max() and method.bytes < 0.6 * group["bytes"].max():
+                axes.text(x * 0.8, method.mean, names[method.Index], fontsize=9.5, ha="right", va="center")
+                continue
+            last = min(method.mean + (GAP if last == np.inf and len(group) > 4 else 0), last - GAP)
+            axes.annotate(names[method.Index], (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",
+                          arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS[method.role], "lw": 0.9, "shrinkA": 2,
+                                      "shrinkB": 5})
