@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from distillkit.io.memory import LiveBytes
@@ -18,7 +19,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, style
 # None of them is the colour of a role.
 COLOURS = ("#029e73", "#d55e00", "#7b4ea3", "#a0522d", "#cc78bc")
 STRATEGIES = ("StoreAll", "Replay", "Truncated", "ForwardDifference", "Replay, every 4th set")
-STRATEGY_COLOURS = dict(zip(STRATEGIES, ("#a0522d", "#029e73", "#cc78bc", "#d55e00", "#7b4ea3"), strict=True))
+STRATEGY_COLOURS = dict(zip(STRATEGIES, ("#6b2d0f", "#029e73", "#cc78bc", "#c9a200", "#7b4ea3"), strict=True))
 MARKED = {"color": "black", "lw": 1.2, "ls": ":"}  # a value that the reader chose, or a limit
 
 
@@ -47,7 +48,7 @@ class Panel:
         levels: {name: (y value, role)} of horizontal lines, in the colour of a role.
         ylim: the limits of y; None: those of the values.
         markers: a mark at every point; hollow for a single set, which has no spread.
-        legend: where matplotlib puts the names of the lines.
+        legend: where matplotlib puts the names of the lines; "outside": right of the panel; "none": nowhere.
         colours: {name: colour} of lines; the others take :data:`COLOURS` in turn.
     """
 
@@ -82,7 +83,10 @@ def line_panels(*panels: Panel) -> Figure:
         if "x" not in panel.log and all(float(x).is_integer() for xs, _ in panel.lines.values() for x in xs):
             where.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         where.title.set_fontsize(12)
-        where.legend(fontsize=9.5, loc=panel.legend)
+        if panel.legend == "outside":
+            where.legend(fontsize=9.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        elif panel.legend != "none":
+            where.legend(fontsize=9.5, loc=panel.legend)
     return figure
 
 
@@ -91,11 +95,11 @@ def _mark(axes, marks: Mapping[str, float], levels: Mapping[str, tuple[float, st
     for name, (y, role) in levels.items():
         axes.axhline(y, color=ROLE_COLOURS[role], lw=1.5, ls="--", label=f"_{name}")
         axes.annotate(name, (0.02, y), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                      fontsize=9.5, color=ROLE_COLOURS[role])
+                      fontsize=9.5, color="#333333")
     for name, x in marks.items():
         axes.axvline(x, label=f"_{name}", **MARKED)
         axes.annotate(name, (x, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
-                      fontsize=9.5, rotation=90, va="bottom")
+                      fontsize=9.5 if len(name) > 2 else 14, rotation=90 if len(name) > 2 else 0, va="bottom")
 
 
 @style()
@@ -123,13 +127,16 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Sequence[str], 
         memory.bar(places, [cell["bytes"] / 1e9 for cell in cells], width * 0.92, color=colour, alpha=0.4, label=name)
         memory.bar(places, [cell["activations"] / 1e9 for cell in cells], width * 0.5, color=colour, label=f"_{name}")
         time.bar(places, [cell["cost"] for cell in cells], width * 0.92, color=colour, label=name)
-    time.axhline(1, label="_training alone", **MARKED)
+    time.axhline(1, label="training alone", **MARKED)
     for axes, title in zip((memory, time), titles, strict=True):
         axes.set_xticks(range(len(steps)), [f"T = {t}" for t in steps])
         axes.set_xlabel("inner steps")
         axes.grid(axis="x", visible=False)
         axes.set_title(title, fontsize=12)
-    memory.set_ylabel("peak of live tensors, GB (full: activations)")
+    memory.set_ylabel("peak of live tensors, GB")
     time.set_ylabel("time, in plain training runs")
-    memory.legend(fontsize=9.5)
+    kinds = [Patch(color="grey", alpha=0.4, label="pale: everything"), Patch(color="grey", label="full: activations")]
+    memory.legend(handles=[*memory.get_legend_handles_labels()[0], *kinds], fontsize=9.5)
+    time.legend(handles=time.get_lines(), fontsize=9.5, loc="upper left", bbox_to_anchor=(0, 0.98))
+    time.set_ylim(top=5.8)
     return figure
