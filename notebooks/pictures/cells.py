@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from distillkit.io.checks import require
@@ -126,13 +127,16 @@ def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figur
     left.plot(distance, 0, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=12, label="the point")
     left.set(title=f"At {distance:.1f} the nearest word is '{drawn(word(int(token)))}', {gap:.1f} away",
              xlabel="along the learned direction", ylabel="across, towards the next cell")
-    left.legend(loc="lower left", fontsize=9)
+    handles, _ = left.get_legend_handles_labels()
+    others = Patch(facecolor="0.93", edgecolor="0.3", label="white, grey: cells of other words")
+    left.legend(handles=[*handles, others], loc="lower left", fontsize=9)
     steps = torch.linspace(0, plane.extent[1], STEPS)
     way = plane.origin + steps[:, None].to(plane.axes) * plane.axes[0]
     colours = {plane.token: ROLE_COLOURS["real"], plane.follows: ROLE_COLOURS["text"]}
     for other, colour in colours.items():
-        right.plot(steps, (way - plane.table[other]).norm(dim=1), color=colour, lw=2, label=f"to '{drawn(word(other))}'")
-    right.plot(steps, plane.nearest, ":", color="black", lw=2, label="to the nearest word")
+        right.plot(steps, (way - plane.table[other]).norm(dim=1), color=colour, lw=4.5, alpha=0.8,
+                   label=f"to '{drawn(word(other))}'")
+    right.plot(steps, plane.nearest, ":", color="black", lw=1.6, label="to the nearest word")
     right.plot(distance, gap, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=12)
     right.axvline(plane.leaves, color="0.3", lw=1, ls="--")
     right.annotate("leaves the cell", (plane.leaves, 0), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9)
@@ -154,12 +158,15 @@ def _draw_cells(axes, plane: Cut, word: Callable[[int], str]) -> None:
     axes.imshow(np.where(walls[..., None], 0.3, fills[index]), extent=plane.extent, origin="lower", aspect="auto", zorder=0)
     left, right, bottom, top = plane.extent
     for n, token in enumerate(tokens.tolist()):
-        if sizes[n] > LEAST * index.size:
+        if sizes[n] > LEAST * index.size and token not in special:
             y, x = (place.mean() / size for place, size in zip(np.nonzero(index == n), index.shape, strict=True))
             x, y = left + x * (right - left), bottom + y * (top - bottom)
             y -= 0.06 * (top - bottom) * (abs(y) < 0.06 * (top - bottom))  # off the way of the point
             axes.text(x, y, drawn(word(token)), ha="center", va="center", fontsize=11, weight="bold")
     place = (plane.table[plane.follows] - plane.origin) @ plane.axes.T
+    for token, dot in zip(special, ((0, 0), place.tolist()), strict=True):
+        axes.annotate(drawn(word(token)), dot, xytext=(0, -17), textcoords="offset points", ha="center", fontsize=11,
+                      weight="bold")
     axes.plot(0, 0, "o", color="0.15", ms=7)
     axes.plot(*place.tolist(), "o", color="0.15", ms=7, label="rows of the table")
     axes.set(xlim=(left, right), ylim=(bottom, top))

@@ -76,7 +76,7 @@ def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str) -> Figure:
                     where.plot([gain.mean - half, gain.mean + half], [place, place], color=colour, lw=width, label="_interval",
                                solid_capstyle="butt")
             fill = colour if gain.sets > 1 else "white"
-            where.plot(gain.mean, place, "o", color=colour, mfc=fill, mew=1.8, ms=8, label=plain(gain.label))
+            where.plot(gain.mean, place, "o", color=colour, mfc=fill, mew=1.6, ms=5.5, label=plain(gain.label))
         where.axvline(0, color="black", lw=1, label="_none")
         where.set(title=plain(name), xlabel=x, ylim=(len(labels) - 0.5, -0.5))
         where.set_yticks(range(len(labels)), [plain(label) for label in labels] if where is axes[0] else [])
@@ -87,7 +87,7 @@ def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str) -> Figure:
         where.set_xlim(min(left for left, _ in limits), max(right for _, right in limits))
     marks = [Line2D([], [], color="0.3", lw=4, label="95 % interval of this gain alone"),
              Line2D([], [], color="0.3", lw=1.3, label="of all gains of the panel together"),
-             Line2D([], [], ls="", marker="o", color="0.3", mfc="white", mew=1.8, ms=8, label="one set: no interval")]
+             Line2D([], [], ls="", marker="o", color="0.3", mfc="white", mew=1.6, ms=5.5, label="one set: no interval")]
     figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=14)
     return figure
