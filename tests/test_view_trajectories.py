@@ -49,6 +49,21 @@ def test_the_sheet_shows_each_path_and_joins_its_end_to_the_experts():
         assert np.allclose((1 - x) ** 2 + y**2, loss)
 
 
+def test_the_legend_names_what_is_left():
+    figure = trajectories.plane({"expert": ("full", [(0, 0), (1, 0)])}, "Alone")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][-1].startswith("what is left")
+
+
+def test_the_right_axis_is_the_root_of_the_matching_loss():
+    figure = trajectories.losses({"set 0": [0.25, 0.36, 0.09], "set 1": [0.25, 0.3, 0.1]}, "Falls")
+    (axes,) = figure.axes
+    assert "set 0: 3 points; set 1: 3 points" in plots.describe(figure)
+    figure.draw_without_rendering()
+    (way,) = axes.child_axes
+    assert np.square(way.get_ylim()) == pytest.approx(axes.get_ylim())
+    assert len({line.get_color() for line in axes.lines if line.get_label().startswith("set")}) == 2
+
+
 @pytest.fixture
 def result():
     scores = {"zero-shot/none": [0.3], "full/standard": [0.8], "random/standard": [0.60, 0.62, 0.64],

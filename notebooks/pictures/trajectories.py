@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from distillkit.experiments.results import by_set, paired_difference
-from distillkit.view.figures import LABELS, ROLE_COLOURS, _figure, plain, style
+from distillkit.view.figures import LABELS, ROLE_COLOURS, _figure, plain, shades, style
 
 RINGS = (0.05, 0.25, 0.5, 1.0)  # matching losses whose circles are drawn around the expert's end
 DASHES = {"full": "-", "real": "--", "learned": "-"}
@@ -71,7 +72,32 @@ def plane(paths: Mapping[str, tuple[str, Sequence[tuple[float, float]]]], title:
         axes.annotate(name, (x, 0), xytext=(0, -14), textcoords="offset points", ha="center", va="top", fontsize=13)
     axes.set(title=plain(title), xlabel="along the expert's move (1 = all of it)", ylabel="off the expert's line (same unit)",
              xlim=(-0.12, 1.45), ylim=(-0.13, 1.08), aspect="equal")
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    left = Line2D([], [], ls=":", lw=2, color="0.35", label="what is left: √loss")
+    lines, _ = axes.get_legend_handles_labels()
+    axes.legend(handles=[*lines, left], loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return figure
+
+
+@style()
+def losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Matching losses over the outer steps, a line for each set; the right axis reads them as shares of the way left, √loss.
+
+    Args:
+        curves: name of a set → its matching loss before each outer step; at most three.
+        title: of the panel.
+    """
+    figure, (axes,) = _figure(8, 4)
+    for (label, curve), colour, dashes in zip(curves.items(), shades("learned", 3), ("-", "--", ":"), strict=False):
+        axes.plot(range(1, len(curve) + 1), curve, dashes, lw=2.2, color=colour, label=label)
+        axes.plot(1, curve[0], "o", ms=8, mew=2, color=ROLE_COLOURS["real"], label="_control")
+    axes.annotate("real\nprompts", (1, min(curve[0] for curve in curves.values())), xytext=(-4, -10), va="top", fontsize=11,
+                  textcoords="offset points", color="0.3")
+    axes.set(title=plain(title), xlabel="outer step", ylabel="matching loss", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    way = axes.secondary_yaxis("right", functions=(lambda loss: np.sqrt(np.maximum(loss, 0)), np.square))
+    way.set_ylabel("share of the way left (√)")
+    way.set_yticks([0.2, 0.3, 0.4, 0.5, 0.6])
+    axes.legend(frameon=False)
     return figure
 
 

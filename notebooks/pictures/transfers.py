@@ -18,6 +18,7 @@ from distillkit.view.figures import LABELS, METHOD_COLOURS, _figure, plain, styl
 
 LINE = 64  # characters of text in a line of chips
 LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-")}
+STEP, LEFT = 0.1, 1.35  # of the slopes: from method to method, and room for their names
 SAME, OTHER, LOST = "#eeeeee", "#d9c8ec", "#ffffff"  # fills: cut alike by all, cut otherwise here, not read
 
 
@@ -104,7 +105,7 @@ def _lines(text: str) -> list[tuple[int, int]]:
 
 @style()
 def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str, float]) -> Figure:
-    """Scores of a method on the model that made its text and on others, a line for each method, a dot for each set.
+    """Scores of a method on the model that made its text and on others, a named line for each method, a dot for each set.
 
     Args:
         panels: title → scores with columns ``method``, ``target``, ``set_seed`` and ``accuracy``; targets from the left in
@@ -112,28 +113,43 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         chance: accuracy of guessing.
         full: target → accuracy of training on all data, where it was measured.
     """
-    figure, axes = _figure(5.6 * len(panels), 4.6, len(panels))
+    figure, axes = _figure(5.8 * len(panels), 4.6, len(panels))
     for panel, (title, scores) in zip(axes, panels.items(), strict=True):
         targets = [*dict.fromkeys(scores["target"])]
-        for method, rows in scores.groupby("method", sort=False):
+        methods = [*dict.fromkeys(scores["method"])]
+        begins = {}
+        for number, method in enumerate(methods):
+            rows = scores[scores["method"] == method]
             means = rows.groupby("target")["accuracy"].agg(["mean", "size"]).reindex(targets).dropna()
-            marker, dashes = LINES.get(str(method), ("o", "-"))
-            colour = METHOD_COLOURS[str(method)]
-            look = {"color": colour, "marker": marker, "ms": 8, "mew": 1.6}
-            panel.plot(means.index.map(targets.index), means["mean"], dashes, lw=2.2, **look,
-                       label=LABELS.get(str(method), str(method)))
-            single = means[means["size"] == 1]
-            panel.plot(single.index.map(targets.index), single["mean"], ls="", mfc="white", **look, label="_one set")
-            panel.plot(rows["target"].map(targets.index) + 0.06, rows["accuracy"], ".", ms=6, color=colour, label="_sets")
+            aside = STEP * (number - (len(methods) - 1) / 2)  # the methods stand beside each other at each target
+            marker, dashes = LINES.get(method, ("o", "-"))
+            look = {"color": METHOD_COLOURS[method], "marker": marker, "ms": 8, "mew": 1.6}
+            panel.plot(means.index.map(targets.index) + aside, means["mean"], dashes, lw=2, **look,
+                       label=LABELS.get(method, method))
+            single = means["mean"][means["size"] == 1]
+            places = [targets.index(target) + aside for target in single.index]
+            panel.plot(places, single, ls="", mfc="white", **look, label="_one set")
+            panel.plot(rows["target"].map(targets.index) + aside, rows["accuracy"], ".", ms=6, color="black", mfc="white",
+                       mew=0.8, zorder=3, label="_sets")
+            begins[method] = means["mean"].iloc[0]
+        _names(panel, begins)
         for target, score in full.items():
             if target in targets:
                 place = targets.index(target)
-                panel.plot([place - 0.18, place + 0.18], [score, score], color="black", lw=2.5, label="_all data")
-                panel.annotate("all data", (place, score), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=10)
+                panel.plot([place - 0.22, place + 0.22], [score, score], color="black", lw=2.5, zorder=1, label="_all data")
+                panel.annotate("all data", (place, score), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=10,
+                               bbox={"fc": "white", "ec": "none", "pad": 0.5})
         panel.axhline(chance, color="black", lw=1.2, ls=":", label="_chance")
-        panel.annotate("guessing", (-0.28, chance), xytext=(0, -4), textcoords="offset points", va="top", fontsize=10)
-        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-0.3, len(targets) - 0.7), ylim=(0.1, 0.85))
+        panel.annotate("guessing", (-LEFT + 0.02, chance), xytext=(0, -4), textcoords="offset points", va="top", fontsize=10)
+        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.65), ylim=(0.1, 0.88))
         panel.set_xticks(range(len(targets)), [plain(target) for target in targets])
-        panel.set_xlabel("trained on")
-        panel.legend(frameon=False, fontsize=10)
+        panel.set_xlabel("trained on (a small dot: one set)")
     return figure
+
+
+def _names(panel, begins: Mapping[str, float]) -> None:
+    """Name each line at its left end, the names as far apart as they need to be read."""
+    height = 0.0
+    for method in sorted(begins, key=begins.__getitem__):
+        height = max(begins[method], height + 0.045)
+        panel.text(-0.22, height, LABELS.get(method, method), ha="right", va="center", fontsize=10)
