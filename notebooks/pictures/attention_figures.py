@@ -1,6 +1,6 @@
 """Figures that show a learned set from inside a model, with its control beside it: maps, all heads, one head, numbers by set.
 
-What differs from real text may differ because of its length alone.  So each figure has room for three *kinds* of examples:
+What differs from real text may differ because it was shifted far.  So each figure has room for three *kinds* of examples:
 ``real``; ``learned``; and ``control``, real examples shifted in a random direction by as much as the learned ones
 (:func:`~distillkit.view.measures.random_shift`).  Differences of attention are drawn on one diverging scale that is white at
 zero, the same in all panels.  The arrays come from :mod:`distillkit.view.measures`.
@@ -15,7 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
+from distillkit.view.figures import ROLE_COLOURS, _figure, _Shown, plain, style
 from distillkit.view.set_figures import drawn
 
 KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "control": ("s", "#a23b72")}
@@ -50,6 +50,8 @@ def kind_maps(panels: Mapping[str, tuple[np.ndarray, Sequence[str] | np.ndarray]
 def thumbnails(panels: Mapping[str, np.ndarray], marked: tuple[int, int] | None = None, title: str = "") -> Figure:
     """Every head as a small map of the difference of its attention: rows look at columns; blue is more than in real text.
 
+    With many heads the panels stand one above the other, so that each is twice as large.
+
     Args:
         panels: title → differences ``[layers, heads, l, l]``, such as means over examples.
         marked: (layer, head), counted from 0, that gets a frame.
@@ -57,8 +59,10 @@ def thumbnails(panels: Mapping[str, np.ndarray], marked: tuple[int, int] | None 
     """
     layers, heads, length, _ = next(iter(panels.values())).shape
     step = length + GAP
-    side = 0.46 if heads > 8 else 0.7  # inches of a thumbnail
-    figure, axes = _figure(len(panels) * (0.6 + side * heads) + 0.9, 1.5 + side * layers, len(panels))
+    stacked = heads > 8
+    side, across, down = (0.62, 1, len(panels)) if stacked else (0.7, len(panels), 1)  # inches of a thumbnail, panels
+    figure = _Shown(figsize=(across * (0.6 + side * heads) + 0.9, 0.6 + down * (0.9 + side * layers)), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
     for panel, (name, values) in zip(axes, panels.items(), strict=True):
         sheet = np.full((layers * step - GAP, heads * step - GAP), np.nan)
         for layer, head in np.ndindex(layers, heads):
@@ -75,7 +79,7 @@ def thumbnails(panels: Mapping[str, np.ndarray], marked: tuple[int, int] | None 
         panel.set(title=plain(name), xlabel="head", ylabel="layer", aspect="equal")
         panel.grid(visible=False)
         panel.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, extend="both", fraction=0.03, ticks=[-LIMIT, 0, LIMIT])
+    bar = figure.colorbar(mesh, ax=axes, extend="both", fraction=0.03, aspect=30, ticks=[-LIMIT, 0, LIMIT])
     bar.set_label("attention minus real")
     figure.suptitle(plain(title) if title else None)
     return figure
@@ -113,13 +117,17 @@ def one_head(maps: Mapping[str, np.ndarray], tokens: Sequence[str], title: str =
 
 @style()
 def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], float | None]]) -> Figure:
-    """A number for each kind, a dot for each set and a line for their mean.
+    """A number for each kind, a dot for each set and a line for their mean; three panels in a row.
 
     Args:
         panels: for each its title, the label of y, {kind: values}, and where chance is (or None).
     """
-    figure, axes = _figure(3.9 * len(panels), 3.5, len(panels))
-    for panel, (title, label, values, chance) in zip(axes, panels, strict=True):
+    across, down = min(3, len(panels)), -(-len(panels) // 3)
+    figure = _Shown(figsize=(3.9 * across, 3.5 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for panel in axes[len(panels):]:
+        panel.remove()
+    for panel, (title, label, values, chance) in zip(axes, panels, strict=False):
         for place, (kind, numbers) in enumerate(values.items()):
             marker, colour = KINDS[kind]
             spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
@@ -147,7 +155,8 @@ def dot_rows(rows: Mapping[str, tuple[str, Sequence[float]]], lines: Mapping[str
     figure, (axes,) = _figure(8, 1.5 + 0.42 * len(rows))
     for place, (name, (role, values)) in enumerate(rows.items()):
         inside = ROLE_COLOURS[role] if len(values) > 1 else "none"
-        axes.plot(values, [place] * len(values), "o", color=ROLE_COLOURS[role], mfc=inside, ms=9, mew=1.6, label=plain(name))
+        beside = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)  # equal values stay apart
+        axes.plot(values, place + beside, "o", color=ROLE_COLOURS[role], mfc=inside, ms=9, mew=1.6, label=plain(name))
     for name, value in lines.items():
         colour = ROLE_COLOURS.get(name, ROLE_COLOURS["chance"])
         axes.axvline(value, color=colour, ls=":" if name == "chance" else "--", lw=1.5, label=plain(name))
