@@ -36,12 +36,12 @@ def test_a_single_set_is_hollow_and_several_have_their_deviation(points):
     assert "Pareto line: 3 points" in plots.describe(figure)
 
 
-def test_bars_of_bytes_say_what_they_are_worth():
+def test_dots_of_bytes_say_what_they_are_worth():
     rows = pd.DataFrame({"label": ["set", "text"], "role": ["learned", "text"], "nbytes": [300, 40], "worth": ["(0.6)", "($)"]})
-    figure = cost_figures.byte_bars(rows, "Text is lighter", ("corpus", 150))
+    figure = cost_figures.byte_dots(rows, "Text is lighter", ("corpus", 150))
     figure.draw_without_rendering()
     assert [text.get_text() for text in figure.axes[0].texts] == ["300 B  (0.6)", r"40 B  (\$)"]
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [300, 40]
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"] == [300, 40]
 
 
 def test_settings_are_drawn_where_they_were_measured():

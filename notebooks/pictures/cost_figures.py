@@ -1,4 +1,4 @@
-"""Figures of what a set costs: accuracy against operations, bytes as bars, and settings that are varied one at a time.
+"""Figures of what a set costs: accuracy against operations, bytes as dots, and settings that are varied one at a time.
 
 A point that stands for several sets is filled and has a bar of their standard deviation; a single set is hollow.
 """
@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 
 BESIDE = {"right": ((8, 0), "left", "center"), "left": ((-8, 0), "right", "center"), "above": ((0, 8), "center", "bottom"),
-          "below": ((0, -8), "center", "top"), "below left": ((2, -8), "right", "top")}
+          "below": ((0, -8), "center", "top"), "below left": ((2, -8), "right", "top"),
+          "far below": ((0, -20), "center", "top")}
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -60,26 +61,25 @@ def pareto(points: pd.DataFrame, title: str, cost: str, chance: float) -> Figure
 
 
 @style()
-def byte_bars(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure:
-    """What sets and texts weigh, as bars on a logarithmic axis, each with what it is worth.
+def byte_dots(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure:
+    """What sets and texts weigh, as dots on a logarithmic axis, each with what it is worth.
 
     Args:
-        rows: from above: ``label``, ``role``, ``nbytes``, and ``worth``, the words behind the bar.
+        rows: from above: ``label``, ``role``, ``nbytes``, and ``worth``, the words behind the dot.
         title: the finding.
         line: name and bytes of what all are compared with.
     """
     figure, (axes,) = _figure(8, 0.45 * len(rows) + 1.5)
     for place, row in enumerate(rows.itertuples()):
-        axes.barh(place, row.nbytes, color=ROLE_COLOURS[row.role], height=0.68, alpha=0.9)
-        axes.text(row.nbytes * 1.15, place, plain(f"{row.nbytes:,.0f} B  {row.worth}"), va="center", fontsize=11,
+        axes.plot(row.nbytes, place, "o", color=ROLE_COLOURS[row.role], ms=10, label=plain(row.label))
+        axes.text(row.nbytes * 1.3, place, plain(f"{row.nbytes:,.0f} B  {row.worth}"), va="center", fontsize=11,
                   bbox={"color": "white", "pad": 1})
     name, weight = line
-    axes.axvline(weight, color="black", ls="--", lw=1.2, label=name, zorder=0)
+    compared = axes.axvline(weight, color="black", ls="--", lw=1.2, label=name, zorder=0)
     axes.set_yticks(range(len(rows)), [plain(label) for label in rows["label"]], fontsize=11)
     axes.set(xscale="log", xlabel="bytes (logarithmic)", title=title, ylim=(len(rows) - 0.4, -0.6),
              xlim=(100, rows["nbytes"].max() * 1500))
-    figure.legend(loc="outside lower right", frameon=False, fontsize=11)
-    axes.grid(axis="y", visible=False)
+    figure.legend(handles=[compared], loc="outside lower right", frameon=False, fontsize=11)
     return figure
 
 

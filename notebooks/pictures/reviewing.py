@@ -38,7 +38,7 @@ SUSPICIONS = {
     "D": Suspicion("float16 cannot have the same score to three digits", False, "rounding did not change one mean"),
     "E": Suspicion("the ± is not that between sets", True, "between sets it is 0.027"),
     "F": Suspicion("a cheap method that uses all labels is missing", True, "keywords 0.537, TF-IDF on all rows 0.743"),
-    "G": Suspicion("three sets are too few for any interval", False, "Student's t pays for it: 4.30 in place of 1.96"),
+    "G": Suspicion("three sets: an interval cannot be computed", False, "Student's t pays for it: 4.30 in place of 1.96"),
     "H": Suspicion("the size of the set is counted in examples only", True, "in bytes: twice the compressed corpus"),
     "I": Suspicion("one draw is called random", True, "the three draws: 0.765, 0.802, 0.722"),
     "J": Suspicion("recipes were tuned on the test split", False, "the paper says: on validation, and so it was"),
