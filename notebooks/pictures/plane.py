@@ -26,6 +26,7 @@ import traitlets
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, _Shown, style
 CLASS_COLOURS = [to_hex(sns.color_palette("Dark2")[i]) for i in (0, 3)]  # class 0 green, class 1 pink
 MARKERS = "o^"
 LABELS = torch.tensor([0.0, 1.0], dtype=torch.float64)  # of the two synthetic points
+STUDENTS = {"real": "student, untrained or on real points", "learned": "student on learned points"}  # lines of that role
 SPREAD = 2.0  # standard deviation of the weights that a student starts from
 EDGE = 4.0  # the plane is drawn from -EDGE to EDGE
 MOST_STEPS, LEAST_STEP, LARGEST_STEP = 20, 0.1, 60.0
@@ -115,8 +117,13 @@ def _lines(weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _set_plane(axes, title: str, edge: float = EDGE) -> None:
-    axes.set(title=title, xlabel="$x_1$", ylabel="$x_2$", xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
+    axes.set(title=title, xlabel="first coordinate", ylabel="second coordinate", xlim=(-edge, edge), ylim=(-edge, edge),
+             aspect="equal")
     axes.grid(False)
+
+
+def _legend(figure: Figure, handles: dict, columns: int) -> None:
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
 
 
 @style()
@@ -131,18 +138,17 @@ def fans(panels: Sequence[tuple[str, Tensor, Tensor | None, str]], real: Tensor,
         full: the weights (2,) that training on all real points leads to.
         edge: the plane is drawn from -edge to edge.
     """
-    figure, axes = _figure(max(3.8 * len(panels), 6.0), 4.9 if len(panels) > 1 else 6.4, len(panels))
+    figure, axes = _figure(max(3.8 * len(panels), 6.0), 5.2 if len(panels) > 1 else 6.4, len(panels))
     for where, (title, weights, points, role) in zip(axes, panels, strict=True):
         _draw_real(where, real, labels)
-        where.plot(*_lines(weights), color=ROLE_COLOURS[role], lw=1.3, alpha=0.75, label="student from a random start")
+        where.plot(*_lines(weights), color=ROLE_COLOURS[role], lw=1.3, alpha=0.75, label=STUDENTS[role])
         where.plot(*_lines(full[None]), color=ROLE_COLOURS["full"], lw=2.5, ls="--", label="all real points, many steps")
         if points is not None:
             _draw_points(where, points, role)
         _set_plane(where, title, edge)
         where.title.set_fontsize(12)
     handles = {line.get_label(): line for where in axes for line in where.lines}
-    columns = 4 if len(panels) > 1 else 2
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=11)
+    _legend(figure, handles, 3 if len(panels) > 1 else 2)
     return figure
 
 
@@ -159,18 +165,23 @@ def paths(panels: Sequence[tuple[str, Sequence[Tensor], str]], real: Tensor, lab
     axis = torch.linspace(-edge, edge, 81, dtype=real.dtype)
     grid = torch.cartesian_prod(axis, axis)
     levels = loss(grid, real, labels).reshape(81, 81).T.numpy()
-    figure, axes = _figure(4.6 * len(panels), 5.0, len(panels))
+    figure, axes = _figure(4.6 * len(panels), 5.6, len(panels))
+    handles = {"random start": Line2D([], [], marker="o", ls="", color="white", mec="black", ms=7)}
     for where, (title, visited, role) in zip(axes, panels, strict=True):
-        where.contour(axis, axis, levels, levels=[0.14, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4], colors="0.6", linewidths=0.9)
+        where.contour(axis, axis, levels, levels=[0.14, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4], colors="0.8", linewidths=0.9)
         for x, y in torch.stack(list(visited), 1).mT:
-            where.plot(x, y, "-", color=ROLE_COLOURS[role], lw=1.1, alpha=0.7, label="_path")
-        where.plot(*visited[0].T, "o", color="white", mec=ROLE_COLOURS[role], ms=6, label="random start")
-        where.plot(*visited[-1].T, "o", color=ROLE_COLOURS[role], ms=6, label=f"after {len(visited) - 1} steps")
-        where.plot(*full[:, None], "*", color=ROLE_COLOURS["full"], ms=16, label="all real points, many steps")
-        where.set(title=title, xlabel="$θ_1$", ylabel="$θ_2$", xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
+            handles[f"steps on {role} points"], = where.plot(x, y, ".-", color=ROLE_COLOURS[role], lw=1.1, ms=7, label="_path")
+        where.plot(*visited[0].T, "o", color="white", mec="black", ms=7, label="random start")
+        ends, = where.plot(*visited[-1].T, "o", color=ROLE_COLOURS[role], ms=8, label=f"after {len(visited) - 1} steps")
+        handles[f"{ends.get_label()} on {role} points"] = ends
+        handles["all real points, many steps"], = where.plot(
+            *full[:, None], "*", color=ROLE_COLOURS["full"], ms=16, label="all real points, many steps")
+        where.set(title=title, xlabel="first weight $w_1$", ylabel="second weight $w_2$", xlim=(-edge, edge),
+                  ylim=(-edge, edge), aspect="equal")
+        where.title.set_fontsize(12)
         where.grid(False)
-    handles = {line.get_label(): line for where in axes for line in where.lines if line.get_label() != "_path"}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    handles["level line of the loss on real points"] = Line2D([], [], color="0.8", lw=0.9)
+    _legend(figure, handles, 2)
     return figure
 
 
@@ -247,7 +258,7 @@ class Plane(anywidget.AnyWidget):
     @style()
     def figure(self) -> Figure:
         """What the widget shows now, on paper."""
-        figure, (axes,) = _figure(6.0, 5.6)
+        figure, (axes,) = _figure(6.0, 6.4)
         _draw_real(axes, self._real, self._labels)
         axes.plot(*_lines(torch.tensor(self.state["fan"], dtype=torch.float64)), color=ROLE_COLOURS["learned"], lw=1.4,
                   label="students after training")
@@ -256,6 +267,10 @@ class Plane(anywidget.AnyWidget):
             axes.annotate("", (x + ahead[0], y + ahead[1]), (x, y), arrowprops={"width": 3, "headwidth": 11, "color": "black"})
         _draw_points(axes, torch.tensor(self.points), "learned")
         _set_plane(axes, "The arrows turn the fan towards the line between the clouds")
+        axes.title.set_fontsize(12)
+        handles = {line.get_label(): line for line in axes.lines}
+        handles["against the meta-gradient"] = Line2D([], [], color="black", marker=">", lw=3, ms=9)
+        _legend(figure, handles, 2)
         return figure
 
     def follow(self, times: int = 1, rate: float = 0.3) -> None:
