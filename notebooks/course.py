@@ -35,9 +35,10 @@ def without_answers(notebook: nbformat.NotebookNode) -> None:
 
 
 def write_student(paths: list[Path], into: Path, fresh: bool = False) -> list[str]:
-    """Write lessons without answers, and the glossary; returns a line for each lesson."""
+    """Write lessons without answers, the glossary, and what lessons import; returns a line for each lesson."""
     into.mkdir(exist_ok=True)
     shutil.copy(FOLDER / "GLOSSARY.md", into)
+    shutil.copytree(FOLDER / "pictures", into / "pictures", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     lines = []
     for path in paths:
         target = into / path.name

@@ -41,6 +41,7 @@ def test_a_students_copy_has_the_questions_and_neither_answers_nor_outputs(cours
     lines = course.write_student([lesson(tmp_path)], tmp_path / "course")
     text = (tmp_path / "course" / "00_lesson.ipynb").read_text(encoding="utf-8")
     assert "Why?" in text and "Go on." in text and "Many." in text and "Because." not in text and "42\\n" not in text
+    assert (tmp_path / "course" / "pictures" / "plane.js").is_file(), "lessons import it"
     assert (tmp_path / "course" / "GLOSSARY.md").is_file() and "course/00_lesson.ipynb" in lines[0]
 
 
