@@ -156,7 +156,8 @@ CALLS = {
 RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
            "Task", "Wording"}
 # Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
-ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "scale"}
+ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "sizes",
+             "search_pairs"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
 APART = {"checkpoint", "optimizer", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 
