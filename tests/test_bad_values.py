@@ -155,7 +155,7 @@ CALLS = {
 # Made by other names, and only read.
 RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
            "Task", "Wording"}
-# Their bad values are tested where they are: test_publish.py, test_prompting.py, test_wording.py.
+# Their bad values are tested where they are: test_publish, test_prompting, test_wording, test_lesson, test_pairs.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "sizes",
              "search_pairs"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
