@@ -178,6 +178,16 @@ def nothing_was_not_run(notebook, name):
         yield "'not run': what has not been measured is not shown"
 
 
+def anchors_are_there(notebook, name):
+    text = "\n".join(prose(notebook))
+    headings = {heading.strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    glossary = (FOLDER / "GLOSSARY.md").read_text(encoding="utf-8")
+    terms = {*re.findall(r'id="([^"]+)"', glossary), *map(str.lower, re.findall(r"^## (\w+)", glossary, re.MULTILINE))}
+    for file, anchor in re.findall(r"\]\((GLOSSARY\.md)?#([^)\s]+)\)", text):
+        if anchor not in (terms if file else headings):
+            yield f"a link to #{anchor}, which {file or 'this lesson'} does not have"
+
+
 def links_lead_somewhere(notebook, name):
     targets = [target for text in prose(notebook) for target in re.findall(r"\]\(([^)#\s]+)", text)]
     for target in targets:
@@ -284,6 +294,7 @@ RULES = (
     figures_are_titled_and_described,
     tables_fit_into_view,
     nothing_was_not_run,
+    anchors_are_there,
     links_lead_somewhere,
     at_least_three_assertions,
     ran_from_top_to_bottom,

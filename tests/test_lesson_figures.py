@@ -1,6 +1,7 @@
 """The figures of the lessons on seeing prompts and on prompting: what they hold, and that corpus text is only text."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import distillkit as dk
 from distillkit.view import figures as plots
 from distillkit.view import measures
-from pictures import attention_figures, prompt_figures
+from pictures import attention_figures, forest, prompt_figures
 
 HOSTILE = "<script>$x$</script>\x1b[2J"
 
@@ -87,9 +88,13 @@ def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only(
 
 
 def test_a_forest_has_a_row_for_each_method_and_no_interval_where_there_is_none():
-    panels = {"k = 1": [("x", "real", -0.1, 0.05), ("y", "learned", -0.3, float("nan"))], "k = 4": [("y", "learned", 0.1, 0.2)]}
-    figure = prompt_figures.forest(panels, "title", "difference", {"chance": -0.4})
+    several, alone = forest.Gain("x", "real", -0.1, 0.05, 0.08, 3), forest.Gain("y", "learned", -0.3, math.inf, math.inf, 1)
+    panels = {"k = 1": [several, alone], "k = 4": [forest.Gain("y", "learned", 0.1, 0.2, 0.3, 3)]}
+    figure = forest.forest(panels, "title", "difference", {"chance": -0.4})
     left, right = figure.axes
     assert [tick.get_text() for tick in left.get_yticklabels()] == ["x", "y"] and left.get_xlim() == right.get_xlim()
     hollow = [line.get_markerfacecolor() for line in left.lines if line.get_label() == "y"]
     assert hollow == ["white"] and "x: 1 points" in plots.describe(figure)
+    assert [line.get_xdata()[0] for line in left.lines if line.get_label() == "chance"] == [-0.4]
+    intervals = [line.get_xdata().tolist() for line in left.lines if line.get_label() == "_interval"]
+    assert intervals == [pytest.approx([-0.18, -0.02]), pytest.approx([-0.15, -0.05])]

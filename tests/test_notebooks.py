@@ -155,6 +155,8 @@ BREAKS = [
     ("figures_are_titled_and_described", with_another_cell("figure", printed("panel 1: untitled"), PICTURE)),
     ("tables_fit_into_view", with_another_cell("table", shown(text_markdown="| a |\n" * 16))),
     ("nothing_was_not_run", with_another_cell("print(1)", printed("not run"))),
+    ("anchors_are_there", with_prose(4, "[up](#Nowhere)")),
+    ("anchors_are_there", with_prose(4, "[word](GLOSSARY.md#nothing)")),
     ("links_lead_somewhere", with_prose(4, "[next](98_nothing.ipynb)")),
     ("links_lead_somewhere", None),
     ("at_least_three_assertions", with_code("assert True\nassert True")),

@@ -87,7 +87,7 @@ def test_figures_say_what_they_show(cloud):
     fans = plots.describe(plane.fans([("A", starts, None, "real"), ("B", run[-1], real[:2], "learned")], real, labels, full))
     assert "panel 1: A |" in fans and "learned point, class 0: 1 points" in fans and "class 1: 30 points" in fans
     paths = plots.describe(plane.paths([("C", run, "real")], real, labels, full))
-    assert "random start: 4 points; after 3 steps: 4 points" in paths
+    assert "random start: 4 points; after 3 steps: 4 points" in paths and "second weight" in paths
 
 
 def test_the_film_is_a_gif_that_ends_lower(tmp_path):

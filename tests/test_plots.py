@@ -21,17 +21,19 @@ def result():
     return {"config": {"rows": [*rows], "per_class": 1, "seed": 0}, "cells": {"a": {"notes": notes}}, "scores": scores}
 
 
-def test_learning_curve():
+def test_the_curve_of_the_outer_loss():
     losses = [2.0 - 0.1 * step for step in range(15)]
-    figure = plots.learning_curve(losses)
-    (axes,) = figure.axes
+    axes = Figure().subplots()
+    plots.draw_curve(axes, losses)
     each, mean = axes.lines
     assert each.get_xdata().tolist() == list(range(1, 16)) and each.get_ydata().tolist() == pytest.approx(losses)
     # The mean of steps 1 to 10 stands at step 10.
     assert mean.get_xdata()[0] == 10 and mean.get_ydata().tolist() == pytest.approx(
         [sum(losses[i : i + 10]) / 10 for i in range(6)])
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("outer step", "loss on real text")
-    assert len(plots.learning_curve(losses[:9]).axes[0].lines) == 1, "too few steps for a mean"
+    short = Figure().subplots()
+    plots.draw_curve(short, losses[:9])
+    assert len(short.lines) == 1, "too few steps for a mean"
 
 
 def test_scores(result):
@@ -55,19 +57,11 @@ def test_quickstart(result):
     assert [line.get_xdata()[0] for line in right.lines if line.get_linestyle() == ":"] == [0.5]
 
 
-def test_soft_labels():
-    before, after = np.eye(3), np.full((3, 3), 1 / 3)
-    figure = plots.soft_labels(before, after, ["a", "$b$", "c"])
-    assert [axes.get_title() for axes in figure.axes] == ["at the start", "learned"]
-    for axes, values in zip(figure.axes, (before, after)):
-        mesh = axes.collections[0]
-        assert np.allclose(np.asarray(mesh.get_array()).ravel(), values.ravel()) and mesh.get_clim() == (0, 1)
-    assert [t.get_text() for t in figure.axes[1].texts] == ["0.33"] * 9
+def one_curve(values):
+    return plots.curves([("falling", "step", "loss", {"a": (range(len(values)), values)})])
 
 
-@pytest.mark.parametrize("make", [lambda r: plots.learning_curve([1.0, 2.0]), plots.quickstart,
-                                  plots.scores,
-                                  lambda r: plots.soft_labels(np.eye(2), np.eye(2), ["a", "b"])])
+@pytest.mark.parametrize("make", [lambda r: one_curve([1.0, 2.0]), plots.quickstart, plots.scores])
 def test_figures_belong_to_nobody_and_settings_stay(result, make):
     import matplotlib.pyplot as plt
 
@@ -84,7 +78,10 @@ def test_describe(result):
     assert "each step: 15 points" in lines[0]
     assert "mean of 10 steps: 6 points" in lines[0]
     assert "Training on 1 example" in lines[1] and "3 bars" in lines[1]
-    assert "6 cells" in plots.describe(plots.soft_labels(np.ones((3, 2)), np.ones((3, 2)), "ab"))
+    mesh = Figure()
+    mesh.colorbar(mesh.subplots().pcolormesh(np.ones((3, 2))))
+    (cells,) = plots.describe(mesh).splitlines()  # a colour bar is no panel
+    assert "6 cells" in cells
     result["cells"]["a"]["notes"]["embeddings 0"]["losses"] = [1.0]
     assert plots.describe(plots.quickstart(result)).splitlines() != lines
 
@@ -107,7 +104,7 @@ def test_saved_figures_are_the_same_bytes(result, tmp_path):
     paths = [plots.save(plots.quickstart(result), tmp_path / "new" / "folder" / f"{n}.png") for n in "ab"]
     raw = [path.read_bytes() for path in paths]
     assert raw[0] == raw[1] and raw[0].startswith(b"\x89PNG") and b"Matplotlib" not in raw[0]
-    other = plots.save(plots.learning_curve([1.0]), str(tmp_path / "c.png"))
+    other = plots.save(one_curve([1.0]), str(tmp_path / "c.png"))
     assert hashlib.sha256(other.read_bytes()).digest() != hashlib.sha256(raw[0]).digest()
 
 
@@ -126,7 +123,7 @@ def test_tables_of_any_rows_are_escaped():
 
 
 def test_a_notebook_shows_a_figure_as_a_picture():
-    figure = plots.learning_curve([1.0, 0.5, 0.2])
+    figure = one_curve([1.0, 0.5, 0.2])
     assert figure._repr_png_().startswith(b"\x89PNG\r\n")
     assert figure._repr_png_() == figure._repr_png_()
 

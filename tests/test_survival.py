@@ -580,7 +580,7 @@ def test_hostile_text_in_figures_is_drawn():
     flat, weights = np.zeros((m, 2)), np.full((m, m), 1 / m)
     demonstrations, scores = [(name, name) for name in names], {"without": dict.fromkeys(names, -1.0)}
     figures = [
-        plots.soft_labels(weights, weights, names),
+        plots.curves([(names[0], names[1], names[2], {name: ([1], [1.0]) for name in names})]),
         attention_figures.kind_maps(dict.fromkeys(names[:2], (flat, ["real"] * m))),
         attention_figures.one_head({"real": weights, "learned": weights}, names, names[0]),
         attention_figures.thumbnails({names[1]: weights[None, None]}, title=names[0]),

@@ -132,14 +132,6 @@ def draw_scores(axes, result: Mapping) -> None:
 
 
 @style()
-def learning_curve(losses: Sequence[float]) -> Figure:
-    """The outer loss of one distillation."""
-    figure, (axes,) = _figure(6, 3.4)
-    draw_curve(axes, losses)
-    return figure
-
-
-@style()
 def scores(result: Mapping) -> Figure:
     """The rows of a classification result as bars."""
     figure, (axes,) = _figure(7, 0.62 * frame(result)["row"].nunique() + 1)
@@ -155,20 +147,6 @@ def quickstart(result: Mapping) -> Figure:
     draw_curve(left, cell["notes"][f"embeddings {result['config']['seed']}"]["losses"])
     draw_scores(right, result)
     right.set_title(f"Training on {k} example{'s' * (k > 1)} of each of {classes} classes")
-    return figure
-
-
-@style()
-def soft_labels(before, after, classes: Sequence[str]) -> Figure:
-    """Label probabilities ``[m, c]`` before and after distilling, as two heat maps on one scale."""
-    figure, axes = _figure(10, 0.45 * len(before) + 1.6, 2)
-    for where, values, title in zip(axes, (before, after), ("at the start", "learned"), strict=True):
-        sns.heatmap(
-            np.asarray(values), ax=where, vmin=0, vmax=1, cmap="crest", annot=True, fmt=".2f", cbar=False,
-            xticklabels=[plain(c) for c in classes], annot_kws={"fontsize": 8},
-        )
-        where.set(title=title, xlabel="probability of class", ylabel="synthetic example")
-        where.tick_params(axis="x", rotation=30)
     return figure
 
 

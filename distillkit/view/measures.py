@@ -7,7 +7,7 @@ A picture of high-dimensional points is a claim about neighbours, so every view 
   how many neighbours a map keeps.
 * :func:`distance_to_words` has a yardstick: how far words are from each other.
 * :func:`attention` gives the weights of every head; :func:`attention_entropy` and :func:`attention_shares` condense them
-  (Clark et al., 2019), and :func:`uniform_attention` is the attention of a head without preferences.
+  (Clark et al., 2019).
 * :func:`random_shift` is the control of a learned set: as far from real text, in a direction without meaning.
 * :func:`history` follows a set through its snapshots.
 
@@ -204,13 +204,6 @@ def attention(student: Student, examples: DistilledSet | Batch, params: Params |
         weights = weights.take_along_dim(place[..., None], 3).take_along_dim(place[..., None, :], 4)
     present = mask[:, None, None, :, None] & mask[:, None, None, None, :]
     return (weights * present).cpu().numpy()
-
-
-def uniform_attention(mask) -> np.ndarray:
-    """``[examples, 1, 1, l, l]``: equal weight on every present position: a yardstick."""
-    mask = np.asarray(mask, dtype=bool)
-    visible = (mask[:, :, None] & mask[:, None, :])[:, None, None]
-    return visible / visible.sum(-1, keepdims=True).clip(1)
 
 
 def attention_entropy(weights, mask) -> np.ndarray:

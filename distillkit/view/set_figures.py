@@ -11,10 +11,15 @@ from distillkit.io.escaping import markdown, visible
 from distillkit.view.figures import plain
 
 
+def in_font(text: str, font: str = "DejaVu Sans") -> str:
+    """``text`` with ``U+8ECA`` for each character that a font does not have."""
+    known = get_font(findfont(font)).get_char_index
+    return "".join(c if known(ord(c)) else f"U+{ord(c):04X}" for c in text)
+
+
 def drawn(token: str) -> str:
-    """A token as matplotlib draws it: letter by letter, with ``U+8ECA`` for a character that its own font does not have."""
-    font = get_font(findfont("DejaVu Sans"))
-    return plain("".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in token))
+    """A token as matplotlib draws it: letter by letter, in characters that its own font has."""
+    return plain(in_font(token))
 
 
 def label_table(rows: Sequence[Mapping], classes: Sequence[str], format: str = "markdown") -> str:

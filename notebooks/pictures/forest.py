@@ -58,13 +58,14 @@ def gains(result: Mapping, other: str, rows: Mapping[str, tuple[str, str]], cell
 
 
 @style()
-def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str) -> Figure:
+def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str, lines: Mapping[str, float] | None = None) -> Figure:
     """Gains as points with intervals, panels side by side; labels stand once, in the order in which they first appear.
 
     Args:
         panels: title → gains, as :func:`gains` returns them.
         title: of the figure, above the panels.
         x: label of the axes: what is gained over what.
+        lines: name → gain of further vertical lines, such as chance.
     """
     labels = list(dict.fromkeys(gain.label for listed in panels.values() for gain in listed))
     figure, axes = _figure(2.9 * len(panels) + 2.2, 0.38 * len(labels) + 2, len(panels))
@@ -78,6 +79,10 @@ def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str) -> Figure:
             fill = colour if gain.sets > 1 else "white"
             where.plot(gain.mean, place, "o", color=colour, mfc=fill, mew=1.6, ms=5.5, label=plain(gain.label))
         where.axvline(0, color="black", lw=1, label="_none")
+        for name_of_line, value in (lines or {}).items():
+            where.axvline(value, color=ROLE_COLOURS["chance"], ls=":", lw=1.5, label=plain(name_of_line))
+            where.annotate(plain(name_of_line), (value, -0.5), xytext=(4, -2), textcoords="offset points", fontsize=10,
+                           va="top")
         where.set(title=plain(name), xlabel=x, ylim=(len(labels) - 0.5, -0.5))
         where.set_yticks(range(len(labels)), [plain(label) for label in labels] if where is axes[0] else [])
         where.xaxis.set_major_locator(MaxNLocator(4))

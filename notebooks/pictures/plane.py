@@ -3,7 +3,7 @@
 The first lesson writes the idea out in its own cells.  Here stands what it shows: figures (:func:`fans`, :func:`paths`),
 :class:`Plane`, a widget whose points follow the mouse, and the film, which is made by
 
-    python -m pictures.plane figures/00_plane.gif
+    python notebooks/pictures/plane.py figures/00_plane.gif
 
 The student has two weights θ and calls a point x class 1 where θ·x > 0, so its boundary is a line through the origin.  The
 synthetic points are one per class.  Inner loop: T gradient steps on them.  Outer loss: the mean cross-entropy of the trained
@@ -165,7 +165,7 @@ def paths(panels: Sequence[tuple[str, Sequence[Tensor], str]], real: Tensor, lab
     axis = torch.linspace(-edge, edge, 81, dtype=real.dtype)
     grid = torch.cartesian_prod(axis, axis)
     levels = loss(grid, real, labels).reshape(81, 81).T.numpy()
-    figure, axes = _figure(4.6 * len(panels), 5.6, len(panels))
+    figure, axes = _figure(4.6 * len(panels), 6.5, len(panels))
     handles = {"random start": Line2D([], [], marker="o", ls="", color="white", mec="black", ms=7)}
     for where, (title, visited, role) in zip(axes, panels, strict=True):
         where.contour(axis, axis, levels, levels=[0.14, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4], colors="0.8", linewidths=0.9)

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 
 from distillkit.core.distilled import DistilledSet
@@ -28,6 +27,7 @@ from distillkit.io.checks import require
 from distillkit.io.escaping import one_line
 from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 from distillkit.view.measures import distance_to_words, history
+from distillkit.view.set_figures import in_font
 
 Cards = namedtuple("Cards", ("steps", "classes", "own", "words", "changed", "distances", "labels", "yardstick"))
 
@@ -195,7 +195,8 @@ class _Card:
 def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[tuple[str, str]]:
     """Words in at most ``most`` lines of :data:`CHARACTERS`: in each the kept words, and the changed ones in their gaps."""
     lines, kept, new = [], "", ""
-    for word, other in zip(map(_in_font, words), changed, strict=True):
+    for whole, other in zip(words, changed, strict=True):
+        word = in_font(one_line(whole, 24), FONT)
         if kept and len(kept) + len(word) > CHARACTERS:
             lines.append((kept, new))
             kept = new = ""
@@ -203,12 +204,6 @@ def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[
         kept, new = kept + (blank if other else word) + " ", new + (word if other else blank) + " "
     lines.append((kept, new))
     return lines if len(lines) <= most else [*lines[: most - 1], ("…", "")]
-
-
-def _in_font(word: str) -> str:
-    """A word as :data:`FONT` draws it, ``U+8ECA`` for a character that it does not have."""
-    font = get_font(findfont(FONT))
-    return "".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in one_line(word, 24))
 
 
 # --- accuracy against bytes ----------------------------------------------------------------------------------------------
