@@ -36,7 +36,7 @@ def without_answers(notebook: nbformat.NotebookNode) -> None:
 
 def write_student(paths: list[Path], into: Path, fresh: bool = False) -> list[str]:
     """Write lessons without answers, the glossary, and what lessons import; returns a line for each lesson."""
-    into.mkdir(exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)
     shutil.copy(FOLDER / "GLOSSARY.md", into)
     shutil.copytree(FOLDER / "pictures", into / "pictures", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     lines = []
@@ -54,7 +54,7 @@ def write_student(paths: list[Path], into: Path, fresh: bool = False) -> list[st
 
 def write_slides(paths: list[Path], into: Path) -> list[str]:
     """Write lessons as slides, a slide for each section; checks are left out, the code of set-up cells is hidden."""
-    into.mkdir(exist_ok=True)
+    into.mkdir(parents=True, exist_ok=True)
     exporter = SlidesExporter(exclude_output_prompt=True, exclude_input_prompt=True)
     tags = TagRemovePreprocessor(remove_cell_tags={"check"}, remove_input_tags=COLLAPSED, enabled=True)
     exporter.register_preprocessor(tags, enabled=True)

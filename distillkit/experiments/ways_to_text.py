@@ -78,7 +78,8 @@ STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
 }
 WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "sentences", "relaxed tokens", *STARTS)
-TEXTS = (*METHODS, *WAYS)
+SELECTIONS = (*METHODS, "keywords")
+TEXTS = (*SELECTIONS, *WAYS)
 RECIPES = ("tuned", "relabelled", "transfer", "fixed")
 ROWS = (
     *(f"{m}/{r}" for m in TEXTS for r in RECIPES), "embeddings/own", "embeddings/tuned", "full/standard",
@@ -111,7 +112,7 @@ class TextCell(Cell):
     """An experiment on ways to text, or a cell of a grid of them."""
 
     texts = (*WAYS, *(f"{method} relabelled" for method in WAYS))
-    selections, projected = METHODS, {"projection": "embeddings"}
+    selections, projected = SELECTIONS, {"projection": "embeddings"}
 
     @functools.cached_property
     def target(self) -> Student:
