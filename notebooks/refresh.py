@@ -170,6 +170,8 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 def repository(project: Path = FOLDER.parent / "pyproject.toml") -> str | None:
     """Return where this repository is published, from the project's URLs; None where it is not said."""
+    if not project.is_file():  # the lessons may have been copied to another repository
+        return None
     urls = tomllib.loads(project.read_text(encoding="utf-8"))["project"].get("urls", {})
     return urls.get("Repository", "").removesuffix("/").removesuffix(".git") or None
 

@@ -90,4 +90,4 @@ def test_without_an_address_there_is_no_badge(course, tmp_path):
 
     project = tmp_path / "pyproject.toml"
     project.write_text('[project]\nname = "x"\n')
-    assert refresh.repository(project) is None
+    assert refresh.repository(project) is None and refresh.repository(tmp_path / "nothing") is None

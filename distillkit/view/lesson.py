@@ -26,8 +26,7 @@ SCALES = ("cpu", "gpu")
 # The largest sizes of a reduced run; a size that is not named here stays.
 CAPS = {
     "corpus_limit": 96, "max_length": 48, "length": 12, "question_length": 48, "rows": 12, "batch_size": 4, "outer_batch": 8,
-    "unroll_steps": 2, "outer_steps": 2, "swap_steps": 2, "stream_steps": 2, "expert_epochs": 1, "expert_batch": 16,
-    "snapshots_per_epoch": 2,
+    "unroll_steps": 2, "outer_steps": 2, "swap_steps": 2, "expert_epochs": 1, "snapshots_per_epoch": 2,
 }
 
 
