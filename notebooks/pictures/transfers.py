@@ -108,21 +108,21 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
     """Scores of a method on the model that made its text and on others, a named line for each method, a dot for each set.
 
     Args:
-        panels: title → scores with columns ``method``, ``target``, ``set_seed`` and ``accuracy``; targets from the left in
-            order of appearance.  What is missing is left out; a single set is hollow.
+        panels: title → scores with columns ``method`` (of :data:`LINES`), ``target``, ``set_seed`` and ``accuracy``; targets
+            from the left in order of appearance.  What is missing is left out; a single set is hollow.
         chance: accuracy of guessing.
         full: target → accuracy of training on all data, where it was measured.
     """
     figure, axes = _figure(5.8 * len(panels), 4.6, len(panels))
     for panel, (title, scores) in zip(axes, panels.items(), strict=True):
         targets = [*dict.fromkeys(scores["target"])]
-        methods = [*dict.fromkeys(scores["method"])]
+        methods = [method for method in LINES if method in set(scores["method"])]
         begins = {}
         for number, method in enumerate(methods):
             rows = scores[scores["method"] == method]
             means = rows.groupby("target")["accuracy"].agg(["mean", "size"]).reindex(targets).dropna()
             aside = STEP * (number - (len(methods) - 1) / 2)  # the methods stand beside each other at each target
-            marker, dashes = LINES.get(method, ("o", "-"))
+            marker, dashes = LINES[method]
             look = {"color": METHOD_COLOURS[method], "marker": marker, "ms": 8, "mew": 1.6}
             panel.plot(means.index.map(targets.index) + aside, means["mean"], dashes, lw=2, **look,
                        label=LABELS.get(method, method))
