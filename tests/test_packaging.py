@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 
 import pytest
@@ -74,6 +74,23 @@ def test_every_requirement_is_pinned_within_its_floor(requirement):
 def test_constraints_are_sorted():
     names = list(pins())
     assert names == sorted(names), "sort constraints.txt by name, so that a change of versions is a readable diff"
+
+
+def test_pins_install_on_the_oldest_python_that_is_promised():
+    (floor,) = (s.version for s in SpecifierSet(PROJECT["requires-python"]) if s.operator == ">=")
+    refused, seen = [], 0
+    for name, pinned in pins().items():
+        try:
+            package = metadata(name)
+        except PackageNotFoundError:  # not installed here, as what an extra needs
+            continue
+        if package["Version"].split("+")[0] == pinned:
+            seen += 1
+            if not SpecifierSet(package["Requires-Python"] or "").contains(f"{floor}.0"):
+                refused.append(f"{name} {pinned} wants Python {package['Requires-Python']}")
+    if not seen:
+        pytest.skip("none of the pinned versions is installed")
+    assert not refused
 
 
 def test_conda_installs_this_package_with_the_same_pins():
