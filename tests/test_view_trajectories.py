@@ -74,7 +74,7 @@ def result():
 
 
 def test_a_forest_plot_shows_sets_gains_and_intervals(result):
-    figure = trajectories.gains(result, "random/standard", 0.25, "Learned")
+    figure = trajectories.gains(result, "random/standard", 0.25, "Learned", "Gain")
     left, right = figure.axes
     assert [text.get_text() for text in left.get_yticklabels()] == [
         "distilled, NACD (own)", "distilled, BPTT (own)", "real, random (standard)"]

@@ -261,7 +261,7 @@ def accuracy_against_bytes(
         x = _beside(method.bytes, place)
         filled = colour if method.sets > 1 else "white"
         axes.plot([x] * method.sets, method.accuracies, "o", color=colour, mfc=filled, mew=1.6, ms=7, alpha=0.85,
-                  label=method.label)
+                  zorder=3 if method.sets > 1 else 4, label=method.label)
     for name, value in upper.items():
         axes.axhline(value, color=ROLE_COLOURS["full"], lw=1.6, label=name)
         axes.text(160, value + 0.006, f"{name}: {value:.2f}", fontsize=10, va="bottom")
@@ -271,7 +271,7 @@ def accuracy_against_bytes(
     axes.text(corpus_bytes * 0.94, 0.2, "the whole corpus, compressed", rotation=90, fontsize=10, ha="right", va="bottom")
     _labelled(axes, methods)
     axes.set(xscale="log", xlim=(140, 2e7), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
-             xlabel="bytes of what a student trains on (log scale; a dot per set, hollow: one set)")
+             xlabel="bytes of what a student trains on (log scale; equal ones side by side; a dot per set, hollow: one set)")
     axes.set_xticks([1e3, 1e4, 1e5, 1e6], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.grid(axis="x", visible=False)
     names = {"real": "real sentences, drawn without scoring them", "text": "text: written, chosen by a score, or nearest words",

@@ -105,7 +105,7 @@ ROLE_OF = {"nacd": "learned", "nacd vectors": "learned", "bptt": "learned", "cho
 
 
 @style()
-def gains(result: Mapping, other: str, chance: float, title: str) -> Figure:
+def gains(result: Mapping, other: str, chance: float, title: str, gain_title: str) -> Figure:
     """A forest plot of an experiment on instruction tuning: accuracy of every set, and the gain over one row, paired by set.
 
     Args:
@@ -113,6 +113,7 @@ def gains(result: Mapping, other: str, chance: float, title: str) -> Figure:
         other: the row that gains are measured over, such as ``"random/standard"``.
         chance: accuracy of guessing.
         title: of the left panel.
+        gain_title: of the right panel.
 
     A row of a single set has hollow marks and no interval.
     """
@@ -138,10 +139,11 @@ def gains(result: Mapping, other: str, chance: float, title: str) -> Figure:
         left.annotate(f"{label} {score:.2f}", (score, -0.7), xytext=(4 if side == "left" else -4, 0), ha=side,
                       textcoords="offset points", fontsize=9)
     left.set_yticks(range(len(rows)), [_label(str(name)) for name in rows.index], fontsize=10)
-    left.set(title=plain(title), xlim=(chance - 0.13, full + 0.03), xlabel="test accuracy (a dot per set; hollow: one set)")
+    left.set(title=plain(title), xlim=(chance - 0.13, full + 0.03),
+             xlabel="test accuracy (a dot per set; stroke: mean)")
     right.axvline(0, color="black", lw=1)
     right.set_yticks(range(len(rows)), [])
-    right.set(title=f"Gain over {other.split('/')[0]} pairs", xlabel="paired difference (95 % interval)")
+    right.set(title=plain(gain_title), xlabel=f"minus {other.split('/')[0]} pairs, paired (95 % interval)")
     right.xaxis.set_major_locator(MaxNLocator(5))
     for axes in (left, right):
         axes.set_ylim(len(rows) - 0.5, -1)

@@ -136,12 +136,11 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         for target, score in full.items():
             if target in targets:
                 place = targets.index(target)
-                panel.plot([place - 0.22, place + 0.22], [score, score], color="black", lw=2.5, zorder=1, label="_all data")
-                panel.annotate("all data", (place, score), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=10,
-                               bbox={"fc": "white", "ec": "none", "pad": 0.5})
+                panel.plot([place - 0.3, place + 0.3], [score, score], color="black", lw=2.5, zorder=1, label="_all data")
+                panel.annotate("all data", (place + 0.32, score), va="center", fontsize=10)
         panel.axhline(chance, color="black", lw=1.2, ls=":", label="_chance")
         panel.annotate("guessing", (-LEFT + 0.02, chance), xytext=(0, -4), textcoords="offset points", va="top", fontsize=10)
-        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.65), ylim=(0.1, 0.88))
+        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.25), ylim=(0.1, 0.88))
         panel.set_xticks(range(len(targets)), [plain(target) for target in targets])
         panel.set_xlabel("trained on (a small dot: one set)")
     return figure
