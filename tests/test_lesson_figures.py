@@ -92,7 +92,8 @@ def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only(
 
 def test_two_uses_stand_in_panels_of_one_scale_with_lines_of_their_own():
     rows = {"real": ("real", [0.2, 0.3]), "distilled": ("learned", [0.4])}
-    figure = prompt_figures.two_uses({"trained": (rows, {"chance": 0.2}), "read": (rows, {"chance": 0.2, "none": 0.6})}, "t", "x")
+    panels = {"trained": (rows, {"chance": 0.2}), "read": (rows, {"chance": 0.2, "none": 0.6})}
+    figure = prompt_figures.two_uses(panels, "title", "x")
     left, right = figure.axes
     assert left.get_xlim() == right.get_xlim() and left.get_title() == "trained"
     assert [list(line.get_xdata()) for line in left.lines] == [[0.2, 0.3], [0.4], [0.2, 0.2]]
