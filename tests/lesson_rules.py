@@ -96,9 +96,9 @@ def opening_says_what_to_expect(notebook, name):
     for part in OPENING:
         if part not in opening:
             yield f"the first cell does not say {part}"
-    for word in ("two cores", "GPU", "](GLOSSARY.md", "](#"):
+    for word in ("one core", "GPU", "](GLOSSARY.md", "](#"):
         if word not in opening:
-            yield f"the first cell does not contain {word!r}: time on two cores and on a GPU, glossary, contents with links"
+            yield f"the first cell does not contain {word!r}: time on one core and on a GPU, glossary, contents with links"
 
 
 def sizes_are_in_the_first_cell(notebook, name):
