@@ -25,7 +25,7 @@ def a_set(embeds):
                            tokens=None, meta={"classes": ["a"], "labels": [0] * examples})
 
 
-def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
+def test_the_control_is_as_far_and_its_positions_move_together_or_apart():
     draw = torch.Generator().manual_seed(0)
     start = a_set(torch.randn(2, 4, 16, generator=draw))
     moved = torch.randn(2, 4, 16, generator=draw) * start.free[..., None]
@@ -37,6 +37,10 @@ def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
     assert torch.allclose(directions, directions[:, :1].expand_as(directions), atol=1e-5)
     assert not torch.allclose(directions[0], directions[1])
     assert torch.equal(control.embeds, measures.random_shift(learned, start, seed=1).embeds)
+    apart = measures.random_shift(learned, start, seed=1, together=False).embeds - start.embeds
+    assert torch.allclose(apart.norm(dim=-1), moved.norm(dim=-1), atol=1e-5)
+    first, second = torch.nn.functional.normalize(apart[0, 1:3], dim=-1)
+    assert not torch.allclose(first, second, atol=0.1), "a direction for each position"
     with pytest.raises(ValueError, match="started from"):
         measures.random_shift(learned, dataclasses.replace(start, embeds=start.embeds[:, :, :8]))
 
