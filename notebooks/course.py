@@ -2,6 +2,7 @@
 
     python notebooks/course.py student             # course/: every lesson without answers and outputs
     python notebooks/course.py slides [NAME ...]   # course/NAME.slides.html, shown with any browser
+    python notebooks/course.py handout             # course/10_handout.html: the paper of lesson 10, to print
 
 Everything goes into course/ beside notebooks/, so that links and results are found from there. A lesson that a student has
 changed is left alone; --fresh writes it again.
@@ -16,13 +17,19 @@ import sys
 from pathlib import Path
 
 import nbformat
-from nbconvert import SlidesExporter
+from nbconvert import HTMLExporter, SlidesExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
+from pictures import paper, reviewing
 from refresh import COLLAPSED, FOLDER, find, read, render
 
 ANSWER = re.compile(r"<details>\s*<summary>Answer.*?</details>", re.DOTALL)
 INSTEAD = "*Your answer:*"
+TERMS = """**Terms.** *Set*: the examples made by one run of a method. *Initialisation*: the start of a student that is
+trained on them. *k-centre*, *herding*: rules that pick real sentences by their place among all sentences. *Chosen
+sentences*: real sentences that a search picked by the loss of a small model. *Fixed*, *tuned*, *own*, *standard*: recipes
+of training. *Instruction pair*: a question and its answer. *LESS*: picks pairs by the direction of their gradients. *Full
+data*: the same student trained on all rows."""
 
 
 def without_answers(notebook: nbformat.NotebookNode) -> None:
@@ -70,15 +77,38 @@ def write_slides(paths: list[Path], into: Path) -> list[str]:
     return lines
 
 
+def write_handout(into: Path) -> list[str]:
+    """Write the paper of lesson 10 for printing: the paper with its terms, the objections to judge, and the verdicts."""
+    into.mkdir(parents=True, exist_ok=True)
+    judged = reviewing.SUSPICIONS.items()
+    to_judge = "\n".join(f"| {letter} | {objection.text} | | |" for letter, objection in judged)
+    verdicts = "\n".join(f"* **{letter}** {'a mistake' if objection.holds else 'no mistake'}: {objection.reason}"
+                         for letter, objection in judged)
+    pages = [f"{paper.text(FOLDER.parent / 'figures' / 'results')}\n{TERMS}",
+             f"### Fifteen objections\n\n{reviewing.PLANTED} of them hold. Which?\n\n"
+             f"| | objection | holds? | because |\n|---|---|---|---|\n{to_judge}",
+             f"### For the lecturer: the verdicts\n\n{verdicts}"]
+    notebook = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_markdown_cell(f"<div style='break-before: page'></div>\n\n{page}") for page in pages])
+    target = into / "10_handout.html"
+    target.write_text(HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": "Handout"}})[0], encoding="utf-8")
+    return [f"handout: {target.parent.name}/{target.name}"]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("form", choices=("student", "slides"))
+    parser.add_argument("form", choices=("student", "slides", "handout"))
     parser.add_argument("names", nargs="*", help="lessons (default: all)")
     parser.add_argument("--fresh", action="store_true", help="write lessons again that are there already")
     parser.add_argument("--into", type=Path, default=FOLDER.parent / "course", metavar="DIR", help="default: course")
     options = parser.parse_args(arguments)
     paths = find(options.names)
-    lines = write_slides(paths, options.into) if options.form == "slides" else write_student(paths, options.into, options.fresh)
+    if options.form == "handout":
+        lines = write_handout(options.into)
+    elif options.form == "slides":
+        lines = write_slides(paths, options.into)
+    else:
+        lines = write_student(paths, options.into, options.fresh)
     print(*lines, sep="\n")
     return 0
 

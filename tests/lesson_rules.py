@@ -96,9 +96,9 @@ def opening_says_what_to_expect(notebook, name):
     for part in OPENING:
         if part not in opening:
             yield f"the first cell does not say {part}"
-    for word in ("two cores", "GPU", "](GLOSSARY.md", "](#"):
+    for word in ("one core", "GPU", "](GLOSSARY.md", "](#"):
         if word not in opening:
-            yield f"the first cell does not contain {word!r}: time on two cores and on a GPU, glossary, contents with links"
+            yield f"the first cell does not contain {word!r}: time on one core and on a GPU, glossary, contents with links"
 
 
 def sizes_are_in_the_first_cell(notebook, name):
@@ -182,7 +182,8 @@ def anchors_are_there(notebook, name):
     text = "\n".join(prose(notebook))
     headings = {heading.strip().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     glossary = (FOLDER / "GLOSSARY.md").read_text(encoding="utf-8")
-    terms = {*re.findall(r'id="([^"]+)"', glossary), *map(str.lower, re.findall(r"^## (\w+)", glossary, re.MULTILINE))}
+    sections = {section.lower().replace(" ", "-") for section in re.findall(r"^## (.*)$", glossary, re.MULTILINE)}
+    terms = {*re.findall(r'id="([^"]+)"', glossary), *sections}
     for file, anchor in re.findall(r"\]\((GLOSSARY\.md)?#([^)\s]+)\)", text):
         if anchor not in (terms if file else headings):
             yield f"a link to #{anchor}, which {file or 'this lesson'} does not have"

@@ -43,7 +43,7 @@ def test_a_cut_shows_the_cells_of_its_points(table):
 def test_the_figure_of_a_cut_names_the_nearest_word(table):
     plane = cells.cut(table[0], torch.ones(8), 0, table, torch.ones(60, dtype=torch.bool))
     figure = cells.cut_figure(plane, 0.0, lambda token: f"<w{token}>$")
-    assert describe(figure).startswith(r"panel 1: At 0.0 the nearest word is '<w0>\$', 0.0 away")
+    assert describe(figure).startswith(r"panel 1: 0.0 from '<w0>\$', and still in its cell")
 
 
 def test_a_point_that_has_not_moved_gives_no_plane(table):

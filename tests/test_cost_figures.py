@@ -28,8 +28,9 @@ def test_nothing_on_the_pareto_line_is_beaten(points):
 
 
 def test_a_single_set_is_hollow_and_several_have_their_deviation(points):
-    figure = cost_figures.pareto(points, "The finding", "TFLOPs", chance=0.25)
-    (axes,) = figure.axes
+    figure = cost_figures.pareto({"Dear": points, "Cheap": points.assign(cost=1)}, "TFLOPs", chance=0.25)
+    axes, shared = figure.axes
+    assert axes.get_xlim() == shared.get_xlim() and shared.get_title() == "Cheap"
     fill = {line.get_label(): line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"}
     assert fill["dear and better"] == "white" and fill["cheap"] != "white"
     assert len(axes.containers) == 3 and axes.get_xscale() == "log"

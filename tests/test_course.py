@@ -61,6 +61,15 @@ def test_slides_show_outputs_and_no_checks_or_answers(course, tmp_path):
     assert "Many." in page and "hidden check" not in page and "Because." not in page
 
 
+def test_the_handout_has_the_paper_and_keeps_the_verdicts_for_its_last_page(course, tmp_path):
+    assert course.main(["handout", "--into", str(tmp_path)]) == 0
+    page = (tmp_path / "10_handout.html").read_text(encoding="utf-8")
+    paper, objections, verdicts = (page.index(text) for text in ("Table 2", "Fifteen objections", "For the lecturer"))
+    assert paper < objections < verdicts
+    reasons = [page.index(suspicion.reason) for suspicion in course.reviewing.SUSPICIONS.values()]
+    assert len(reasons) == 15 and min(reasons) > verdicts
+
+
 def test_every_lesson_has_a_students_copy_that_still_asks_for_its_exercises(course, tmp_path):
     course.write_student(course.find([]), tmp_path / "course")
     for path in sorted((tmp_path / "course").glob("*.ipynb")):

@@ -91,6 +91,19 @@ def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only(
     figure.canvas.draw()
     alone = prompt_figures.prompt_and_labels([], "what?", {"without": labels["without"]}, "a")
     assert len(alone.axes[1].patches) == 2
+    assert figure.axes[1].get_xlim() == alone.axes[1].get_xlim(), "prompts are compared on one scale"
+    unlikely = prompt_figures.prompt_and_labels([], "what?", {"without": {"a": -20.0, "b": -1.0}}, "a")
+    assert unlikely.axes[1].get_xlim()[0] < -20
+
+
+def test_two_uses_stand_in_panels_of_one_scale_with_lines_of_their_own():
+    rows = {"real": ("real", [0.2, 0.3]), "distilled": ("learned", [0.4])}
+    panels = {"trained": (rows, {"chance": 0.2}), "read": (rows, {"chance": 0.2, "none": 0.6})}
+    figure = prompt_figures.two_uses(panels, "title", "x")
+    left, right = figure.axes
+    assert left.get_xlim() == right.get_xlim() and left.get_title() == "trained"
+    assert [list(line.get_xdata()) for line in left.lines] == [[0.2, 0.3], [0.4], [0.2, 0.2]]
+    assert [line.get_label() for line in right.lines] == ["real", "distilled", "chance", "none"]
 
 
 def test_a_forest_has_a_row_for_each_method_and_no_interval_where_there_is_none():

@@ -87,7 +87,7 @@ def shown(**data):
 
 
 SIZES = "cfg = dk.sizes(student=('offline:minilm', 'gpt2'))\n"
-LINKS = " a second on two cores and on a GPU [terms](GLOSSARY.md) [picture](#The-picture)"
+LINKS = " a second on one core and on a GPU [terms](GLOSSARY.md) [picture](#The-picture)"
 OPENED = "# 99 A lesson\n\n" + " ".join(OPENING) + LINKS
 DRAWING = "![Two loops, one inside the other](../figures/diagrams/99.svg)"
 ANSWERED = "\n\n".join(f"### {exercise}\n\nHow?\n\n<details><summary>Answer</summary>So.</details>" for exercise in EXERCISES)
@@ -136,7 +136,7 @@ def with_another_cell(*arguments, **options):
 PICTURE = shown(image_png="iVBORw0KGgo=")
 BREAKS = [
     ("title_with_its_number", without("# 99 A lesson", "# A lesson")),
-    *(("opening_says_what_to_expect", without(part)) for part in (*OPENING, "two cores", "a GPU", "(GLOSSARY.md)", "(#")),
+    *(("opening_says_what_to_expect", without(part)) for part in (*OPENING, "one core", "a GPU", "(GLOSSARY.md)", "(#")),
     ("sizes_are_in_the_first_cell", with_another_cell(SIZES + "print(1)", printed("1\n"))),
     ("sizes_are_in_the_first_cell", with_first_code("print(dk.load_student('offline:minilm'))")),
     ("sizes_are_in_the_first_cell", with_first_code("print(dk.sizes(student=('gpt2', 'gpt2')))")),

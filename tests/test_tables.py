@@ -253,6 +253,21 @@ def test_a_file_is_not_a_folder(folder):
         dk.load_task(folder(**{"train.csv": csv()}) / "train.csv")
 
 
+@pytest.mark.parametrize("ending, mark, said", [("csv", ";", "semicolons.*commas"), ("csv", "|", "bars.*commas"),
+                                                ("csv", "\t", "tabs.*commas"), ("tsv", ",", "commas.*tabs")])
+@pytest.mark.parametrize("options", [{}, {"quoting": 1}, {"lineterminator": "\r\n"}])
+def test_another_separator_than_the_ending_says(folder, ending, mark, said, options):
+    others = {f"{split}.{ending}": csv(sep=mark, **options) for split in ("train", "dev", "test")}
+    with pytest.raises(CorpusError, match=f"(dev|test|train).{ending}.*text.*{said}"):
+        dk.load_task(folder(**others))
+
+
+def test_a_column_may_hold_another_separator_in_its_name(folder):
+    renamed = TABLE.rename(columns={"text": "text; as written", "label": "a|b"})
+    path = folder(**{f"{split}.csv": renamed.to_csv(index=False) for split in ("train", "dev", "test")})
+    assert as_written(dk.load_task(path, text_column="text; as written", label_column="a|b"))
+
+
 @pytest.mark.parametrize("second", ["train.jsonl.gz", "train-00000-of-00001.csv", "data/train.csv"])
 def test_two_files_for_one_split(folder, second):
     with pytest.raises(CorpusError, match="mine holds .*train.* for one split; keep one file"):

@@ -36,10 +36,11 @@ def test_panels_show_lines_marks_and_levels():
 
 def test_bars_are_the_measured_costs():
     result, titles = read(COSTS), ("Memory", "Time")
-    memory, time = cost_bars(result, (2, 32), ("StoreAll", "Replay"), titles).axes
+    memory, time = cost_bars(result, (2, 32), {"StoreAll": "everything", "Replay": "Replay"}, titles).axes
     rows = {(row["contender"], row["steps"]): row for row in result["entries"][0]["rows"]}
     expected = [rows[name, steps]["cost"] for name in ("StoreAll", "Replay") for steps in (2, 32)]
     assert [bar.get_height() for bar in time.patches] == expected
+    assert [text.get_text() for text in memory.get_legend().get_texts()][:2] == ["everything", "Replay"]
     assert max(bar.get_height() for bar in memory.patches) == rows["StoreAll", 32]["bytes"] / 1e9
     with pytest.raises(KeyError):
-        cost_bars(result, (3,), ("StoreAll",), titles)
+        cost_bars(result, (3,), {"StoreAll": "everything"}, titles)

@@ -21,6 +21,7 @@ from pathlib import Path
 from distillkit.data.corpus import CorpusError, shown
 from distillkit.io.escaping import one_line
 
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 LONGEST_FIELD = 2**31 - 1  # characters in a field of CSV; the standard library's own limit is 131,072
 SAVED = ("state.json", "dataset_info.json")  # what save_to_disk writes beside the rows of a split
 
@@ -117,7 +118,9 @@ def _json(path: Path) -> Table:
 def _delimited(path: Path) -> Table:
     """CSV or TSV whose first row names the columns."""
     delimiter = "\t" if ending(path) == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(path)
+    _check_separator(path, text.lstrip("\r\n").partition("\n")[0].rstrip(), delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, where, line = [], [], 1
     usual_limit = csv.field_size_limit(LONGEST_FIELD)
     try:
@@ -141,6 +144,14 @@ def _delimited(path: Path) -> Table:
             raise CorpusError(f"{place}: a quotation mark opens a field that runs over tabs and lines; double "
                               "the quotation marks of the text and quote the field, or save the file as .jsonl")
     return Table(header, lambda name: [row[header.index(name)] for row in rows[1:]], str(path), where[1:])
+
+
+def _check_separator(path: Path, header: str, delimiter: str) -> None:
+    """An error for a header in which another separator stands, and never the one that the ending of the file asks for."""
+    others, usual = [name for mark, name in SEPARATORS.items() if mark in header], SEPARATORS[delimiter]
+    if others and delimiter not in header:
+        raise CorpusError(f"{path}: its first line, {shown(header)}, is separated by {others[0]}, and a {ending(path)} file by "
+                          f"{usual}; save the file with {usual}")
 
 
 # --- tables of typed columns -----------------------------------------------------------------------------------------

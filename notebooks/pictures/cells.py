@@ -125,7 +125,8 @@ def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figur
     _draw_cells(left, plane, word)
     left.plot([0, plane.moved], [0, 0], color=ROLE_COLOURS["learned"], lw=2.5, label="what was learned")
     left.plot(distance, 0, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=12, label="the point")
-    left.set(title=f"At {distance:.1f} the nearest word is '{drawn(word(int(token)))}', {gap:.1f} away",
+    inside = int(token) == plane.token
+    left.set(title=f"{gap:.1f} from '{drawn(word(int(token)))}', " + ("and still in its cell" if inside else "past the wall"),
              xlabel="along the learned direction", ylabel="across, towards the next cell")
     handles, _ = left.get_legend_handles_labels()
     others = Patch(facecolor="0.93", edgecolor="0.3", label="white, grey: cells of other words")

@@ -16,7 +16,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 
 BESIDE = {"right": ((8, 0), "left", "center"), "left": ((-8, 0), "right", "center"), "above": ((0, 8), "center", "bottom"),
           "below": ((0, -8), "center", "top"), "below left": ((2, -8), "right", "top"),
-          "far below": ((0, -20), "center", "top")}
+          "far below": ((0, -20), "center", "top"), "far above": ((0, 13), "center", "bottom")}
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -33,30 +33,31 @@ def _dot(axes, x: float, y: float, deviation: float, colour: str, several: bool,
 
 
 @style()
-def pareto(points: pd.DataFrame, title: str, cost: str, chance: float) -> Figure:
-    """Accuracy against cost on a logarithmic axis, with the Pareto line.
+def pareto(panels: Mapping[str, pd.DataFrame], cost: str, chance: float) -> Figure:
+    """Accuracy against cost on a logarithmic axis, with the Pareto line; the panels have the same axes.
 
     Args:
-        points: a row each: ``label``, ``role`` of :data:`ROLE_COLOURS`, ``cost``, ``accuracy``, ``deviation`` over ``sets``
-            sets, and ``place``, the side of the label.
-        title: the finding.
+        panels: title → a row for each point: ``label``, ``role`` of :data:`ROLE_COLOURS`, ``cost``, ``accuracy``,
+            ``deviation`` over ``sets`` sets, and ``place``, the side of the label.
         cost: the label of the axis, with its unit.
         chance: the accuracy of guessing.
     """
-    figure, (axes,) = _figure(8, 4.8)
-    for row in points.itertuples():
-        _dot(axes, row.cost, row.accuracy, row.deviation, ROLE_COLOURS[row.role], row.sets > 1, label=plain(row.label))
-        offset, horizontal, vertical = BESIDE[row.place]
-        axes.annotate(plain(row.label), (row.cost, row.accuracy), xytext=offset, textcoords="offset points", fontsize=11,
-                      ha=horizontal, va=vertical)
-    best = front(points)
-    axes.plot([*best["cost"], points["cost"].max() * 4], [*best["accuracy"], best["accuracy"].iloc[-1]], color="black", lw=1,
-              ls="--", drawstyle="steps-post", label="Pareto line", zorder=0)
-    axes.axhline(chance, color=ROLE_COLOURS["chance"], lw=1.2, ls=":", label="_chance")
-    axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=11,
-                  color=ROLE_COLOURS["chance"])
-    axes.set(xscale="log", xlabel=cost, ylabel="accuracy on the test split", ylim=(0.1, 0.9), title=title,
-             xlim=(points["cost"].min() / 8, points["cost"].max() * 4))
+    figure, panes = _figure(8 if len(panels) == 1 else 6.5 * len(panels), 4.8, len(panels))
+    costs = pd.concat(list(panels.values()))["cost"]
+    for axes, (title, points) in zip(panes, panels.items(), strict=True):
+        for row in points.itertuples():
+            _dot(axes, row.cost, row.accuracy, row.deviation, ROLE_COLOURS[row.role], row.sets > 1, label=plain(row.label))
+            offset, horizontal, vertical = BESIDE[row.place]
+            axes.annotate(plain(row.label), (row.cost, row.accuracy), xytext=offset, textcoords="offset points", fontsize=11,
+                          ha=horizontal, va=vertical)
+        best = front(points)
+        axes.plot([*best["cost"], costs.max() * 4], [*best["accuracy"], best["accuracy"].iloc[-1]], color="black", lw=1,
+                  ls="--", drawstyle="steps-post", label="Pareto line", zorder=0)
+        axes.axhline(chance, color=ROLE_COLOURS["chance"], lw=1.2, ls=":", label="_chance")
+        axes.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=11,
+                      color=ROLE_COLOURS["chance"])
+        axes.set(xscale="log", xlabel=cost, ylim=(0.1, 0.9), title=title, xlim=(costs.min() / 8, costs.max() * 4))
+    panes[0].set_ylabel("accuracy on the test split")
     return figure
 
 

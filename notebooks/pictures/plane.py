@@ -256,12 +256,14 @@ class Plane(anywidget.AnyWidget):
         }
 
     @style()
-    def figure(self) -> Figure:
-        """What the widget shows now, on paper."""
+    def figure(self, full: Tensor | None = None) -> Figure:
+        """What the widget shows now, on paper; with the boundary of the weights ``full`` (2,), where they are given."""
         figure, (axes,) = _figure(6.0, 6.4)
         _draw_real(axes, self._real, self._labels)
         axes.plot(*_lines(torch.tensor(self.state["fan"], dtype=torch.float64)), color=ROLE_COLOURS["learned"], lw=1.4,
                   label="students after training")
+        if full is not None:
+            axes.plot(*_lines(full[None]), color=ROLE_COLOURS["full"], lw=2.5, ls="--", label="all real points, many steps")
         for (x, y), gradient in zip(self.points, self.state["gradient"]):
             ahead = [-1.2 * part / max(math.hypot(*gradient), 1e-12) for part in gradient]
             axes.annotate("", (x + ahead[0], y + ahead[1]), (x, y), arrowprops={"width": 3, "headwidth": 11, "color": "black"})

@@ -17,6 +17,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 from distillkit.view.set_figures import drawn
 
 WIDE, MOST = 62, 24  # characters of a line of the prompt, and lines
+LEAST = -7.0  # nats: one scale for the labels of all prompts, unless one is less likely
 WITHOUT = ROLE_COLOURS["chance"]
 
 
@@ -50,12 +51,40 @@ def prompt_and_labels(
             right.barh(np.arange(len(names)) - shift, [labels[kind][name] for name in names], height=0.38, color=fill,
                        edgecolor=WITHOUT, label=f"{kind} demonstrations")
     right.set(title="How likely is each label?", xlabel="log-likelihood (nats): likelier to the right",
-              ylim=(len(names) - 0.4, -0.6))
+              ylim=(len(names) - 0.4, -0.6),
+              xlim=(min(LEAST, 1.05 * min(min(scores.values()) for scores in labels.values())), 0))
     right.set_yticks(range(len(names)), map(plain, names))
     for tick, name in zip(right.get_yticklabels(), names, strict=True):
         tick.set_weight("bold" if name == truth else "normal")
     right.grid(axis="y", visible=False)
     right.legend(frameon=False, fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return figure
+
+
+@style()
+def two_uses(panels: Mapping[str, tuple[Mapping[str, tuple[str, Sequence[float]]], Mapping[str, float]]], title: str,
+             x: str) -> Figure:
+    """Dots of several sets in two panels on one scale, so that what is compared stands in one panel.
+
+    Args:
+        panels: title → (rows, lines); rows: name → (role, one of :data:`~distillkit.view.figures.ROLE_COLOURS`, and values);
+            lines: name → value, such as chance.
+        title, x: of the figure and of the axes.
+    """
+    count = max(len(rows) for rows, _ in panels.values())
+    figure, axes = _figure(9, 1.9 + 0.45 * count, len(panels))
+    for where, (name, (rows, lines)) in zip(axes, panels.items(), strict=True):
+        for place, (label, (role, values)) in enumerate(rows.items()):
+            beside = np.linspace(-0.12, 0.12, len(values))  # equal values stay apart
+            where.plot(list(values), place + beside, "o", color=ROLE_COLOURS[role], ms=9, label=plain(label))
+        for line, value in lines.items():
+            where.axvline(value, color=WITHOUT, ls=":" if line == "chance" else "--", lw=1.5, label=plain(line))
+            where.annotate(plain(line), (value, -0.75), xytext=(-4 if value > 0.4 else 4, 0), textcoords="offset points",
+                           fontsize=11, color=WITHOUT, va="center", ha="right" if value > 0.4 else "left")
+        where.set(title=plain(name), xlabel=x, xlim=(0, 0.7), ylim=(count - 0.5, -1.1))
+        where.set_yticks(range(len(rows)), [plain(label) for label in rows])
+        where.grid(axis="y", visible=False)
+    figure.suptitle(plain(title), fontsize=14)
     return figure
 
 

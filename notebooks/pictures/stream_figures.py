@@ -14,19 +14,6 @@ from distillkit.view.figures import _Shown, plain, style
 ACROSS = 3  # panels side by side
 
 
-def kept(accuracy: np.ndarray) -> np.ndarray:
-    """The matrix of a student that forgets nothing: each task stays at the accuracy it had when it was learned.
-
-    Args:
-        accuracy: R ``[tasks, tasks]``, after task k (row) on task j (column), of a stream.
-
-    Returns:
-        R with its diagonal carried down; nan above it, where a task has not come yet.
-    """
-    learned = np.broadcast_to(np.diag(accuracy), accuracy.shape)
-    return np.where(np.tri(len(accuracy), dtype=bool), learned, np.nan)
-
-
 @style()
 def accuracy_maps(panels: Mapping[str, np.ndarray], rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
     """Matrices of accuracies as annotated heat maps on one scale from 0 to 1; nan stays white.

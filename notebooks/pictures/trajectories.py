@@ -80,7 +80,7 @@ def plane(paths: Mapping[str, tuple[str, Sequence[tuple[float, float]]]], title:
 
 @style()
 def losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Matching losses over the outer steps, a line for each set; the right axis reads them as shares of the way left, √loss.
+    """Matching losses over the outer steps, a line for each set; the right axis reads them as the distance left, √loss.
 
     Args:
         curves: name of a set → its matching loss before each outer step; at most three.
@@ -95,7 +95,7 @@ def losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
     axes.set(title=plain(title), xlabel="outer step", ylabel="matching loss", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     way = axes.secondary_yaxis("right", functions=(lambda loss: np.sqrt(np.maximum(loss, 0)), np.square))
-    way.set_ylabel("share of the way left (√)")
+    way.set_ylabel("distance left (√)")
     way.set_yticks([0.2, 0.3, 0.4, 0.5, 0.6])
     axes.legend(frameon=False)
     return figure

@@ -103,7 +103,7 @@ def _mark(axes, marks: Mapping[str, float], levels: Mapping[str, tuple[float, st
 
 
 @style()
-def cost_bars(result: Mapping, steps: Sequence[int], contenders: Sequence[str], titles: tuple[str, str]) -> Figure:
+def cost_bars(result: Mapping, steps: Sequence[int], contenders: Mapping[str, str], titles: tuple[str, str]) -> Figure:
     """Memory and time of strategies at several numbers of inner steps.
 
     Left, the peak of all live tensors as a pale bar and the peak of the activations as a full one in front of it; right, the
@@ -112,7 +112,7 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Sequence[str], 
     Args:
         result: as the benchmark of meta-gradients writes it; its first student is drawn.
         steps: inner steps T, a group of bars each.
-        contenders: the bars of a group, of :data:`STRATEGIES`.
+        contenders: the bars of a group, of :data:`STRATEGIES`: {name in ``result``: name in the legend}.
         titles: of the two panels.
 
     Raises:
@@ -121,12 +121,12 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Sequence[str], 
     rows = {(row["contender"], row["steps"]): row for row in result["entries"][0]["rows"]}
     figure, (memory, time) = _figure(11, 4, 2)
     width = 0.8 / len(contenders)
-    for number, name in enumerate(contenders):
+    for number, (name, label) in enumerate(contenders.items()):
         places = [place + (number - (len(contenders) - 1) / 2) * width for place in range(len(steps))]
         cells, colour = [rows[name, t] for t in steps], STRATEGY_COLOURS[name]
-        memory.bar(places, [cell["bytes"] / 1e9 for cell in cells], width * 0.92, color=colour, alpha=0.4, label=name)
-        memory.bar(places, [cell["activations"] / 1e9 for cell in cells], width * 0.5, color=colour, label=f"_{name}")
-        time.bar(places, [cell["cost"] for cell in cells], width * 0.92, color=colour, label=name)
+        memory.bar(places, [cell["bytes"] / 1e9 for cell in cells], width * 0.92, color=colour, alpha=0.4, label=label)
+        memory.bar(places, [cell["activations"] / 1e9 for cell in cells], width * 0.5, color=colour, label=f"_{label}")
+        time.bar(places, [cell["cost"] for cell in cells], width * 0.92, color=colour, label=label)
     time.axhline(1, label="training alone", **MARKED)
     for axes, title in zip((memory, time), titles, strict=True):
         axes.set_xticks(range(len(steps)), [f"T = {t}" for t in steps])
