@@ -25,7 +25,7 @@ def a_set(embeds):
                            tokens=None, meta={"classes": ["a"], "labels": [0] * examples})
 
 
-def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
+def test_the_control_is_as_far_and_its_positions_move_together_or_apart():
     draw = torch.Generator().manual_seed(0)
     start = a_set(torch.randn(2, 4, 16, generator=draw))
     moved = torch.randn(2, 4, 16, generator=draw) * start.free[..., None]
@@ -37,6 +37,10 @@ def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
     assert torch.allclose(directions, directions[:, :1].expand_as(directions), atol=1e-5)
     assert not torch.allclose(directions[0], directions[1])
     assert torch.equal(control.embeds, measures.random_shift(learned, start, seed=1).embeds)
+    apart = measures.random_shift(learned, start, seed=1, together=False).embeds - start.embeds
+    assert torch.allclose(apart.norm(dim=-1), moved.norm(dim=-1), atol=1e-5)
+    first, second = torch.nn.functional.normalize(apart[0, 1:3], dim=-1)
+    assert not torch.allclose(first, second, atol=0.1), "a direction for each position"
     with pytest.raises(ValueError, match="started from"):
         measures.random_shift(learned, dataclasses.replace(start, embeds=start.embeds[:, :, :8]))
 
@@ -44,17 +48,19 @@ def test_the_control_is_as_far_and_shares_a_direction_in_each_example():
 def test_thumbnails_put_every_head_in_its_place_on_a_scale_that_is_white_at_zero():
     values = np.zeros((2, 3, 4, 4))
     values[1, 2] = 0.25
-    figure = attention_figures.thumbnails({"learned − real": values}, (1, 2), "One head changes")
+    figure = attention_figures.thumbnails({"learned": values[0], "apart": values[1]}, 2, "One head changes")
     (mesh,) = figure.axes[0].collections
     sheet, step = np.ma.filled(mesh.get_array(), np.nan).reshape(2 * 7 - 3, 3 * 7 - 3), 4 + attention_figures.GAP
     assert (sheet[step:, 2 * step :] == 0.25).all() and np.nansum(sheet) == 0.25 * 16 and np.isnan(sheet[4:7]).all()
     assert mesh.get_clim() == (-attention_figures.LIMIT, attention_figures.LIMIT)
     assert attention_figures.DIFFERENCE(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.02)
-    assert "learned − real" in plots.describe(figure) and figure._suptitle.get_text() == "One head changes"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "apart"]
+    framed = [frame.get_xy() for frame in figure.axes[0].patches if frame.get_linewidth() > 1]
+    assert framed == [(2 * step, 0), (2 * step, step)] and "One head changes" in plots.describe(figure)
 
 
 def test_one_head_shows_real_weights_and_differences_and_draws_tokens_as_text():
-    maps = {"real": np.eye(2), "learned": np.full((2, 2), 0.5), "control": np.eye(2)}
+    maps = {"real": np.eye(2), "learned": np.full((2, 2), 0.5), "apart": np.eye(2)}
     figure = attention_figures.one_head(maps, ["[CLS]", "$x"], "a head")
     real, learned, control = (axes.collections[0].get_array().ravel() for axes in figure.axes[:3])
     assert real.tolist() == [1, 0, 0, 1] and learned.tolist() == [-0.5, 0.5, 0.5, -0.5] and not control.any()
@@ -63,7 +69,7 @@ def test_one_head_shows_real_weights_and_differences_and_draws_tokens_as_text():
 
 
 def test_maps_and_dots_hold_what_they_are_given():
-    flat, kinds = np.arange(8.0).reshape(4, 2), ["real", "real", "learned", "control"]
+    flat, kinds = np.arange(8.0).reshape(4, 2), ["real", "real", "learned", "apart"]
     figure = attention_figures.kind_maps({"a map": (flat, kinds), "no kinds": (flat, [""] * 4)})
     assert "real: 2 points" in plots.describe(figure) and "points: 4 points" in plots.describe(figure)
     figure = attention_figures.by_kind([("t", "share", {"real": [0.1, 0.2], "learned": [0.3]}, 0.25)])

@@ -66,7 +66,10 @@ def flat_map(points, *, method: str = "umap", seed: int = 0) -> np.ndarray:
         raise ValueError(f"UMAP needs at least {NEIGHBORS + 2} points, not {len(points)}; ask for method='pca'")
     import umap  # takes seconds to compile, so it is imported only here
 
-    return np.asarray(umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(points), dtype=np.float64)
+    threads = torch.get_num_threads()
+    flat = umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(points)
+    torch.set_num_threads(threads)  # numba sets the OpenMP threads of the whole process, torch's too, to the number of cores
+    return np.asarray(flat, dtype=np.float64)
 
 
 def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
@@ -147,14 +150,14 @@ def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistance
     return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
 
 
-def random_shift(learned: DistilledSet, start: DistilledSet, seed: int = 0) -> DistilledSet:
-    """The control of a learned set: each example of ``start`` shifted in one random direction, every position as far as it
-    moved while it was learned.
+def random_shift(learned: DistilledSet, start: DistilledSet, seed: int = 0, *, together: bool = True) -> DistilledSet:
+    """The control of a learned set: each position of ``start`` shifted at random, as far as it moved while it was learned.
 
     Args:
         learned: a set that was learned from ``start``.
         start: the real examples.
         seed: of the directions.
+        together: one direction for all positions of an example, which become alike; False: a direction for each position.
 
     Returns:
         the shifted set, whose positions are as far from those of ``start`` as those of ``learned`` are.
@@ -165,8 +168,8 @@ def random_shift(learned: DistilledSet, start: DistilledSet, seed: int = 0) -> D
     if learned.embeds.shape != start.embeds.shape:
         raise ValueError(f"learned has shape {tuple(learned.embeds.shape)}, start {tuple(start.embeds.shape)}; give the set "
                          "that learned was started from")
-    examples, _, width = start.embeds.shape
-    direction = torch.randn(examples, 1, width, generator=generator("random-shift", seed))
+    examples, length, width = start.embeds.shape
+    direction = torch.randn(examples, 1 if together else length, width, generator=generator("random-shift", seed))
     distance = (learned.embeds - start.embeds).norm(dim=-1, keepdim=True)
     return dataclasses.replace(start, embeds=start.embeds + distance * direction / direction.norm(dim=-1, keepdim=True),
                                tokens=None)

@@ -1,13 +1,15 @@
-"""Figures that show a learned set from inside a model, with its control beside it: maps, all heads, one head, numbers by set.
+"""Figures that show a learned set from inside a model, with its controls beside it: maps, heads of a layer, one head, numbers.
 
-What differs from real text may differ because it was shifted far.  So each figure has room for three *kinds* of examples:
-``real``; ``learned``; and ``control``, real examples shifted in a random direction by as much as the learned ones
-(:func:`~distillkit.view.measures.random_shift`).  Differences of attention are drawn on one diverging scale that is white at
-zero, the same in all panels.  The arrays come from :mod:`distillkit.view.measures`.
+What differs from real text may differ because it was shifted far.  So each figure has room for several *kinds* of examples:
+``real``; ``learned``; and three controls, real examples shifted by as much as the learned ones: ``together`` (one random
+direction for an example), ``apart`` (one for each position; :func:`~distillkit.view.measures.random_shift`) and ``exchanged``
+(the learned shift of another example).  Differences of attention are drawn on one diverging scale that is white at zero.  The
+arrays come from :mod:`distillkit.view.measures`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +20,8 @@ from matplotlib.patches import Rectangle
 from distillkit.view.figures import ROLE_COLOURS, _figure, _Shown, plain, style
 from distillkit.view.set_figures import drawn
 
-KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "control": ("s", "#a23b72")}
+KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "exchanged": ("D", "#2a9d8f"),
+         "apart": ("^", "#6a3d9a"), "together": ("s", "#a23b72")}
 DIFFERENCE = LinearSegmentedColormap.from_list("difference", ["#b2182b", "#ef8a62", "#ffffff", "#67a9cf", "#2166ac"])
 WEIGHT = LinearSegmentedColormap.from_list("weight", ["#ffffff", "#4d4d4d", "#000000"])
 LIMIT = 0.4  # end of the scale of differences, in shares of a row's attention
@@ -33,7 +36,7 @@ def kind_maps(panels: Mapping[str, tuple[np.ndarray, Sequence[str] | np.ndarray]
         panels: title → (points ``[n, 2]``, the kind of each, one of :data:`KINDS`, or ``""`` for points of no kind).
     """
     figure, axes = _figure(4.1 * len(panels), 4.3, len(panels))
-    looks = {"control": KINDS["control"], "learned": KINDS["learned"], "real": KINDS["real"], "": ("o", ROLE_COLOURS["chance"])}
+    looks = dict(reversed(KINDS.items())) | {"": ("o", ROLE_COLOURS["chance"])}
     for panel, (title, (flat, kinds)) in zip(axes, panels.items(), strict=True):
         for kind, (marker, colour) in looks.items():
             chosen = np.asarray(flat)[np.asarray(kinds) == kind]
@@ -47,41 +50,34 @@ def kind_maps(panels: Mapping[str, tuple[np.ndarray, Sequence[str] | np.ndarray]
 
 
 @style()
-def thumbnails(panels: Mapping[str, np.ndarray], marked: tuple[int, int] | None = None, title: str = "") -> Figure:
-    """Every head as a small map of the difference of its attention: rows look at columns; blue is more than in real text.
+def thumbnails(rows: Mapping[str, np.ndarray], marked: int | None = None, title: str = "") -> Figure:
+    """Every head of a layer as a small map of the difference of its attention, a row of maps for each kind.
 
-    With many heads the panels stand one above the other, so that each is twice as large.
+    In a map rows look at columns; blue is more than in real text.
 
     Args:
-        panels: title → differences ``[layers, heads, l, l]``, such as means over examples.
-        marked: (layer, head), counted from 0, that gets a frame.
+        rows: name → differences ``[heads, l, l]``, such as means over examples.
+        marked: a head, counted from 0, that gets a frame.
         title: of the figure.
     """
-    layers, heads, length, _ = next(iter(panels.values())).shape
-    step = length + GAP
-    stacked = heads > 8
-    side, across, down = (0.62, 1, len(panels)) if stacked else (0.7, len(panels), 1)  # inches of a thumbnail, panels
-    figure = _Shown(figsize=(across * (0.6 + side * heads) + 0.9, 0.6 + down * (0.9 + side * layers)), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
-    for panel, (name, values) in zip(axes, panels.items(), strict=True):
-        sheet = np.full((layers * step - GAP, heads * step - GAP), np.nan)
-        for layer, head in np.ndindex(layers, heads):
-            sheet[layer * step :, head * step :][:length, :length] = values[layer, head]
-            panel.add_patch(Rectangle((head * step, layer * step), length, length, fill=False, ec="0.7", lw=0.6, zorder=3))
-        mesh = panel.pcolormesh(sheet, cmap=DIFFERENCE, vmin=-LIMIT, vmax=LIMIT)
-        if marked:
-            corner = marked[1] * step - 1, marked[0] * step - 1
-            panel.add_patch(Rectangle(corner, length + 2, length + 2, fill=False, ec="black", lw=2.2, zorder=4, clip_on=False))
-        panel.invert_yaxis()
-        middle = (length - 1) / 2
-        panel.set_xticks(np.arange(heads) * step + middle, range(1, heads + 1))
-        panel.set_yticks(np.arange(layers) * step + middle, range(1, layers + 1))
-        panel.set(title=plain(name), xlabel="head", ylabel="layer", aspect="equal")
-        panel.grid(visible=False)
-        panel.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, extend="both", fraction=0.03, aspect=30, ticks=[-LIMIT, 0, LIMIT])
-    bar.set_label("attention minus real")
-    figure.suptitle(plain(title) if title else None)
+    heads, length, _ = next(iter(rows.values())).shape
+    step, side = length + GAP, 0.8 if heads > 8 else 1.1  # cells and inches from a map to the next
+    figure, (panel,) = _figure(2.0 + side * heads, 1.1 + side * len(rows))
+    sheet = np.full((len(rows) * step - GAP, heads * step - GAP), np.nan)
+    for (row, values), head in itertools.product(enumerate(rows.values()), range(heads)):
+        sheet[row * step :, head * step :][:length, :length] = values[head]
+        look = {"ec": "black", "lw": 2.2, "zorder": 4} if head == marked else {"ec": "0.7", "lw": 0.6, "zorder": 3}
+        panel.add_patch(Rectangle((head * step, row * step), length, length, fill=False, clip_on=False, **look))
+    mesh = panel.pcolormesh(sheet, cmap=DIFFERENCE, vmin=-LIMIT, vmax=LIMIT)
+    panel.invert_yaxis()
+    middle = (length - 1) / 2
+    panel.set_xticks(np.arange(heads) * step + middle, range(1, heads + 1))
+    panel.set_yticks(np.arange(len(rows)) * step + middle, map(plain, rows))
+    panel.set(title=plain(title), xlabel="head", aspect="equal")
+    panel.grid(visible=False)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    figure.colorbar(mesh, ax=panel, extend="both", fraction=0.03, ticks=[-LIMIT, 0, LIMIT]).set_label("attention minus real")
     return figure
 
 
@@ -138,7 +134,7 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
             panel.annotate("chance", (len(values) - 0.5, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
                            va="top", ha="right", color=ROLE_COLOURS["chance"])
         panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
-        panel.set_xticks(range(len(values)), list(values))
+        panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9)
         panel.grid(axis="x", visible=False)
     return figure
 
