@@ -131,8 +131,8 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
             panel.plot([place - 0.25, place + 0.25], [np.mean(numbers)] * 2, color=colour, lw=2, label="_mean")
         if chance is not None:
             panel.axhline(chance, color=ROLE_COLOURS["chance"], ls=":", lw=1.5, label="chance")
-            panel.annotate("chance", (len(values) - 0.5, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
-                           va="top", ha="right", color=ROLE_COLOURS["chance"])
+            panel.annotate("chance", (-0.45, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
+                           va="top", ha="left", color=ROLE_COLOURS["chance"])
         panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
         panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9)
         panel.grid(axis="x", visible=False)

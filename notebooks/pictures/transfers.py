@@ -18,7 +18,7 @@ from distillkit.view.figures import LABELS, METHOD_COLOURS, _figure, plain, styl
 
 LINE = 64  # characters of text in a line of chips
 LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-")}
-STEP, LEFT = 0.1, 1.35  # of the slopes: from method to method, and room for their names
+STEP, LEFT = 0.1, 1.75  # of the slopes: from method to method, and room for their names
 SAME, OTHER, LOST = "#eeeeee", "#d9c8ec", "#ffffff"  # fills: cut alike by all, cut otherwise here, not read
 
 
