@@ -4,6 +4,7 @@ Nothing is fetched: the notebook is written here, its model and data come from t
 this interpreter, serves its own pages to a browser on the same machine.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -52,9 +53,9 @@ learned = dataclasses.replace(real, embeds=real.embeds + noise, tokens=None)
 ]
 
 
-@pytest.fixture
-def lab(tmp_path, standin_home):
-    """The address of a notebook in a JupyterLab that knows nothing of the user's settings."""
+@contextlib.contextmanager
+def served(tmp_path, standin_home, sources):
+    """The address of a notebook of these cells in a JupyterLab that knows nothing of the user's settings."""
     import standin_hub
 
     work, config, runtime = (tmp_path / name for name in ("work", "config", "runtime"))
@@ -62,7 +63,7 @@ def lab(tmp_path, standin_home):
         folder.mkdir(parents=True)
     asks = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}  # it would ask the network
     (config / "labconfig" / "page_config.json").write_text(json.dumps(asks))
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in CELLS]
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in sources]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), work / "play.ipynb")
     variables = standin_hub.environment(standin_home) | {
@@ -92,23 +93,34 @@ def lab(tmp_path, standin_home):
             server.kill()
 
 
-@pytest.fixture
-def page(lab):
-    """The notebook, open in a browser, all its cells run."""
+@contextlib.contextmanager
+def opened(address, size=(1400, 2600)):
+    """That notebook, open in a browser, with a kernel that waits."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1400, "height": 2600})
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
         page.set_default_timeout(PATIENCE)
-        page.goto(lab)
+        page.goto(address)
         page.locator(".jp-Notebook .jp-CodeCell").last.wait_for()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before that, cells are run by nobody
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.locator(".the-monitor button:enabled").wait_for()
         yield page
         browser.close()
+
+
+def run_all(page) -> None:
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+@pytest.fixture
+def page(tmp_path, standin_home):
+    """The notebook, all its cells run."""
+    with served(tmp_path, standin_home, CELLS) as address, opened(address) as page:
+        run_all(page)
+        page.locator(".the-monitor button:enabled").wait_for()
+        yield page
 
 
 def looks(page, name: str) -> bytes:

@@ -1,0 +1,53 @@
+// Helpers that all panes share. Text of a corpus reaches the page by textContent and fillText only.
+const CLASS_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3db0ea", "#7a4fb5", "#6b8e23"];
+const MORE = [1, 115, 178], LESS = [222, 143, 5];  // above and below zero: two colours that every eye tells apart
+const REST = "rest", LOOK = "look", TIME = "time", SELECTION = "selection", EDITS = "edits", CONTENT = "content", THEME = "theme";
+
+function element(kind, parent, properties = {}, text) {
+  const node = document.createElement(kind);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in node && name !== "list") node[name] = value; else node.setAttribute(name, value);
+  }
+  if (text !== undefined) node.textContent = text;
+  parent.append(node);
+  return node;
+}
+
+function button(parent, text, label, act) {
+  const node = element("button", parent, { type: "button", title: label }, text);
+  node.setAttribute("aria-label", label);
+  node.addEventListener("click", act);
+  return node;
+}
+
+function pane(parent, name, title) {
+  const section = element("section", parent, { className: `dk-pane dk-${name}` });
+  section.setAttribute("aria-label", title);
+  const head = element("header", section);
+  element("h3", head, {}, title);
+  return { section, head, body: element("div", section, { className: "dk-body" }) };
+}
+
+const clamp = (value, least, most) => Math.min(most, Math.max(least, value));
+const percent = share => share === null || share === undefined ? "–" : `${Math.round(100 * share)} %`;
+const signed = (value, digits = 3) => `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(digits)}`;
+const rgba = ([r, g, b], alpha) => `rgba(${r},${g},${b},${alpha})`;
+const classColour = label => CLASS_COLOURS[label % CLASS_COLOURS.length];
+const ofNode = (node, name) => getComputedStyle(node).getPropertyValue(name).trim();
+
+// From -1 to 1: white at zero, one colour on each side.
+function diverging(share) {
+  const [r, g, b] = share > 0 ? MORE : LESS, part = clamp(Math.abs(share), 0, 1);
+  return [255 + (r - 255) * part, 255 + (g - 255) * part, 255 + (b - 255) * part];
+}
+
+// A canvas that is as sharp as the screen, drawn in the units of the page.
+function fitted(canvas, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.max(1, Math.round(width * ratio));
+  canvas.height = Math.max(1, Math.round(height * ratio));
+  canvas.style.height = `${height}px`;
+  const pen = canvas.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return pen;
+}

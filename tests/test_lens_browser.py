@@ -1,0 +1,117 @@
+"""Lens in a real browser: clicked, scrubbed, lassoed and edited in JupyterLab, and its state read back in Python."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from test_browser import MISSING, PATIENCE, opened, run_all, served
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"Lens is not tried in a browser here: {' and '.join(MISSING)} missing"),
+]
+SHOTS = os.environ.get("DISTILLKIT_SCREENSHOTS")  # a folder of pictures to look at
+
+CELLS = [
+    """
+import json
+import distillkit as dk
+task = dk.load_task("rotten_tomatoes", max_length=12)
+student = dk.load_student("bert-base-uncased", task)
+start = dk.DistilledSet.from_real(task, student, per_class=2, length=12)
+goal = dk.BPTT(task, student, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
+distiller = dk.Distiller(start, goal, lr=0.2)
+for record in dk.record_film(distiller, "film", 8, frames=5): pass
+""",
+    "lens = dk.Lens('film', student, task=task, judge=dk.FrozenJudge(task, student, steps=20, batch_size=16))\nlens",
+    """
+state = {name: getattr(lens, name) for name in ("frame", "example", "position", "selection", "edits")}
+state["selected"] = lens.selected["word"].tolist()
+state["embeds"] = lens.edited.embeds[lens.example, lens.position].tolist()
+state["kind"] = type(lens.edited).__name__
+with open("state.json", "w") as file: json.dump(state, file)
+""",
+]
+
+
+def state_in_python(page, folder: Path) -> dict:
+    """What the last cell says of the widget."""
+    path = folder / "state.json"
+    path.unlink(missing_ok=True)
+    page.locator(".jp-Notebook .jp-CodeCell").last.locator(".jp-InputPrompt").click()
+    page.keyboard.press("Control+Enter")
+    until = time.monotonic() + PATIENCE / 1000
+    while not path.exists():
+        assert time.monotonic() < until, "the last cell was not run"
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(300)
+    return json.loads(path.read_text())
+
+
+def test_four_panes_in_jupyterlab(tmp_path, standin_home):
+    with served(tmp_path, standin_home, CELLS) as address, opened(address, (1280, 1500)) as page:
+        problems = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        run_all(page)
+        lens, work = page.locator(".dk-lens"), tmp_path / "work"
+        lens.locator(".dk-candidate").first.wait_for()
+        lens.scroll_into_view_if_needed()
+        assert lens.locator("output").inner_text() == "step 8" and lens.locator(".dk-pane").count() == 4
+
+        # Time: the keyboard on the slider scrubs; the film plays to its end.
+        slider = lens.locator("input[type=range]")
+        slider.focus()
+        page.keyboard.press("Home")
+        lens.get_by_text("step 0", exact=True).wait_for()
+        assert state_in_python(page, work)["frame"] == 0
+        lens.get_by_label("play the film").click()
+        lens.get_by_label("play the film").filter(has_text="▶").wait_for()  # it rests again
+        assert lens.locator("output").inner_text() == "step 8"
+        assert state_in_python(page, work)["frame"] == 4
+
+        # Tokens: a word is chosen; the other panes and Python follow.
+        lens.locator(".dk-chip:enabled").nth(3).click()
+        assert "position 4" in lens.locator(".dk-where").inner_text()
+        lens.get_by_label("colour by: rise of the outer loss").click()
+        lens.locator(".dk-scale", has_text="rise of the outer loss").wait_for()
+        before = state_in_python(page, work)
+        assert (before["example"], before["position"]) == (0, 4)
+
+        # Heads: differences of all heads; one enlarged.
+        lens.locator(".dk-heads .dk-numbers", has_text="Layer 1, head 1").wait_for()
+        lens.locator(".dk-heads canvas").click(position={"x": 60, "y": 40})
+        lens.locator(".dk-heads .dk-numbers", has_text="looks at").wait_for()
+
+        # Workbench: a word is accepted, taken back, accepted again.
+        token = int(lens.locator(".dk-candidate").nth(2).get_attribute("data-token"))
+        lens.locator(".dk-candidate").nth(2).click()
+        lens.locator(".dk-edited").wait_for()
+        after = state_in_python(page, work)
+        assert [edit["token"] for edit in after["edits"]] == [token] and after["kind"] == "DistilledSet"
+        assert after["embeds"] != before["embeds"]
+        lens.get_by_label("take the last edit back").click()
+        page.wait_for_function("() => !document.querySelector('.dk-edited')")
+        assert state_in_python(page, work)["embeds"] == before["embeds"]
+
+        # Map: a lasso round everything, then a search.
+        box = lens.locator(".dk-map canvas").bounding_box()
+        lens.get_by_label("draw round positions").click()
+        left, top, right, bottom = box["x"] + 2, box["y"] + 2, box["x"] + box["width"] - 2, box["y"] + box["height"] - 2
+        page.mouse.move(left, top)
+        page.mouse.down()
+        for x, y in ((right, top), (right, bottom), (left, bottom), (left, top + 3)):
+            page.mouse.move(x, y, steps=3)
+        page.mouse.up()
+        chosen = state_in_python(page, work)
+        assert chosen["selection"] == list(range(len(chosen["selected"]))) and len(chosen["selection"]) == 40
+        assert "of 10 nearest neighbours" in lens.locator(".dk-map .dk-numbers").inner_text()
+        word = chosen["selected"][0]
+        lens.get_by_label("find a word on the map").fill(word)
+        lens.get_by_label("find a word on the map").press("Enter")
+        assert all(word in other for other in state_in_python(page, work)["selected"])
+        assert not problems
+        if SHOTS:
+            page.screenshot(path=Path(SHOTS) / "lens.png", full_page=True)
