@@ -1,10 +1,15 @@
 """Lens without a browser: what its panes are told is right, an edit is a set, and corpus text stays text."""
 
+import asyncio
 import dataclasses
+import io
 import json
+import os
+import signal
 
 import numpy as np
 import pandas
+import PIL.Image
 import pytest
 import torch
 
@@ -268,3 +273,126 @@ def test_a_page_holds_everything_and_no_text_of_it_is_markup(world, start, learn
     assert stored["state"]["content"]["frames"] == HOSTILE[:2]
     assert {json.dumps(["attention", 0, 1, e], separators=(",", ":")) for e in range(4)} <= stored["answers"].keys()
     assert "http:" not in text.replace("http://www.w3.org", "") and "https:" not in text
+
+
+# --- a running distillation
+
+
+def live_lens(world, start, path):
+    return dk.Lens(distiller(world, start, path), world[1], task=world[0])
+
+
+def test_lens_follows_a_run_and_a_stop_leaves_a_checkpoint(world, start, tmp_path):
+    whole = distiller(world, start)
+    losses = [record.loss for record in whole.run(6)]
+
+    async def stopped():
+        lens = live_lens(world, start, tmp_path / "run")
+        lens.observe(lambda change: change.new["status"].startswith("step 3 of 6: loss") and lens.answer(["stop"]), "live")
+        await lens.run(6, frames=7)
+        return lens
+
+    lens = asyncio.run(stopped())
+    assert lens.live["status"].startswith("stopped at step 3 of 6") and lens.live["losses"] == losses[:3] and lens.live["ended"]
+    assert lens.film.names == ("step 0", "step 1", "step 2", "step 3") and lens.frame == 3
+    assert array(lens, "pca.points").shape[0] == 4 and lens.content["frames"] == list(lens.film.names)
+    again = filmed(lens.film.sets, world[1])
+    assert np.array_equal(lens.film.tokens, again.tokens) and np.array_equal(lens.film.moved, again.moved, equal_nan=True)
+
+    async def resumed():
+        lens = live_lens(world, start, tmp_path / "run")
+        await lens.run(6)
+        return lens
+
+    lens = asyncio.run(resumed())
+    assert lens.live["losses"] == losses and lens.live["status"].startswith("done at step 6")
+    assert torch.equal(lens.film.sets[-1].embeds, whole.distilled.embeds) and lens.film.names[0] == "step 3"
+
+
+def test_a_second_cell_takes_the_run_over(world, start, tmp_path):
+    async def twice():
+        first, path = live_lens(world, start, tmp_path / "run"), tmp_path / "run"
+        first.run(50, folder=tmp_path / "film")
+        while first.distiller.step < 2:
+            await asyncio.sleep(0)
+        second = live_lens(world, start, path)
+        await second.run(5, folder=tmp_path / "other")
+        return first, second
+
+    first, second = asyncio.run(twice())
+    assert "taken this run over" in first.live["status"] and first.live["ended"] and first.distiller.step < 50
+    assert second.live["status"].startswith("done at step 5") and second.distiller.step == 5
+
+
+def test_interrupting_the_kernel_stops_the_run(world, start, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
+    async def interrupted():
+        lens = live_lens(world, start, tmp_path / "run")
+        lens.observe(lambda change: change.new["losses"] and os.kill(os.getpid(), signal.SIGINT), "live")
+        await lens.run(50)
+        return lens
+
+    lens = asyncio.run(interrupted())
+    assert lens.live["status"].startswith("stopped at step 1 of 50") and signal.getsignal(signal.SIGINT) is before
+    assert distiller(world, start, tmp_path / "run").step == 1
+
+
+def test_frames_on_disk_come_before_those_of_the_run(world, start, tmp_path):
+    async def part(steps):
+        lens = live_lens(world, start, tmp_path / "run")
+        await lens.run(steps, folder=tmp_path / "film", frames=steps + 1)
+        return lens
+
+    asyncio.run(part(2))
+    lens = asyncio.run(part(4))
+    assert lens.film.names == tuple(f"step {step}" for step in range(5))
+
+
+def test_an_error_of_a_run_is_shown(world, start, tmp_path, monkeypatch):
+    async def run():
+        lens = live_lens(world, start, tmp_path / "run")
+
+        def run_and_break(steps):
+            raise RuntimeError("the student <broke>")
+            yield
+
+        monkeypatch.setattr(lens.distiller, "run", run_and_break)
+        with pytest.raises(RuntimeError, match="broke"):
+            await lens.run(3)
+        return lens
+
+    assert "the student <broke>" in asyncio.run(run()).live["status"]
+
+
+def test_a_run_that_cannot_be(world, start, lens, tmp_path):
+    with pytest.raises(ValueError, match="give Lens a Distiller"):
+        lens.run(3)
+    with pytest.raises(ValueError, match="frames"):
+        live_lens(world, start, tmp_path / "run").run(3, frames=1)
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        live_lens(world, start, tmp_path / "run").run(3)
+    with pytest.raises(ValueError, match="give its Distiller a checkpoint"):
+        live_lens(world, start, None).run(3)
+
+
+# --- pictures
+
+
+def test_the_picture_of_a_stored_notebook(lens, start):
+    data, _ = lens._repr_mimebundle_()
+    picture = PIL.Image.open(io.BytesIO(data["image/png"]))
+    assert picture.format == "PNG" and np.asarray(picture).std() > 5 and data["text/plain"] == repr(lens)
+    assert repr(lens) == "Lens: 2 frames of 4 examples with 10 positions"
+    figure = lens.figure()
+    assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["set 1", "set 2"]
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert start.meta["text"][0].split()[0] in texts
+
+
+def test_a_film_as_a_gif(lens, tmp_path):
+    film = PIL.Image.open(lens.save_gif(tmp_path / "lens.gif"))
+    assert film.n_frames == 4 and film.format == "GIF" and (tmp_path / "lens.gif").stat().st_size < 400_000
+    first = np.asarray(film.convert("RGB")).astype(int)
+    film.seek(3)
+    assert np.abs(np.asarray(film.convert("RGB")).astype(int) - first).max() > 50

@@ -55,6 +55,13 @@ class Film:
         """Example and position of each of the p learned positions, ``[p, 2]``, in reading order."""
         return np.argwhere(self.learned)
 
+    def with_frame(self, name: str, state: DistilledSet, student: Student) -> Film:
+        """This film with a further frame: a set of the same shape and learned positions."""
+        pair = filmed({"first": self.sets[0], name: state}, student)
+        grown = {part: np.concatenate([getattr(self, part), getattr(pair, part)[1:]])
+                 for part in ("tokens", "distances", "moved")}
+        return dataclasses.replace(self, names=(*self.names, name), sets=(*self.sets, state), **grown)
+
     def embeds(self, frame: int) -> Tensor:
         """Embeddings ``[p, d]`` of the learned positions in a frame, float32; NaN for those that it does not have."""
         state = self.sets[frame]
@@ -79,7 +86,7 @@ def record_film(
     check_whole("n", n)
     check_whole("frames", frames, least=2)
     folder = absolute(folder)
-    if states := sorted(folder.glob(f"*{SUFFIX}")):
+    if states := frames_in(folder):
         stored = DistilledSet.load(states[0])
         check_settings(folder, stored.meta.get("recipe", {}).get("distiller", {}), distiller.checkpoint.settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +103,11 @@ def record_film(
         yield record
 
 
+def frames_in(folder: str | Path) -> list[Path]:
+    """The files of the frames in a folder, in the order of their steps."""
+    return sorted(absolute(folder).glob(f"*{SUFFIX}"))
+
+
 def states_of(history) -> tuple[tuple[str, ...], tuple[DistilledSet, ...]]:
     """Names and sets of a history: a set, a sequence of sets, sets by name, a folder of frames, or a Distiller.
 
@@ -105,7 +117,7 @@ def states_of(history) -> tuple[tuple[str, ...], tuple[DistilledSet, ...]]:
     """
     if isinstance(history, str | Path):
         folder = absolute(history)
-        history = [DistilledSet.load(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+        history = [DistilledSet.load(path) for path in frames_in(folder)]
         require(history, f"{folder} holds no film; make one with record_film(distiller, folder, n)")
     if isinstance(history, Distiller):
         history = [history.distilled]

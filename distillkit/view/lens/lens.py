@@ -7,43 +7,41 @@ the same questions from what was asked before.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from pathlib import Path
-from typing import Any
 
 import anywidget
 import numpy as np
 import pandas
 import traitlets
+from matplotlib.figure import Figure
 
 from distillkit.core.distilled import DistilledSet
+from distillkit.core.distiller import Distiller
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_is, require
+from distillkit.io.checks import check_is, check_whole, require
 from distillkit.io.escaping import one_line
 from distillkit.text.projection import corpus_tokens
 from distillkit.view.figures import ROLE_COLOURS
-from distillkit.view.lens import page, panes
-from distillkit.view.lens.film import ABSENT, filmed
+from distillkit.view.lens import page, panes, still
+from distillkit.view.lens.film import ABSENT, filmed, frames_in, record_film
+from distillkit.view.lens.live import Run
 from distillkit.view.lens.maps import make_map, own_class
+from distillkit.view.lens.wire import packed, scaled, script, style
 
-HERE = Path(__file__).parent
-PARTS = ("draw", "store", "map", "tokens", "heads", "workbench", "lens")  # of the front end, in this order one module
-STATE = ("content", "binary", "frame", "example", "position", "selection", "edits", "revision")
-FULL = 65_535  # the coordinate of what is absent; the others are below
-
-
-def script(*more: str) -> str:
-    """The front end as one ES module, with further parts."""
-    return "\n".join((HERE / "js" / f"{part}.js").read_text(encoding="utf-8") for part in (*PARTS, *more))
+SHOWN = 2.0  # seconds between two growths of the film of a running distillation, at least
+STATE = ("content", "binary", "frame", "example", "position", "selection", "edits", "revision", "live")
 
 
 class Lens(anywidget.AnyWidget):
     """Four linked panes and a slider over the frames of a film: map, tokens, attention heads, and a workbench.
 
     Args:
-        history: the folder of :func:`~distillkit.view.lens.film.record_film`, a set, a sequence of sets, or sets by name (real,
-            learned, projected, swapped); in one embedding space.
+        history: the folder of :func:`~distillkit.view.lens.film.record_film`, a set, a sequence of sets, sets by name (real,
+            learned, projected, swapped), or a Distiller that :meth:`run` is to run; in one embedding space.
         student: the model in whose embedding space they are, an encoder or a decoder.
         real: real text to compare with, example by example; default: the training rows that the set was taken from, if
             ``task`` is there, else the first frame.
@@ -60,7 +58,7 @@ class Lens(anywidget.AnyWidget):
         ValueError: sets of another embedding table, or nothing to look at.
     """
 
-    _css = (HERE / "lens.css").read_text(encoding="utf-8")
+    _css = style()
     content = traitlets.Dict().tag(sync=True)
     binary = traitlets.Bytes().tag(sync=True)
     frame = traitlets.Int(0).tag(sync=True)
@@ -69,9 +67,11 @@ class Lens(anywidget.AnyWidget):
     selection = traitlets.List(traitlets.Int()).tag(sync=True)
     edits = traitlets.List().tag(sync=True)
     revision = traitlets.Int(0).tag(sync=True)
+    live = traitlets.Dict().tag(sync=True)
 
     def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
                  params: Params | None = None):
+        self.distiller = history if isinstance(history, Distiller) else None
         self.film = filmed(history, student)
         if task is not None:
             check_is("task", task, Task)
@@ -82,6 +82,7 @@ class Lens(anywidget.AnyWidget):
         self._answers: dict[str, tuple[dict, list[bytes]]] = {}
         self._states: list[DistilledSet] = []  # the frame that is edited, then the set after each edit
         self._turns = 0
+        self._run: Run | None = None
         first = self.film.places[0] if len(self.film.places) else (0, 0)
         content, binary = self._content()
         super().__init__(_esm=script(), content=content, binary=binary, frame=len(self.film.sets) - 1,
@@ -124,16 +125,16 @@ class Lens(anywidget.AnyWidget):
                           self._real_tokens)
         maps = {}
         for method, flat in self.maps.items():
-            arrays |= {f"{method}.words": self._place_of(flat.words), **_scaled(method, flat.background, flat.points)}
+            arrays |= {f"{method}.words": self._place_of(flat.words), **scaled(method, flat.background, flat.points)}
             maps[method] = {"preserved": flat.preserved, "shuffled": flat.shuffled}
         arrays["in_text"] = in_text.astype(np.uint8)
         content = {
             "frames": list(film.names), "words": "\n".join(words), "classes": [one_line(name, 60) for name in classes],
             "labels": labels, "maps": maps, "yardstick": film.yardstick, "has_judge": self.judge is not None,
             "probabilities": [None if p is None else np.round(p.tolist(), 4).tolist() for p in probabilities],
-            "colours": ROLE_COLOURS, "real_is_first": self.real is film.sets[0], "causal": student.causal,
+            "colours": ROLE_COLOURS | {"classes": still.CLASS_COLOURS},
         }
-        return _packed(content, arrays)
+        return packed(content, arrays)
 
     @property
     def _real_tokens(self) -> np.ndarray:
@@ -168,7 +169,8 @@ class Lens(anywidget.AnyWidget):
         Args:
             ask: what, then its arguments, whole numbers or text: ``["attention", revision, frame, example]``,
                 ``["candidates", revision, frame, example, position, text]``, ``["values", revision, frame, example]``,
-                ``["numbers", frame]``, ``["map", method]``, ``["accept", frame, example, position, token]``, ``["undo"]``.
+                ``["numbers", frame]``, ``["map", method]``, ``["accept", frame, example, position, token]``, ``["undo"]``,
+                ``["stop"]``.
             tell: called with the share that is done.
 
         Raises:
@@ -177,7 +179,7 @@ class Lens(anywidget.AnyWidget):
         require(isinstance(ask, list) and ask and ask[0] in ASKS,
                 f"Lens has no answer to {ask!r}; ask one of {', '.join(ASKS)}")
         kind, *arguments = ask
-        if kind in ("accept", "undo"):
+        if kind in ("accept", "undo", "stop"):
             return getattr(self, f"_{kind}")(*arguments), []
         key = json.dumps(ask, separators=(",", ":"))
         if key not in self._answers:
@@ -219,6 +221,70 @@ class Lens(anywidget.AnyWidget):
                 self.content, self.binary = self._content()
         return {"method": method}, []
 
+    # A running distillation
+
+    def run(self, steps: int, *, folder: str | Path | None = None, frames: int = 41) -> asyncio.Task:
+        """Run the distillation in the background and follow it: loss, time left, and the film as it grows.
+
+        Args:
+            steps: in all, as :meth:`Distiller.run` counts them.
+            folder: keep the frames there (:func:`~distillkit.view.lens.film.record_film`); those of an earlier part are shown.
+            frames: how many states of the whole run to keep.
+
+        Returns:
+            a task to await, for a cell that needs the finished set.
+
+        Raises:
+            ValueError: Lens was not made of a Distiller, or of one without ``checkpoint``.
+            RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
+        """
+        distiller = self.distiller
+        require(distiller is not None, "there is nothing to run: give Lens a Distiller in the place of the history")
+        assert distiller is not None
+        check_whole("frames", frames, least=2)
+        records = distiller.run(steps) if folder is None else record_film(distiller, folder, steps, frames=frames)
+        if folder is not None and frames_in(folder):
+            self.film = filmed(folder, self.student)
+            self.maps = {"pca": make_map(self.film, self.student, "pca", real=self.real)}
+            self.content, self.binary = self._content()
+        shown = {round(step) for step in np.linspace(0, steps, frames)}
+        grown = [time.monotonic()]
+        waiting: dict[str, DistilledSet] = {}
+
+        def show(status: str, ended: bool) -> None:
+            losses = [record.loss for record in distiller.records]
+            self.live = {"status": one_line(status), "losses": losses, "steps": steps, "ended": ended}
+            name = f"step {distiller.step}"
+            if (distiller.step in shown or ended) and name not in self.film.names:
+                waiting[name] = distiller.distilled
+            if waiting and (ended or time.monotonic() - grown[0] > SHOWN):
+                self._grow(waiting)
+                waiting.clear()
+                grown[0] = time.monotonic()
+
+        self._run = Run(distiller, steps, records, show)
+        return self._run.task
+
+    def _grow(self, states: dict[str, DistilledSet]) -> None:
+        """Add frames to the film; whoever looks at the last one goes on to the new last one."""
+        at_the_end = self.frame == len(self.film.sets) - 1
+        for name, state in states.items():
+            self.film = self.film.with_frame(name, state, self.student)
+        self.maps = {method: flat.with_frames(self.film) for method, flat in self.maps.items()}
+        with self.hold_sync():
+            self.content, self.binary = self._content()
+            if at_the_end:
+                self.frame = len(self.film.sets) - 1
+
+    def stop(self) -> None:
+        """End the run after its step, with a checkpoint; nothing where none is running."""
+        if self._run is not None:
+            self._run.stopping = True
+
+    def _stop(self) -> dict:
+        self.stop()
+        return {}
+
     # The workbench
 
     def _accept(self, frame: int, example: int, position: int, token: int) -> dict:
@@ -259,6 +325,39 @@ class Lens(anywidget.AnyWidget):
 
     # Without a kernel
 
+    def _repr_mimebundle_(self, **options):
+        """The widget, and a picture for where there is none."""
+        bundle = super()._repr_mimebundle_(**options)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return (data or {}) | {"image/png": self.figure()._repr_png_()}, metadata
+
+    def _drawn(self) -> tuple:
+        """What both pictures need: film, map, classes, and the nearest words of the learned positions in each frame."""
+        names, labels, _ = panes.labels_of(self.film.sets[-1])
+        words = [self._words(tokens[self.film.learned]) for tokens in self.film.tokens]
+        return self.film, self.maps["pca"], names, labels, words
+
+    def _words(self, tokens: np.ndarray) -> list[str]:
+        words = self.student.tokenizer.convert_ids_to_tokens(np.maximum(tokens, 0).tolist())
+        return [one_line(word, 40) if token != ABSENT else "" for word, token in zip(words, tokens)]
+
+    def figure(self) -> Figure:
+        """What is looked at, on paper: film strip, words of the example, and attention heads."""
+        frame, example = self.frame, self.example
+        reply, parts = self.answer(["attention", self.revision, frame, example])
+        weights = np.frombuffer(parts[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+        real = np.full(self.film.tokens.shape[2], ABSENT)
+        if example < len(self.real):
+            row = np.where(self.real.mask[example], self._real_tokens[example], ABSENT)[: len(real)]
+            real[: len(row)] = row
+        return still.still(*self._drawn(), example=example, frame=frame, real=self._words(real),
+                           chips=self._words(self.film.tokens[frame, example]),
+                           difference=weights[1] - weights[0] if len(weights) > 1 else None)
+
+    def save_gif(self, path: str | Path) -> Path:
+        """Write the film of the map as a GIF, and return where it is."""
+        return still.save_gif(path, *self._drawn(), example=self.example)
+
     def save_html(self, path: str | Path) -> Path:
         """Write one self-contained page, and return where it is.
 
@@ -288,27 +387,5 @@ class Lens(anywidget.AnyWidget):
                                  "distance": self.film.distances[self.frame, example, position]})
 
 
-ASKS = ("attention", "candidates", "values", "numbers", "map", "accept", "undo")
+ASKS = ("attention", "candidates", "values", "numbers", "map", "accept", "undo", "stop")
 TELLING = ("candidates", "values")
-
-
-def _scaled(method: str, background: np.ndarray, points: np.ndarray) -> dict[str, np.ndarray]:
-    """Both parts of a map as uint16, on one scale that holds all of them; absent points are :data:`FULL`."""
-    both = np.concatenate([background, points.reshape(-1, 2)])
-    least = np.nanmin(both, axis=0)
-    span = float(np.nanmax(both - least)) or 1.0
-
-    def whole(values: np.ndarray) -> np.ndarray:
-        return np.nan_to_num((values - least) / span * (FULL - 1), nan=FULL).round().astype("<u2")
-
-    return {f"{method}.background": whole(background), f"{method}.points": whole(points)}
-
-
-def _packed(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict, bytes]:
-    """``content`` with where each array lies in the buffer beside it; every array begins at a multiple of 4 bytes."""
-    buffer, places = bytearray(), {}
-    for name, array in arrays.items():
-        buffer += b"\0" * (-len(buffer) % 4)
-        places[name] = [array.dtype.name, list(array.shape), len(buffer)]
-        buffer += array.tobytes()
-    return content | {"arrays": places}, bytes(buffer)

@@ -8,7 +8,7 @@ ten thousand.  The numbers are of the original space: :func:`own_class`; and of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Map:
         words: ids ``[n]`` of the words on it.
         background: ``[n, 2]``, where they are.
         points: ``[f, p, 2]``, where the learned positions are in each frame; NaN where a frame lacks one.
+        place: from points ``[n, d]`` to the plane ``[n, 2]``: the fitted projection.
         preserved: share of the :data:`CLOSE` nearest neighbours of words and learned positions that are neighbours on the map;
             in the last frame.
         shuffled: the share that a map in random order keeps.
@@ -47,8 +48,14 @@ class Map:
     words: np.ndarray
     background: np.ndarray
     points: np.ndarray
+    place: Callable[[np.ndarray], np.ndarray]
     preserved: float
     shuffled: float
+
+    def with_frames(self, film: Film) -> Map:
+        """This map with the further frames of a longer film."""
+        more = [_placed(film, frame, self.place) for frame in range(len(self.points), len(film.sets))]
+        return dataclasses.replace(self, points=np.concatenate([self.points, *(one[None] for one in more)]))
 
 
 def words_for(film: Film, student: Student, real: DistilledSet | None, most: int) -> Tensor:
@@ -88,12 +95,8 @@ def make_map(film: Film, student: Student, method: str = "pca", *, real: Distill
 
         model = umap.UMAP(n_neighbors=min(NEIGHBORS, len(rows) - 1), random_state=seed, n_jobs=1).fit(rows)
         background = model.embedding_
-    points = np.full((len(film.sets), len(film.places), 2), np.nan, dtype=np.float32)
-    for frame in progress(range(len(film.sets)), desc=f"map by {method}", unit="frame"):
-        embeds = film.embeds(frame).numpy()
-        present = np.isfinite(embeds).all(1)
-        if present.any():
-            points[frame, present] = model.transform(embeds[present])
+    frames = progress(range(len(film.sets)), desc=f"map by {method}", unit="frame")
+    points = np.stack([_placed(film, frame, model.transform) for frame in frames])
     draw = np.random.default_rng(seed)
     chosen = draw.permutation(len(rows))[:SAMPLE]
     last = np.flatnonzero(np.isfinite(points[-1]).all(1))
@@ -101,8 +104,18 @@ def make_map(film: Film, student: Student, method: str = "pca", *, real: Distill
     space = np.concatenate([rows[chosen], film.embeds(-1).numpy()[last]])
     flat = np.concatenate([background[chosen], points[-1][last]])
     k = min(CLOSE, len(space) - 1)
-    return Map(method, words.numpy(), np.asarray(background, np.float32), points, preservation(space, flat, k),
+    return Map(method, words.numpy(), np.asarray(background, np.float32), points, model.transform, preservation(space, flat, k),
                k / (len(space) - 1))
+
+
+def _placed(film: Film, frame: int, place: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Where the learned positions of a frame are, ``[p, 2]``; NaN where it lacks one."""
+    embeds = film.embeds(frame).numpy()
+    points = np.full((len(embeds), 2), np.nan, dtype=np.float32)
+    present = np.isfinite(embeds).all(1)
+    if present.any():
+        points[present] = place(embeds[present])
+    return points
 
 
 def own_class(film: Film, frame: int, classes: Sequence[int]) -> dict[str, float] | None:

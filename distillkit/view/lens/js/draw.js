@@ -1,7 +1,9 @@
 // Helpers that all panes share. Text of a corpus reaches the page by textContent and fillText only.
-const CLASS_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3db0ea", "#7a4fb5", "#6b8e23"];
 const MORE = [1, 115, 178], LESS = [222, 143, 5];  // above and below zero: two colours that every eye tells apart
-const REST = "rest", LOOK = "look", TIME = "time", SELECTION = "selection", EDITS = "edits", CONTENT = "content", THEME = "theme";
+// What a pane hears of: rest (the film stands still), look (what is looked at), time (between frames), and so on.
+const REST = "rest", LOOK = "look", TIME = "time", SELECTION = "selection";
+const EDITS = "edits", CONTENT = "content", THEME = "theme", LIVE = "live";
+const UNCHANGED = [TIME, SELECTION, LIVE];  // for panes that show one example at rest
 
 function element(kind, parent, properties = {}, text) {
   const node = document.createElement(kind);
@@ -32,7 +34,6 @@ const clamp = (value, least, most) => Math.min(most, Math.max(least, value));
 const percent = share => share === null || share === undefined ? "–" : `${Math.round(100 * share)} %`;
 const signed = (value, digits = 3) => `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(digits)}`;
 const rgba = ([r, g, b], alpha) => `rgba(${r},${g},${b},${alpha})`;
-const classColour = label => CLASS_COLOURS[label % CLASS_COLOURS.length];
 const ofNode = (node, name) => getComputedStyle(node).getPropertyValue(name).trim();
 
 // From -1 to 1: white at zero, one colour on each side.

@@ -9,7 +9,7 @@ class HeadsPane {
     this.back = button(head, "← all heads", "show all heads", () => { this.head = null; this.draw(); });
     const legend = element("span", head, { className: "dk-scale" });
     legend.append(`−${FULL_SCALE} `, element("i", legend, { className: "dk-ramp dk-two" }), ` +${FULL_SCALE}`);
-    legend.title = "attention in the frame minus attention in real text; white is no difference, larger ones have the last colour";
+    legend.title = "attention in the frame minus attention in real text; white at zero; beyond the ends the last colour";
     this.canvas = element("canvas", body, { tabIndex: 0 });
     this.note = element("p", section, { className: "dk-numbers", role: "status" });
     this.head = null;
@@ -18,7 +18,7 @@ class HeadsPane {
     this.bind();
     this.sizes = new ResizeObserver(() => this.draw());
     this.sizes.observe(body);
-    store.listen(kind => { if (kind !== TIME && kind !== SELECTION) { this.row = null; this.draw(); } });
+    store.listen(kind => { if (!UNCHANGED.includes(kind)) { this.row = null; this.draw(); } });
   }
 
   draw() {
@@ -120,9 +120,10 @@ class HeadsPane {
     });
     pen.globalAlpha = 1;
     this.unit = unit;
-    const order = [...Array(length).keys()].sort((a, b) => this.weight(sets - 1, layer, head, row, b) - this.weight(sets - 1, layer, head, row, a));
-    const looks = order.slice(0, 3).map(j => `“${store.word(frame, example, j)}” ${this.weight(sets - 1, layer, head, row, j).toFixed(2)}` +
-      (sets > 1 ? ` (real ${this.weight(0, layer, head, row, j).toFixed(2)})` : ""));
+    const weight = (set, j) => this.weight(set, layer, head, row, j);
+    const order = [...Array(length).keys()].sort((a, b) => weight(sets - 1, b) - weight(sets - 1, a));
+    const looks = order.slice(0, 3).map(j => `“${store.word(frame, example, j)}” ${weight(sets - 1, j).toFixed(2)}` +
+      (sets > 1 ? ` (real ${weight(0, j).toFixed(2)})` : ""));
     this.tell(`Layer ${layer + 1}, head ${head + 1}: “${store.word(frame, example, row)}” looks at ${looks.join(", ")}. ` +
       "Arcs: blue frame, grey real.");
   }
@@ -141,7 +142,8 @@ class HeadsPane {
     };
     const headAt = ([x, y]) => {
       const head = Math.floor((x - MARGIN) / this.side), layer = Math.floor((y - MARGIN) / this.side);
-      return this.shape && head >= 0 && layer >= 0 && head < this.shape.heads && layer < this.shape.layers ? [layer, head] : null;
+      const inside = this.shape && Math.min(head, layer) >= 0 && head < this.shape.heads && layer < this.shape.layers;
+      return inside ? [layer, head] : null;
     };
     canvas.addEventListener("pointermove", event => {
       if (this.head === null) {
@@ -160,7 +162,8 @@ class HeadsPane {
     canvas.addEventListener("keydown", event => {
       const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
       if (way && this.shape && this.head === null) {
-        this.cursor = [clamp(this.cursor[0] + way[0], 0, this.shape.layers - 1), clamp(this.cursor[1] + way[1], 0, this.shape.heads - 1)];
+        const sizes = [this.shape.layers, this.shape.heads];
+        this.cursor = this.cursor.map((place, axis) => clamp(place + way[axis], 0, sizes[axis] - 1));
         this.draw();
       } else if (way && this.shape) {
         this.row = clamp((this.row ?? this.store.get("position")) + way[0] + way[1], 0, this.shape.length - 1);

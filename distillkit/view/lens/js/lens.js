@@ -29,7 +29,8 @@ class Bar {
     this.slider.max = store.frames - 1;
     this.examples.replaceChildren();
     for (let example = 0; example < store.examples; example++) {
-      element("option", this.examples, { value: example }, `example ${example + 1} of ${store.examples}: ${classes[labels[example]] ?? ""}`);
+      const text = `example ${example + 1} of ${store.examples}: ${classes[labels[example]] ?? ""}`;
+      element("option", this.examples, { value: example }, text);
     }
     this.slider.disabled = this.play.disabled = store.frames < 2;
   }
@@ -89,6 +90,39 @@ class Bar {
   close() { this.playing = false; cancelAnimationFrame(this.moving); }
 }
 
+// A running distillation: its loss, the time left, and a button that stops it.
+class LiveBar {
+  constructor(parent, store) {
+    this.store = store;
+    this.bar = element("div", parent, { className: "dk-bar-top dk-live", hidden: true });
+    this.stop = button(this.bar, "■ stop", "stop after this step, with a checkpoint", () => store.order(["stop"]));
+    this.status = element("span", this.bar, { role: "status" });
+    this.curve = element("canvas", this.bar);
+    store.listen(kind => { if (kind === LIVE || kind === THEME) this.draw(); });
+    this.draw();
+  }
+
+  draw() {
+    const { status, losses = [], steps, ended } = this.store.get("live");
+    this.bar.hidden = !status;
+    if (!status) return;
+    this.status.textContent = status;
+    this.stop.disabled = ended;
+    const width = 220, height = 34, pen = fitted(this.curve, width, height);
+    const least = Math.min(...losses), span = Math.max(1e-9, Math.max(...losses) - least);
+    this.curve.setAttribute("role", "img");
+    const range = `from ${least.toFixed(3)} to ${(least + span).toFixed(3)}`;
+    this.curve.setAttribute("aria-label", `outer loss of ${losses.length} steps, ${range}`);
+    this.curve.title = `outer loss ${range}`;
+    pen.strokeStyle = this.store.content.colours.learned;
+    pen.lineWidth = 1.5;
+    pen.beginPath();
+    const x = step => step / Math.max(1, steps - 1) * width, y = loss => 3 + (height - 6) * (1 - (loss - least) / span);
+    losses.forEach((loss, step) => pen.lineTo(x(step), y(loss)));
+    pen.stroke();
+  }
+}
+
 // Dark or light, as the text of the page says; frameworks differ in everything else. Not known before the root is in the page.
 function shade(root) {
   const [r, g, b] = (getComputedStyle(root).color.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
@@ -102,8 +136,10 @@ function render({ model, el }) {
   const root = element("div", el, { className: "dk-lens" });
   shade(root);
   const store = new Store(model);
-  const bar = new Bar(root, store), grid = element("div", root, { className: "dk-grid" });
-  const panes = [new MapPane(grid, store), new HeadsPane(grid, store), new TokensPane(grid, store), new WorkbenchPane(grid, store)];
+  const bar = new Bar(root, store);
+  new LiveBar(root, store);
+  const grid = element("div", root, { className: "dk-grid" });
+  const panes = [MapPane, HeadsPane, TokensPane, WorkbenchPane].map(Pane => new Pane(grid, store));
   panes[0].count();
   const look = () => { if (shade(root)) store.tell(THEME); };
   const theme = new MutationObserver(look);

@@ -15,6 +15,7 @@ class Store {
     for (const name of ["frame", "example", "position"]) on(`change:${name}`, () => this.tell(LOOK));
     on("change:selection", () => this.tell(SELECTION));
     on("change:revision", () => this.tell(EDITS));
+    on("change:live", () => this.tell(LIVE));
     on("change:binary", () => { this.decode(); this.tell(CONTENT); });
     on("msg:custom", (message, buffers) => this.receive(message, buffers));
   }
@@ -54,6 +55,11 @@ class Store {
   look(example, position) {
     if (position === undefined) position = this.places.find(([e]) => e === example)?.[1] ?? 0;
     this.set({ example, position });
+  }
+
+  colour(label) {
+    const { classes } = this.content.colours;
+    return classes[label % classes.length];
   }
 
   cell(frame, example, position) { return (frame * this.examples + example) * this.length + position; }

@@ -20,7 +20,7 @@ class TokensPane {
       return node;
     });
     this.scale = element("span", head, { className: "dk-scale", role: "status" });
-    store.listen(kind => { if (kind !== TIME && kind !== SELECTION) this.draw(); });
+    store.listen(kind => { if (!UNCHANGED.includes(kind)) this.draw(); });
     this.draw();
   }
 
@@ -48,13 +48,15 @@ class TokensPane {
     for (const node of this.choices) node.setAttribute("aria-pressed", node.dataset.colouring === colouring);
     const numbers = this.numbers(), known = Array.isArray(numbers);
     const finite = known ? numbers.filter(value => value !== null && Number.isFinite(value)) : [];
-    const top = Math.max(1e-9, ...finite.map(Math.abs));
+    const both = colouring === "value", top = Math.max(1e-9, ...finite.map(Math.abs));
+    const least = both ? 0 : Math.min(top, ...finite);
     this.scale.replaceChildren();
     if (!known) this.scale.textContent = numbers;
     else {
-      const both = colouring === "value";
-      this.scale.append(both ? signed(-top) : "0", element("i", this.scale, { className: both ? "dk-ramp dk-two" : "dk-ramp" }),
-                        both ? signed(top) : top.toFixed(1), ` ${COLOURINGS[colouring][1]}`);
+      const ramp = element("i", this.scale, { className: both ? "dk-ramp dk-two" : "dk-ramp" });
+      this.scale.prepend(both ? signed(-top, 4) : least.toFixed(1));
+      this.scale.append(both ? signed(top, 4) : top.toFixed(1), ` ${COLOURINGS[colouring][1]}`);
+      ramp.setAttribute("aria-label", "to");
     }
     const focus = body.contains(document.activeElement);
     body.replaceChildren();
@@ -64,12 +66,13 @@ class TokensPane {
       const column = element("div", body, { className: "dk-column" });
       element("span", column, { className: "dk-real", dir: "auto" }, real ?? "∅");
       const learned = store.placeAt[store.cell(0, example, position)] >= 0;
-      const chip = element("button", column, { type: "button", className: "dk-chip", dir: "auto", disabled: !learned }, word ?? "∅");
+      const chip = element("button", column, { type: "button", className: "dk-chip", dir: "auto" }, word ?? "∅");
+      chip.disabled = !learned;
       const value = known ? numbers[position] : null;
       if (value !== null && Number.isFinite(value)) {
-        const share = Math.abs(value) / top;
+        const share = (Math.abs(value) - least) / Math.max(1e-9, top - least);
         chip.style.background = rgba(value < 0 ? LESS : MORE, 0.62 * share);
-        chip.title = `position ${position}: ${colouring === "value" ? signed(value) : value.toFixed(2)} ${COLOURINGS[colouring][1]}`;
+        chip.title = `position ${position}: ${both ? signed(value, 4) : value.toFixed(2)} ${COLOURINGS[colouring][1]}`;
       }
       if (store.edit(frame, example, position)) chip.classList.add("dk-edited");
       const looked = position === store.get("position");
@@ -92,11 +95,12 @@ class TokensPane {
   }
 }
 
-// The attention that each position gets in the frame: the mean over layers, heads and positions that look, in units of the mean.
+// The attention that each position gets in the frame, over layers, heads and positions that look; the mean position gets 1.
 function received({ reply, buffers }) {
   const [sets, layers, heads, length] = reply.shape, size = layers * heads * length * length;
   const weights = new Uint8Array(buffers[0]).subarray((sets - 1) * size), sums = new Array(length).fill(0);
   weights.forEach((weight, i) => { sums[i % length] += weight; });
-  const present = sums.filter(sum => sum > 0), mean = present.reduce((a, b) => a + b, 0) / Math.max(1, present.length);
+  const present = sums.filter(sum => sum > 0);
+  const mean = present.reduce((a, b) => a + b, 0) / Math.max(1, present.length);
   return sums.map(sum => sum > 0 ? sum / mean : null);
 }

@@ -11,17 +11,18 @@ class WorkbenchPane {
     this.words = element("div", body, { className: "dk-words" });
     this.label = element("div", body, { className: "dk-label" });
     this.changed = element("p", body, { className: "dk-numbers" });
-    store.listen(kind => { if (kind !== TIME && kind !== SELECTION) this.draw(); });
+    store.listen(kind => { if (!UNCHANGED.includes(kind)) this.draw(); });
     this.draw();
   }
 
   draw() {
-    const { store, words } = this, frame = store.get("frame"), example = store.get("example"), position = store.get("position");
+    const { store, words } = this, [frame, example, position] = ["frame", "example", "position"].map(name => store.get(name));
     const edits = store.get("edits"), edited = edits[0]?.frame;
     this.undo.disabled = !edits.length;
     this.changed.textContent = edits.length ? `${edits.length} edits of ${store.content.frames[edited]}: ` +
       edits.map(e => `example ${e.example + 1}, position ${e.position} → ${e.word}`).join("; ") + ". In Python: lens.edited" : "";
-    this.where.textContent = `example ${example + 1}, position ${position}, real “${store.realWord(example, position) ?? "∅"}”`;
+    this.where.textContent = `example ${example + 1}, position ${position}: ` +
+      `nearest “${store.word(frame, example, position) ?? "∅"}”, real “${store.realWord(example, position) ?? "∅"}”`;
     this.drawLabel(frame, example);
     words.replaceChildren();
     if (edits.length && edited !== frame) {
@@ -29,7 +30,10 @@ class WorkbenchPane {
       button(words, "go there", "show the edited frame", () => store.set({ frame: edited }));
       return;
     }
-    if (store.placeAt[store.cell(0, example, position)] < 0) { element("p", words, {}, "Choose a word above: this position is fixed."); return; }
+    if (store.placeAt[store.cell(0, example, position)] < 0) {
+      element("p", words, {}, "This position is fixed; choose a word above.");
+      return;
+    }
     const note = element("p", words, {}, "finding the nearest words …");
     const answer = store.ask(["candidates", store.get("revision"), frame, example, position, this.text.value.trim()],
       () => this.draw(), share => { note.textContent = `judging the words: ${percent(share)}`; });
@@ -48,7 +52,7 @@ class WorkbenchPane {
       element("b", node, { dir: "auto" }, row.word);
       element("small", node, {}, `${row.distance.toFixed(2)} away`);
       if (row.loss !== undefined) {
-        element("small", node, {}, `loss ${row.loss.toFixed(3)} (${signed(row.change)})`);
+        element("small", node, {}, `loss ${row.loss.toFixed(4)} (${signed(row.change, 4)})`);
         const bar = element("i", node, { className: "dk-bar" });
         bar.style.width = `${50 * Math.abs(row.change) / most}%`;
         bar.style.background = rgba(row.change < 0 ? MORE : LESS, 0.9);
@@ -59,13 +63,15 @@ class WorkbenchPane {
       node.addEventListener("click", () => this.store.order(["accept", frame, example, position, row.token],
         ({ reply }) => { if (reply.problem) this.changed.textContent = reply.problem; }));
     }
-    const legend = judged.length ? "Distances in word distances. Bars: the loss falls (blue, left) or rises (orange, right) with the word."
+    const legend = judged.length
+      ? "Distances in word distances. Bars: the loss falls (blue, left) or rises (orange, right) with the word."
       : "Distances in word distances. Losses need Lens(…, judge=…).";
     element("p", this.words, { className: "dk-hint" }, legend);
   }
 
   drawLabel(frame, example) {
-    const { store, label } = this, { classes, labels, probabilities } = store.content, shares = probabilities[frame]?.[example];
+    const { store, label } = this, { classes, labels, probabilities } = store.content;
+    const shares = probabilities[frame]?.[example];
     label.replaceChildren();
     element("h4", label, {}, shares ? "label of the example" : "response of the example");
     if (!shares) { element("p", label, { dir: "auto" }, classes[labels[example]] ?? "–"); return; }
@@ -74,7 +80,7 @@ class WorkbenchPane {
       element("span", row, { dir: "auto" }, classes[number]);
       const bar = element("i", element("span", row, { className: "dk-track" }), {});
       bar.style.width = `${100 * shares[number]}%`;
-      bar.style.background = classColour(number);
+      bar.style.background = store.colour(number);
       element("span", row, {}, percent(shares[number]));
     });
   }
