@@ -42,13 +42,15 @@ function diverging(share) {
   return [255 + (r - 255) * part, 255 + (g - 255) * part, 255 + (b - 255) * part];
 }
 
-// A canvas that is as sharp as the screen, drawn in the units of the page.
+// An empty canvas that is as sharp as the screen, drawn in the units of the page.
 function fitted(canvas, width, height) {
-  const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.max(1, Math.round(width * ratio));
-  canvas.height = Math.max(1, Math.round(height * ratio));
-  canvas.style.height = `${height}px`;
-  const pen = canvas.getContext("2d");
+  const ratio = window.devicePixelRatio || 1, pen = canvas.getContext("2d");
+  const size = [width, height].map(length => Math.max(1, Math.round(length * ratio)));
+  if (canvas.width !== size[0] || canvas.height !== size[1]) {  // else it would be allocated for each moment of the film
+    [canvas.width, canvas.height] = size;
+    canvas.style.height = `${height}px`;
+  }
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, width, height);
   return pen;
 }

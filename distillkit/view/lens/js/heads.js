@@ -64,7 +64,6 @@ class HeadsPane {
     const { layers, heads, length } = this.shape;
     const side = this.side = Math.min((width - MARGIN) / heads, 46), height = MARGIN + side * layers;
     const pen = fitted(this.canvas, width, height);
-    pen.clearRect(0, 0, width, height);
     pen.fillStyle = ofNode(this.section, "--dk-text");
     pen.font = "10px system-ui, sans-serif";
     pen.imageSmoothingEnabled = side < length;
@@ -91,7 +90,6 @@ class HeadsPane {
     const unit = Math.max(10, Math.min(18, 330 / length)), height = unit * length + 6;
     const side = Math.min(unit * length, width * 0.5), names = side + 8, arcs = names + 84;
     const pen = fitted(this.canvas, width, height);
-    pen.clearRect(0, 0, width, height);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(this.picture(layer, head), 0, 0, side, unit * length);
     const row = this.row ?? store.get("position");

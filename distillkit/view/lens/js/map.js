@@ -69,14 +69,14 @@ class MapPane extends MapPaint {
     });
     const item = element("span", this.legend);
     element("i", item, { className: "dk-dot" }).style.background = content.colours.real;
-    item.append("words (dark: in the real text)");
+    item.append("words (stronger: in the real text)");
     this.fit();
   }
 
   project(method) {
     const { store } = this;
     if (method in store.content.maps) { this.method = method; this.decode(); this.repaint(); this.count(); return; }
-    this.numbers.textContent = `Fitting ${method.toUpperCase()} on words; this takes up to a minute …`;
+    this.numbers.textContent = `Fitting ${method.toUpperCase()} on words; this may take minutes …`;
     this.methods.value = this.method;
     store.order(["map", method], ({ reply }) => {
       if (reply.problem) this.numbers.textContent = reply.problem;
@@ -224,11 +224,11 @@ class MapPane extends MapPaint {
     const kept = `The map keeps ${percent(map.preserved)} of 10 nearest neighbours (shuffled: ${percent(map.shuffled)}).`;
     const answer = store.ask(["numbers", frame], () => this.count());
     if (this.search.value.trim()) return;
-    const own = answer?.reply?.own;
-    const shares = !answer ? " Own class: counting …" : !own ? " Own class: needs two examples of a class."
-      : ` Neighbours in other examples of the own class at ${store.content.frames[frame]}: ${percent(own.share)} ` +
-        `(chance ${percent(own.chance)}, random shift ${percent(own.control)}).`;
-    this.numbers.textContent = kept + shares;
+    const own = answer?.reply.own;
+    const shares = !answer ? "counting …" : answer.reply.problem ?? (!own ? "needs two examples of a class."
+      : `${percent(own.share)} of neighbours in other examples at ${store.content.frames[frame]} ` +
+        `(chance ${percent(own.chance)}, random shift ${percent(own.control)}).`);
+    this.numbers.textContent = `${kept} Own class: ${shares}`;
   }
 
   close() { this.sizes.disconnect(); cancelAnimationFrame(this.waiting); }

@@ -1,5 +1,5 @@
 // How the map is drawn: words once, on a layer of their own; learned positions and their trails for every moment of the film.
-const MOST_TRAILS = 200, MOST_LABELS = 16, ABSENT = 65535;
+const MOST_TRAILS = 400, MOST_LABELS = 16, ABSENT = 65535;
 
 class MapPaint {
   // The view: the middle of the map, and pixels per unit.
@@ -50,7 +50,6 @@ class MapPaint {
   repaint() {
     if (!this.size) return;
     const pen = fitted(this.background, ...this.size), { in_text: inText } = this.store.arrays;
-    pen.clearRect(0, 0, ...this.size);
     const shades = [ofNode(this.section, "--dk-word"), ofNode(this.section, "--dk-word-in-text")];
     for (const real of [0, 1]) {
       pen.fillStyle = shades[real];

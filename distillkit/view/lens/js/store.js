@@ -102,7 +102,6 @@ class Store {
     if (message.reply === undefined) { for (const [, done] of answer.waiting) done(message.done); return; }
     const { waiting } = answer;
     Object.assign(answer, { reply: message.reply, buffers: (buffers ?? []).map(bytesOf), waiting: [] });
-    if (message.reply.problem) this.answers.delete(message.key);
     for (const [then] of waiting) then(answer);
   }
 }
