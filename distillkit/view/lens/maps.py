@@ -1,8 +1,8 @@
 """Words and learned positions in one plane for all frames of a film, with numbers that say what to believe of it.
 
 A projection is fitted once, on words alone, and learned positions are placed in it, so that no frame moves the others.  UMAP
-(McInnes et al., 2018) is fitted on fewer words than PCA, those of the real text first, because it takes a minute for each
-ten thousand.  The numbers are of the original space: :func:`own_class`; and of the map: the share of neighbours that it keeps.
+(McInnes et al., 2018) is fitted on fewer words than PCA, those of the real text first, because it is slow.  The numbers are of
+the original space: :func:`own_class`; and of the map: the share of neighbours that it keeps.
 """
 
 from __future__ import annotations
