@@ -63,6 +63,9 @@ _HOMES = {
     "io.storage": ("StorageError",),
     "io.seeds": ("derive_seed",),
     "view.lesson": ("sizes",),
+    # looking at a set, or at the film of a distillation
+    "view.lens.film": ("record_film",),
+    "view.lens.lens": ("Lens",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -155,9 +155,10 @@ CALLS = {
 # Made by other names, and only read.
 RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
            "Task", "Wording"}
-# Their bad values are tested where they are: test_publish, test_prompting, test_wording, test_lesson, test_pairs.
+# Their bad values are tested where they are: test_publish, test_prompting, test_wording, test_lesson, test_pairs,
+# test_lens.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "sizes",
-             "search_pairs"}
+             "search_pairs", "Lens", "record_film"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
 APART = {"checkpoint", "optimizer", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 

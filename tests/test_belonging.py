@@ -13,7 +13,7 @@ from distillkit.applications.processes import team
 from distillkit.applications.publish import card, load_published, save_published
 from distillkit.applications.trainer import Examples
 from distillkit.core.problem import bound_step_sizes
-from distillkit.view import widgets
+from distillkit.view.lens import panes
 from distillkit.view.measures import attention, distance_to_words, history
 
 # As wide as each other; the first two read the same tokens.
@@ -145,7 +145,7 @@ ENTRANCES = {
     "FrozenJudge.gradient": lambda s, t, m: dk.FrozenJudge(t, m).gradient(s, 0),
     "FrozenJudge.features": lambda s, t, m: dk.FrozenJudge(t, m).features(s),
     "StudentJudge.gradient": lambda s, t, m: dk.StudentJudge(objective(t, m), tries=1).gradient(s, 0),
-    "outer_loss": lambda s, t, m: widgets.outer_loss(dk.FrozenJudge(t, m))(s),
+    "outer_loss": lambda s, t, m: panes.outer_loss(dk.FrozenJudge(t, m), s),
     "Examples": lambda s, t, m: Examples(s, m),
     "card": lambda s, t, m: card(s, "a", student=dataclasses.replace(m, name=s.meta["student"])),
     "continual": lambda s, t, m: merging.continual([t, t], m, [s, s], steps=1, seeds=(0,)),
@@ -153,9 +153,8 @@ ENTRANCES = {
     "attention": lambda s, t, m: attention(m, s),
     "distance_to_words": lambda s, t, m: distance_to_words(s, m),
     "history": lambda s, t, m: history([s, s], m),
-    "candidates": lambda s, t, m: widgets.candidates(s, m, 0, 1, k=1),
-    "prompt_explorer": lambda s, t, m: widgets.prompt_explorer(s, m, k=1),
-    "attention_explorer": lambda s, t, m: widgets.attention_explorer(m, None, s, s),
+    "candidates": lambda s, t, m: panes.candidates(s, m, 0, 1, k=1),
+    "Lens": lambda s, t, m: dk.Lens(s, m),
 }
 # Those that go by tokens.
 TEXT_ENTRANCES = {

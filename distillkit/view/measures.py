@@ -72,7 +72,9 @@ def flat_map(points, *, method: str = "umap", seed: int = 0) -> np.ndarray:
     return np.asarray(flat, dtype=np.float64)
 
 
-def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine") -> Overlap:
+def neighbour_overlap(
+    points, groups: Sequence | np.ndarray, k: int, *, metric: str = "cosine", owners: Sequence | np.ndarray | None = None
+) -> Overlap:
     """How many of a point's neighbours belong to its own group, in the original space and not in a picture of it.
 
     Args:
@@ -80,19 +82,30 @@ def neighbour_overlap(points, groups: Sequence | np.ndarray, k: int, *, metric: 
         groups: the group of each point, n labels of any kind.
         k: neighbours per point, from 1 to n − 1.
         metric: ``"cosine"`` or ``"l2"``.
+        owners: the example of each point, n labels; then only neighbours in other examples count, since positions of one
+            example may lie together whatever their group.
 
     Returns:
         ``share``: the mean over points of the share of their ``k`` nearest other points that are in their group; ``chance``:
-        its expectation if groups were assigned at random, the mean of (size of the group − 1) / (n − 1).
+        its expectation if neighbours were drawn at random from the points that count.
 
     Raises:
-        ValueError: another number of groups than points, an unknown metric, or ``k`` out of range.
+        ValueError: another number of groups or owners than points, an unknown metric, or ``k`` out of range.
     """
-    points = _points(points)
-    check_consistent_length(points, groups)
-    nearest = _nearest(points, k, metric)
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    return Overlap(float((group[nearest] == group[:, None]).mean()), float((sizes[group] - 1).mean() / (len(points) - 1)))
+    points, groups = _points(points), np.asarray(groups)
+    check_consistent_length(points, groups, owners)
+    owners = np.arange(len(points)) if owners is None else owners
+    _, owners, sizes = np.unique(owners, return_inverse=True, return_counts=True)
+    check_whole("k", k, most=len(points) - sizes.max(), meaning="the other points")
+    # Among the nearest are some that do not count: as many as the largest example has but for the point itself.
+    nearest = _nearest(points, min(k + int(sizes.max()) - 1, len(points) - 1), metric)
+    counted = owners[nearest] != owners[:, None]
+    first = counted & (counted.cumsum(1) <= k)
+    same = groups[nearest] == groups[:, None]
+    _, group, group_sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    _, pair, pair_sizes = np.unique(np.stack([group, owners]), axis=1, return_inverse=True, return_counts=True)
+    chance = (group_sizes[group] - pair_sizes[pair.ravel()]) / (len(points) - sizes[owners])
+    return Overlap(float((same & first).sum(1).mean() / k), float(chance.mean()))
 
 
 def preservation(points, flat, k: int) -> float:
@@ -134,7 +147,7 @@ def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistance
 
     Returns:
         ``distances [n]`` of the free positions in reading order; ``tokens [n]``, the ids of their nearest words; and the
-        ``yardstick``, the median distance between a word and the word nearest to it, of :data:`SAMPLE` words drawn at random.
+        ``yardstick``, which :func:`word_distance` returns.
     """
     distilled.check_table(student)
     table = student.embedding
@@ -144,10 +157,19 @@ def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistance
     # From the difference: the distances of the search lose digits where they are small.
     distances = (free - table[ids.to(table.device)]).float().norm(dim=1)
 
-    words = allowed.nonzero().squeeze(1)
-    words = words[torch.randperm(len(words), generator=generator("yardstick", 0))[:SAMPLE]]
-    _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
-    return WordDistances(distances.cpu().numpy(), ids.numpy(), float(away[:, 1].median()))  # the first is the word itself
+    return WordDistances(distances.cpu().numpy(), ids.numpy(), word_distance(student))
+
+
+def word_distance(student: Student) -> float:
+    """The median Euclidean distance between a word and the word nearest to it, of :data:`SAMPLE` words drawn at random."""
+    if "word-distance" not in student.cache:
+        table = student.embedding
+        allowed = allowed_tokens(student.tokenizer, len(table))
+        words = allowed.nonzero().squeeze(1)
+        words = words[torch.randperm(len(words), generator=generator("yardstick", 0))[:SAMPLE]]
+        _, away = nearest_tokens(table[words.to(table.device)], table, k=2, allowed=allowed)
+        student.cache["word-distance"] = float(away[:, 1].median())  # the first is the word itself
+    return student.cache["word-distance"]
 
 
 def random_shift(learned: DistilledSet, start: DistilledSet, seed: int = 0, *, together: bool = True) -> DistilledSet:

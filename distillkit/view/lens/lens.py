@@ -1,0 +1,391 @@
+"""The widget: state that the front end draws, and answers to what it asks.
+
+State goes over once, as JSON and one buffer.  What costs a forward pass (attention, losses) or minutes (UMAP) is computed
+when the front end asks for it, sent as bytes, and remembered under the question, so that a page without a kernel can answer
+the same questions from what was asked before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import pandas
+import traitlets
+from matplotlib.figure import Figure
+
+from distillkit.core.distilled import DistilledSet
+from distillkit.core.distiller import Distiller
+from distillkit.core.student import Params, Student
+from distillkit.data.tasks import Task
+from distillkit.io.checks import check_is, check_whole, require
+from distillkit.io.escaping import one_line
+from distillkit.text.projection import corpus_tokens
+from distillkit.view.figures import ROLE_COLOURS
+from distillkit.view.lens import page, panes, still
+from distillkit.view.lens.film import ABSENT, filmed, frames_in, record_film
+from distillkit.view.lens.live import Run
+from distillkit.view.lens.maps import make_map, own_class
+from distillkit.view.lens.wire import packed, scaled, script, style
+
+SHOWN = 2.0  # seconds between two growths of the film of a running distillation, at least
+STATE = ("content", "binary", "frame", "example", "position", "selection", "edits", "revision", "live")
+
+
+class Lens(anywidget.AnyWidget):
+    """Four linked panes and a slider over the frames of a film: map, tokens, attention heads, and a workbench.
+
+    Args:
+        history: the folder of :func:`~distillkit.view.lens.film.record_film`, a set, a sequence of sets, sets by name (real,
+            learned, projected, swapped), or a Distiller that :meth:`run` is to run; in one embedding space.
+        student: the model in whose embedding space they are, an encoder or a decoder.
+        real: real text to compare with, example by example; default: the training rows that the set was taken from, if
+            ``task`` is there, else the first frame.
+        task: whose training text is marked on the map.
+        judge: gives candidates and positions their losses, such as :class:`~distillkit.text.judges.FrozenJudge`.
+        params: weights of the student for attention, as :meth:`Student.init` returns them; default: those it was loaded with.
+
+    Attributes:
+        frame, example, position: what is looked at; set one, and the front end follows.
+        selection: indices of the positions that are selected on the map, into ``film.places``.
+        edited: the set as the workbench has changed it; the frame that is looked at before the first change.
+
+    Raises:
+        ValueError: sets of another embedding table, or nothing to look at.
+    """
+
+    _css = style()
+    content = traitlets.Dict().tag(sync=True)
+    binary = traitlets.Bytes().tag(sync=True)
+    frame = traitlets.Int(0).tag(sync=True)
+    example = traitlets.Int(0).tag(sync=True)
+    position = traitlets.Int(0).tag(sync=True)
+    selection = traitlets.List(traitlets.Int()).tag(sync=True)
+    edits = traitlets.List().tag(sync=True)
+    revision = traitlets.Int(0).tag(sync=True)
+    live = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
+                 params: Params | None = None):
+        self.distiller = history if isinstance(history, Distiller) else None
+        self.film = filmed(history, student)
+        if task is not None:
+            check_is("task", task, Task)
+        self.student, self.task, self.judge, self.params = student, task, judge, params
+        self.real = self._real_text(real)
+        self.real.check_table(student)
+        self.maps = {"pca": make_map(self.film, student, "pca", real=self.real)}
+        self._answers: dict[str, tuple[dict, list[bytes]]] = {}
+        self._states: list[DistilledSet] = []  # the frame that is edited, then the set after each edit
+        self._turns = 0
+        self._run: Run | None = None
+        first = self.film.places[0] if len(self.film.places) else (0, 0)
+        content, binary = self._content()
+        super().__init__(_esm=script(), content=content, binary=binary, frame=len(self.film.sets) - 1,
+                         example=int(first[0]), position=int(first[1]))
+        self.on_msg(self._receive)
+
+    def __repr__(self) -> str:
+        frames, (examples, length) = len(self.film.sets), self.film.learned.shape
+        return f"Lens: {frames} frames of {examples} examples with {length} positions"
+
+    @traitlets.validate("frame", "example", "position")
+    def _within(self, proposal) -> int:
+        sizes = dict(zip(("frame", "example", "position"), self.film.tokens.shape))
+        return min(max(proposal["value"], 0), sizes[proposal["trait"].name] - 1)
+
+    def _real_text(self, real: DistilledSet | None) -> DistilledSet:
+        if real is not None:
+            check_is("real", real, DistilledSet)
+            return real
+        first = self.film.sets[0]
+        rows, labels = first.meta.get("rows"), first.meta.get("labels")
+        if first.tokens is not None or self.task is None or not rows or len(rows) != len(first):
+            return first
+        chosen = np.array(rows)
+        by_class = [chosen[np.array(labels) == label] for label in range(len(self.task.classes))] if labels else [chosen]
+        return DistilledSet.from_rows(self.task, self.student, by_class, length=first.mask.shape[1])
+
+    # What the front end draws
+
+    def _content(self) -> tuple[dict, bytes]:
+        """The state as JSON, and the buffer that its ``arrays`` (name → type, shape, first byte) lie in."""
+        film, student = self.film, self.student
+        words = [one_line(word, 40) for word in student.tokenizer.convert_ids_to_tokens(self._ids.tolist())]
+        classes, labels, _ = panes.labels_of(film.sets[-1])
+        probabilities = [panes.labels_of(state)[2] for state in film.sets]
+        arrays = {"tokens": self._place_of(film.tokens), "distances": film.distances.astype(np.float32),
+                  "moved": film.moved.astype(np.float32), "learned": film.learned.astype(np.uint8),
+                  "real": self._place_of(np.where(self.real.mask, self._real_tokens, ABSENT))}
+        in_text = np.isin(self._ids, corpus_tokens(self.task, student, least=1).nonzero() if self.task is not None else
+                          self._real_tokens)
+        maps = {}
+        for method, flat in self.maps.items():
+            arrays |= {f"{method}.words": self._place_of(flat.words), **scaled(method, flat.background, flat.points)}
+            maps[method] = {"preserved": flat.preserved, "shuffled": flat.shuffled}
+        arrays["in_text"] = in_text.astype(np.uint8)
+        content = {
+            "frames": list(film.names), "words": "\n".join(words), "classes": [one_line(name, 60) for name in classes],
+            "labels": labels, "maps": maps, "yardstick": film.yardstick, "has_judge": self.judge is not None,
+            "probabilities": [None if p is None else np.round(p.tolist(), 4).tolist() for p in probabilities],
+            "colours": ROLE_COLOURS | {"classes": still.CLASS_COLOURS},
+        }
+        return packed(content, arrays)
+
+    @property
+    def _real_tokens(self) -> np.ndarray:
+        tokens = self.real.tokens
+        return self.film.tokens[0, : len(self.real), : self.real.mask.shape[1]] if tokens is None else tokens.numpy()
+
+    @property
+    def _ids(self) -> np.ndarray:
+        """Ids of all words that are shown anywhere, sorted."""
+        parts = [self.film.tokens.ravel(), self._real_tokens.ravel(), *(flat.words for flat in self.maps.values())]
+        ids = np.unique(np.concatenate(parts))
+        return ids[ids != ABSENT]
+
+    def _place_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Where each token stands among the words that the front end has; -1 for none."""
+        return np.where(tokens == ABSENT, ABSENT, np.searchsorted(self._ids, tokens)).astype(np.int32)
+
+    # What the front end asks
+
+    def _receive(self, _, message: dict, buffers) -> None:
+        ask = message.get("ask")
+        key = json.dumps(ask, separators=(",", ":"))
+        try:
+            reply, parts = self.answer(ask, tell=lambda share: self.send({"key": key, "done": share}))
+        except Exception as error:  # a traceback would be lost in the log of the front end
+            reply, parts = {"problem": one_line(str(error))}, []
+        self.send({"key": key, "reply": reply}, parts)
+
+    def answer(self, ask: list, tell: panes.Tell | None = None) -> tuple[dict, list[bytes]]:
+        """What the front end is told: JSON and buffers.
+
+        Args:
+            ask: what, then its arguments, whole numbers or text: ``["attention", revision, frame, example]``,
+                ``["candidates", revision, frame, example, position, text]``, ``["values", revision, frame, example]``,
+                ``["numbers", frame]``, ``["map", method]``, ``["accept", frame, example, position, token]``, ``["undo"]``,
+                ``["stop"]``.
+            tell: called with the share that is done.
+
+        Raises:
+            ValueError: a question that is none.
+        """
+        require(isinstance(ask, list) and ask and ask[0] in ASKS,
+                f"Lens has no answer to {ask!r}; ask one of {', '.join(ASKS)}")
+        kind, *arguments = ask
+        if kind in ("accept", "undo", "stop"):
+            return getattr(self, f"_{kind}")(*arguments), []
+        key = json.dumps(ask, separators=(",", ":"))
+        if key not in self._answers:
+            if kind in ("attention", "candidates", "values"):
+                require(arguments.pop(0) == self.revision, "the set has changed meanwhile")
+            self._answers[key] = getattr(self, f"_{kind}")(*arguments, **({"tell": tell} if kind in TELLING else {}))
+        return self._answers[key]
+
+    def _state(self, frame: int) -> DistilledSet:
+        """A frame, or the edited set in its place."""
+        return self._states[-1] if self.edits and self.edits[0]["frame"] == frame else self.film.sets[frame]
+
+    def _attention(self, frame: int, example: int) -> tuple[dict, list[bytes]]:
+        pair = [panes.one_example(self._state(frame), example)]
+        if example < len(self.real):
+            pair.insert(0, panes.one_example(self.real, example))
+        weights = panes.heads(self.student, pair, self.params)
+        return {"shape": list(weights.shape)}, [weights.tobytes()]
+
+    def _candidates(self, frame: int, example: int, position: int, text: str, tell=None) -> tuple[dict, list[bytes]]:
+        more = self.student.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        table = panes.candidates(self._state(frame), self.student, example, position, more=more, judge=self.judge, tell=tell)
+        table["distance"] /= self.film.yardstick
+        return {"rows": table.to_dict("records")}, []
+
+    def _values(self, frame: int, example: int, tell=None) -> tuple[dict, list[bytes]]:
+        require(self.judge is not None, "training values need a judge: Lens(…, judge=dk.FrozenJudge(task, student))")
+        values = panes.training_values(self._state(frame), example, self.judge, tell)
+        return {"values": [None if np.isnan(value) else float(value) for value in values]}, []
+
+    def _numbers(self, frame: int) -> tuple[dict, list[bytes]]:
+        shares = own_class(self.film, frame, panes.labels_of(self.film.sets[frame])[1])
+        return {"own": shares and {name: None if np.isnan(value) else value for name, value in shares.items()}}, []
+
+    def _map(self, method: str) -> tuple[dict, list[bytes]]:
+        if method not in self.maps:
+            self.maps[method] = make_map(self.film, self.student, method, real=self.real)
+            with self.hold_sync():
+                self.content, self.binary = self._content()
+        return {"method": method}, []
+
+    # A running distillation
+
+    def run(self, steps: int, *, folder: str | Path | None = None, frames: int = 41) -> asyncio.Task:
+        """Run the distillation in the background and follow it: loss, time left, and the film as it grows.
+
+        Args:
+            steps: in all, as :meth:`Distiller.run` counts them.
+            folder: keep the frames there (:func:`~distillkit.view.lens.film.record_film`); those of an earlier part are shown.
+            frames: how many states of the whole run to keep.
+
+        Returns:
+            a task to await, for a cell that needs the finished set.
+
+        Raises:
+            ValueError: Lens was not made of a Distiller, or of one without ``checkpoint``.
+            RuntimeError: no event loop is running, as in a script; there ``distiller.run`` does the same.
+        """
+        distiller = self.distiller
+        require(distiller is not None, "there is nothing to run: give Lens a Distiller in the place of the history")
+        assert distiller is not None
+        check_whole("frames", frames, least=2)
+        records = distiller.run(steps) if folder is None else record_film(distiller, folder, steps, frames=frames)
+        if folder is not None and frames_in(folder):
+            self.film = filmed(folder, self.student)
+            self.maps = {"pca": make_map(self.film, self.student, "pca", real=self.real)}
+            self.content, self.binary = self._content()
+        shown = {round(step) for step in np.linspace(0, steps, frames)}
+        grown = [time.monotonic()]
+        waiting: dict[str, DistilledSet] = {}
+
+        def show(status: str, ended: bool) -> None:
+            losses = [record.loss for record in distiller.records]
+            self.live = {"status": one_line(status), "losses": losses, "steps": steps, "ended": ended}
+            name = f"step {distiller.step}"
+            if (distiller.step in shown or ended) and name not in self.film.names:
+                waiting[name] = distiller.distilled
+            if waiting and (ended or time.monotonic() - grown[0] > SHOWN):
+                self._grow(waiting)
+                waiting.clear()
+                grown[0] = time.monotonic()
+
+        self._run = Run(distiller, steps, records, show)
+        return self._run.task
+
+    def _grow(self, states: dict[str, DistilledSet]) -> None:
+        """Add frames to the film; whoever looks at the last one goes on to the new last one."""
+        at_the_end = self.frame == len(self.film.sets) - 1
+        for name, state in states.items():
+            self.film = self.film.with_frame(name, state, self.student)
+        self.maps = {method: flat.with_frames(self.film) for method, flat in self.maps.items()}
+        with self.hold_sync():
+            self.content, self.binary = self._content()
+            if at_the_end:
+                self.frame = len(self.film.sets) - 1
+
+    def stop(self) -> None:
+        """End the run after its step, with a checkpoint; nothing where none is running."""
+        if self._run is not None:
+            self._run.stopping = True
+
+    def _stop(self) -> dict:
+        self.stop()
+        return {}
+
+    # The workbench
+
+    def _accept(self, frame: int, example: int, position: int, token: int) -> dict:
+        self.accept(token, frame=frame, example=example, position=position)
+        return {}
+
+    def accept(self, token: int, *, frame: int | None = None, example: int | None = None, position: int | None = None) -> None:
+        """Put the word ``token`` at a position; by default at the one that is looked at.
+
+        Raises:
+            ValueError: a position that is not learned, or edits of another frame that are not undone.
+        """
+        frame, example, position = (getattr(self, name) if value is None else value for name, value in
+                                    (("frame", frame), ("example", example), ("position", position)))
+        require(not self.edits or self.edits[0]["frame"] == frame,
+                f"the workbench holds edits of frame {self.edits and self.edits[0]['frame']}; go there, or undo them first")
+        state = self._state(frame)
+        after = panes.replaced(state, self.student, example, position, token)
+        word = one_line(self.student.tokenizer.convert_ids_to_tokens([token])[0], 40)
+        self._states = [*(self._states or [state]), after]
+        self._turns += 1
+        edit = {"frame": frame, "example": example, "position": position, "token": token, "word": word}
+        with self.hold_sync():
+            self.edits, self.revision = [*self.edits, edit], self._turns
+
+    def _undo(self) -> dict:
+        self.undo()
+        return {}
+
+    def undo(self) -> None:
+        """Take the last edit back; does nothing where there is none."""
+        if self.edits:
+            self._states, self._turns = self._states[:-1], self._turns + 1
+            with self.hold_sync():
+                self.edits, self.revision = self.edits[:-1], self._turns if len(self.edits) > 1 else 0
+            if not self.edits:
+                self._states = []
+
+    # Without a kernel
+
+    def _repr_mimebundle_(self, **options):
+        """The widget, and a picture for where there is none."""
+        bundle = super()._repr_mimebundle_(**options)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return (data or {}) | {"image/png": self.figure()._repr_png_()}, metadata
+
+    def _drawn(self) -> tuple:
+        """What both pictures need: film, map, classes, and the nearest words of the learned positions in each frame."""
+        names, labels, _ = panes.labels_of(self.film.sets[-1])
+        words = [self._words(tokens[self.film.learned]) for tokens in self.film.tokens]
+        return self.film, self.maps["pca"], names, labels, words
+
+    def _words(self, tokens: np.ndarray) -> list[str]:
+        words = self.student.tokenizer.convert_ids_to_tokens(np.maximum(tokens, 0).tolist())
+        return [one_line(word, 40) if token != ABSENT else "" for word, token in zip(words, tokens)]
+
+    def figure(self) -> Figure:
+        """What is looked at, on paper: film strip, words of the example, and attention heads."""
+        frame, example = self.frame, self.example
+        reply, parts = self.answer(["attention", self.revision, frame, example])
+        weights = np.frombuffer(parts[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+        real = np.full(self.film.tokens.shape[2], ABSENT)
+        if example < len(self.real):
+            row = np.where(self.real.mask[example], self._real_tokens[example], ABSENT)[: len(real)]
+            real[: len(row)] = row
+        return still.still(*self._drawn(), example=example, frame=frame, real=self._words(real),
+                           chips=self._words(self.film.tokens[frame, example]),
+                           difference=weights[1] - weights[0] if len(weights) > 1 else None)
+
+    def save_gif(self, path: str | Path) -> Path:
+        """Write the film of the map as a GIF, and return where it is."""
+        return still.save_gif(path, *self._drawn(), example=self.example)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write one self-contained page, and return where it is.
+
+        It holds the film, the attention of the frame that is looked at in every example, and whatever was asked for before
+        (candidates, training values, UMAP); a page cannot compute more.
+        """
+        for example in range(len(self._state(self.frame))):
+            self.answer(["attention", self.revision, self.frame, example])
+        for frame in range(len(self.film.sets)):
+            self.answer(["numbers", frame])
+        state = {name: getattr(self, name) for name in STATE}
+        return page.save(path, page.page(repr(self), state, self._answers, script("page"), self._css))
+
+    @property
+    def edited(self) -> DistilledSet:
+        """The set after all edits."""
+        return self._states[-1] if self._states else self.film.sets[self.frame]
+
+    @property
+    def selected(self) -> pandas.DataFrame:
+        """The selected positions, a row each: ``example``, ``position``, nearest ``word``, and ``distance`` to it in units of
+        the distance between neighbouring words."""
+        places = self.film.places[[index for index in self.selection if 0 <= index < len(self.film.places)]]
+        example, position = places[:, 0], places[:, 1]
+        words = self.student.tokenizer.convert_ids_to_tokens(self.film.tokens[self.frame, example, position].tolist())
+        return pandas.DataFrame({"example": example, "position": position, "word": [one_line(word) for word in words],
+                                 "distance": self.film.distances[self.frame, example, position]})
+
+
+ASKS = ("attention", "candidates", "values", "numbers", "map", "accept", "undo", "stop")
+TELLING = ("candidates", "values")

@@ -1,0 +1,200 @@
+"""Lens on paper: a film strip of the map, the words of an example, all attention heads; and the film as a GIF.
+
+What the front end draws, drawn by matplotlib: notebooks show it under the widget, and it is the picture that a stored widget
+leaves behind.  Colours mean the same in both: classes by :data:`CLASS_COLOURS`, shades of blue for how far, and a difference of
+attention by :data:`DIFFERENCE`, which is white at zero.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from distillkit.io.storage import absolute, replacing
+from distillkit.view.figures import ROLE_COLOURS, _Shown, style
+from distillkit.view.lens.film import Film
+from distillkit.view.lens.maps import Map
+from distillkit.view.set_figures import drawn
+
+CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3db0ea", "#7a4fb5", "#6b8e23")
+DIFFERENCE = LinearSegmentedColormap.from_list("difference", [ROLE_COLOURS["text"], "white", ROLE_COLOURS["learned"]])
+DISTANCE = LinearSegmentedColormap.from_list("distance", ["white", ROLE_COLOURS["learned"]])
+MOST = 0.5  # a difference of attention that has the last colour
+STRIP = 4  # frames of a film strip
+STILLS = 48  # pictures of a GIF
+PAUSE, FIRST, LAST = 110, 900, 2500  # milliseconds of a picture of a GIF
+LABELS = 14  # words beside the points of a map
+
+
+def colour(label: int) -> str:
+    """The colour of a class."""
+    return CLASS_COLOURS[label % len(CLASS_COLOURS)]
+
+
+def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], words: Sequence[str], example: int = 0) -> None:
+    """One moment of a film: words in grey, learned positions in the colours of their classes, with trails.
+
+    Args:
+        time: from 0 to f − 1; between two frames positions are between their places.
+        labels: the class of each example.
+        words: for each of the p learned positions the nearest word.
+        example: whose positions are labelled with their words.
+    """
+    before, share = int(time), time - int(time)
+    after = min(before + 1, len(flat.points) - 1)
+    now = (1 - share) * flat.points[before] + share * flat.points[after]
+    axes.scatter(*flat.background.T, s=1, color=ROLE_COLOURS["real"], alpha=0.18, linewidths=0, rasterized=True)
+    owners = film.places[:, 0]
+    colours = [colour(labels[owner]) for owner in owners]
+    trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
+    axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
+    near = owners == example
+    axes.scatter(*now[~near].T, s=13, c=[c for c, one in zip(colours, near) if not one], alpha=0.8, linewidths=0)
+    axes.scatter(*now[near].T, s=34, c=colour(labels[example]), edgecolors="black", linewidths=0.8, zorder=3)
+    for place in np.flatnonzero(near)[:LABELS]:
+        if np.isfinite(now[place]).all():
+            axes.annotate(drawn(words[place])[:16], now[place], xytext=(4, 3), textcoords="offset points", fontsize=7, zorder=4)
+    inner = np.concatenate([np.quantile(flat.background, (0.002, 0.998), axis=0), flat.points.reshape(-1, 2)])
+    inner = inner[np.isfinite(inner).all(1)]
+    middle, span = (inner.max(0) + inner.min(0)) / 2, 0.53 * np.ptp(inner, axis=0)
+    box = axes.get_window_extent()
+    unit = max(span[0] / box.width, span[1] / box.height)  # the same on both axes
+    axes.set(xlim=middle[0] + unit * box.width * np.array([-1, 1]), ylim=middle[1] + unit * box.height * np.array([-1, 1]))
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+
+
+def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float]) -> None:
+    """The words of an example as chips in lines: the real word in grey above, the nearest one below it, blue where it is far.
+
+    Args:
+        real, words: a word a position, empty where there is none.
+        distances: of each position from its nearest word, in word distances; NaN for a fixed position.
+    """
+    points = axes.get_window_extent().width / axes.figure.dpi * 72
+    finite = [value for value in distances if np.isfinite(value)]
+    shade = Normalize(0, max([*finite, 1e-9]))
+    x, y = 0.0, 0.0
+    for above, word, distance in zip(real, words, distances, strict=True):
+        above, word = drawn(above)[:14], drawn(word)[:14]
+        width = 5.4 * max(len(above) * 0.85, len(word)) + 11
+        if x + width > points:
+            x, y = 0.0, y + 31
+        face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
+        axes.text(x + width / 2, y, above, fontsize=7, color="0.4", ha="center", va="center")
+        axes.text(x + width / 2, y + 13, word, fontsize=8.5, ha="center", va="center",
+                  bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
+        x += width
+    axes.set(xlim=(0, points), ylim=(max(y + 24, 125), -8))
+    axes.axis("off")
+
+
+def draw_heads(axes, difference: np.ndarray) -> None:
+    """All heads in one picture: a row of tiles per layer; blue: attention gained, orange: attention lost.
+
+    Args:
+        difference: ``[layers, heads, l, l]``.
+    """
+    layers, heads, length, _ = difference.shape
+    gap = max(1, length // 12)
+    tiles = np.pad(difference, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
+    picture = tiles.transpose(0, 2, 1, 3).reshape(layers * (length + gap), heads * (length + gap))
+    axes.imshow(picture, cmap=DIFFERENCE, vmin=-MOST, vmax=MOST, interpolation="nearest", aspect="auto")
+    axes.set_xticks((np.arange(heads) + 0.45) * (length + gap), range(1, heads + 1), fontsize=7)
+    axes.set_yticks((np.arange(layers) + 0.45) * (length + gap), range(1, layers + 1), fontsize=7)
+    axes.set_xlabel("head", fontsize=8)
+    axes.set_ylabel("layer", fontsize=8)
+    axes.tick_params(length=0, pad=1)
+    axes.grid(False)
+
+
+def draw_classes(figure: Figure, names: Sequence[str]) -> None:
+    """A legend of classes below the figure."""
+    marks = [Line2D([], [], color=colour(label), marker="o", ls="", label=drawn(name)[:24]) for label, name in enumerate(names)]
+    marks.append(Line2D([], [], color=ROLE_COLOURS["real"], marker="o", ls="", ms=3, label="words"))
+    figure.legend(handles=marks[:9], loc="lower center", ncols=min(len(marks), 9), frameon=False, fontsize=8)
+
+
+@style()
+def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], words: Sequence[Sequence[str]], *, example: int,
+          frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None) -> Figure:
+    """Film strip, words and heads of one moment.
+
+    Args:
+        film, flat: a film and its map.
+        names, labels: of classes, and the class of each example.
+        words: for each frame, for each of the p learned positions, the nearest word.
+        example, frame: which are looked at.
+        real, chips: the words of the example in real text and in the frame, a word a position.
+        difference: of attention, ``[layers, heads, l, l]``; None: no heads.
+    """
+    figure = _Shown(figsize=(10, 6.6))
+    shown = sorted({round(step) for step in np.linspace(0, len(film.sets) - 1, STRIP)})
+    top = figure.add_gridspec(1, len(shown), left=0.03, right=0.985, top=0.91, bottom=0.49, wspace=0.04)
+    for place, moment in enumerate(shown):
+        axes = figure.add_subplot(top[place])
+        draw_map(axes, film, flat, moment, labels, words[moment], example)
+        axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
+    bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
+    axes = figure.add_subplot(bottom[0])
+    axes.set_title(f"Example {example + 1}, {drawn(names[labels[example]])[:24]}: real and nearest words\n"
+                   "(blue: far from every word)", fontsize=9, loc="left")
+    draw_tokens(axes, real, chips, film.distances[frame, example])
+    if difference is not None:
+        axes = figure.add_subplot(bottom[1])
+        axes.set_title("Attention, distilled − real", fontsize=9, loc="left")
+        draw_heads(axes, difference)
+        bar = figure.colorbar(ScalarMappable(Normalize(-MOST, MOST), DIFFERENCE), ax=axes, fraction=0.04, pad=0.02)
+        bar.ax.tick_params(labelsize=7)
+    figure.text(0.03, 0.96, f"The map keeps {flat.preserved:.0%} of neighbours (shuffled: {flat.shuffled:.0%})", fontsize=9)
+    draw_classes(figure, names)
+    return figure
+
+
+@style()
+def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: Sequence[int],
+             words: Sequence[Sequence[str]], *, example: int) -> Path:
+    """Write the map's film as a GIF of at most :data:`STILLS` pictures, and return where it is."""
+    last = len(film.sets) - 1
+    pictures = []
+    for time in np.linspace(0, last, min(STILLS, 3 * last + 1)):
+        figure = _Shown(figsize=(7.2, 5.2), dpi=100)
+        axes = figure.add_axes((0.02, 0.14, 0.96, 0.78))
+        frame = round(time)
+        draw_map(axes, film, flat, time, labels, words[frame], example)
+        axes.set_title(f"{drawn(film.names[frame])}", fontsize=11, loc="left")
+        chosen = [word for word, (owner, _) in zip(words[frame], film.places) if owner == example]
+        line = textwrap.shorten(" ".join(map(drawn, chosen)), 84, placeholder=" …")
+        figure.text(0.02, 0.095, f"nearest words of example {example + 1}: {line}", fontsize=8)
+        draw_classes(figure, names)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    palette = _palette()
+    pictures = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    pauses = [FIRST, *[PAUSE] * max(0, len(pictures) - 2), LAST][: len(pictures)]
+    path = absolute(path)
+    with replacing(path) as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=pauses, loop=0, optimize=True)
+    return path
+
+
+def _palette() -> Image.Image:
+    """The colours of a GIF: greys, and each class in several strengths on white."""
+    classes = np.array([to_rgb(name) for name in CLASS_COLOURS])
+    strengths = np.linspace(0.15, 1, 6)[:, None, None]
+    mixed = (1 - strengths) + strengths * classes
+    greys = np.linspace(0, 1, 16)[:, None].repeat(3, 1)
+    image = Image.new("P", (1, 1))
+    image.putpalette((255 * np.concatenate([greys, mixed.reshape(-1, 3)])).round().astype(int).ravel().tolist())
+    return image
