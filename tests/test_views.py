@@ -118,6 +118,9 @@ def test_preservation():
     line, on_map = np.array([0, 1.1, 2.1, 3])[:, None], np.array([0, 2.2, 1, 3.3])[:, None] * [1, 0]
     near, seen = [{1, 2}, {0, 2}, {1, 3}, {1, 2}], [{1, 2}, {2, 3}, {0, 1}, {1, 2}]
     assert views.preservation(line, on_map, 2) == sum(len(a & b) / 2 for a, b in zip(near, seen)) / 4 == 0.75
+    some = np.array([3, 0])
+    assert views.preservation(line, on_map, 2, rows=some) == sum(len(near[i] & seen[i]) / 2 for i in some) / 2
+    assert views.preservation(np.zeros((5, 2)), np.zeros((5, 2)), 4, rows=np.arange(5)) == 1, "a point is not its own neighbour"
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def neighbour_overlap(
     return Overlap(float((same & first).sum(1).mean() / k), float(chance.mean()))
 
 
-def preservation(points, flat, k: int) -> float:
+def preservation(points, flat, k: int, *, rows: np.ndarray | None = None) -> float:
     """The mean share of a point's ``k`` nearest other points that are among its ``k`` nearest on a map too; 1: all of them.
 
     A map that shuffles the points would keep k / (n − 1).
@@ -117,10 +117,11 @@ def preservation(points, flat, k: int) -> float:
         points: ``[n, d]``.
         flat: ``[n, 2]``, the map.
         k: from 1 to n − 1.
+        rows: indices of the points whose neighbours are compared, among all points; default: every point.
     """
     points, flat = _points(points), _points(flat)
     check_consistent_length(points, flat)
-    shared = _nearest(points, k, "l2")[:, :, None] == _nearest(flat, k, "l2")[:, None, :]
+    shared = _nearest(points, k, "l2", rows)[:, :, None] == _nearest(flat, k, "l2", rows)[:, None, :]
     return float(shared.any(2).mean())
 
 
@@ -129,12 +130,17 @@ def _points(points) -> np.ndarray:
     return check_array(torch.as_tensor(points).detach().cpu().double().numpy())
 
 
-def _nearest(points: np.ndarray, k: int, metric: str) -> np.ndarray:
-    """Indices ``[n, k]`` of the nearest other points."""
+def _nearest(points: np.ndarray, k: int, metric: str, rows: np.ndarray | None = None) -> np.ndarray:
+    """Indices ``[n, k]`` of the nearest other points, of all points or of some ``rows``."""
     check_choice("metric", metric, METRICS)
     check_whole("k", k, most=len(points) - 1, meaning="the other points")
     search = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine" if metric == "cosine" else "euclidean")
-    return search.fit(points).kneighbors(return_distance=False)  # without a query, a point is not its own neighbour
+    if rows is None:
+        return search.fit(points).kneighbors(return_distance=False)  # without a query, a point is not its own neighbour
+    nearest = search.fit(points).kneighbors(points[rows], k + 1, return_distance=False)
+    others = nearest != rows[:, None]
+    others[others.all(1), -1] = False  # of several points at one place, the point itself may not be among the nearest
+    return nearest[others].reshape(-1, k)
 
 
 def distance_to_words(distilled: DistilledSet, student: Student) -> WordDistances:

@@ -24,7 +24,7 @@ from distillkit.view.lens.film import ABSENT, Film
 from distillkit.view.measures import MAPS, NEIGHBORS, neighbour_overlap, preservation, random_shift
 
 WORDS = {"pca": 30_000, "umap": 3_000}  # the most words that are on a map
-SAMPLE = 600  # words, and as many learned positions, that neighbours are counted among
+SAMPLE = 300  # words, and as many learned positions, whose neighbours are counted
 CLOSE = 10  # neighbours that are counted
 
 
@@ -95,14 +95,13 @@ def make_map(film: Film, student: Student, method: str = "pca", *, real: Distill
         model = umap.UMAP(n_neighbors=min(NEIGHBORS, len(rows) - 1), random_state=seed, n_jobs=1).fit(rows)
         background = model.embedding_
     points = _placed(film, range(len(film.sets)), model.transform)
-    draw = np.random.default_rng(seed)
-    chosen = draw.permutation(len(rows))[:SAMPLE]
     last = np.flatnonzero(np.isfinite(points[-1]).all(1))
-    last = draw.permutation(last)[:SAMPLE]
-    space = np.concatenate([rows[chosen], film.embeds(-1).numpy()[last]])
-    flat = np.concatenate([background[chosen], points[-1][last]])
-    k = min(CLOSE, len(space) - 1)
-    return Map(method, words.numpy(), np.asarray(background, np.float32), points, model.transform, preservation(space, flat, k),
+    space = np.concatenate([rows, film.embeds(-1).numpy()[last]])
+    flat = np.concatenate([background, points[-1][last]])
+    k, draw = min(CLOSE, len(space) - 1), np.random.default_rng(seed)
+    counted = np.concatenate([draw.permutation(part)[:SAMPLE] for part in np.split(np.arange(len(space)), [len(rows)])])
+    preserved = preservation(space, flat, k, rows=counted)
+    return Map(method, words.numpy(), np.asarray(background, np.float32), points, model.transform, preserved,
                k / (len(space) - 1))
 
 

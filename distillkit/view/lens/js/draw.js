@@ -31,7 +31,8 @@ function pane(parent, name, title) {
 }
 
 const clamp = (value, least, most) => Math.min(most, Math.max(least, value));
-const percent = share => share === null || share === undefined ? "–" : `${Math.round(100 * share)} %`;
+const percent = share => share === null || share === undefined ? "–"
+  : share > 0 && share < 0.01 ? `${(100 * share).toFixed(2)} %` : `${Math.round(100 * share)} %`;
 const signed = (value, digits = 3) => `${value > 0 ? "+" : value < 0 ? "−" : "±"}${Math.abs(value).toFixed(digits)}`;
 const rgba = ([r, g, b], alpha) => `rgba(${r},${g},${b},${alpha})`;
 const ofNode = (node, name) => getComputedStyle(node).getPropertyValue(name).trim();
