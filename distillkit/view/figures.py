@@ -207,7 +207,8 @@ def describe(figure: Figure) -> str:
         ]
         bars = [f"{len(axes.patches)} bars"] if axes.patches else []
         cells = [f"{values.size} cells" for meshes in axes.collections if (values := meshes.get_array()) is not None]
-        lines.append(f"panel {number}: {axes.get_title() or 'untitled'} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | "
+        title = axes.get_title() or axes.get_title(loc="left") or "untitled"
+        lines.append(f"panel {number}: {title} | x: {axes.get_xlabel()} | y: {axes.get_ylabel()} | "
                      f"{'; '.join(bars + cells + series)}")
     return "\n".join(lines)
 
