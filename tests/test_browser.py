@@ -92,8 +92,8 @@ def served(tmp_path, standin_home, sources):
 
 
 @contextlib.contextmanager
-def opened(address, size=(1400, 2600)):
-    """That notebook, open in a browser, with a kernel that waits."""
+def browsed(address, size):
+    """The page at an address in a browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -101,8 +101,6 @@ def opened(address, size=(1400, 2600)):
         page = browser.new_page(viewport={"width": size[0], "height": size[1]})
         page.set_default_timeout(PATIENCE)
         page.goto(address)
-        page.locator(".jp-Notebook .jp-CodeCell").last.wait_for()
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before that, cells are run by nobody
         yield page
         browser.close()
 
@@ -127,7 +125,9 @@ def state_in_python(page, folder: Path) -> dict:
 
 
 def test_four_panes_in_jupyterlab(tmp_path, standin_home):
-    with served(tmp_path, standin_home, CELLS) as address, opened(address, (1280, 1500)) as page:
+    with served(tmp_path, standin_home, CELLS) as address, browsed(address, (1280, 1500)) as page:
+        page.locator(".jp-Notebook .jp-CodeCell").last.wait_for()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before that, cells are run by nobody
         problems = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         run_all(page)
@@ -195,20 +195,6 @@ def test_four_panes_in_jupyterlab(tmp_path, standin_home):
 HOSTILE = ["<img src=x onerror=window.broken=1>", "</script><script>window.broken=1</script>", "<b class=smuggled>&amp;</b>"]
 
 
-@contextlib.contextmanager
-def page_of(path, size=(872, 900)):
-    """A saved page in a browser that reaches nothing else."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-        page.set_default_timeout(PATIENCE)
-        page.goto(path.as_uri())
-        yield page
-        browser.close()
-
-
 def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     import distillkit as dk
     from distillkit.view.lens import page as pages
@@ -225,7 +211,7 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     state = {name: getattr(lens, name) for name in STATE} | {"content": content}
     text = pages.page(HOSTILE[1], state, lens._answers, wire.script("page"), wire.style())
     (tmp_path / "hostile.html").write_text(text, encoding="utf-8")
-    with page_of(tmp_path / "hostile.html") as page:
+    with browsed((tmp_path / "hostile.html").as_uri(), (872, 900)) as page:
         page.locator(".dk-candidate").first.wait_for()
         assert page.locator(".dk-candidate b").first.inner_text() == HOSTILE[0]
         assert {*page.locator(".dk-chip").all_inner_texts()} <= {*HOSTILE} and page.locator(".dk-chip").count() == 10
@@ -264,7 +250,7 @@ def test_thirty_thousand_words_and_two_thousand_positions_play_smoothly(tmp_path
     state = {"content": content, "binary": binary, "frame": 0, "example": 0, "position": 0, "selection": [], "edits": [],
              "revision": 0, "live": {}}
     (tmp_path / "large.html").write_text(pages.page("large", state, {}, wire.script("page"), wire.style()), encoding="utf-8")
-    with page_of(tmp_path / "large.html") as page:
+    with browsed((tmp_path / "large.html").as_uri(), (872, 900)) as page:
         page.get_by_label("larger map, or back").click()
         page.wait_for_function("() => document.querySelector('.dk-map canvas').clientHeight >= 600")
         assert page.evaluate("() => document.querySelector('.dk-map canvas').clientWidth") >= 800

@@ -11,7 +11,7 @@ import distillkit as dk
 from benchmarks import attention_labels
 from benchmarks import metagrad as benchmark
 from distillkit.experiments.kinds import table_of
-from distillkit.experiments.results import MARKED, with_tables
+from distillkit.experiments.results import MARKED, by_set, read, with_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "figures" / "results"
@@ -35,6 +35,20 @@ def test_its_tables_are_the_committed_results(page):
 def test_every_result_has_its_table():
     shown = {marker[3] for page in PAGES for marker in MARKED.finditer(page.read_text(encoding="utf-8"))}
     assert {path.stem for path in RESULTS.glob("*.json")} == shown
+
+
+def test_the_glossary_tells_the_runs_apart_by_their_committed_numbers():
+    text = (ROOT / "notebooks" / "GLOSSARY.md").read_text(encoding="utf-8")
+    row = r"^\| `(?:make |python -m distillkit run )(\w+)`.*\| (\d+) \| (\d\.\d+) \| (\d\.\d+)? ?\|$"
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) == 4
+    for name, sets, *printed in rows:
+        cell = {"evidence_docstrings": "per_class=1", "steps_docstrings": "base"}.get(name)
+        scores = by_set(read(RESULTS / f"{name.replace('demo', 'quickstart')}.json"), cell=cell)
+        for method, number in zip(("embeddings/own", "projected/own"), printed, strict=True):
+            if number:
+                assert f"{scores.loc[method].mean():.2f}" == number, (name, method)
+        assert scores.loc["embeddings/own"].count() == int(sets)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -56,9 +56,10 @@ def test_umap_is_imported_when_asked_for_and_told_the_seed(monkeypatch):
         def __init__(self, **options):
             told.append(options)
 
-        def fit_transform(self, points):
+        def fit(self, points):
             torch.set_num_threads(threads + 1)  # as numba does
-            return points[:, :2].astype(np.float32)
+            self.embedding_ = points[:, :2].astype(np.float32)
+            return self
 
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
     flat = views.flat_map(cloud(17), seed=3)

@@ -229,21 +229,10 @@ def text_table(rows: Sequence[dict], classes: Sequence[str]) -> str:
     """
     # Lists of cells, not dictionaries: a class may be called "text".
     head = ["class", "text", *classes]
-    return _html([head, *([row["label"], row["text"], *row["probabilities"]] for row in rows)], named=True)
-
-
-def html_table(rows: Sequence[dict]) -> str:
-    """Dictionaries of the same keys as an HTML table, a column a key; every piece of text is escaped."""
-    return _html([[*rows[0]], *([*row.values()] for row in rows)])
-
-
-def _html(rows: list[list], named: bool = False) -> str:
-    """Rows of cells, the first of them titles; text to the left, but for the names of the rows where they are ``named``."""
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in rows[0])
-    body = "".join(
-        f"<tr>{''.join(_html_cell(value, left=i > 0 or not named) for i, value in enumerate(row))}</tr>" for row in rows[1:]
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    cells = ([row["label"], row["text"], *row["probabilities"]] for row in rows)
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    body = "".join(f"<tr>{''.join(_html_cell(value, left=i > 0) for i, value in enumerate(row))}</tr>" for row in cells)
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _html_cell(value, left: bool) -> str:

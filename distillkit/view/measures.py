@@ -64,12 +64,17 @@ def flat_map(points, *, method: str = "umap", seed: int = 0) -> np.ndarray:
         return PCA(2, svd_solver="full").fit_transform(points)
     if len(points) < NEIGHBORS + 2:  # UMAP would take fewer neighbours and only warn
         raise ValueError(f"UMAP needs at least {NEIGHBORS + 2} points, not {len(points)}; ask for method='pca'")
+    return np.asarray(fitted_umap(points, seed).embedding_, dtype=np.float64)
+
+
+def fitted_umap(points: np.ndarray, seed: int = 0):
+    """A UMAP fitted on ``points [n, d]`` in one thread; torch keeps its number of threads."""
     import umap  # takes seconds to compile, so it is imported only here
 
     threads = torch.get_num_threads()
-    flat = umap.UMAP(n_neighbors=NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(points)
+    model = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=seed, n_jobs=1).fit(points)
     torch.set_num_threads(threads)  # numba sets the OpenMP threads of the whole process, torch's too, to the number of cores
-    return np.asarray(flat, dtype=np.float64)
+    return model
 
 
 def neighbour_overlap(

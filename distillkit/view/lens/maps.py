@@ -21,7 +21,7 @@ from distillkit.io.checks import check_choice
 from distillkit.io.seeds import generator
 from distillkit.text.projection import allowed_tokens
 from distillkit.view.lens.film import ABSENT, Film
-from distillkit.view.measures import MAPS, NEIGHBORS, neighbour_overlap, preservation, random_shift
+from distillkit.view.measures import MAPS, fitted_umap, neighbour_overlap, preservation, random_shift
 
 WORDS = {"pca": 30_000, "umap": 3_000}  # the most words that are on a map
 SAMPLE = 300  # words, and as many learned positions, whose neighbours are counted
@@ -90,9 +90,7 @@ def make_map(film: Film, student: Student, method: str = "pca", *, real: Distill
         model = PCA(2, svd_solver="covariance_eigh").fit(rows)
         background = model.transform(rows)
     else:
-        import umap  # takes seconds to compile
-
-        model = umap.UMAP(n_neighbors=min(NEIGHBORS, len(rows) - 1), random_state=seed, n_jobs=1).fit(rows)
+        model = fitted_umap(rows, seed)
         background = model.embedding_
     points = _placed(film, range(len(film.sets)), model.transform)
     last = np.flatnonzero(np.isfinite(points[-1]).all(1))
