@@ -54,6 +54,7 @@ _HOMES = {
     "text.keywords": ("search_keywords",),
     "text.relaxed": ("relax_tokens",),
     "text.sentences": ("nearest_sentences", "search_pairs", "search_sentences"),
+    "text.writing": ("WrittenSentences", "write_sentences"),
     # uses of a finished set: other models, prompts, a description of its text, publishing
     "applications.transfer": ("retokenize", "transfer"),
     "applications.prompting": ("FewShot", "few_shot", "questions"),

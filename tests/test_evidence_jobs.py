@@ -32,7 +32,8 @@ BASE = {
     "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1],
     "eval_seeds": [0, 1], "full_seeds": [0], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "judge_steps": 5,
     "sentence_steps": 2, "sentences": 20, "candidates": 4, "rank": 2, "standard_steps": 2,
-    "word_steps": 2, "word_candidates": 4, "judges": ["bert-base-uncased", "distilbert-base-uncased"],
+    "word_steps": 2, "word_candidates": 4, "writer": "facebook/opt-1.3b", "written_candidates": 3,
+    "judges": ["bert-base-uncased", "distilbert-base-uncased"],
     "tuned_initialisations": 1, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1, 2]},
 }

@@ -13,6 +13,9 @@ Beside them:
 
 * ``published``: another project's sets (``from_text``), set number s for seed s; they were made from other rows than ours.
 * ``chosen sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
+* ``model-written``: sentences that a language model writes after reading training rows of a class
+  (:func:`~distillkit.text.writing.write_sentences`), the first it wrote; ``chosen model-written``: those that the judge of
+  ``chosen sentences`` takes from all it wrote.
 * ``searched keywords``: the keywords after a search that asks several encoders at once, each by what its head reads first and
   by all its layers (:func:`~distillkit.text.keywords.search_keywords`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
@@ -27,7 +30,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,6 +38,7 @@ import numpy as np
 import pandas as pd
 
 from distillkit.applications.costs import as_float16, low_rank, low_rank_bytes, set_bytes
+from distillkit.applications.prompting import questions
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.loading import load_student
 from distillkit.core.student import Student
@@ -76,16 +80,19 @@ from distillkit.experiments.settings import (
 from distillkit.text.judges import READS, FrozenJudge, JointJudge
 from distillkit.text.keywords import search_keywords
 from distillkit.text.sentences import search_sentences
+from distillkit.text.writing import write_sentences
 
 WRITTEN = Path(__file__).parent / "written.yaml"  # {corpus: {class: its sentences}}
 BY_HAND = ("class names", "written")  # texts that do not depend on the drawn rows
 PUBLISHED, CHOSEN, SEARCHED = "published", "chosen sentences", "searched keywords"
+CANDIDATES, MODEL_WRITTEN, CHOSEN_WRITTEN = "candidates", "model-written", "chosen model-written"
 ATTENTION, FLOAT16, LOW_RANK = "embeddings + attention labels", "embeddings float16", "embeddings low rank"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
-    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN, SEARCHED) for labels in ("", TEACHER)),
+    *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN, SEARCHED, MODEL_WRITTEN, CHOSEN_WRITTEN)
+      for labels in ("", TEACHER)),
     f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
     *(f"{method}/own" for method in (ATTENTION, FLOAT16, LOW_RANK)),
     *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
@@ -107,6 +114,8 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
     judges: tuple[str, ...] = option((), "students that judge searched keywords together (default: the student); one tokenizer")
     word_steps: int = whole(40, "steps of the search for keywords")
     word_candidates: int = whole(24, "changes of words that are judged per step")
+    writer: str = option("offline:smollm2", "language model that writes sentences")
+    written_candidates: int = whole(100, "sentences that it writes for each class")
     rank: int = whole(16, "rank of the row 'embeddings low rank'")
     published: dict[int, str] | None = option(None, "{per_class: file of published sets below $DISTILLKIT_DATA}, JSON lines of "
                                                     "set (a number), text and label (an index)")
@@ -144,7 +153,7 @@ class BootstrapCell(ClassificationCell):
 
     corpus: Task
     encoder: Callable[[str], Student]
-    texts = (CHOSEN, SEARCHED)
+    texts = (CHOSEN, SEARCHED, CHOSEN_WRITTEN)
     selections = tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
@@ -183,13 +192,27 @@ class BootstrapCell(ClassificationCell):
             return with_teacher_labels(self.set_of(method.removesuffix(TEACHER), seed), self.task)
         if method in (*BY_HAND, PUBLISHED):
             texts, labels = self._published(seed) if method == PUBLISHED else self._by_hand(method)
-            return DistilledSet.from_text(texts, [self.task.classes[label] for label in labels], self.task, self.student,
-                                          length=self.job.length, soft_labels=False)
+            return self._from_text(texts, [self.task.classes[label] for label in labels])
+        if method == MODEL_WRITTEN:
+            every = pd.DataFrame(self.set_of(CANDIDATES, seed).to_text()[:]).groupby("label").head(self.job.per_class)
+            return self._from_text(every["text"], every["label"])
         if method == FLOAT16:
             return as_float16(self.set_of("embeddings", seed))
         if method == LOW_RANK:
             return low_rank(self.set_of("embeddings", seed), self.job.rank, dtype="float16")
         return super()._set_of(method, seed)
+
+    def _from_text(self, texts: Iterable[str], labels: Iterable[str]) -> DistilledSet:
+        return DistilledSet.from_text(texts, labels, self.task, self.student, length=self.job.length, soft_labels=False)
+
+    def _candidates(self, seed: int) -> DistilledSet:
+        """All sentences that the language model writes, as a set."""
+        job = self.job
+        writer = load_student(job.writer, questions(self.task), trainable="full")
+        written = write_sentences(self.task, writer, per_class=job.written_candidates, length=job.length, seed=seed)
+        self.notes[f"{CANDIDATES} {seed}"] = {name: getattr(written, name)
+                                              for name in ("lines", "verbatim", "repeated", "overlap")}
+        return self._from_text(written.texts, [self.task.classes[label] for label in written.labels])
 
     def _by_hand(self, method: str) -> tuple[list[str], list[int]]:
         """The texts of the class names or of the written sentences, and their labels."""
@@ -209,13 +232,16 @@ class BootstrapCell(ClassificationCell):
     def create(self, method: str, seed: int) -> DistilledSet:
         if method == ATTENTION:
             return self.distil(method, seed, self.start(seed).with_attention(self.student), self.objective())
-        if method not in (CHOSEN, SEARCHED):
+        if method == CANDIDATES:
+            return self._candidates(seed)
+        if method not in (CHOSEN, CHOSEN_WRITTEN, SEARCHED):
             return super().create(method, seed)
         job, begun = self.job, time.perf_counter()
-        if method == CHOSEN:
+        if method != SEARCHED:
             judge = FrozenJudge(self.task, self.student, steps=job.judge_steps)
-            text = search_sentences(self.set_of("herding", seed), self.task, self.student, judge, steps=job.sentence_steps,
-                                    candidates=job.candidates, sentences=job.sentences, seed=seed)
+            start, pool = ("herding", None) if method == CHOSEN else (MODEL_WRITTEN, self.set_of(CANDIDATES, seed))
+            text = search_sentences(self.set_of(start, seed), self.task, self.student, judge, steps=job.sentence_steps,
+                                    candidates=job.candidates, sentences=job.sentences, pool=pool, seed=seed)
         else:
             encoders = [self.encoder(source) for source in job.judges or (job.student,)]
             joint = JointJudge([FrozenJudge(self.task, encoder, **WORD_JUDGE, reads=part)

@@ -41,7 +41,7 @@ class Sentence:
 
 def search_sentences(
     distilled: DistilledSet, task: Task, student: Student, judge: FrozenJudge, *, steps: int = 100, candidates: int = 64,
-    sentences: int = 2048, seed: int = 0,
+    sentences: int = 2048, pool: DistilledSet | None = None, seed: int = 0,
 ) -> DistilledSet:
     """Real sentences with the lowest outer loss of a judge: whole sentences are changed for others of their class.
 
@@ -56,6 +56,8 @@ def search_sentences(
         steps: of the search.
         candidates: sentences judged in a step.
         sentences: size of the pool, drawn from the training split in equal shares and filled up to the set's length.
+        pool: other sentences to choose from, of every class of ``distilled``, such as those of
+            :func:`~distillkit.text.writing.write_sentences` as a set; the result is as long as the longer of the two.
         seed: draws the pool, examples, candidates and real rows.
 
     Returns:
@@ -64,15 +66,23 @@ def search_sentences(
 
     Raises:
         TypeError: a judge without representations.
+        ValueError: a pool without sentences of a class.
     """
     check_is("task", task, Task)
     check_search(distilled, student, judge, "features", "labels", "head_losses")
     check_wholes(steps=steps, candidates=candidates, sentences=sentences)
     start = distilled.in_classes(task.classes, f"task {task.name!r}")
     start.label_names()  # a set that does not tell them is an error
-    labels, pool = judge.labels(start), _pool(task, student, sentences, start.embeds.shape[1], seed)
+    labels = judge.labels(start)
+    if pool is None:
+        pool = _pool(task, student, sentences, start.embeds.shape[1], seed)
+    else:
+        pool.check_table(student)
+        pool = pool.in_classes(task.classes, f"task {task.name!r}")
+        lacking = {*start.label_names()} - {*pool.label_names()}
+        require(not lacking, f"pool: it has no sentence of {', '.join(map(repr, sorted(lacking)))}")
     x = torch.cat([judge.features(pool), judge.features(start)])  # [pool and set, n·d]
-    of_class = [(pool.targets == label).nonzero().squeeze(1) for label in range(len(task.classes))]
+    of_class = [torch.tensor([i for i, name in enumerate(pool.label_names()) if name == label]) for label in task.classes]
     offered = [of_class[label] for label in start.meta["labels"]]  # of each example, the sentences of its class
     now = torch.arange(len(pool), len(x))  # where each example stands in x
     losses = []
@@ -183,14 +193,14 @@ def _pool(task: Task, student: Student, sentences: int, length: int, seed: int) 
 def _picked(pool: DistilledSet, start: DistilledSet, now: Tensor, search: dict) -> DistilledSet:
     """The examples at ``now`` of the pool and the start, one behind the other."""
     meta = {k: v for k, v in start.meta.items() if k not in ("recipe", "selection", "rows")}
-    for key in {"text", "rows"} & start.meta.keys():
+    for key in {"text", "rows"} & start.meta.keys() & pool.meta.keys():
         values = [*pool.meta[key], *start.meta[key]]
         meta[key] = [values[i] for i in now]
     parts = {}
     for name in ("embeds", "mask", "free", "tokens"):
         first, last = getattr(pool, name).transpose(1, -1), getattr(start, name).transpose(1, -1)
-        # The pool's sentences may be shorter than the start, never longer.
-        first = torch.nn.functional.pad(first, (0, last.shape[-1] - first.shape[-1]))
+        longest = max(first.shape[-1], last.shape[-1])
+        first, last = (torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in (first, last))
         parts[name] = torch.cat([first, last])[now].transpose(1, -1).contiguous()
     return dataclasses.replace(start, **parts, step_sizes=None, meta=meta | {"search": search})
 
