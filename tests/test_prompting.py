@@ -20,6 +20,7 @@ from distillkit.experiments.kinds import table_of
 from distillkit.experiments.prompting import PromptingCell, PromptingJob, order_deviation, prompting_table
 from distillkit.experiments.results import by_set, frame
 from distillkit.experiments.runner import Run
+from distillkit.io.seeds import derive_seed
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "google/gemma-3-270m"]
 PAIRS = [("a dull and tired story", "bad"), ("it was warm , almost tender", "brilliant fun"),
@@ -55,6 +56,10 @@ def test_without_demonstrations_it_is_multiple_choice(readers, asked, name):
     plain, by_length = answered(student, student.init(0), asked, "test")
     assert (found.mean, found.normalized[0]) == pytest.approx((plain.mean(), by_length.mean()))
     assert found.k == 0 and found.dropped == (0,) and len(found.scores) == 1 and np.isnan(found.std)
+    likelihoods, _ = choice_scores(student, student.init(0), asked, "test", range(len(asked.test)))
+    right = [-torch.tensor(scores).log_softmax(0)[row["answer"]]
+             for scores, row in zip(likelihoods, asked.test, strict=True)]
+    assert found.losses == pytest.approx((float(sum(right)) / len(right),), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,8 +197,9 @@ SMALL = {
     "name": "small", "corpus": "rotten_tomatoes", "student": "facebook/opt-1.3b", "max_length": 12, "length": 8,
     "seeds": [0, 1], "orders": 2, "test_rows": 10, "validation_rows": 6, "judged_shots": 2, "templates": ["{text}\nIt was",
     "{text} :"], "outer_steps": 2, "outer_batch": 4, "judge_steps": 5, "swap_steps": 2, "candidates": 4, "least": 1,
-    "rows": ["zero-shot/0", "random/2", "k_center/2", "embeddings/2", "projection/2", "nearest sentences/2", "swaps/2",
-             "wrong labels/2"],
+    "sentence_steps": 2, "sentences": 20, "draws": 3, "draw_rows": 6,
+    "rows": ["zero-shot/0", "random/2", "k_center/2", "herding/2", "keywords/2", "sentences/2", "likeliest/2", "embeddings/2",
+             "projection/2", "nearest sentences/2", "swaps/2", "wrong labels/2"],
 }
 
 
@@ -242,6 +248,21 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     assert all(name != cell.task.classes[label] for (_, name), label in zip(wrong, right.meta["labels"], strict=True))
 
 
+def test_the_likeliest_draw_is_the_one_the_reader_says(finished, standin_hub):
+    folder, result = finished
+    cell = Run(PromptingCell, job(), folder, folder / "work").cell
+    losses = result["cells"]["small"]["notes"]["likeliest 1"]["losses"]
+    draws = [dk.select(cell.task, cell.student, "random", **job().size(derive_seed("prompting-draw", 1, n))) for n in range(3)]
+    assert len(losses) == 3 and cell.set_of("likeliest", 1).meta["rows"] == draws[int(np.argmin(losses))].meta["rows"]
+
+
+def test_another_model_may_read(standin_hub, tmp_path):
+    cell = Run(PromptingCell, job(reader="gpt2", rows=["random/2"]), tmp_path, tmp_path / "work").cell
+    assert cell.reader.name == "gpt2" != cell.student.name
+    columns = cell.columns("random", "2")
+    assert (columns["source"], columns["target"]) == (cell.student.name, "gpt2")
+
+
 def test_the_table(finished):
     _, result = finished
     lines, scores = prompting_table(result).splitlines(), frame(result)
@@ -258,6 +279,7 @@ def test_the_table(finished):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"reader": "gpt2"}, "cannot read embeddings of"),
     ({"rows": ["poetry/2"]}, "the source of row 'poetry/2' must be one of zero-shot"),
     ({"rows": ["random/0"]}, "a row is a source and its demonstrations"),
     ({"rows": ["zero-shot/3"]}, "a row is a source and its demonstrations"),

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import log_softmax
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
@@ -96,6 +97,7 @@ class FewShot:
         mean, std: accuracy over the orders by plain log-likelihood, std with n − 1 (nan for one order).
         scores, normalized, calibrated: accuracy of each order by log-likelihood, by log-likelihood per character, and
             calibrated (None where answers are not the same for all questions).
+        losses: of each order, the mean of −log p(right answer) among the choices, in nats.
         k: demonstrations requested.
         dropped: demonstrations that each order left out because they did not fit the model's positions.
         context: tokens of each order's context.
@@ -107,6 +109,7 @@ class FewShot:
     scores: tuple[float, ...]
     normalized: tuple[float, ...]
     calibrated: tuple[float, ...] | None
+    losses: tuple[float, ...]
     k: int
     dropped: tuple[int, ...]
     context: tuple[int, ...]
@@ -153,7 +156,8 @@ def few_shot(
     choices = [task.choice_ids(student.tokenizer, split, row) for row in rows]
     blank = _content_free(task, student) if isinstance(task, Questions) else ([], [])
     longest = max(len(prompt) + max(map(len, ids)) for prompt, ids in zip(asked + blank[0], choices + blank[1], strict=True))
-    accuracies, dropped, lengths = [], [], []
+    accuracies, losses, dropped, lengths = [], [], [], []
+    answers = [task.split(split)[row]["answer"] for row in rows]
     for order in range(orders if k else 1):
         chosen = _order([answer for answer, _ in shown], k, generator("few-shot-order", seed, order))
         parts = [shown[i][1] for i in chosen]
@@ -167,14 +171,15 @@ def few_shot(
         plain = log_likelihoods(student, asked, choices, **read)
         scores = [plain, per_character(plain, task, split, rows)]
         if blank[0]:
-            answers = torch.tensor(np.stack(log_likelihoods(student, *blank, **read)))
-            prior = answers.softmax(1).mean(0).log().numpy()
+            blank_scores = torch.tensor(np.stack(log_likelihoods(student, *blank, **read)))
+            prior = blank_scores.softmax(1).mean(0).log().numpy()
             scores.append([s - prior for s in plain])
+        losses.append(-float(np.mean([log_softmax(s)[answer] for s, answer in zip(plain, answers, strict=True)])))
         accuracies.append([float(task.are_right(split, rows, picks(s)).mean()) for s in scores])
         dropped.append(len(chosen) - len(parts))
         lengths.append(len(context))
     plain, by_length, *calibrated = zip(*accuracies, strict=True)
-    return FewShot(*mean_and_std(plain), plain, by_length, calibrated[0] if calibrated else None, k=k,
+    return FewShot(*mean_and_std(plain), plain, by_length, calibrated[0] if calibrated else None, tuple(losses), k=k,
                    dropped=tuple(dropped), context=tuple(lengths), rows=len(rows))
 
 

@@ -212,7 +212,7 @@ class BootstrapCell(ClassificationCell):
         written = write_sentences(self.task, writer, per_class=job.written_candidates, length=job.length, seed=seed)
         self.notes[f"{CANDIDATES} {seed}"] = {name: getattr(written, name)
                                               for name in ("lines", "verbatim", "repeated", "overlap")}
-        return self._from_text(written.texts, [self.task.classes[label] for label in written.labels])
+        return self._from_text(written.texts, written.labels)
 
     def _by_hand(self, method: str) -> tuple[list[str], list[int]]:
         """The texts of the class names or of the written sentences, and their labels."""

@@ -6,20 +6,26 @@ orders, test questions that are the same for all; no demonstration is longer tha
 Sources:
 
 * ``zero-shot``: none.
-* ``random``, ``k_center``: real sentences, filled up to the same length (:mod:`distillkit.evaluation.selection`).
-* ``embeddings``: distilled by BPTT with the same language model, under a classifier's head; read as embeddings.
+* ``random``, ``k_center``, ``herding``: real sentences, filled up to the same length, and ``keywords``, lines of words
+  (:mod:`distillkit.evaluation.selection`).
+* ``sentences``: real sentences that a frozen judge chooses (:func:`~distillkit.text.sentences.search_sentences`).
+* ``likeliest``: of several draws of random sentences, the one after which the reader finds the right answers of training
+  questions likeliest: a choice by the reader itself, without a gradient.
+* ``embeddings``: distilled by BPTT with the language model that reads them, under a classifier's head; read as embeddings.
 * ``projection``: their nearest tokens.  ``nearest sentences``: the real sentences nearest to them.
 * ``swaps``: token swaps that start from ``k_center`` (:class:`~distillkit.text.swaps.SwapSearch`), the same model as judge.
 * ``wrong labels``: those of ``random``, each told as the class after its own.  What it loses on ``random`` is what the
   model takes from the answers in a context rather than from its looks (Min et al., 2022).
 
-The template is the one of several with the best accuracy on validation questions, over no demonstrations and
-``judged_shots`` real ones that are shown in no row.
+The student makes and selects the demonstrations; ``reader``, by default the same model, reads them.  The template is the one of
+several with the best accuracy on validation questions, over no demonstrations and ``judged_shots`` real ones that are shown in
+no row.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -50,13 +56,19 @@ from distillkit.experiments.ways_to_text import TextCell
 from distillkit.io.checks import check_choice
 from distillkit.io.seeds import derive_seed, generator
 
-SOURCES = ("zero-shot", "random", "k_center", "embeddings", "projection", "nearest sentences", "swaps", "wrong labels")
+SOURCES = ("zero-shot", "random", "k_center", "herding", "keywords", "sentences", "likeliest", "embeddings", "projection",
+           "nearest sentences", "swaps", "wrong labels")
 
 
 @settings(kind="prompting", trainable="full", per_class=2, length=20, step_size=0.05, outer_steps=60, lr=0.01, swap_steps=60)
 class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
     """Settings of one experiment; the student is a language model, and rows are ``source/k``, such as ``zero-shot/0``."""
 
+    reader: str | None = option(None, "language model that reads the demonstrations (default: the student)")
+    sentence_steps: int = whole(60, "steps of the search for real sentences")
+    sentences: int = whole(3000, "real sentences that the search chooses from")
+    draws: int = whole(8, "draws of random sentences that the likeliest are taken from")
+    draw_rows: int = whole(64, "training questions that judge them")
     orders: int = whole(4, "orders of the demonstrations, for each set and each k")
     test_rows: int = whole(400, "questions that are scored, the same number for each class")
     validation_rows: int = whole(120, "questions that choose the template, the same number for each class")
@@ -71,6 +83,9 @@ class PromptingJob(Experiment, Data, Size, Inner, Outer, Search, SetSeeds):
             check_choice(f"the source of row {row!r}", source, SOURCES)
             if not k.isdecimal() or (source == "zero-shot") != (int(k) == 0):
                 raise ValueError(f"a row is a source and its demonstrations, as in random/4 or zero-shot/0, not {row!r}")
+            if source == "embeddings" and self.reader not in (None, self.student):
+                raise ValueError(f"row {row!r}: {self.reader} cannot read embeddings of {self.student}; leave reader out, or "
+                                 "ask for rows of text")
 
 
 class PromptingCell(TextCell):
@@ -81,7 +96,9 @@ class PromptingCell(TextCell):
     @functools.cached_property
     def reader(self) -> Student:
         """The language model that demonstrations are given to."""
-        return load_student(self.job.student, questions(self.task), trainable=self.job.trainable)
+        reader = load_student(self.job.reader or self.job.student, questions(self.task), trainable=self.job.trainable)
+        reader.tokenizer.chat_template = None  # a chat model reads plain text
+        return reader
 
     @functools.cached_property
     def asked(self) -> Task:
@@ -94,14 +111,15 @@ class PromptingCell(TextCell):
                           **self._reading())
         calibrated = scored.calibrated or [None] * len(scored.scores)
         columns = {"accuracy": scored.scores, "normalized": scored.normalized, "calibrated": calibrated,
-                   "dropped": scored.dropped, "context": scored.context}
+                   "loss": scored.losses, "dropped": scored.dropped, "context": scored.context}
         return [{"order": order, "questions": scored.rows,
                  **{name: None if value is None else rounded(value) for name, value in zip(columns, values, strict=True)}}
                 for order, values in enumerate(zip(*columns.values(), strict=True))], {}
 
     def columns(self, source: str, k: str) -> dict:
         size = size_columns(self.job) if int(k) else {}
-        return {"source": self.job.student, "target": self.job.student, "method": source, "shots": int(k), **size}
+        return {"source": self.job.student, "target": self.job.reader or self.job.student, "method": source, "shots": int(k),
+                **size}
 
     def shots(self, source: str, seed: int):
         """The demonstrations of a source."""
@@ -135,6 +153,8 @@ class PromptingCell(TextCell):
         return self.notes["template"]["chosen"]
 
     def create(self, source: str, seed: int) -> DistilledSet:
+        if source == "likeliest":
+            return self._likeliest(seed)
         learned = super().create(source, seed)
         if source == "embeddings":
             # That it was distilled shows in a student trained on it, by the recipe of the set, against where it started.
@@ -143,6 +163,20 @@ class PromptingCell(TextCell):
                 score = evaluate(distilled, self.task, self.student, seeds=(0, 1), recipe=recipe).mean
                 self.notes[f"{source} {seed}"][f"trained on the {name}"] = rounded(score)
         return learned
+
+    def _likeliest(self, seed: int) -> DistilledSet:
+        """The random sentences after which the reader finds the right answers of training questions likeliest."""
+        size = min(self.job.draw_rows, len(self.task.train))
+        rows = self.task.balanced_rows("train", size, generator("prompting-draws", seed)).tolist()
+        begun, losses, draws = time.perf_counter(), [], []
+        for number in range(self.job.draws):
+            drawn = select(self.task, self.student, "random", **self.job.size(derive_seed("prompting-draw", seed, number)))
+            unseen = [row for row in rows if row not in drawn.meta["rows"]]
+            losses.append(few_shot(self.asked, self.reader, drawn, rows=unseen, split="train", seed=seed,
+                                   **self._reading() | {"orders": 1}).losses[0])
+            draws.append(drawn)
+        self.note("likeliest", seed, losses, time.perf_counter() - begun)
+        return draws[int(np.argmin(losses))]
 
 
 def prompting_table(result: Mapping) -> str:

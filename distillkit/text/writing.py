@@ -31,7 +31,7 @@ class WrittenSentences:
 
     Attributes:
         texts: the sentences, class by class.
-        labels: the index of each one's class.
+        labels: the name of each one's class.
         lines: how many lines were written in all, those that were left out included.
         verbatim, repeated: share of the lines that were left out because they begin a training row word for word, or because
             the same line had been written before.
@@ -39,7 +39,7 @@ class WrittenSentences:
     """
 
     texts: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[str, ...]
     lines: int
     verbatim: float
     repeated: float
@@ -99,7 +99,7 @@ def write_sentences(
         require(len(new) >= per_class, f"writer {writer.name!r} wrote {len(new)} new sentences of class {name!r} in "
                 f"{PATIENCE} × {per_class} lines, and {per_class} were asked for; ask for fewer, or raise temperature")
         texts += [*new.values()][:per_class]
-        labels += [label] * per_class
+        labels += [name] * per_class
     in_rows = {run for row in known for run in runs(row)}
     shared = sum(not in_rows.isdisjoint(runs(" ".join(words(text)))) for text in texts)
     return WrittenSentences(tuple(texts), tuple(labels), counts["lines"], counts["verbatim"] / counts["lines"],
