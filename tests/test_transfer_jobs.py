@@ -19,7 +19,7 @@ SETS = {
     "kind": "text", "corpus": "rotten_tomatoes", "max_length": 12, "length": 8, "unroll_steps": 2, "outer_steps": 2,
     "outer_batch": 4, "judge_steps": 5, "swap_steps": 2, "candidates": 4,
 }
-METHODS = ("random", "k_center", "projection", "swaps")
+METHODS = ("random", "k_center", "projection", "anchors", "swaps")
 PAIR, BACK = "bert-base-uncased to roberta-base", "distilbert-base-uncased to bert-base-uncased"
 SMALL = {
     "name": "small", "sets": SETS, "students": ["bert-base-uncased", "distilbert-base-uncased", "roberta-base"],
@@ -65,7 +65,8 @@ def test_every_score_is_made(finished):
         assert (score.get("source", ""), score["target"], score["method"]) == (source, target, method)
         assert score["init_seed"] in ([score["set_seed"]] if method == "full" else [0, 1])
         assert note["recipe"]["name"] == score["recipe"] == ("standard" if method == "full" else "tuned")
-        assert method == "full" or (score["examples"] == 2 and note["retokenized"]["from"] == source)
+        how = "carried" if method == "anchors" else "retokenized"
+        assert method == "full" or (score["examples"] == 2 and note[how]["from"] == source)
     assert {name for name, note in notes.items() if "losses" in note} == {
         f"{source} {method} {seed}" for source, method in (
             ("bert-base-uncased", "embeddings"), ("bert-base-uncased", "swaps"), ("distilbert-base-uncased", "swaps"))
@@ -104,7 +105,7 @@ def test_one_fixed_training_for_every_text_of_a_target(finished, standin_hub, tm
 
 def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     folder, result, _ = finished
-    monkeypatch.setattr(transfer_jobs, "transfer", lambda *a, **kw: pytest.fail("scored again"))
+    monkeypatch.setattr(transfer_jobs, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
     monkeypatch.setattr(runner, "evaluate", lambda *a, **kw: pytest.fail("scored again"))
     run = Run(TransferCell, job(), folder, folder / "work")
     assert run() == result
@@ -123,7 +124,10 @@ def test_the_table(finished):
     full = sets.loc["roberta-base/full"].mean()
     share = f"{(scores.mean() - chance) / (full - chance):.0%}" if full > chance else ""
     spread = f"{scores.mean():.3f} ± {scores.std():.3f}"
-    assert f"| bert-base-uncased | roberta-base | swaps | {spread} | {gains} | {share} | 2 |" in lines
+    assert f"| bert-base-uncased | roberta-base | swaps | {spread} | {gains} |  | {share} | 2 |" in lines
+    over_words = "{:+.3f} ± {:.3f}".format(*paired_difference(sets, f"{PAIR}/anchors", f"{PAIR}/projection"))
+    (anchors,) = (line for line in lines if "| anchors |" in line)
+    assert "minus projection" in lines[0] and anchors.split(" | ")[6] == over_words
     assert lines[2 + SMALL["rows"].index(f"{BACK}/random")].endswith("|  |  |  | 2 |"), "no full score of that target"
 
 

@@ -1,22 +1,26 @@
 """From one model to another: distilled tokens → text → the other model's tokens → train and score there.
 
-Embeddings belong to the model they were learned with; words belong to everyone.  So what moves is the text, with its
-labels.  Step sizes stay behind, since they were learned for the other model's loss, and the recipe with them: the other
-model trains by the grid that every set without a recipe gets.
+Embeddings belong to the model they were learned with; words belong to everyone.  So what moves is the text, with its labels.
+Or the embeddings themselves move, described by words that both models know (:mod:`distillkit.applications.anchors`).  Step
+sizes stay behind, since they were learned for the other model's loss, and the recipe with them: the other model trains by the
+grid that every set without a recipe gets.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
+from distillkit.applications.anchors import carry_over
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.inner import Unroll
+from distillkit.core.loading import load_student
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.evaluate import Evaluation, evaluate
 from distillkit.evaluation.recipes import Recipe
-from distillkit.io.checks import check_are
+from distillkit.io.checks import check_are, check_choice, require
 
 
 def retokenize(distilled: DistilledSet, task: Task, student: Student) -> DistilledSet:
@@ -59,21 +63,34 @@ def retokenize(distilled: DistilledSet, task: Task, student: Student) -> Distill
 
 
 def transfer(
-    distilled: DistilledSet, task: Task, student: Student, *, seeds: Sequence[int] = (0, 1, 2),
-    recipe: str | Unroll | Recipe = "tuned", split: str = "test",
+    distilled: DistilledSet, task: Task, student: Student, *, method: Literal["text", "anchors"] = "text",
+    source: Student | None = None, seeds: Sequence[int] = (0, 1, 2), recipe: str | Unroll | Recipe = "tuned",
+    split: str = "test",
 ) -> Evaluation:
-    """Score a set's text on another model.
+    """Score a set on another model.
 
     Args:
-        distilled: a set with text: projected, searched for, or selected.
+        distilled: for ``"text"`` a set with text: projected, searched for, or selected; for ``"anchors"`` any set.
         task: the task, which ``student`` was loaded for.
         student: the model to train.
+        method: ``"text"``: the other model's tokenizer reads the text.  ``"anchors"``: the embeddings are carried over
+            (:func:`~distillkit.applications.anchors.carry_over`).
+        source: for ``"anchors"``, the student that the set was made with; default: the one that the set names, loaded again.
         seeds: fresh initialisations (and orders) of it.
         recipe: as in :func:`~distillkit.evaluation.evaluate.evaluate`, but for ``"own"``: a set's own recipe belongs to the
             model it was learned with.
         split: ``"test"`` or ``"validation"``.
 
     Raises:
-        ValueError: the set holds free embeddings, or ``recipe`` is its own or none.
+        ValueError: the set holds free embeddings, whose text is asked for; ``recipe`` is its own or none; ``source`` is not
+            the student that the set was made with.
     """
-    return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)
+    check_choice("method", method, ("text", "anchors"))
+    if method == "text":
+        require(source is None, "source is for method='anchors'; text moves without its model")
+        return evaluate(retokenize(distilled, task, student), task, student, seeds=seeds, recipe=recipe, split=split)
+    if source is None:
+        require(distilled.meta.get("student"), "the set does not name the student it was made with; give it as source")
+        source = load_student(distilled.meta["student"], task)
+    carried = carry_over(distilled, task, student, source)
+    return evaluate(carried, task, student, seeds=seeds, recipe=recipe, split=split)

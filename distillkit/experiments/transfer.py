@@ -2,10 +2,11 @@
 
 Every set is made on its source as another experiment makes its sets, that on ways to text
 (:mod:`distillkit.experiments.ways_to_text`) or that on instruction tuning (:mod:`distillkit.experiments.instruction`), real
-sentences too: the source selects those.  Then the words move (:func:`~distillkit.applications.transfer.transfer`): the target
+sentences too: the source selects those.  Then the words move (:func:`~distillkit.applications.transfer.retokenize`): the target
 reads them with its own tokenizer, trains on hard labels by the grid that every set gets (or, for larger sets, by one fixed
-training a target), and is scored.  So the budget is one and the same for all, in examples and in the source's tokens.  A
-target's own score on the full data says what it could have learned.
+training a target), and is scored.  ``anchors`` carries the embeddings over instead
+(:func:`~distillkit.applications.anchors.carry_over`), with hard labels too.  So the budget is one and the same for all, in
+examples and in the source's tokens.  A target's own score on the full data says what it could have learned.
 
 One *seed* is another set of everything; each set is scored on several fresh initialisations of the target.
 
@@ -21,10 +22,12 @@ from typing import Literal
 
 import pandas as pd
 
-from distillkit.applications.transfer import retokenize, transfer
+from distillkit.applications.anchors import carry_over
+from distillkit.applications.transfer import retokenize
 from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
+from distillkit.evaluation.evaluate import evaluate
 from distillkit.evaluation.selection import REAL_METHODS
 from distillkit.experiments.building import load_corpus, recipe_of
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
@@ -43,14 +46,16 @@ from distillkit.experiments.settings import (
 from distillkit.experiments.ways_to_text import TEXTS, TextCell, TextJob, hardened
 from distillkit.io.checks import check_choice
 
+ANCHORS = "anchors"  # the embeddings of the row "embeddings", which move by anchors
 # For each kind of experiment that makes sets: its settings, its cell, and those of its methods that end in text.
 MAKERS = {
-    "text": (TextJob, TextCell, TEXTS),
+    "text": (TextJob, TextCell, (*TEXTS, ANCHORS)),
     "instruction": (InstructionJob, InstructionCell, (*REAL_METHODS, *(f"{m} text" for m in LEARNED))),
 }
 FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 # Selections that gains are measured over.
-AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's"}
+AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's", "keywords": "keywords",
+           "projection": "nearest words"}  # the last one beside embeddings alone
 UNTRAINED = ("offline:small-bert",)
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "standard_steps", "tuned_grid", "target")
 
@@ -141,13 +146,17 @@ class TransferCell(Cell):
         student = self.reader(target)
         if method == "full":
             return self.evaluated(None, "standard", (seed,), student=student)
-        text = self.maker(source).set_of(method, seed)
+        moved = self.maker(source).set_of("embeddings" if method == ANCHORS else method, seed)
         self.notes |= {f"{source} {name}": note for name, note in self.maker(source).notes.items()}
-        text = hardened(text) if self.task.kind == "classification" else text
+        moved = hardened(moved) if self.task.kind == "classification" else moved
         recipe = recipe_of(self.job, self.job.training(target))
-        scored = transfer(text, self.task, student, seeds=self.job.eval_seeds, recipe=recipe)
+        if method == ANCHORS:
+            moved, how = carry_over(moved, self.task, student, self.maker(source).student), "carried"
+        else:
+            moved, how = retokenize(moved, self.task, student), "retokenized"
+        scored = evaluate(moved, self.task, student, seeds=self.job.eval_seeds, recipe=recipe)
         rows, note = rows_of(scored, self.job.eval_seeds)
-        return rows, note | {"retokenized": retokenize(text, self.task, student).meta["retokenized"]}
+        return rows, note | {how: moved.meta[how]}
 
     def columns(self, pair: str, method: str) -> dict:
         source, target, _ = parsed(pair)
@@ -160,7 +169,8 @@ class TransferCell(Cell):
 def transfer_table(result: Mapping) -> str:
     """The result as a Markdown table: a row for each pair and method, beside random real text and the target's full data."""
     sets, lines = by_set(result), []
-    against = [other for other in AGAINST if any(parsed(name)[2] == other for name in sets.index)]
+    scored = {parsed(name)[2] for name in sets.dropna(how="all").index}
+    against = [other for other in AGAINST if other in scored and any(other in rivals(method) for method in scored)]
     shares = of_full(result)
     for name in sets.index:
         source, target, method = parsed(name)
@@ -189,28 +199,34 @@ def of_full(result: Mapping) -> pd.Series:
     return ((mean - chance) / (full - chance)).where(full > chance)
 
 
+def rivals(method: str) -> list[str]:
+    """The rows of :data:`AGAINST` that a method is compared with."""
+    if method in ("random", "full"):
+        return []
+    if method in (*REAL_METHODS, "keywords"):
+        return ["random"]
+    return [other for other in AGAINST if other != "projection" or method == ANCHORS]
+
+
 def beside(name: str, other: str) -> str:
     """The row of another text that made the same way."""
     return f"{name.split('/')[0]}/{other}"
 
 
 def _gain(sets: pd.DataFrame, name: str, other: str) -> str:
-    """What a row gains, set by set, on selected text that made the same way; of selected text itself, on random text only."""
-    source, _, method = parsed(name)
-    if not source or method == "random" or (method in AGAINST and other != "random"):
-        return ""
-    return gain(sets, name, beside(name, other))
+    """What a row gains, set by set, on another text that was made the same way; nothing where they are not compared."""
+    return gain(sets, name, beside(name, other)) if other in rivals(parsed(name)[2]) else ""
 
 
 def _verdict(sets: pd.DataFrame) -> str:
     """For each method that is no selection: in how many pairs it beats real text; nothing where nothing was compared."""
     scored, sentences = sets.dropna(how="all"), []
     for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
-        for other, words in AGAINST.items() if method not in (*REAL_METHODS, "full") else ():
+        for other in rivals(method) if method not in (*REAL_METHODS, "keywords") else ():
             pairs = [(name, beside(name, other)) for name in scored.index
                      if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:
                 above = sum(paired_difference(scored, *pair)[0] > 0 for pair in pairs)
-                sentences.append(f"{method}: above {words} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
+                sentences.append(f"{method}: above {AGAINST[other]} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
                                  f"{sum(beats(scored, *pair) for pair in pairs)}.")
     return "\n\n" + " ".join(sentences) if sentences else ""
