@@ -74,7 +74,7 @@ def result():
 
 
 def test_a_forest_plot_shows_sets_gains_and_intervals(result):
-    figure = trajectories.gains(result, "random/standard", 0.25, "Learned", "Gain")
+    figure = trajectories.gains(result, "random/standard", 0.25, "Learned", "Gain", comparisons=3)
     left, right = figure.axes
     assert [text.get_text() for text in left.get_yticklabels()] == [
         "distilled, NACD (own)", "distilled, BPTT (own)", "real, random (standard)"]
@@ -82,6 +82,8 @@ def test_a_forest_plot_shows_sets_gains_and_intervals(result):
     assert dots["distilled, NACD (own)"].get_xdata().tolist() == [0.66, 0.69, 0.69]
     assert dots["distilled, BPTT (own)"].get_markerfacecolor() == "white" != dots["distilled, NACD (own)"].get_markerfacecolor()
     assert [line.get_xdata()[0] for line in left.lines if list(line.get_ydata()) == [0, 1]] == [0.25, 0.3, 0.8]
-    learned, single = right.containers
-    assert learned.lines[0].get_xdata()[0] == pytest.approx(0.06) and learned.has_xerr
-    assert single.lines[0].get_xdata()[0] == pytest.approx(0.03) and not single.has_xerr
+    learned, single = (line.get_xdata()[0] for line in right.lines if line.get_label() == "_gain")
+    assert learned == pytest.approx(0.06) and single == pytest.approx(0.03)
+    together, alone = (line for line in right.lines if line.get_label() == "_interval")
+    assert [np.mean(line.get_xdata()) for line in (together, alone)] == pytest.approx([0.06, 0.06])
+    assert np.ptp(together.get_xdata()) > np.ptp(alone.get_xdata()) > 0

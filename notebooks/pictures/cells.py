@@ -1,4 +1,4 @@
-"""The cell of a token, cut by a plane: what a learned point crosses on its way, and how far each word is meanwhile.
+"""The cell of a token, cut by a plane, and the point that was learned inside it.
 
 A table of v rows in d dimensions divides the space into v cells: a point belongs to the row that it is nearest to.  A plane
 through one token, along the way that was learned, cuts these cells.  With coordinates p in the plane, the squared distance to
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from distillkit.io.checks import require
@@ -25,7 +24,6 @@ from distillkit.view.set_figures import drawn
 
 COARSE, FINE = (60, 36), (720, 432)  # points of the cut across and up: to find the cells, and to draw them
 LEAST = 0.03  # share of the cut that a cell needs to be named
-STEPS = 40  # points on the way whose distances are drawn
 
 
 def exits(origins: Tensor, moved: Tensor, tokens: Tensor, table: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,9 +56,8 @@ class Cut:
 
     Its ``origin [d]`` and unit vectors ``axes [2, d]``; the ``token`` at the origin, and the one whose cell ``follows``; how
     far the point has ``moved`` along the first axis, and where it ``leaves`` the cell; ``extent`` (left, right, bottom, top),
-    the nearest tokens ``cells [up, across]``, and the ``nearest`` token's distance along the way, ``[STEPS]``.
+    and the nearest tokens ``cells [up, across]``.
     """
-
 
     origin: Tensor
     axes: Tensor
@@ -70,7 +67,6 @@ class Cut:
     leaves: float
     extent: tuple[float, float, float, float]
     cells: np.ndarray
-    nearest: Tensor
     table: Tensor
     allowed: Tensor
 
@@ -97,9 +93,7 @@ def cut(origin: Tensor, moved: Tensor, token: int, table: Tensor, allowed: Tenso
     shadows, squared = (table - origin) @ axes.T, (table - origin).square().sum(1)
     present = _nearest(extent, COARSE, shadows, torch.where(allowed, squared, torch.inf)).unique()
     cells = present[_nearest(extent, FINE, shadows[present], squared[present])]
-    way = origin + torch.linspace(0, right, STEPS)[:, None].to(axes) * first
-    nearest = nearest_tokens(way, table, allowed=allowed)[1][:, 0]
-    return Cut(origin, axes, token, int(follows), length, float(leaves), extent, cells.numpy(), nearest, table, allowed)
+    return Cut(origin, axes, token, int(follows), length, float(leaves), extent, cells.numpy(), table, allowed)
 
 
 def _nearest(extent, size: tuple[int, int], shadows: Tensor, squared: Tensor) -> Tensor:
@@ -112,7 +106,7 @@ def _nearest(extent, size: tuple[int, int], shadows: Tensor, squared: Tensor) ->
 
 @style()
 def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figure:
-    """The cut of the cells with the point at ``distance`` on its way, beside its distance to words all along that way.
+    """The cut of the cells with the point at ``distance`` on its way; the title says how far it is from the nearest word.
 
     Args:
         plane: as :func:`cut` returns it.
@@ -121,29 +115,18 @@ def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figur
     """
     point = (plane.origin + distance * plane.axes[0])[None]
     token, gap = (float(value) for value in nearest_tokens(point, plane.table, allowed=plane.allowed))
-    figure, (left, right) = _figure(11, 4.2, 2, ratios=(3, 2))
-    _draw_cells(left, plane, word)
-    left.plot([0, plane.moved], [0, 0], color=ROLE_COLOURS["learned"], lw=2.5, label="what was learned")
-    left.plot(distance, 0, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=12, label="the point")
+    figure, (axes,) = _figure(7.2, 4.2)
+    _draw_cells(axes, plane, word)
+    axes.plot([0, plane.moved], [0, 0], color=ROLE_COLOURS["learned"], lw=2.5, label="what was learned")
+    axes.plot(distance, 0, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=13, label="the point")
+    if distance > 0.15 * plane.extent[1]:  # else it would stand on the word
+        axes.annotate("the point", (distance, 0), xytext=(0, -20), textcoords="offset points", ha="center", fontsize=11,
+                      color=ROLE_COLOURS["learned"])
+    axes.plot(plane.leaves, 0, "|", color="0.15", ms=16, mew=2, label="the wall")
+    axes.annotate("the wall", (plane.leaves, 0), xytext=(5, -17), textcoords="offset points", fontsize=11)
     inside = int(token) == plane.token
-    left.set(title=f"{gap:.1f} from '{drawn(word(int(token)))}', " + ("and still in its cell" if inside else "past the wall"),
+    axes.set(title=f"{gap:.1f} from '{drawn(word(int(token)))}', " + ("and still in its cell" if inside else "past the wall"),
              xlabel="along the learned direction", ylabel="across, towards the next cell")
-    handles, _ = left.get_legend_handles_labels()
-    others = Patch(facecolor="0.93", edgecolor="0.3", label="white, grey: cells of other words")
-    left.legend(handles=[*handles, others], loc="lower left", fontsize=9)
-    steps = torch.linspace(0, plane.extent[1], STEPS)
-    way = plane.origin + steps[:, None].to(plane.axes) * plane.axes[0]
-    colours = {plane.token: ROLE_COLOURS["real"], plane.follows: ROLE_COLOURS["text"]}
-    for other, colour in colours.items():
-        right.plot(steps, (way - plane.table[other]).norm(dim=1), color=colour, lw=4.5, alpha=0.8,
-                   label=f"to '{drawn(word(other))}'")
-    right.plot(steps, plane.nearest, ":", color="black", lw=1.6, label="to the nearest word")
-    right.plot(distance, gap, "o", color=ROLE_COLOURS["learned"], mec="white", mew=1.5, ms=12)
-    right.axvline(plane.leaves, color="0.3", lw=1, ls="--")
-    right.annotate("leaves the cell", (plane.leaves, 0), xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=9)
-    right.set(title="The way leads away from every word", xlabel="along the learned direction", ylabel="Euclidean distance",
-              ylim=(0, None))
-    right.legend(loc="upper left", fontsize=9)
     return figure
 
 

@@ -88,11 +88,11 @@ def losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
     """
     figure, (axes,) = _figure(8, 4)
     for (label, curve), colour, dashes in zip(curves.items(), shades("learned", 3), ("-", "--", ":"), strict=False):
-        axes.plot(range(1, len(curve) + 1), curve, dashes, lw=2.2, color=colour, label=label)
-        axes.plot(1, curve[0], "o", ms=8, mew=2, color=ROLE_COLOURS["real"], label="_control")
-    axes.annotate("real\nprompts", (1, min(curve[0] for curve in curves.values())), xytext=(-4, -10), va="top", fontsize=11,
+        axes.plot(range(len(curve)), curve, dashes, lw=2.2, color=colour, label=label)
+        axes.plot(0, curve[0], "o", ms=8, mew=2, color=ROLE_COLOURS["real"], label="_control")
+    axes.annotate("real\nprompts", (0, min(curve[0] for curve in curves.values())), xytext=(-4, -10), va="top", fontsize=11,
                   textcoords="offset points", color="0.3")
-    axes.set(title=plain(title), xlabel="outer step", ylabel="matching loss", ylim=(0, None))
+    axes.set(title=plain(title), xlabel="outer steps done", ylabel="matching loss", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     way = axes.secondary_yaxis("right", functions=(lambda loss: np.sqrt(np.maximum(loss, 0)), np.square))
     way.set_ylabel("distance left (√)")
@@ -105,7 +105,7 @@ ROLE_OF = {"nacd": "learned", "nacd vectors": "learned", "bptt": "learned", "cho
 
 
 @style()
-def gains(result: Mapping, other: str, chance: float, title: str, gain_title: str) -> Figure:
+def gains(result: Mapping, other: str, chance: float, title: str, gain_title: str, comparisons: int) -> Figure:
     """A forest plot of an experiment on instruction tuning: accuracy of every set, and the gain over one row, paired by set.
 
     Args:
@@ -114,6 +114,7 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         chance: accuracy of guessing.
         title: of the left panel.
         gain_title: of the right panel.
+        comparisons: how many of them the thin intervals hold for together; a thick one holds for its gain alone.
 
     A row of a single set has hollow marks and no interval.
     """
@@ -130,9 +131,12 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         if len(scores) > 1:
             left.plot(scores.mean(), place, "|", ms=20, mew=2.5, color=colour)
         if name != other:
-            mean, half = paired_difference(sets, str(name), other)
-            right.errorbar(mean, place, xerr=half if np.isfinite(half) else None, fmt="o", ms=7, capsize=4, color=colour,
-                           mfc=face, mew=1.5)
+            for together, width in ((comparisons, 1.3), (1, 4)):
+                mean, half = paired_difference(sets, str(name), other, together)
+                if np.isfinite(half):
+                    right.plot([mean - half, mean + half], [place, place], color=colour, lw=width, label="_interval",
+                               solid_capstyle="butt")
+            right.plot(mean, place, "o", ms=7, color=colour, mfc=face, mew=1.5, label="_gain")
     lines = (("guessing", chance, ":", "right"), ("no training", zero, "--", "left"), ("all pairs", full, "-", "right"))
     for label, score, dashes, side in lines:
         left.axvline(score, color=ROLE_COLOURS["full"], lw=1.5, ls=dashes)
@@ -143,7 +147,8 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
              xlabel="test accuracy (a dot per set; stroke: mean)")
     right.axvline(0, color="black", lw=1)
     right.set_yticks(range(len(rows)), [])
-    right.set(title=plain(gain_title), xlabel=f"minus {other.split('/')[0]} pairs, paired (95 % interval)")
+    right.set(title=plain(gain_title),
+              xlabel=f"minus {other.split('/')[0]} pairs, paired, 95 %\n(thick: alone, thin: {comparisons} together)")
     right.xaxis.set_major_locator(MaxNLocator(5))
     for axes in (left, right):
         axes.set_ylim(len(rows) - 0.5, -1)
