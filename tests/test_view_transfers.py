@@ -1,11 +1,7 @@
 """Pictures of text on its way to another model: which characters a token stands for, what is struck through, what is hollow."""
 
 import pandas as pd
-import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distillkit.io.packaged import ASSETS
 from pictures import transfers
 from pictures.transfers import Piece
 

@@ -1,7 +1,7 @@
 """Text on its way to another model, as pictures of a lesson: what its tokenizer cuts, and what the words are worth there.
 
-:func:`chips` draws the tokens of several models under each other, character over character.  :func:`slopes` joins the scores of a method on
-the model that made the text and on those that only read it.
+:func:`chips` draws the tokens of several models under each other, character over character.  :func:`slopes` joins the scores of
+a method on the model that made the text and on those that only read it.
 """
 
 from __future__ import annotations
