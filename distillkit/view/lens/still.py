@@ -41,12 +41,12 @@ def colour(label: int) -> str:
     return CLASS_COLOURS[label % len(CLASS_COLOURS)]
 
 
-def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], words: Sequence[str], example: int = 0) -> None:
+def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words: Sequence[str], example: int = 0) -> None:
     """One moment of a film: words in grey, learned positions in the colours of their classes, with trails.
 
     Args:
         time: from 0 to f − 1; between two frames positions are between their places.
-        labels: the class of each example.
+        labels: ``[f, m]`` the class of each example in each frame.
         words: for each of the p learned positions the nearest word.
         example: whose positions are labelled with their words.
     """
@@ -55,7 +55,8 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], wo
     now = (1 - share) * flat.points[before] + share * flat.points[after]
     axes.scatter(*flat.background.T, s=1, color=ROLE_COLOURS["real"], alpha=0.18, linewidths=0, rasterized=True)
     owners = film.places[:, 0]
-    colours = [colour(labels[owner]) for owner in owners]
+    labels = labels[round(time)]
+    colours = [colour(label) for label in labels[owners]]
     trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
     axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
     near = owners == example
@@ -126,13 +127,13 @@ def draw_classes(figure: Figure, names: Sequence[str]) -> None:
 
 
 @style()
-def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], words: Sequence[Sequence[str]], *, example: int,
+def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
           frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None) -> Figure:
     """Film strip, words and heads of one moment.
 
     Args:
         film, flat: a film and its map.
-        names, labels: of classes, and the class of each example.
+        names, labels: of classes, and the class of each example in each frame ``[f, m]``.
         words: for each frame, for each of the p learned positions, the nearest word.
         example, frame: which are looked at.
         real, chips: the words of the example in real text and in the frame, a word a position.
@@ -147,7 +148,7 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], wo
         axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
     bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
     axes = figure.add_subplot(bottom[0])
-    axes.set_title(f"Example {example + 1}, {drawn(names[labels[example]])[:24]}: real and nearest words\n"
+    axes.set_title(f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words\n"
                    "(blue: far from every word)", fontsize=9, loc="left")
     draw_tokens(axes, real, chips, film.distances[frame, example])
     if difference is not None:
@@ -162,7 +163,7 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], wo
 
 
 @style()
-def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: Sequence[int],
+def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: np.ndarray,
              words: Sequence[Sequence[str]], *, example: int) -> Path:
     """Write the map's film as a GIF of at most :data:`STILLS` pictures, and return where it is."""
     last = len(film.sets) - 1

@@ -54,13 +54,21 @@ class Store {
 
   look(example, position) {
     if (position === undefined) position = this.places.find(([e]) => e === example)?.[1] ?? 0;
-    this.set({ example, position });
+    this.set({ example: clamp(example, 0, this.count(this.get("frame")) - 1), position });
   }
 
   colour(label) {
     const { classes } = this.content.colours;
     return classes[label % classes.length];
   }
+
+  // The number of a class, -1 for an example that the frame lacks; and its name.
+  label(frame, example) { return this.arrays.labels[frame * this.examples + example]; }
+
+  // How many examples a frame has.
+  count(frame) { return this.arrays.labels.subarray(frame * this.examples, (frame + 1) * this.examples).filter(l => l >= 0).length; }
+
+  className(frame, example) { return this.content.classes[this.label(frame, example)] ?? ""; }
 
   cell(frame, example, position) { return (frame * this.examples + example) * this.length + position; }
 
