@@ -207,9 +207,11 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     from distillkit.view.lens.lens import STATE
 
     start = dk.DistilledSet.from_real(*world, per_class=2, length=10)
-    lens = dk.Lens({"one": start, "other": start}, world[1], judge=dk.FrozenJudge(*world, steps=20, batch_size=16))
+    judge = dk.FrozenJudge(*world, steps=20, batch_size=16)
+    lens = dk.Lens({"one": start, "other": start}, world[1], judge=judge, reader=world[1])
     lens.answer(["candidates", 0, 1, 0, 1, ""])[0]["rows"][0]["word"] = HOSTILE[0]
     lens.save_html(tmp_path / "lens.html")  # which asks for what a page needs
+    lens.answer(["reading", 0, 1, 0])[0]["stretches"][1].pieces[:] = [(HOSTILE[1], True), (HOSTILE[2], False)]
     words = lens.content["words"].split("\n")
     content = lens.content | {"words": "\n".join(HOSTILE[i % 3] for i in range(len(words))), "classes": HOSTILE[:2],
                               "frames": HOSTILE[1:]}
@@ -219,6 +221,8 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     with browsed((tmp_path / "hostile.html").as_uri(), (872, 900)) as page:
         page.locator(".dk-candidate").first.wait_for()
         assert page.locator(".dk-candidate b").first.inner_text() == HOSTILE[0]
+        assert page.locator(".dk-cut, s.dk-piece").count() == 1 and page.locator(".dk-piece").count() == 9
+        assert {*page.locator(".dk-piece").all_inner_texts()} >= {*HOSTILE[1:]}
         assert {*page.locator(".dk-chip").all_inner_texts()} <= {*HOSTILE} and page.locator(".dk-chip").count() == 10
         page.locator(".dk-heads canvas").click(position={"x": 60, "y": 40})
         page.locator(".dk-heads .dk-numbers", has_text="looks at").wait_for()
@@ -325,7 +329,7 @@ def test_thirty_thousand_words_and_two_thousand_positions_play_smoothly(tmp_path
     content, binary = wire.packed({
         "frames": [f"step {frame}" for frame in range(frames)], "words": "\n".join(f"word{i}" for i in range(words)),
         "classes": list("abcd"), "choices": False, "probabilities": [None] * frames, "classifies": False,
-        "maps": {"pca": {"preserved": 0.1, "shuffled": 0.01, "scale": scale}}, "has_judge": False,
+        "maps": {"pca": {"preserved": 0.1, "shuffled": 0.01, "scale": scale}}, "has_judge": False, "reader": None,
         "colours": {"real": "#8c8c8c", "learned": "#0173b2", "classes": still.CLASS_COLOURS}}, arrays)
     state = {"content": content, "binary": binary, "frame": 0, "example": 0, "position": 0, "selection": [], "edits": [],
              "revision": 0, "live": {}}

@@ -1,57 +1,26 @@
 """Text on its way to another model, as pictures of a lesson: what its tokenizer cuts, and what the words are worth there.
 
-:func:`pieces` cuts a text as a tokenizer does and remembers which characters each token stands for, so that :func:`chips` can
-draw the tokens of several models under each other, character over character.  :func:`slopes` joins the scores of a method on
-the model that made the text and on those that only read it.
+:func:`chips` draws the tokens of several models under each other, character over character.  :func:`slopes` joins the scores of
+a method on the model that made the text and on those that only read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from distillkit.view.figures import LABELS, METHOD_COLOURS, _figure, plain, style
+from distillkit.view.lens.reading import Piece, pieces
+
+__all__ = ["chips", "pieces", "slopes"]
 
 LINE = 64  # characters of text in a line of chips
 LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-")}
 STEP, LEFT = 0.1, 1.75  # of the slopes: from method to method, and room for their names
 SAME, OTHER, LOST = "#eeeeee", "#d9c8ec", "#ffffff"  # fills: cut alike by all, cut otherwise here, not read
-
-
-class Piece(NamedTuple):
-    """A token: the characters ``start`` to ``end`` of its text, and whether the model reads them as they are."""
-
-    start: int
-    end: int
-    read: bool
-
-
-def pieces(tokenizer, text: str, limit: int | None = None) -> list[Piece]:
-    """The tokens of ``text`` without special ones.
-
-    Args:
-        tokenizer: a fast one, which knows the characters of its tokens.
-        limit: tokens there is room for; the later ones are not read.  Default: all.
-
-    Returns:
-        A piece per token, without spaces around it.  A piece is not read where the token is the tokenizer's unknown token or
-        behind the limit.  Tokens that share characters, such as the bytes of a rare letter, are one piece.
-    """
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    result: list[Piece] = []
-    for place, (token, (start, end)) in enumerate(zip(coded["input_ids"], coded["offset_mapping"], strict=True)):
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        end -= len(text[start:end]) - len(text[start:end].rstrip())
-        read = token != tokenizer.unk_token_id and (limit is None or place < limit)
-        if result and start < result[-1].end:
-            result[-1] = Piece(result[-1].start, max(end, result[-1].end), read and result[-1].read)
-        elif start < end:
-            result.append(Piece(start, end, read))
-    return result
 
 
 @style()
@@ -60,7 +29,7 @@ def chips(text: str, rows: Mapping[str, Sequence[Piece]], title: str) -> Figure:
 
     Args:
         text: on one line; a longer one is broken at spaces.
-        rows: label → its pieces, as :func:`pieces` returns them.
+        rows: label → its pieces, as :func:`~distillkit.view.lens.reading.pieces` returns them.
         title: of the panel.
     """
     lines = _lines(text)

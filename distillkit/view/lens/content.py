@@ -15,11 +15,12 @@ from distillkit.view.figures import ROLE_COLOURS
 from distillkit.view.lens import panes, still
 from distillkit.view.lens.film import ABSENT, Film
 from distillkit.view.lens.maps import Map
+from distillkit.view.lens.reading import words
 from distillkit.view.lens.wire import packed, scaled
 
 
-def contents(film: Film, maps: Mapping[str, Map], real: DistilledSet, student: Student, task: Task | None,
-             judge) -> tuple[dict, bytes]:
+def contents(film: Film, maps: Mapping[str, Map], real: DistilledSet, student: Student, task: Task | None, *,
+             judge, reader: Student | None) -> tuple[dict, bytes]:
     """The state as JSON, and the buffer that its ``arrays`` (name → type, shape, first byte) lie in."""
     real_tokens = tokens_of(real, film)
     ids = np.unique(np.concatenate([film.tokens.ravel(), real_tokens.ravel(), *(flat.words for flat in maps.values())]))
@@ -28,7 +29,6 @@ def contents(film: Film, maps: Mapping[str, Map], real: DistilledSet, student: S
     def indices(tokens: np.ndarray) -> np.ndarray:
         return np.where(tokens == ABSENT, ABSENT, np.searchsorted(ids, tokens)).astype(np.int32)
 
-    words = [one_line(word, 40) for word in student.tokenizer.convert_ids_to_tokens(ids.tolist())]
     classes, labels, probabilities = panes.common_labels(film.sets)
     in_text = np.isin(ids, corpus_tokens(task, student, least=1).nonzero() if task is not None else real_tokens)
     arrays = {"tokens": indices(film.tokens), "distances": film.distances.astype(np.float32),
@@ -40,9 +40,10 @@ def contents(film: Film, maps: Mapping[str, Map], real: DistilledSet, student: S
         arrays |= {f"{method}.words": indices(flat.words), **places}
         shown[method] = {"preserved": flat.preserved, "shuffled": flat.shuffled, "scale": scale}
     content = {
-        "frames": list(film.names), "choices": film.choices, "words": "\n".join(words),
+        "frames": list(film.names), "choices": film.choices, "words": "\n".join(words(student.tokenizer, ids)),
         "classes": [one_line(name, 60) for name in classes], "maps": shown, "yardstick": film.yardstick,
-        "has_judge": judge is not None, "classifies": student.kind == "classification",
+        "has_judge": judge is not None, "reader": reader and one_line(reader.name, 40),
+        "classifies": student.kind == "classification",
         "probabilities": [None if p is None else np.round(p.tolist(), 4).tolist() for p in probabilities],
         "colours": ROLE_COLOURS | {"classes": still.CLASS_COLOURS},
     }

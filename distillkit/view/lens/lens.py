@@ -29,6 +29,7 @@ from distillkit.view.lens.content import contents, tokens_of
 from distillkit.view.lens.film import ABSENT, filmed, frames_in, record_film
 from distillkit.view.lens.live import Run
 from distillkit.view.lens.maps import make_map, own_class
+from distillkit.view.lens.reading import room, stretches, words
 from distillkit.view.lens.wire import script, style
 
 SHOWN = 2.0  # seconds between two growths of the film of a running distillation, at least
@@ -47,6 +48,8 @@ class Lens(anywidget.AnyWidget):
         task: whose training text is marked on the map.
         judge: gives candidates and positions their losses, such as :class:`~distillkit.text.judges.FrozenJudge`.
         params: weights of the student for attention, as :meth:`Student.init` returns them; default: those it was loaded with.
+        reader: another model, for text that is to move to it: its tokens stand below those of the set, with what it cuts
+            differently, does not know, or (with ``task``) has no room for.
 
     Attributes:
         frame, example, position: what is looked at; set one, and the front end follows.
@@ -69,13 +72,14 @@ class Lens(anywidget.AnyWidget):
     live = traitlets.Dict().tag(sync=True)
 
     def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
-                 params: Params | None = None):
+                 params: Params | None = None, reader: Student | None = None):
         self.distiller = history if isinstance(history, Distiller) else None
         self.film = filmed(history, student)
-        if task is not None:
-            check_is("task", task, Task)
-        self.student, self.task, self.judge, self.params = student, task, judge, params
-        self.real = self._real_text(real)
+        for name, value, kind in (("task", task, Task), ("reader", reader, Student), ("real", real, DistilledSet)):
+            if value is not None:
+                check_is(name, value, kind)
+        self.student, self.task, self.judge, self.params, self.reader = student, task, judge, params, reader
+        self.real = panes.real_text(self.film.sets[0], task, student) if real is None else real
         self.real.check_table(student)
         self.maps = {"pca": make_map(self.film, student, "pca", real=self.real)}
         self._answers: dict[str, tuple[dict, list[bytes]]] = {}
@@ -98,20 +102,8 @@ class Lens(anywidget.AnyWidget):
         sizes = dict(zip(("frame", "example", "position"), self.film.tokens.shape))
         return min(max(proposal["value"], 0), sizes[proposal["trait"].name] - 1)
 
-    def _real_text(self, real: DistilledSet | None) -> DistilledSet:
-        if real is not None:
-            check_is("real", real, DistilledSet)
-            return real
-        first = self.film.sets[0]
-        rows, labels = first.meta.get("rows"), first.meta.get("labels")
-        if first.tokens is not None or self.task is None or not rows or len(rows) != len(first):
-            return first
-        chosen = np.array(rows)
-        by_class = [chosen[np.array(labels) == label] for label in range(len(self.task.classes))] if labels else [chosen]
-        return DistilledSet.from_rows(self.task, self.student, by_class, length=first.mask.shape[1])
-
     def _content(self) -> tuple[dict, bytes]:
-        return contents(self.film, self.maps, self.real, self.student, self.task, self.judge)
+        return contents(self.film, self.maps, self.real, self.student, self.task, judge=self.judge, reader=self.reader)
 
     # What the front end asks
 
@@ -130,8 +122,9 @@ class Lens(anywidget.AnyWidget):
         Args:
             ask: what, then its arguments, whole numbers or text: ``["attention", revision, frame, example]``,
                 ``["candidates", revision, frame, example, position, text]``, ``["values", revision, frame, example]``,
-                ``["prediction", revision, frame, example]``, ``["numbers", frame]``, ``["map", method]``,
-                ``["place", method, token]``, ``["accept", frame, example, position, token]``, ``["undo"]``, ``["stop"]``.
+                ``["reading", revision, frame, example]``, ``["prediction", revision, frame, example]``, ``["numbers", frame]``,
+                ``["map", method]``, ``["place", method, token]``, ``["accept", frame, example, position, token]``,
+                ``["undo"]``, ``["stop"]``.
             tell: called with the share that is done.
 
         Raises:
@@ -144,7 +137,7 @@ class Lens(anywidget.AnyWidget):
             return getattr(self, f"_{kind}")(*arguments), []
         key = json.dumps(ask, separators=(",", ":"))
         if key not in self._answers:
-            if kind in ("attention", "candidates", "values", "prediction"):
+            if kind in ("attention", "candidates", "values", "reading", "prediction"):
                 require(arguments.pop(0) == self.revision, "the set has changed meanwhile")
             self._answers[key] = getattr(self, f"_{kind}")(*arguments, **({"tell": tell} if kind in TELLING else {}))
         return self._answers[key]
@@ -170,6 +163,21 @@ class Lens(anywidget.AnyWidget):
         require(self.judge is not None, "training values need a judge: Lens(…, judge=dk.FrozenJudge(task, student))")
         values = panes.training_values(self._state(frame), example, self.judge, tell)
         return {"values": [None if np.isnan(value) else float(value) for value in values]}, []
+
+    def _tokens(self, frame: int, example: int) -> np.ndarray:
+        """The token of each position, edits included."""
+        tokens = self.film.tokens[frame, example].copy()
+        for edit in self.edits:
+            if (edit["frame"], edit["example"]) == (frame, example):
+                tokens[edit["position"]] = edit["token"]
+        return tokens
+
+    def _reading(self, frame: int, example: int) -> tuple[dict, list[bytes]]:
+        task, reader, tokens = self.task, self.reader, self._tokens(frame, example)
+        require(reader is not None, "another tokenizer's tokens need its model: Lens(…, reader=dk.load_student(…))")
+        names, labels, _ = panes.labels_of(self.film.sets[frame])
+        limit = task and (lambda text: room(text, [*task.classes, names[labels[example]]][0], task, reader))
+        return {"stretches": stretches(self.student.tokenizer, tokens, reader.tokenizer, limit)}, []
 
     def _prediction(self, frame: int, example: int, tell=None) -> tuple[dict, list[bytes]]:
         """What a student trained on the frame, without edits, says of an example before and after the edits."""
@@ -278,7 +286,7 @@ class Lens(anywidget.AnyWidget):
                 f"the workbench holds edits of frame {self.edits and self.edits[0]['frame']}; go there, or undo them first")
         state = self._state(frame)
         after = panes.replaced(state, self.student, example, position, token)
-        word = one_line(self.student.tokenizer.convert_ids_to_tokens([token])[0], 40)
+        word = words(self.student.tokenizer, [token])[0]
         self._states = [*(self._states or [state]), after]
         self._turns += 1
         edit = {"frame": frame, "example": example, "position": position, "token": token, "word": word}
@@ -309,25 +317,23 @@ class Lens(anywidget.AnyWidget):
     def _drawn(self) -> tuple:
         """What both pictures need: film, map, classes, and the nearest words of the learned positions in each frame."""
         names, labels, _ = panes.common_labels(self.film.sets)
-        words = [self._words(tokens[self.film.learned]) for tokens in self.film.tokens]
-        return self.film, self.maps["pca"], names, labels, words
-
-    def _words(self, tokens: np.ndarray) -> list[str]:
-        words = self.student.tokenizer.convert_ids_to_tokens(np.maximum(tokens, 0).tolist())
-        return [one_line(word, 40) if token != ABSENT else "" for word, token in zip(words, tokens)]
+        nearest = [words(self.student.tokenizer, tokens[self.film.learned]) for tokens in self.film.tokens]
+        return self.film, self.maps["pca"], names, labels, nearest
 
     def figure(self) -> Figure:
-        """What is looked at, on paper: film strip, words of the example, and attention heads."""
+        """What is looked at, on paper: film strip, words of the example, and attention heads, or the tokens of ``reader``."""
         frame = self.frame
         example = min(self.example, len(self.film.sets[frame]) - 1)  # a smaller set may lack the one that is looked at
         reply, parts = self.answer(["attention", self.revision, frame, example])
         weights = np.frombuffer(parts[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+        reading = self.answer(["reading", self.revision, frame, example])[0]["stretches"] if self.reader else None
         real = np.full(self.film.tokens.shape[2], ABSENT)
         if example < len(self.real):
             row = tokens_of(self.real, self.film)[example, : len(real)]
             real[: len(row)] = row
-        return still.still(*self._drawn(), example=example, frame=frame, real=self._words(real),
-                           chips=self._words(self.film.tokens[frame, example]),
+        real, chips = (words(self.student.tokenizer, tokens) for tokens in (real, self._tokens(frame, example)))
+        return still.still(*self._drawn(), example=example, frame=frame, real=real, chips=chips, reading=reading,
+                           reader=self.reader and self.reader.name,
                            difference=weights[1] - weights[0] if len(weights) > 1 else None)
 
     def save_gif(self, path: str | Path) -> Path:
@@ -347,6 +353,8 @@ class Lens(anywidget.AnyWidget):
                     self.answer(["attention", self.revision, frame, example])
                 if self._trained is not None and self._trained[0] is state:
                     self.answer(["prediction", self.revision, frame, example])
+                if self.reader is not None:
+                    self.answer(["reading", self.revision, frame, example])
         for method in self.maps:
             for edit in self.edits:
                 self.answer(["place", method, edit["token"]])
@@ -364,10 +372,10 @@ class Lens(anywidget.AnyWidget):
         the distance between neighbouring words."""
         places = self.film.places[[index for index in self.selection if 0 <= index < len(self.film.places)]]
         example, position = places[:, 0], places[:, 1]
-        words = self.student.tokenizer.convert_ids_to_tokens(self.film.tokens[self.frame, example, position].tolist())
-        return pandas.DataFrame({"example": example, "position": position, "word": [one_line(word) for word in words],
+        nearest = words(self.student.tokenizer, self.film.tokens[self.frame, example, position])
+        return pandas.DataFrame({"example": example, "position": position, "word": nearest,
                                  "distance": self.film.distances[self.frame, example, position]})
 
 
-ASKS = ("attention", "candidates", "values", "prediction", "numbers", "map", "place", "accept", "undo", "stop")
+ASKS = ("attention", "candidates", "values", "reading", "prediction", "numbers", "map", "place", "accept", "undo", "stop")
 TELLING = ("candidates", "values", "prediction")

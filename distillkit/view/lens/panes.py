@@ -16,13 +16,14 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Params, Student
+from distillkit.data.tasks import Task
 from distillkit.evaluation.recipes import as_recipe
 from distillkit.io.checks import require
-from distillkit.io.escaping import one_line
 from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import FrozenJudge
 from distillkit.text.projection import allowed_tokens, nearest_tokens, with_tokens
 from distillkit.view.lens.film import ABSENT
+from distillkit.view.lens.reading import words
 from distillkit.view.measures import attention
 
 LEVELS = 255  # steps of an attention weight as the front end gets it
@@ -34,6 +35,16 @@ def one_example(distilled: DistilledSet, example: int) -> DistilledSet:
     require(0 <= example < len(distilled), f"this set has {len(distilled)} examples, and none with the number {example + 1}")
     part = slice(example, example + 1)
     return DistilledSet(**{name: getattr(distilled, name)[part] for name in ("embeds", "mask", "free", "targets")})
+
+
+def real_text(first: DistilledSet, task: Task | None, student: Student) -> DistilledSet:
+    """The real text of a film, of its first frame: the training rows that it was taken from, if they are known, else itself."""
+    rows, labels = first.meta.get("rows"), first.meta.get("labels")
+    if first.tokens is not None or task is None or not rows or len(rows) != len(first):
+        return first
+    chosen = np.array(rows)
+    by_class = [chosen[np.array(labels) == label] for label in range(len(task.classes))] if labels else [chosen]
+    return DistilledSet.from_rows(task, student, by_class, length=first.mask.shape[1])
 
 
 def heads(student: Student, examples: Sequence[DistilledSet], params: Params | None = None) -> np.ndarray:
@@ -100,8 +111,7 @@ def candidates(
     ids = list(dict.fromkeys([*nearest[0].tolist(), *more]))
     # From the difference: the distances of the search lose digits where they are small.
     distances = (embedding - table[ids]).float().norm(dim=1).tolist()
-    words = [one_line(word) for word in student.tokenizer.convert_ids_to_tokens(ids)]
-    choices = pandas.DataFrame({"token": ids, "word": words, "distance": distances})
+    choices = pandas.DataFrame({"token": ids, "word": words(student.tokenizer, ids), "distance": distances})
     if judge is not None:
         variants = [distilled, *(replaced(distilled, student, example, position, token) for token in ids)]
         loss, *losses = variant_losses(judge, variants, example, tell)
@@ -169,7 +179,7 @@ def outer_loss(judge, distilled: DistilledSet) -> float:
     return judge.losses(distilled, [[]], 0)[0]
 
 
-def trained(distilled: DistilledSet, student: Student, task, tell: Tell | None = None) -> tuple[Params, str]:
+def trained(distilled: DistilledSet, student: Student, task: Task | None, tell: Tell | None = None) -> tuple[Params, str]:
     """Parameters of a fresh student trained on a set, by the recipe that it carries, else by the standard one; and its name.
 
     Raises:

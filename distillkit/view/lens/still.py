@@ -24,11 +24,13 @@ from distillkit.io.storage import absolute, replacing
 from distillkit.view.figures import ROLE_COLOURS, _Shown, style
 from distillkit.view.lens.film import Film
 from distillkit.view.lens.maps import Map
+from distillkit.view.lens.reading import Stretch
 from distillkit.view.set_figures import drawn
 
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3db0ea", "#7a4fb5", "#6b8e23")
 DIFFERENCE = LinearSegmentedColormap.from_list("difference", [ROLE_COLOURS["text"], "white", ROLE_COLOURS["learned"]])
 DISTANCE = LinearSegmentedColormap.from_list("distance", ["white", ROLE_COLOURS["learned"]])
+SAME, CUT, LOST = "#eeeeee", "#d9c8ec", "#b3261e"  # tokens of another model: cut alike, cut differently, not read
 MOST = 0.5  # a difference of attention that has the last colour
 STRIP = 4  # frames of a film strip
 STILLS = 48  # pictures of a GIF
@@ -75,29 +77,49 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words
     axes.grid(False)
 
 
-def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float]) -> None:
+def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float],
+                reading: Sequence[Stretch] | None = None) -> None:
     """The words of an example as chips in lines: the real word in grey above, the nearest one below it, blue where it is far.
 
     Args:
         real, words: a word a position, empty where there is none.
         distances: of each position from its nearest word, in word distances; NaN for a fixed position.
+        reading: the same words as another tokenizer cuts them, which stand below; violet where it cuts them differently.
     """
     points = axes.get_window_extent().width / axes.figure.dpi * 72
-    finite = [value for value in distances if np.isfinite(value)]
-    shade = Normalize(0, max([*finite, 1e-9]))
+    shade = Normalize(0, max([*(value for value in distances if np.isfinite(value)), 1e-9]))
+    depth = 31 if reading is None else 50
     x, y = 0.0, 0.0
-    for above, word, distance in zip(real, words, distances, strict=True):
-        above, word = drawn(above)[:14], drawn(word)[:14]
-        width = 5.4 * max(len(above) * 0.85, len(word)) + 11
+    for places, others, alike in reading or [Stretch([place], [], True) for place in range(len(words))]:
+        pieces = [(drawn(text)[:14], read) for text, read in others]
+        chips = [(drawn(real[place])[:14], drawn(words[place])[:14], distances[place]) for place in places]
+        widths = [5.4 * max(len(above) * 0.85, len(word)) + 11 for above, word, _ in chips]
+        lower = [5.4 * len(text) + 11 for text, _ in pieces]
+        width = max(sum(widths), sum(lower))
         if x + width > points:
-            x, y = 0.0, y + 31
-        face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
-        axes.text(x + width / 2, y, above, fontsize=7, color="0.4", ha="center", va="center")
-        axes.text(x + width / 2, y + 13, word, fontsize=8.5, ha="center", va="center",
-                  bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
+            x, y = 0.0, y + depth
+        for (above, word, distance), middle in zip(chips, _middles(x, widths, width)):
+            face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
+            axes.text(middle, y, above, fontsize=7, color="0.4", ha="center", va="center")
+            _chip(axes, middle, y + 13, word, face)
+        for (text, read), middle, wide in zip(pieces, _middles(x, lower, width), lower):
+            _chip(axes, middle, y + 29, text, SAME if alike else CUT, "black" if read else "0.45")
+            if not read:
+                axes.plot([middle - wide / 2 + 3, middle + wide / 2 - 3], [y + 29] * 2, color=LOST, lw=1, zorder=4)
         x += width
-    axes.set(xlim=(0, points), ylim=(max(y + 24, 125), -8))
+    axes.set(xlim=(0, points), ylim=(max(y + depth - 7, 125), -8))
     axes.axis("off")
+
+
+def _middles(x: float, widths: Sequence[float], width: float) -> np.ndarray:
+    """The middle of each chip of a stretch ``width`` points wide, in whose middle the chips stand."""
+    ends = x + (width - sum(widths)) / 2 + np.cumsum(widths)
+    return ends - np.array(widths) / 2
+
+
+def _chip(axes, x: float, y: float, text: str, face, color: str = "black") -> None:
+    axes.text(x, y, text, fontsize=8.5, ha="center", va="center", color=color,
+              bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
 
 
 def draw_heads(axes, difference: np.ndarray) -> None:
@@ -128,8 +150,9 @@ def draw_classes(figure: Figure, names: Sequence[str]) -> None:
 
 @style()
 def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
-          frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None) -> Figure:
-    """Film strip, words and heads of one moment.
+          frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None,
+          reading: Sequence[Stretch] | None = None, reader: str | None = None) -> Figure:
+    """Film strip, words and heads of one moment; with a ``reader`` its tokens in the place of the heads.
 
     Args:
         film, flat: a film and its map.
@@ -138,6 +161,7 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         example, frame: which are looked at.
         real, chips: the words of the example in real text and in the frame, a word a position.
         difference: of attention, ``[layers, heads, l, l]``; None: no heads.
+        reading, reader: as :func:`draw_tokens` takes it, and whose it is.
     """
     figure = _Shown(figsize=(10, 6.6))
     shown = sorted({round(step) for step in np.linspace(0, len(film.sets) - 1, STRIP)})
@@ -147,11 +171,17 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         draw_map(axes, film, flat, moment, labels, words[moment], example)
         axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
     bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
-    axes = figure.add_subplot(bottom[0])
-    axes.set_title(f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words\n"
-                   "(blue: far from every word)", fontsize=9, loc="left")
-    draw_tokens(axes, real, chips, film.distances[frame, example])
-    if difference is not None:
+    axes = figure.add_subplot(bottom[0] if reading is None else bottom[:])
+    title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words"
+    if reading is None:
+        title += "\n(blue: far from every word)"
+    else:
+        read = [flag for part in reading for _, flag in part.pieces]
+        title += (f"; below, {drawn(str(reader))[:24]} needs {len(read)} tokens and reads {sum(read)}\n"
+                  "(violet: cut differently; struck through: not read, no room or unknown)")
+    axes.set_title(title, fontsize=9, loc="left")
+    draw_tokens(axes, real, chips, film.distances[frame, example], reading)
+    if difference is not None and reading is None:
         axes = figure.add_subplot(bottom[1])
         axes.set_title("Attention, distilled − real", fontsize=9, loc="left")
         draw_heads(axes, difference)
