@@ -286,6 +286,10 @@ def test_arcs_follow_the_pointer_and_a_locked_head_stays(world, tmp_path):
             begun = strokes(page, ".dk-heads canvas", 0.6, 0.62)
             assert begun.index(max(begun)) // unit == row, "most ink is where all arcs begin"
 
+        # A word in the pane of tokens does the same.
+        page.locator(".dk-column").nth(4).hover()
+        note.filter(has_text=f"“{words[0][4]}” looks at").wait_for()
+
         # Locked: another example, another set and the pointer elsewhere leave it.
         locked = note.inner_text().split(":")[0]
         page.get_by_label("next example").click()

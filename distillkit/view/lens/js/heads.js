@@ -14,11 +14,10 @@ class HeadsPane {
     this.note = element("p", section, { className: "dk-numbers", role: "status" });
     this.head = null;
     this.cursor = [0, 0];
-    this.row = null;
     this.bind();
     this.sizes = new ResizeObserver(() => this.draw());
     this.sizes.observe(body);
-    store.listen(kind => { if (!UNCHANGED.includes(kind)) { this.row = null; this.draw(); } });
+    store.listen(kind => { if (!UNCHANGED.includes(kind) || (kind === OVER && this.head)) this.draw(); });
   }
 
   draw() {
@@ -49,6 +48,12 @@ class HeadsPane {
   difference(layer, head, i, j) {
     const { sets } = this.shape;
     return sets > 1 ? this.weight(1, layer, head, i, j) - this.weight(0, layer, head, i, j) : this.weight(0, layer, head, i, j);
+  }
+
+  // The position that looks: the one under the pointer, else the one that is looked at.
+  row() {
+    const { store } = this, [example, position] = store.over ?? [];
+    return example === store.get("example") ? position : store.get("position");
   }
 
   picture(layer, head) {
@@ -97,7 +102,7 @@ class HeadsPane {
     const pen = fitted(this.canvas, width, height);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(this.picture(layer, head), 0, 0, side, unit * length);
-    const row = Math.min(this.row ?? store.get("position"), length - 1);
+    const row = Math.min(this.row(), length - 1);
     this.frame(pen, 1, unit * row, side - 2, unit);
     pen.fillStyle = ofNode(this.section, "--dk-text");
     for (let i = 0; i < length; i++) {
@@ -146,7 +151,7 @@ class HeadsPane {
   }
 
   bind() {
-    const { canvas } = this;
+    const { canvas, store } = this;
     const where = event => {
       const box = canvas.getBoundingClientRect();
       return [event.clientX - box.left, event.clientY - box.top];
@@ -161,14 +166,13 @@ class HeadsPane {
         const over = headAt(where(event));
         if (over && String(over) !== String(this.cursor)) { this.cursor = over; this.draw(); }
       } else if (this.shape) {
-        const row = clamp(Math.floor(where(event)[1] / this.unit), 0, this.shape.length - 1);
-        if (row !== this.row) { this.row = row; this.draw(); }
+        store.hover(store.get("example"), clamp(Math.floor(where(event)[1] / this.unit), 0, this.shape.length - 1));
       }
     });
-    canvas.addEventListener("pointerleave", () => { if (this.row !== null) { this.row = null; this.draw(); } });
+    canvas.addEventListener("pointerleave", () => store.hover());
     canvas.addEventListener("click", event => {
       if (this.head === null) { const over = headAt(where(event)); if (over) this.enlarge(over); }
-      else if (this.row !== null) this.store.look(this.store.get("example"), this.row);
+      else if (store.over) store.look(...store.over);
     });
     canvas.addEventListener("keydown", event => {
       const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
@@ -177,8 +181,7 @@ class HeadsPane {
         this.cursor = this.cursor.map((place, axis) => clamp(place + way[axis], 0, sizes[axis] - 1));
         this.draw();
       } else if (way && this.shape) {
-        this.row = clamp((this.row ?? this.store.get("position")) + way[0] + way[1], 0, this.shape.length - 1);
-        this.draw();
+        store.hover(store.get("example"), clamp(this.row() + way[0] + way[1], 0, this.shape.length - 1));
       } else if (event.key === "Enter") this.enlarge(this.cursor);
       else if (event.key === "Escape") { this.head = null; this.draw(); }
       else return;

@@ -49,7 +49,7 @@ class MapPane extends MapPaint {
       if (kind === CONTENT) { this.decode(); this.repaint(); }
       else if (kind === THEME) this.repaint();
       else this.paint();
-      if (kind !== TIME && kind !== SELECTION) this.count();
+      if (![TIME, SELECTION, OVER].includes(kind)) this.count();
     });
   }
 
@@ -115,7 +115,7 @@ class MapPane extends MapPaint {
   }
 
   bind() {
-    const { canvas } = this;
+    const { canvas, store } = this;
     let held = null;
     const where = event => {
       const box = canvas.getBoundingClientRect();
@@ -152,7 +152,7 @@ class MapPane extends MapPaint {
       held = this.drawn = null;
       this.paint();
     });
-    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; this.over = -1; this.paint(); });
+    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; store.hover(); });
     canvas.addEventListener("keydown", event => {
       const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
       if (way) { this.view.x += 40 * way[0] / this.view.scale; this.view.y += 40 * way[1] / this.view.scale; this.repaint(); }
@@ -199,14 +199,13 @@ class MapPane extends MapPaint {
       const near = this.nearestSpot(spot);
       if (near >= 0) text = store.words[this.words[near]];
     }
-    this.over = place;
+    store.hover(...(store.places[place] ?? []));
     this.tip.hidden = !text;
     this.tip.textContent = text;
     const left = spot[0] > this.size[0] - 200;
     this.tip.style.left = left ? "" : `${spot[0] + 14}px`;
     this.tip.style.right = left ? `${this.size[0] - spot[0] + 14}px` : "";
     this.tip.style.top = `${Math.max(0, spot[1] - 10)}px`;
-    this.paint();
   }
 
   inside(polygon) {

@@ -185,9 +185,10 @@ class MapPaint {
     pen.globalAlpha = 1;
     pen.strokeStyle = ofNode(this.section, "--dk-text");
     const looked = this.store.placeAt[this.store.cell(0, example, this.store.get("position"))];
+    const over = this.store.over ? this.store.placeAt[this.store.cell(0, ...this.store.over)] : -1;
     const matched = new Set(this.search.value ? this.matches() : []);
     for (const [place] of places) {
-      if (place !== looked && place !== this.over && !chosen.has(place) && !matched.has(place)) continue;
+      if (place !== looked && place !== over && !chosen.has(place) && !matched.has(place)) continue;
       const spot = this.spot(place);
       if (!spot) continue;
       pen.lineWidth = place === looked ? 2.5 : 1.5;

@@ -10,6 +10,7 @@ class Store {
     this.answers = new Map();
     this.time = model.get("frame");  // between two frames while the film plays
     this.decode();
+    this.over = null;  // the example and position under the pointer, in whichever pane
     this.ends = [];
     const on = (name, act) => { model.on(name, act); this.ends.push(() => model.off(name, act)); };
     for (const name of ["frame", "example", "position"]) on(`change:${name}`, () => this.tell(LOOK));
@@ -55,6 +56,12 @@ class Store {
   look(example, position) {
     if (position === undefined) position = this.places.find(([e]) => e === example)?.[1] ?? 0;
     this.set({ example: clamp(example, 0, this.count(this.get("frame")) - 1), position });
+  }
+
+  hover(...over) {
+    if (String(over) === String(this.over ?? [])) return;
+    this.over = over.length ? over : null;
+    this.tell(OVER);
   }
 
   colour(label) {
