@@ -1,5 +1,6 @@
 """Lens on several sets side by side, on edits, and on what a trained student says: right numbers, without a browser."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -158,3 +159,27 @@ def test_a_student_is_trained_once_and_asked_before_and_after_an_edit(world, sta
     assert second["after"] == [said[name] for name in start.meta["classes"]] != second["before"]
     third, _ = lens.answer(["prediction", lens.revision, 1, 0])
     assert third["after"] is None and trainings == [start, small], "another set has a student of its own"
+
+
+# --- a film that takes the place of another
+
+
+def test_answers_about_an_earlier_film_are_gone(world, start, tmp_path):
+    goal = dk.BPTT(*world, dk.Unroll(2, optimizer=dk.SGD(0.5)), metagrad=dk.Replay(), batch_size=8)
+
+    def distiller():
+        return dk.Distiller(start, goal, lr=0.5, checkpoint=tmp_path / "run", checkpoint_every=100)
+
+    for _ in dk.record_film(distiller(), tmp_path / "film", 2, frames=2):
+        pass
+
+    async def resumed():
+        lens = dk.Lens(distiller(), world[1])
+        before = lens.answer(["attention", 0, 0, 1])[1][0]
+        await lens.run(2, folder=tmp_path / "film", frames=2)
+        return before, lens.answer(["attention", 0, 0, 1])[1][0], lens
+
+    before, after, lens = asyncio.run(resumed())
+    assert lens.film.names == ("step 0", "step 2")
+    expected = panes.heads(world[1], [panes.one_example(start, 1)] * 2)
+    assert after == expected.tobytes() != before, "frame 0 was step 2, and is the start"

@@ -26,7 +26,7 @@ from distillkit.io.checks import check_is, check_whole, require
 from distillkit.io.escaping import one_line
 from distillkit.view.lens import page, panes, still
 from distillkit.view.lens.content import contents, tokens_of
-from distillkit.view.lens.film import ABSENT, filmed, frames_in, record_film
+from distillkit.view.lens.film import ABSENT, Film, filmed, frames_in, record_film
 from distillkit.view.lens.live import Run
 from distillkit.view.lens.maps import make_map, own_class
 from distillkit.view.lens.reading import room, stretches, words
@@ -40,8 +40,9 @@ class Lens(anywidget.AnyWidget):
     """Four linked panes and a slider over the frames of a film: map, tokens, attention heads, and a workbench.
 
     Args:
-        history: the folder of :func:`~distillkit.view.lens.film.record_film`, a set, a sequence of sets, sets by name (real,
-            learned, projected, swapped), or a Distiller that :meth:`run` is to run; in one embedding space.
+        history: the folder of :func:`~distillkit.view.lens.film.record_film`; a set; several sets to compare, by name, such as
+            ``{"random": a, "distilled": b, "as text": c}``, of any sizes and with classes in any order; or a Distiller that
+            :meth:`run` is to run.  All in one embedding space.
         student: the model in whose embedding space they are, an encoder or a decoder.
         real: real text to compare with, example by example; default: the training rows that the set was taken from, if
             ``task`` is there, else the first frame.
@@ -74,16 +75,14 @@ class Lens(anywidget.AnyWidget):
     def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
                  params: Params | None = None, reader: Student | None = None):
         self.distiller = history if isinstance(history, Distiller) else None
-        self.film = filmed(history, student)
+        film = filmed(history, student)
         for name, value, kind in (("task", task, Task), ("reader", reader, Student), ("real", real, DistilledSet)):
             if value is not None:
                 check_is(name, value, kind)
         self.student, self.task, self.judge, self.params, self.reader = student, task, judge, params, reader
-        self.real = panes.real_text(self.film.sets[0], task, student) if real is None else real
-        self.real.check_table(student)
-        self.maps = {"pca": make_map(self.film, student, "pca", real=self.real)}
-        self._answers: dict[str, tuple[dict, list[bytes]]] = {}
+        self._take(film, real)
         self._trained: tuple[DistilledSet, Params, str] | None = None  # the set last trained on, parameters, recipe
+        self._real = real
         self._states: list[DistilledSet] = []  # the frame that is edited, then the set after each edit
         self._turns = 0
         self._run: Run | None = None
@@ -96,6 +95,13 @@ class Lens(anywidget.AnyWidget):
     def __repr__(self) -> str:
         frames, (examples, length) = len(self.film.sets), self.film.learned.shape
         return f"Lens: {frames} frames of {examples} examples with {length} positions"
+
+    def _take(self, film: Film, real: DistilledSet | None) -> None:
+        self.film = film
+        self.real = panes.real_text(film.sets[0], self.task, self.student) if real is None else real
+        self.real.check_table(self.student)
+        self.maps = {"pca": make_map(film, self.student, "pca", real=self.real)}
+        self._answers: dict[str, tuple[dict, list[bytes]]] = {}
 
     @traitlets.validate("frame", "example", "position")
     def _within(self, proposal) -> int:
@@ -227,8 +233,7 @@ class Lens(anywidget.AnyWidget):
         check_whole("frames", frames, least=2)
         records = distiller.run(steps) if folder is None else record_film(distiller, folder, steps, frames=frames)
         if folder is not None and frames_in(folder):
-            self.film = filmed(folder, self.student)
-            self.maps = {"pca": make_map(self.film, self.student, "pca", real=self.real)}
+            self._take(filmed(folder, self.student), self._real)
             self.content, self.binary = self._content()
         shown = {round(step) for step in np.linspace(0, steps, frames)}
         grown = [time.monotonic()]

@@ -59,8 +59,9 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words
     owners = film.places[:, 0]
     labels = labels[round(time)]
     colours = [colour(label) for label in labels[owners]]
-    trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
-    axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
+    if not film.choices:  # from one set to another nothing has moved
+        trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
+        axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
     near = owners == example
     axes.scatter(*now[~near].T, s=13, c=[c for c, one in zip(colours, near) if not one], alpha=0.8, linewidths=0)
     axes.scatter(*now[near].T, s=34, c=colour(labels[example]), edgecolors="black", linewidths=0.8, zorder=3)
@@ -141,11 +142,12 @@ def draw_heads(axes, difference: np.ndarray) -> None:
     axes.grid(False)
 
 
-def draw_classes(figure: Figure, names: Sequence[str]) -> None:
-    """A legend of classes below the figure."""
+def draw_classes(figure: Figure, names: Sequence[str], **place) -> None:
+    """A legend of classes: in a row below the figure, or at another ``place``, as ``Figure.legend`` takes it."""
     marks = [Line2D([], [], color=colour(label), marker="o", ls="", label=drawn(name)[:24]) for label, name in enumerate(names)]
     marks.append(Line2D([], [], color=ROLE_COLOURS["real"], marker="o", ls="", ms=3, label="words"))
-    figure.legend(handles=marks[:9], loc="lower center", ncols=min(len(marks), 9), frameon=False, fontsize=8)
+    place = place or {"loc": "lower center", "ncols": min(len(marks), 9)}
+    figure.legend(handles=marks[:9], frameon=False, fontsize=8, **place)
 
 
 @style()
@@ -200,14 +202,16 @@ def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labe
     pictures = []
     for time in np.linspace(0, last, min(STILLS, 3 * last + 1)):
         figure = _Shown(figsize=(7.2, 5.2), dpi=100)
-        axes = figure.add_axes((0.02, 0.14, 0.96, 0.78))
+        axes = figure.add_axes((0.02, 0.03, 0.71, 0.9))
+        axes.spines[:].set_visible(False)
         frame = round(time)
         draw_map(axes, film, flat, time, labels, words[frame], example)
         axes.set_title(f"{drawn(film.names[frame])}", fontsize=11, loc="left")
         chosen = [word for word, (owner, _) in zip(words[frame], film.places) if owner == example]
-        line = textwrap.shorten(" ".join(map(drawn, chosen)), 84, placeholder=" …")
-        figure.text(0.02, 0.095, f"nearest words of example {example + 1}: {line}", fontsize=8)
-        draw_classes(figure, names)
+        lines = textwrap.fill(" ".join(map(drawn, chosen)), 25, max_lines=14, placeholder=" …")
+        figure.text(0.74, 0.53, f"nearest words of example {example + 1}", fontsize=8, color="0.4", va="top")
+        figure.text(0.74, 0.49, lines, fontsize=9, va="top", linespacing=1.4)
+        draw_classes(figure, names, loc="upper left", bbox_to_anchor=(0.725, 0.95))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))

@@ -17,7 +17,12 @@ class Store {
     on("change:selection", () => this.tell(SELECTION));
     on("change:revision", () => this.tell(EDITS));
     on("change:live", () => this.tell(LIVE));
-    on("change:binary", () => { this.decode(); this.tell(CONTENT); });
+    on("change:binary", () => {
+      const first = this.content.frames[0];
+      this.decode();
+      if (this.content.frames[0] !== first) this.answers.clear();  // another film
+      this.tell(CONTENT);
+    });
     on("msg:custom", (message, buffers) => this.receive(message, buffers));
   }
 
