@@ -51,6 +51,11 @@ class Map:
     preserved: float
     shuffled: float
 
+    def at(self, token: int, student: Student) -> np.ndarray:
+        """Where a word is, ``[2]``, on the map or not."""
+        spot = np.flatnonzero(self.words == token)
+        return self.background[spot[0]] if len(spot) else self.place(student.embedding[[token]].float().cpu().numpy())[0]
+
     def with_frames(self, film: Film) -> Map:
         """This map with the further frames of a longer film."""
         more = _placed(film, range(len(self.points), len(film.sets)), self.place)
@@ -122,9 +127,9 @@ def own_class(film: Film, frame: int, classes: Sequence[int]) -> dict[str, float
         classes: of each example.
 
     Returns:
-        the ``share``, its expectation by ``chance``, and the share of a ``control`` moved as far in random directions
-        (:func:`~distillkit.view.measures.random_shift`; NaN in the first frame and for sets of other shapes); None where no
-        class has two examples.
+        the ``share``, its expectation by ``chance``, and the share of a ``control`` whose positions are each moved as far in a
+        random direction (:func:`~distillkit.view.measures.random_shift` apart; NaN in the first frame and for sets of other
+        shapes or other rows); None where no class has two examples.
     """
     state, start = film.sets[frame], film.sets[0]
     if len(set(classes)) == len(classes) or len(classes) != len(state):
@@ -137,6 +142,7 @@ def own_class(film: Film, frame: int, classes: Sequence[int]) -> dict[str, float
         return neighbour_overlap(some.embeds[some.free], groups, k, metric="l2", owners=owners)
 
     overlap, control = counted(state), float("nan")
-    if state is not start and state.embeds.shape == start.embeds.shape and torch.equal(state.free, start.free):
-        control = counted(random_shift(state, start)).share
+    moved = state is not start and state.meta.get("rows") == start.meta.get("rows")
+    if moved and state.embeds.shape == start.embeds.shape and torch.equal(state.free, start.free):
+        control = counted(random_shift(state, start, together=False)).share
     return {"share": overlap.share, "chance": overlap.chance, "control": control}

@@ -43,12 +43,12 @@ def colour(label: int) -> str:
     return CLASS_COLOURS[label % len(CLASS_COLOURS)]
 
 
-def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], words: Sequence[str], example: int = 0) -> None:
+def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words: Sequence[str], example: int = 0) -> None:
     """One moment of a film: words in grey, learned positions in the colours of their classes, with trails.
 
     Args:
         time: from 0 to f − 1; between two frames positions are between their places.
-        labels: the class of each example.
+        labels: ``[f, m]`` the class of each example in each frame.
         words: for each of the p learned positions the nearest word.
         example: whose positions are labelled with their words.
     """
@@ -57,9 +57,11 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], wo
     now = (1 - share) * flat.points[before] + share * flat.points[after]
     axes.scatter(*flat.background.T, s=1, color=ROLE_COLOURS["real"], alpha=0.18, linewidths=0, rasterized=True)
     owners = film.places[:, 0]
-    colours = [colour(labels[owner]) for owner in owners]
-    trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
-    axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
+    labels = labels[round(time)]
+    colours = [colour(label) for label in labels[owners]]
+    if not film.choices:  # from one set to another nothing has moved
+        trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
+        axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
     near = owners == example
     axes.scatter(*now[~near].T, s=13, c=[c for c, one in zip(colours, near) if not one], alpha=0.8, linewidths=0)
     axes.scatter(*now[near].T, s=34, c=colour(labels[example]), edgecolors="black", linewidths=0.8, zorder=3)
@@ -140,22 +142,23 @@ def draw_heads(axes, difference: np.ndarray) -> None:
     axes.grid(False)
 
 
-def draw_classes(figure: Figure, names: Sequence[str]) -> None:
-    """A legend of classes below the figure."""
+def draw_classes(figure: Figure, names: Sequence[str], **place) -> None:
+    """A legend of classes: in a row below the figure, or at another ``place``, as ``Figure.legend`` takes it."""
     marks = [Line2D([], [], color=colour(label), marker="o", ls="", label=drawn(name)[:24]) for label, name in enumerate(names)]
     marks.append(Line2D([], [], color=ROLE_COLOURS["real"], marker="o", ls="", ms=3, label="words"))
-    figure.legend(handles=marks[:9], loc="lower center", ncols=min(len(marks), 9), frameon=False, fontsize=8)
+    place = place or {"loc": "lower center", "ncols": min(len(marks), 9)}
+    figure.legend(handles=marks[:9], frameon=False, fontsize=8, **place)
 
 
 @style()
-def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], words: Sequence[Sequence[str]], *, example: int,
+def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
           frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None,
           reading: Sequence[Stretch] | None = None, reader: str | None = None) -> Figure:
     """Film strip, words and heads of one moment; with a ``reader`` its tokens in the place of the heads.
 
     Args:
         film, flat: a film and its map.
-        names, labels: of classes, and the class of each example.
+        names, labels: of classes, and the class of each example in each frame ``[f, m]``.
         words: for each frame, for each of the p learned positions, the nearest word.
         example, frame: which are looked at.
         real, chips: the words of the example in real text and in the frame, a word a position.
@@ -171,7 +174,7 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], wo
         axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
     bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
     axes = figure.add_subplot(bottom[0] if reading is None else bottom[:])
-    title = f"Example {example + 1}, {drawn(names[labels[example]])[:24]}: real and nearest words"
+    title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words"
     if reading is None:
         title += "\n(blue: far from every word)"
     else:
@@ -192,21 +195,23 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], wo
 
 
 @style()
-def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: Sequence[int],
+def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: np.ndarray,
              words: Sequence[Sequence[str]], *, example: int) -> Path:
     """Write the map's film as a GIF of at most :data:`STILLS` pictures, and return where it is."""
     last = len(film.sets) - 1
     pictures = []
     for time in np.linspace(0, last, min(STILLS, 3 * last + 1)):
         figure = _Shown(figsize=(7.2, 5.2), dpi=100)
-        axes = figure.add_axes((0.02, 0.14, 0.96, 0.78))
+        axes = figure.add_axes((0.02, 0.03, 0.71, 0.9))
+        axes.spines[:].set_visible(False)
         frame = round(time)
         draw_map(axes, film, flat, time, labels, words[frame], example)
         axes.set_title(f"{drawn(film.names[frame])}", fontsize=11, loc="left")
         chosen = [word for word, (owner, _) in zip(words[frame], film.places) if owner == example]
-        line = textwrap.shorten(" ".join(map(drawn, chosen)), 84, placeholder=" …")
-        figure.text(0.02, 0.095, f"nearest words of example {example + 1}: {line}", fontsize=8)
-        draw_classes(figure, names)
+        lines = textwrap.fill(" ".join(map(drawn, chosen)), 25, max_lines=14, placeholder=" …")
+        figure.text(0.74, 0.53, f"nearest words of example {example + 1}", fontsize=8, color="0.4", va="top")
+        figure.text(0.74, 0.49, lines, fontsize=9, va="top", linespacing=1.4)
+        draw_classes(figure, names, loc="upper left", bbox_to_anchor=(0.725, 0.95))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))

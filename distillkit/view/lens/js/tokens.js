@@ -107,6 +107,8 @@ class TokensPane {
     chip.tabIndex = looked ? 0 : -1;
     if (looked && focus) chip.focus();
     chip.addEventListener("click", () => store.look(example, position));
+    column.addEventListener("pointerenter", () => store.hover(example, position));
+    column.addEventListener("pointerleave", () => store.hover());
     chip.addEventListener("keydown", event => this.step(event, position));
   }
 
