@@ -333,7 +333,7 @@ def test_thirty_thousand_words_and_two_thousand_positions_play_smoothly(tmp_path
     content, binary = wire.packed({
         "frames": [f"step {frame}" for frame in range(frames)], "words": "\n".join(f"word{i}" for i in range(words)),
         "classes": list("abcd"), "choices": False, "probabilities": [None] * frames, "classifies": False,
-        "maps": {"pca": {"preserved": 0.1, "shuffled": 0.01, "scale": scale}}, "has_judge": False, "reader": None,
+        "maps": {"pca": {"preserved": {39: 0.1}, "shuffled": 0.01, "scale": scale}}, "has_judge": False, "reader": None,
         "colours": {"real": "#8c8c8c", "learned": "#0173b2", "classes": still.CLASS_COLOURS}}, arrays)
     state = {"content": content, "binary": binary, "frame": 0, "example": 0, "position": 0, "selection": [], "edits": [],
              "revision": 0, "live": {}}

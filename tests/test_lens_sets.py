@@ -86,6 +86,13 @@ def test_a_page_has_the_heads_of_every_set(side_by_side, tmp_path):
     assert sorted(shown) == [[frame, example] for frame, count in enumerate((4, 4, 2)) for example in range(count)]
 
 
+def test_the_share_of_neighbours_is_that_of_the_set_that_is_shown(world, side_by_side, start, learned, small):
+    both = [maps.make_map(filmed(dict(zip(names, (start, learned))), world[1]), world[1], real=start).preserved
+            for names in (("random", "distilled"), ("step 0", "step 9"))]
+    assert [*both[0]] == [0, 1] and [*both[1]] == [1] and both[0][1] == both[1][1]
+    assert both[0][0] > both[0][1], "the positions of the first set are words, neighbours of themselves on every map"
+
+
 # --- the control of the own class
 
 

@@ -222,7 +222,9 @@ class MapPane extends MapPaint {
 
   count() {
     const { store } = this, map = store.content.maps[this.method], frame = Math.round(store.time);
-    const kept = `The map keeps ${percent(map.preserved)} of 10 nearest neighbours (shuffled: ${percent(map.shuffled)}).`;
+    const counted = frame in map.preserved ? frame : Math.max(...Object.keys(map.preserved));
+    const kept = `At ${store.content.frames[counted]} the map keeps ${percent(map.preserved[counted])} of 10 nearest ` +
+      `neighbours (shuffled: ${percent(map.shuffled)}).`;
     const answer = store.ask(["numbers", frame], () => this.count());
     if (this.search.value.trim()) return;
     const own = answer?.reply.own;
