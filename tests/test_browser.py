@@ -164,11 +164,16 @@ def test_four_panes_in_jupyterlab(tmp_path, standin_home):
         token = int(lens.locator(".dk-candidate").nth(2).get_attribute("data-token"))
         lens.locator(".dk-candidate").nth(2).click()
         lens.locator(".dk-edited").wait_for()
+        lens.get_by_label("1 edited").wait_for()  # the map has it where its word is
+        lens.get_by_role("button", name="ask a student").or_(lens.get_by_label("train a student")).click()
+        lens.locator(".dk-shares", has_text="after edit").wait_for()
         after = state_in_python(page, work)
         assert [edit["token"] for edit in after["edits"]] == [token] and after["kind"] == "DistilledSet"
         assert after["embeds"] != before["embeds"]
         lens.get_by_label("take the last edit back").click()
         page.wait_for_function("() => !document.querySelector('.dk-edited')")
+        lens.get_by_label("0 edited").wait_for()
+        assert "after edit" not in lens.locator(".dk-shares").inner_text()
         assert state_in_python(page, work)["embeds"] == before["embeds"]
 
         # Map: a lasso round everything, then a search.
@@ -202,9 +207,11 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     from distillkit.view.lens.lens import STATE
 
     start = dk.DistilledSet.from_real(*world, per_class=2, length=10)
-    lens = dk.Lens({"one": start, "other": start}, world[1], judge=dk.FrozenJudge(*world, steps=20, batch_size=16))
+    judge = dk.FrozenJudge(*world, steps=20, batch_size=16)
+    lens = dk.Lens({"one": start, "other": start}, world[1], judge=judge, reader=world[1])
     lens.answer(["candidates", 0, 1, 0, 1, ""])[0]["rows"][0]["word"] = HOSTILE[0]
     lens.save_html(tmp_path / "lens.html")  # which asks for what a page needs
+    lens.answer(["reading", 0, 1, 0])[0]["stretches"][1].pieces[:] = [(HOSTILE[1], True), (HOSTILE[2], False)]
     words = lens.content["words"].split("\n")
     content = lens.content | {"words": "\n".join(HOSTILE[i % 3] for i in range(len(words))), "classes": HOSTILE[:2],
                               "frames": HOSTILE[1:]}
@@ -214,6 +221,8 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
     with browsed((tmp_path / "hostile.html").as_uri(), (872, 900)) as page:
         page.locator(".dk-candidate").first.wait_for()
         assert page.locator(".dk-candidate b").first.inner_text() == HOSTILE[0]
+        assert page.locator(".dk-cut, s.dk-piece").count() == 1 and page.locator(".dk-piece").count() == 9
+        assert {*page.locator(".dk-piece").all_inner_texts()} >= {*HOSTILE[1:]}
         assert {*page.locator(".dk-chip").all_inner_texts()} <= {*HOSTILE} and page.locator(".dk-chip").count() == 10
         page.locator(".dk-heads canvas").click(position={"x": 60, "y": 40})
         page.locator(".dk-heads .dk-numbers", has_text="looks at").wait_for()
@@ -227,6 +236,83 @@ def test_a_page_without_a_kernel_shows_text_as_text(world, tmp_path):
         assert page.evaluate("() => window.broken") is None
 
 
+def strokes(page, selector: str, left: float, right: float) -> list[float]:
+    """How much is drawn in each row of a canvas between two places, shares of its width."""
+    return page.evaluate("""([selector, left, right]) => {
+        const canvas = document.querySelector(selector), from = Math.round(left * canvas.width);
+        const size = [Math.round((right - left) * canvas.width), canvas.height];
+        const { data, width, height } = canvas.getContext("2d").getImageData(from, 0, ...size);
+        const rows = [];
+        for (let y = 0; y < height; y++) {
+            let sum = 0;
+            for (let x = 0; x < width; x++) sum += data[4 * (y * width + x) + 3];
+            rows.push(sum / 255);
+        }
+        return rows;
+    }""", [selector, left, right])
+
+
+def test_arcs_follow_the_pointer_and_a_locked_head_stays(world, tmp_path):
+    import dataclasses
+
+    import torch
+
+    import distillkit as dk
+
+    start = dk.DistilledSet.from_real(*world, per_class=2, length=10)
+    noise = torch.randn(start.embeds.shape, generator=torch.Generator().manual_seed(0)) * 0.3 * start.free[..., None]
+    learned = dataclasses.replace(start, embeds=start.embeds + noise, tokens=None)
+    small = dk.DistilledSet.from_real(*world, per_class=1, length=8)
+    lens = dk.Lens({"real": start, "learned": learned, "small": small}, world[1], task=world[0])
+    lens.frame = 1
+    lens.accept(50, example=0, position=3)
+    words = [lens.student.tokenizer.convert_ids_to_tokens(row) for row in lens.film.tokens[1].tolist()]
+    with browsed(lens.save_html(tmp_path / "lens.html").as_uri(), (1280, 800)) as page:
+        canvas, note = page.locator(".dk-heads canvas"), page.locator(".dk-heads .dk-numbers")
+        note.filter(has_text="Layer 1, head 1").wait_for()
+        map_box, heads_box = (page.locator(f".dk-{name}").bounding_box() for name in ("map", "heads"))
+        assert heads_box["height"] == map_box["height"]
+        gap = heads_box["y"] + heads_box["height"] - note.bounding_box()["y"] - note.bounding_box()["height"]
+        assert gap < 20 and note.bounding_box()["y"] - canvas.bounding_box()["y"] - canvas.bounding_box()["height"] < 20
+
+        # One head is enlarged; arcs begin at the row under the pointer, and others at another row.
+        canvas.click(position={"x": 60, "y": 40})
+        note.filter(has_text="looks at").wait_for()
+        unit = canvas.bounding_box()["height"] / 10
+        for row in (2, 7):
+            canvas.hover(position={"x": 50, "y": unit * (row + 0.4)})
+            note.filter(has_text=f"“{words[0][row]}” looks at").wait_for()
+            assert sum(strokes(page, ".dk-heads canvas", 0.7, 1)) > 50, "arcs reach far to the right"
+            begun = strokes(page, ".dk-heads canvas", 0.6, 0.62)
+            assert begun.index(max(begun)) // unit == row, "most ink is where all arcs begin"
+
+        # A word in the pane of tokens does the same.
+        page.locator(".dk-column").nth(4).hover()
+        note.filter(has_text=f"“{words[0][4]}” looks at").wait_for()
+
+        # Locked: another example, another set and the pointer elsewhere leave it.
+        locked = note.inner_text().split(":")[0]
+        page.get_by_label("next example").click()
+        note.filter(has_text=f"“{words[1][lens.film.places[0][1]]}” looks at").wait_for()
+        assert note.inner_text().startswith(locked) and page.get_by_label("show all heads").is_visible()
+        for name in ("small", "real"):
+            page.get_by_role("button", name=f"show the set {name}").click()
+            page.get_by_role("button", name=f"show the set {name}").and_(page.locator("[aria-pressed=true]")).wait_for()
+            assert note.inner_text().startswith(locked)
+        page.get_by_label("show all heads").click()
+        note.filter(has_text="click to enlarge").wait_for()
+
+        # Sets by name: buttons and no slider; the edit is on the map of its set only.
+        assert page.locator("input[type=range]").is_hidden() and page.locator(".dk-sets button").count() == 3
+        assert page.get_by_label("0 edited").is_visible()
+        page.get_by_role("button", name="show the set learned").click()
+        page.get_by_label("1 edited").wait_for()
+        page.get_by_role("button", name="show the set small").click()
+        page.get_by_label("0 edited").wait_for()
+        page.locator("option:enabled", has_text="of 2:").nth(1).wait_for(state="attached")
+        assert page.locator("option:disabled", has_text="not in this set").count() == 2
+
+
 def test_thirty_thousand_words_and_two_thousand_positions_play_smoothly(tmp_path):
     import numpy as np
 
@@ -238,14 +324,16 @@ def test_thirty_thousand_words_and_two_thousand_positions_play_smoothly(tmp_path
     first = background[draw.integers(0, words, 2000)]
     points = np.stack([first + 0.03 * frame * draw.normal(size=first.shape) for frame in range(frames)]).astype("float32")
     numbers = draw.random((frames, *shape)).astype("float32")
+    places, scale = wire.scaled("pca", background, points)
     arrays = {"tokens": draw.integers(0, words, (frames, *shape)).astype("int32"), "distances": numbers, "moved": numbers,
               "learned": np.ones(shape, "uint8"), "real": draw.integers(0, words, shape).astype("int32"),
-              "pca.words": np.arange(words, dtype="int32"), **wire.scaled("pca", background, points),
-              "in_text": (draw.random(words) < 0.2).astype("uint8")}
+              "pca.words": np.arange(words, dtype="int32"), **places,
+              "in_text": (draw.random(words) < 0.2).astype("uint8"),
+              "labels": np.tile(np.arange(shape[0], dtype="int32") % 4, (frames, 1))}
     content, binary = wire.packed({
         "frames": [f"step {frame}" for frame in range(frames)], "words": "\n".join(f"word{i}" for i in range(words)),
-        "classes": list("abcd"), "labels": [example % 4 for example in range(shape[0])], "probabilities": [None] * frames,
-        "maps": {"pca": {"preserved": 0.1, "shuffled": 0.01}}, "has_judge": False,
+        "classes": list("abcd"), "choices": False, "probabilities": [None] * frames, "classifies": False,
+        "maps": {"pca": {"preserved": {39: 0.1}, "shuffled": 0.01, "scale": scale}}, "has_judge": False, "reader": None,
         "colours": {"real": "#8c8c8c", "learned": "#0173b2", "classes": still.CLASS_COLOURS}}, arrays)
     state = {"content": content, "binary": binary, "frame": 0, "example": 0, "position": 0, "selection": [], "edits": [],
              "revision": 0, "live": {}}

@@ -127,7 +127,7 @@ def test_words_stay_while_learned_positions_move(lens, world, start):
     tokens = start.tokens[start.free].tolist()
     assert flat.points[0] == pytest.approx(np.array([word[t] for t in tokens]), abs=1e-4), "in the first frame they are words"
     assert not np.allclose(flat.points[0], flat.points[1], atol=1e-3)
-    assert 0 <= flat.preserved <= 1 and 0 < flat.shuffled < 0.2
+    assert all(0 <= share <= 1 for share in flat.preserved.values()) and 0 < flat.shuffled < 0.2
     points, background = array(lens, "pca.points"), array(lens, "pca.background")
     both = np.concatenate([flat.background, flat.points.reshape(-1, 2)])
     sent = np.concatenate([background, points.reshape(-1, 2)])

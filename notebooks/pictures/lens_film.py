@@ -2,7 +2,7 @@
 
     python notebooks/pictures/lens_film.py runs/lens figures/lens.gif
 
-It took 14 minutes on two busy cores, and goes on where it was interrupted.
+It took eight minutes on two busy cores, and goes on where it was interrupted.
 """
 
 import sys

@@ -1,106 +1,19 @@
-"""Text on its way to another model, as pictures of a lesson: what its tokenizer cuts, and what the words are worth there.
+"""Text on its way to another model, as a picture of a lesson.
 
-:func:`pieces` cuts a text as a tokenizer does and remembers which characters each token stands for, so that :func:`chips` can
-draw the tokens of several models under each other, character over character.  :func:`slopes` joins the scores of a method on
-the model that made the text and on those that only read it.
+:func:`slopes` joins the scores of a method on the model that made the text and on those that only read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
 from distillkit.view.figures import LABELS, METHOD_COLOURS, _figure, plain, style
 
-LINE = 64  # characters of text in a line of chips
 LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-")}
 STEP, LEFT = 0.1, 1.75  # of the slopes: from method to method, and room for their names
-SAME, OTHER, LOST = "#eeeeee", "#d9c8ec", "#ffffff"  # fills: cut alike by all, cut otherwise here, not read
-
-
-class Piece(NamedTuple):
-    """A token: the characters ``start`` to ``end`` of its text, and whether the model reads them as they are."""
-
-    start: int
-    end: int
-    read: bool
-
-
-def pieces(tokenizer, text: str, limit: int | None = None) -> list[Piece]:
-    """The tokens of ``text`` without special ones.
-
-    Args:
-        tokenizer: a fast one, which knows the characters of its tokens.
-        limit: tokens there is room for; the later ones are not read.  Default: all.
-
-    Returns:
-        A piece per token, without spaces around it.  A piece is not read where the token is the tokenizer's unknown token or
-        behind the limit.  Tokens that share characters, such as the bytes of a rare letter, are one piece.
-    """
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    result: list[Piece] = []
-    for place, (token, (start, end)) in enumerate(zip(coded["input_ids"], coded["offset_mapping"], strict=True)):
-        start += len(text[start:end]) - len(text[start:end].lstrip())
-        end -= len(text[start:end]) - len(text[start:end].rstrip())
-        read = token != tokenizer.unk_token_id and (limit is None or place < limit)
-        if result and start < result[-1].end:
-            result[-1] = Piece(result[-1].start, max(end, result[-1].end), read and result[-1].read)
-        elif start < end:
-            result.append(Piece(start, end, read))
-    return result
-
-
-@style()
-def chips(text: str, rows: Mapping[str, Sequence[Piece]], title: str) -> Figure:
-    """A text cut by several tokenizers, one under the other; what a model does not read is struck through.
-
-    Args:
-        text: on one line; a longer one is broken at spaces.
-        rows: label → its pieces, as :func:`pieces` returns them.
-        title: of the panel.
-    """
-    lines = _lines(text)
-    alike = set.intersection(*({(piece.start, piece.end) for piece in row} for row in rows.values()))
-    depth = len(rows) + 0.6
-    figure, (axes,) = _figure(11, 0.36 * depth * len(lines) + 0.8)
-    for number, (first, last) in enumerate(lines):
-        for place, (label, row) in enumerate(rows.items()):
-            y = number * depth + place
-            axes.text(-1, y, plain(label), ha="right", va="center", fontsize=10)
-            for piece in row:
-                if first <= piece.start < last:
-                    fill = SAME if (piece.start, piece.end) in alike else OTHER
-                    _chip(axes, piece, text, first, y, fill if piece.read else LOST)
-    axes.set(title=plain(title), xlim=(-14, LINE), ylim=(len(lines) * depth - 0.5, -0.8), xticks=[], yticks=[],
-             xlabel="grey: all cut alike here; violet: they differ; struck through: not read, no room or no such token")
-    axes.grid(False)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return figure
-
-
-def _chip(axes, piece: Piece, text: str, first: int, y: float, fill: str) -> None:
-    left, width = piece.start - first, piece.end - piece.start
-    box = {"boxstyle": "round,pad=0,rounding_size=0.25", "mutation_aspect": 0.5, "ec": "0.55", "lw": 0.8, "fc": fill}
-    axes.add_patch(FancyBboxPatch((left + 0.06, y - 0.4), width - 0.12, 0.8, **box))
-    axes.text(left + width / 2, y, plain(text[piece.start : piece.end]), ha="center", va="center", fontsize=10,
-              family="monospace", color="black" if piece.read else "0.45")
-    if not piece.read:
-        axes.plot([left + 0.1, left + width - 0.1], [y, y], color="#b3261e", lw=1.5, label="_struck")
-
-
-def _lines(text: str) -> list[tuple[int, int]]:
-    """First and last character of each line of at most :data:`LINE` characters, broken at spaces where there are any."""
-    lines, first = [], 0
-    while first < len(text):
-        last = len(text) if len(text) - first <= LINE else text.rfind(" ", first + 1, first + LINE) + 1 or first + LINE
-        lines.append((first, last))
-        first = last
-    return lines
 
 
 @style()
@@ -113,7 +26,8 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         chance: accuracy of guessing.
         full: target → accuracy of training on all data, where it was measured.
     """
-    figure, axes = _figure(5.8 * len(panels), 4.6, len(panels))
+    columns = max(scores["target"].nunique() for scores in panels.values())
+    figure, axes = _figure((1.4 + 1.47 * columns) * len(panels), 4.6, len(panels))
     for panel, (title, scores) in zip(axes, panels.items(), strict=True):
         targets = [*dict.fromkeys(scores["target"])]
         methods = [method for method in LINES if method in set(scores["method"])]
@@ -140,7 +54,8 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
                 panel.annotate("all data", (place + 0.32, score), va="center", fontsize=10)
         panel.axhline(chance, color="black", lw=1.2, ls=":", label="_chance")
         panel.annotate("guessing", (-LEFT + 0.02, chance), xytext=(0, -4), textcoords="offset points", va="top", fontsize=10)
-        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.25), ylim=(0.1, 0.88))
+        panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.25),
+                  ylim=(min(0.1, chance - 0.06), max([*scores["accuracy"], *full.values()]) + 0.08))
         panel.set_xticks(range(len(targets)), [plain(target) for target in targets])
         panel.set_xlabel("trained on (a small dot: one set)")
     return figure

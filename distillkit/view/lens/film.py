@@ -26,6 +26,7 @@ from distillkit.view.measures import word_distance
 
 ABSENT = -1  # the token of a position that a set does not have
 SUFFIX = ".frame"
+CHOICES = 8  # the most sets with names that are offered side by side
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +55,11 @@ class Film:
     def places(self) -> np.ndarray:
         """Example and position of each of the p learned positions, ``[p, 2]``, in reading order."""
         return np.argwhere(self.learned)
+
+    @property
+    def choices(self) -> bool:
+        """Whether the frames are a few sets with names, to choose from; else they are the steps of a run."""
+        return 1 < len(self.names) <= CHOICES and not all(name.startswith("step ") for name in self.names)
 
     def with_frame(self, name: str, state: DistilledSet, student: Student) -> Film:
         """This film with a further frame: a set of the same shape and learned positions."""

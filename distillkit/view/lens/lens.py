@@ -24,13 +24,13 @@ from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_is, check_whole, require
 from distillkit.io.escaping import one_line
-from distillkit.text.projection import corpus_tokens
-from distillkit.view.figures import ROLE_COLOURS
 from distillkit.view.lens import page, panes, still
-from distillkit.view.lens.film import ABSENT, filmed, frames_in, record_film
+from distillkit.view.lens.content import contents, tokens_of
+from distillkit.view.lens.film import ABSENT, Film, filmed, frames_in, record_film
 from distillkit.view.lens.live import Run
 from distillkit.view.lens.maps import make_map, own_class
-from distillkit.view.lens.wire import packed, scaled, script, style
+from distillkit.view.lens.reading import room, stretches, words
+from distillkit.view.lens.wire import script, style
 
 SHOWN = 2.0  # seconds between two growths of the film of a running distillation, at least
 STATE = ("content", "binary", "frame", "example", "position", "selection", "edits", "revision", "live")
@@ -40,14 +40,17 @@ class Lens(anywidget.AnyWidget):
     """Four linked panes and a slider over the frames of a film: map, tokens, attention heads, and a workbench.
 
     Args:
-        history: the folder of :func:`~distillkit.view.lens.film.record_film`, a set, a sequence of sets, sets by name (real,
-            learned, projected, swapped), or a Distiller that :meth:`run` is to run; in one embedding space.
+        history: the folder of :func:`~distillkit.view.lens.film.record_film`; a set; several sets to compare, by name, such as
+            ``{"random": a, "distilled": b, "as text": c}``, of any sizes and with classes in any order; or a Distiller that
+            :meth:`run` is to run.  All in one embedding space.
         student: the model in whose embedding space they are, an encoder or a decoder.
         real: real text to compare with, example by example; default: the training rows that the set was taken from, if
             ``task`` is there, else the first frame.
         task: whose training text is marked on the map.
         judge: gives candidates and positions their losses, such as :class:`~distillkit.text.judges.FrozenJudge`.
         params: weights of the student for attention, as :meth:`Student.init` returns them; default: those it was loaded with.
+        reader: another model, for text that is to move to it: its tokens stand below those of the set, with what it cuts
+            differently, does not know, or (with ``task``) has no room for.
 
     Attributes:
         frame, example, position: what is looked at; set one, and the front end follows.
@@ -70,16 +73,16 @@ class Lens(anywidget.AnyWidget):
     live = traitlets.Dict().tag(sync=True)
 
     def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
-                 params: Params | None = None):
+                 params: Params | None = None, reader: Student | None = None):
         self.distiller = history if isinstance(history, Distiller) else None
-        self.film = filmed(history, student)
-        if task is not None:
-            check_is("task", task, Task)
-        self.student, self.task, self.judge, self.params = student, task, judge, params
-        self.real = self._real_text(real)
-        self.real.check_table(student)
-        self.maps = {"pca": make_map(self.film, student, "pca", real=self.real)}
-        self._answers: dict[str, tuple[dict, list[bytes]]] = {}
+        film = filmed(history, student)
+        for name, value, kind in (("task", task, Task), ("reader", reader, Student), ("real", real, DistilledSet)):
+            if value is not None:
+                check_is(name, value, kind)
+        self.student, self.task, self.judge, self.params, self.reader = student, task, judge, params, reader
+        self._take(film, real)
+        self._trained: tuple[DistilledSet, Params, str] | None = None  # the set last trained on, parameters, recipe
+        self._real = real
         self._states: list[DistilledSet] = []  # the frame that is edited, then the set after each edit
         self._turns = 0
         self._run: Run | None = None
@@ -93,64 +96,20 @@ class Lens(anywidget.AnyWidget):
         frames, (examples, length) = len(self.film.sets), self.film.learned.shape
         return f"Lens: {frames} frames of {examples} examples with {length} positions"
 
+    def _take(self, film: Film, real: DistilledSet | None) -> None:
+        self.film = film
+        self.real = panes.real_text(film.sets[0], self.task, self.student) if real is None else real
+        self.real.check_table(self.student)
+        self.maps = {"pca": make_map(film, self.student, "pca", real=self.real)}
+        self._answers: dict[str, tuple[dict, list[bytes]]] = {}
+
     @traitlets.validate("frame", "example", "position")
     def _within(self, proposal) -> int:
         sizes = dict(zip(("frame", "example", "position"), self.film.tokens.shape))
         return min(max(proposal["value"], 0), sizes[proposal["trait"].name] - 1)
 
-    def _real_text(self, real: DistilledSet | None) -> DistilledSet:
-        if real is not None:
-            check_is("real", real, DistilledSet)
-            return real
-        first = self.film.sets[0]
-        rows, labels = first.meta.get("rows"), first.meta.get("labels")
-        if first.tokens is not None or self.task is None or not rows or len(rows) != len(first):
-            return first
-        chosen = np.array(rows)
-        by_class = [chosen[np.array(labels) == label] for label in range(len(self.task.classes))] if labels else [chosen]
-        return DistilledSet.from_rows(self.task, self.student, by_class, length=first.mask.shape[1])
-
-    # What the front end draws
-
     def _content(self) -> tuple[dict, bytes]:
-        """The state as JSON, and the buffer that its ``arrays`` (name → type, shape, first byte) lie in."""
-        film, student = self.film, self.student
-        words = [one_line(word, 40) for word in student.tokenizer.convert_ids_to_tokens(self._ids.tolist())]
-        classes, labels, _ = panes.labels_of(film.sets[-1])
-        probabilities = [panes.labels_of(state)[2] for state in film.sets]
-        arrays = {"tokens": self._place_of(film.tokens), "distances": film.distances.astype(np.float32),
-                  "moved": film.moved.astype(np.float32), "learned": film.learned.astype(np.uint8),
-                  "real": self._place_of(np.where(self.real.mask, self._real_tokens, ABSENT))}
-        in_text = np.isin(self._ids, corpus_tokens(self.task, student, least=1).nonzero() if self.task is not None else
-                          self._real_tokens)
-        maps = {}
-        for method, flat in self.maps.items():
-            arrays |= {f"{method}.words": self._place_of(flat.words), **scaled(method, flat.background, flat.points)}
-            maps[method] = {"preserved": flat.preserved, "shuffled": flat.shuffled}
-        arrays["in_text"] = in_text.astype(np.uint8)
-        content = {
-            "frames": list(film.names), "words": "\n".join(words), "classes": [one_line(name, 60) for name in classes],
-            "labels": labels, "maps": maps, "yardstick": film.yardstick, "has_judge": self.judge is not None,
-            "probabilities": [None if p is None else np.round(p.tolist(), 4).tolist() for p in probabilities],
-            "colours": ROLE_COLOURS | {"classes": still.CLASS_COLOURS},
-        }
-        return packed(content, arrays)
-
-    @property
-    def _real_tokens(self) -> np.ndarray:
-        tokens = self.real.tokens
-        return self.film.tokens[0, : len(self.real), : self.real.mask.shape[1]] if tokens is None else tokens.numpy()
-
-    @property
-    def _ids(self) -> np.ndarray:
-        """Ids of all words that are shown anywhere, sorted."""
-        parts = [self.film.tokens.ravel(), self._real_tokens.ravel(), *(flat.words for flat in self.maps.values())]
-        ids = np.unique(np.concatenate(parts))
-        return ids[ids != ABSENT]
-
-    def _place_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Where each token stands among the words that the front end has; -1 for none."""
-        return np.where(tokens == ABSENT, ABSENT, np.searchsorted(self._ids, tokens)).astype(np.int32)
+        return contents(self.film, self.maps, self.real, self.student, self.task, judge=self.judge, reader=self.reader)
 
     # What the front end asks
 
@@ -169,8 +128,9 @@ class Lens(anywidget.AnyWidget):
         Args:
             ask: what, then its arguments, whole numbers or text: ``["attention", revision, frame, example]``,
                 ``["candidates", revision, frame, example, position, text]``, ``["values", revision, frame, example]``,
-                ``["numbers", frame]``, ``["map", method]``, ``["accept", frame, example, position, token]``, ``["undo"]``,
-                ``["stop"]``.
+                ``["reading", revision, frame, example]``, ``["prediction", revision, frame, example]``, ``["numbers", frame]``,
+                ``["map", method]``, ``["place", method, token]``, ``["accept", frame, example, position, token]``,
+                ``["undo"]``, ``["stop"]``.
             tell: called with the share that is done.
 
         Raises:
@@ -183,7 +143,7 @@ class Lens(anywidget.AnyWidget):
             return getattr(self, f"_{kind}")(*arguments), []
         key = json.dumps(ask, separators=(",", ":"))
         if key not in self._answers:
-            if kind in ("attention", "candidates", "values"):
+            if kind in ("attention", "candidates", "values", "reading", "prediction"):
                 require(arguments.pop(0) == self.revision, "the set has changed meanwhile")
             self._answers[key] = getattr(self, f"_{kind}")(*arguments, **({"tell": tell} if kind in TELLING else {}))
         return self._answers[key]
@@ -210,9 +170,38 @@ class Lens(anywidget.AnyWidget):
         values = panes.training_values(self._state(frame), example, self.judge, tell)
         return {"values": [None if np.isnan(value) else float(value) for value in values]}, []
 
+    def _tokens(self, frame: int, example: int) -> np.ndarray:
+        """The token of each position, edits included."""
+        tokens = self.film.tokens[frame, example].copy()
+        for edit in self.edits:
+            if (edit["frame"], edit["example"]) == (frame, example):
+                tokens[edit["position"]] = edit["token"]
+        return tokens
+
+    def _reading(self, frame: int, example: int) -> tuple[dict, list[bytes]]:
+        task, reader, tokens = self.task, self.reader, self._tokens(frame, example)
+        require(reader is not None, "another tokenizer's tokens need its model: Lens(…, reader=dk.load_student(…))")
+        names, labels, _ = panes.labels_of(self.film.sets[frame])
+        limit = task and (lambda text: room(text, [*task.classes, names[labels[example]]][0], task, reader))
+        return {"stretches": stretches(self.student.tokenizer, tokens, reader.tokenizer, limit)}, []
+
+    def _prediction(self, frame: int, example: int, tell=None) -> tuple[dict, list[bytes]]:
+        """What a student trained on the frame, without edits, says of an example before and after the edits."""
+        before, after = self.film.sets[frame], self._state(frame)
+        if self._trained is None or self._trained[0] is not before:
+            self._trained = before, *panes.trained(before, self.student, self.task, tell)
+        _, params, recipe = self._trained
+        names, _, _ = panes.common_labels(self.film.sets)
+        shares = [panes.predicted(self.student, params, state, example) for state in (before, after)]
+        rows = [[one.get(name, 0.0) for name in names] for one in shares]
+        return {"recipe": recipe, "before": rows[0], "after": rows[1] if after is not before else None}, []
+
     def _numbers(self, frame: int) -> tuple[dict, list[bytes]]:
         shares = own_class(self.film, frame, panes.labels_of(self.film.sets[frame])[1])
         return {"own": shares and {name: None if np.isnan(value) else value for name, value in shares.items()}}, []
+
+    def _place(self, method: str, token: int) -> tuple[dict, list[bytes]]:
+        return {"at": self.maps[method].at(token, self.student).tolist()}, []
 
     def _map(self, method: str) -> tuple[dict, list[bytes]]:
         if method not in self.maps:
@@ -244,8 +233,7 @@ class Lens(anywidget.AnyWidget):
         check_whole("frames", frames, least=2)
         records = distiller.run(steps) if folder is None else record_film(distiller, folder, steps, frames=frames)
         if folder is not None and frames_in(folder):
-            self.film = filmed(folder, self.student)
-            self.maps = {"pca": make_map(self.film, self.student, "pca", real=self.real)}
+            self._take(filmed(folder, self.student), self._real)
             self.content, self.binary = self._content()
         shown = {round(step) for step in np.linspace(0, steps, frames)}
         grown = [time.monotonic()]
@@ -303,7 +291,7 @@ class Lens(anywidget.AnyWidget):
                 f"the workbench holds edits of frame {self.edits and self.edits[0]['frame']}; go there, or undo them first")
         state = self._state(frame)
         after = panes.replaced(state, self.student, example, position, token)
-        word = one_line(self.student.tokenizer.convert_ids_to_tokens([token])[0], 40)
+        word = words(self.student.tokenizer, [token])[0]
         self._states = [*(self._states or [state]), after]
         self._turns += 1
         edit = {"frame": frame, "example": example, "position": position, "token": token, "word": word}
@@ -333,25 +321,24 @@ class Lens(anywidget.AnyWidget):
 
     def _drawn(self) -> tuple:
         """What both pictures need: film, map, classes, and the nearest words of the learned positions in each frame."""
-        names, labels, _ = panes.labels_of(self.film.sets[-1])
-        words = [self._words(tokens[self.film.learned]) for tokens in self.film.tokens]
-        return self.film, self.maps["pca"], names, labels, words
-
-    def _words(self, tokens: np.ndarray) -> list[str]:
-        words = self.student.tokenizer.convert_ids_to_tokens(np.maximum(tokens, 0).tolist())
-        return [one_line(word, 40) if token != ABSENT else "" for word, token in zip(words, tokens)]
+        names, labels, _ = panes.common_labels(self.film.sets)
+        nearest = [words(self.student.tokenizer, tokens[self.film.learned]) for tokens in self.film.tokens]
+        return self.film, self.maps["pca"], names, labels, nearest
 
     def figure(self) -> Figure:
-        """What is looked at, on paper: film strip, words of the example, and attention heads."""
-        frame, example = self.frame, self.example
+        """What is looked at, on paper: film strip, words of the example, and attention heads, or the tokens of ``reader``."""
+        frame = self.frame
+        example = min(self.example, len(self.film.sets[frame]) - 1)  # a smaller set may lack the one that is looked at
         reply, parts = self.answer(["attention", self.revision, frame, example])
         weights = np.frombuffer(parts[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+        reading = self.answer(["reading", self.revision, frame, example])[0]["stretches"] if self.reader else None
         real = np.full(self.film.tokens.shape[2], ABSENT)
         if example < len(self.real):
-            row = np.where(self.real.mask[example], self._real_tokens[example], ABSENT)[: len(real)]
+            row = tokens_of(self.real, self.film)[example, : len(real)]
             real[: len(row)] = row
-        return still.still(*self._drawn(), example=example, frame=frame, real=self._words(real),
-                           chips=self._words(self.film.tokens[frame, example]),
+        real, chips = (words(self.student.tokenizer, tokens) for tokens in (real, self._tokens(frame, example)))
+        return still.still(*self._drawn(), example=example, frame=frame, real=real, chips=chips, reading=reading,
+                           reader=self.reader and self.reader.name,
                            difference=weights[1] - weights[0] if len(weights) > 1 else None)
 
     def save_gif(self, path: str | Path) -> Path:
@@ -361,13 +348,21 @@ class Lens(anywidget.AnyWidget):
     def save_html(self, path: str | Path) -> Path:
         """Write one self-contained page, and return where it is.
 
-        It holds the film, the attention of the frame that is looked at in every example, and whatever was asked for before
-        (candidates, training values, UMAP); a page cannot compute more.
+        It holds the film, the attention in every example of the frame that is looked at (of a few sets with names: of each),
+        and whatever was asked for before (candidates, training values, UMAP); a page cannot compute more.
         """
-        for example in range(len(self._state(self.frame))):
-            self.answer(["attention", self.revision, self.frame, example])
-        for frame in range(len(self.film.sets)):
+        for frame, state in enumerate(self.film.sets):
             self.answer(["numbers", frame])
+            for example in range(len(state)):
+                if frame == self.frame or self.film.choices:
+                    self.answer(["attention", self.revision, frame, example])
+                if self._trained is not None and self._trained[0] is state:
+                    self.answer(["prediction", self.revision, frame, example])
+                if self.reader is not None:
+                    self.answer(["reading", self.revision, frame, example])
+        for method in self.maps:
+            for edit in self.edits:
+                self.answer(["place", method, edit["token"]])
         state = {name: getattr(self, name) for name in STATE}
         return page.save(path, page.page(repr(self), state, self._answers, script("page"), self._css))
 
@@ -382,10 +377,10 @@ class Lens(anywidget.AnyWidget):
         the distance between neighbouring words."""
         places = self.film.places[[index for index in self.selection if 0 <= index < len(self.film.places)]]
         example, position = places[:, 0], places[:, 1]
-        words = self.student.tokenizer.convert_ids_to_tokens(self.film.tokens[self.frame, example, position].tolist())
-        return pandas.DataFrame({"example": example, "position": position, "word": [one_line(word) for word in words],
+        nearest = words(self.student.tokenizer, self.film.tokens[self.frame, example, position])
+        return pandas.DataFrame({"example": example, "position": position, "word": nearest,
                                  "distance": self.film.distances[self.frame, example, position]})
 
 
-ASKS = ("attention", "candidates", "values", "numbers", "map", "accept", "undo", "stop")
-TELLING = ("candidates", "values")
+ASKS = ("attention", "candidates", "values", "reading", "prediction", "numbers", "map", "place", "accept", "undo", "stop")
+TELLING = ("candidates", "values", "prediction")

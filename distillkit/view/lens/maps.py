@@ -38,8 +38,8 @@ class Map:
         background: ``[n, 2]``, where they are.
         points: ``[f, p, 2]``, where the learned positions are in each frame; NaN where a frame lacks one.
         place: from points ``[n, d]`` to the plane ``[n, 2]``: the fitted projection.
-        preserved: share of the :data:`CLOSE` nearest neighbours of words and learned positions that are neighbours on the map;
-            in the last frame.
+        preserved: frame → share of the :data:`CLOSE` nearest neighbours of words and learned positions that are neighbours on
+            the map; of the last step of a run, of each of several sets.
         shuffled: the share that a map in random order keeps.
     """
 
@@ -48,8 +48,13 @@ class Map:
     background: np.ndarray
     points: np.ndarray
     place: Callable[[np.ndarray], np.ndarray]
-    preserved: float
+    preserved: dict[int, float]
     shuffled: float
+
+    def at(self, token: int, student: Student) -> np.ndarray:
+        """Where a word is, ``[2]``, on the map or not."""
+        spot = np.flatnonzero(self.words == token)
+        return self.background[spot[0]] if len(spot) else self.place(student.embedding[[token]].float().cpu().numpy())[0]
 
     def with_frames(self, film: Film) -> Map:
         """This map with the further frames of a longer film."""
@@ -93,12 +98,14 @@ def make_map(film: Film, student: Student, method: str = "pca", *, real: Distill
         model = fitted_umap(rows, seed)
         background = model.embedding_
     points = _placed(film, range(len(film.sets)), model.transform)
-    last = np.flatnonzero(np.isfinite(points[-1]).all(1))
-    space = np.concatenate([rows, film.embeds(-1).numpy()[last]])
-    flat = np.concatenate([background, points[-1][last]])
-    k, draw = min(CLOSE, len(space) - 1), np.random.default_rng(seed)
-    counted = np.concatenate([draw.permutation(part)[:SAMPLE] for part in np.split(np.arange(len(space)), [len(rows)])])
-    preserved = preservation(space, flat, k, rows=counted)
+    preserved, last = {}, len(points) - 1
+    for frame in range(last + 1) if film.choices else [last]:
+        present = np.flatnonzero(np.isfinite(points[frame]).all(1))
+        space = np.concatenate([rows, film.embeds(frame).numpy()[present]])
+        flat = np.concatenate([background, points[frame][present]])
+        k, draw = min(CLOSE, len(space) - 1), np.random.default_rng(seed)
+        counted = np.concatenate([draw.permutation(part)[:SAMPLE] for part in np.split(np.arange(len(space)), [len(rows)])])
+        preserved[frame] = preservation(space, flat, k, rows=counted)
     return Map(method, words.numpy(), np.asarray(background, np.float32), points, model.transform, preserved,
                k / (len(space) - 1))
 
@@ -122,9 +129,9 @@ def own_class(film: Film, frame: int, classes: Sequence[int]) -> dict[str, float
         classes: of each example.
 
     Returns:
-        the ``share``, its expectation by ``chance``, and the share of a ``control`` moved as far in random directions
-        (:func:`~distillkit.view.measures.random_shift`; NaN in the first frame and for sets of other shapes); None where no
-        class has two examples.
+        the ``share``, its expectation by ``chance``, and the share of a ``control`` whose positions are each moved as far in a
+        random direction (:func:`~distillkit.view.measures.random_shift` apart; NaN in the first frame and for sets of other
+        shapes or other rows); None where no class has two examples.
     """
     state, start = film.sets[frame], film.sets[0]
     if len(set(classes)) == len(classes) or len(classes) != len(state):
@@ -137,6 +144,7 @@ def own_class(film: Film, frame: int, classes: Sequence[int]) -> dict[str, float
         return neighbour_overlap(some.embeds[some.free], groups, k, metric="l2", owners=owners)
 
     overlap, control = counted(state), float("nan")
-    if state is not start and state.embeds.shape == start.embeds.shape and torch.equal(state.free, start.free):
-        control = counted(random_shift(state, start)).share
+    moved = state is not start and state.meta.get("rows") == start.meta.get("rows")
+    if moved and state.embeds.shape == start.embeds.shape and torch.equal(state.free, start.free):
+        control = counted(random_shift(state, start, together=False)).share
     return {"share": overlap.share, "chance": overlap.chance, "control": control}

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Params, Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.recipes import as_recipe
 from distillkit.io.checks import require
-from distillkit.io.escaping import one_line
+from distillkit.io.seeds import derive_seed
 from distillkit.text.judges import FrozenJudge
 from distillkit.text.projection import allowed_tokens, nearest_tokens, with_tokens
+from distillkit.view.lens.film import ABSENT
+from distillkit.view.lens.reading import words
 from distillkit.view.measures import attention
 
 LEVELS = 255  # steps of an attention weight as the front end gets it
@@ -27,9 +31,20 @@ Tell = Callable[[float], None]  # called with the share of the work that is done
 
 
 def one_example(distilled: DistilledSet, example: int) -> DistilledSet:
-    """One example as a set of its own, without step sizes and text."""
+    """One example as a set of its own, without step sizes and text; raises ValueError for one that the set lacks."""
+    require(0 <= example < len(distilled), f"this set has {len(distilled)} examples, and none with the number {example + 1}")
     part = slice(example, example + 1)
     return DistilledSet(**{name: getattr(distilled, name)[part] for name in ("embeds", "mask", "free", "targets")})
+
+
+def real_text(first: DistilledSet, task: Task | None, student: Student) -> DistilledSet:
+    """The real text of a film, of its first frame: the training rows that it was taken from, if they are known, else itself."""
+    rows, labels = first.meta.get("rows"), first.meta.get("labels")
+    if first.tokens is not None or task is None or not rows or len(rows) != len(first):
+        return first
+    chosen = np.array(rows)
+    by_class = [chosen[np.array(labels) == label] for label in range(len(task.classes))] if labels else [chosen]
+    return DistilledSet.from_rows(task, student, by_class, length=first.mask.shape[1])
 
 
 def heads(student: Student, examples: Sequence[DistilledSet], params: Params | None = None) -> np.ndarray:
@@ -96,8 +111,7 @@ def candidates(
     ids = list(dict.fromkeys([*nearest[0].tolist(), *more]))
     # From the difference: the distances of the search lose digits where they are small.
     distances = (embedding - table[ids]).float().norm(dim=1).tolist()
-    words = [one_line(word) for word in student.tokenizer.convert_ids_to_tokens(ids)]
-    choices = pandas.DataFrame({"token": ids, "word": words, "distance": distances})
+    choices = pandas.DataFrame({"token": ids, "word": words(student.tokenizer, ids), "distance": distances})
     if judge is not None:
         variants = [distilled, *(replaced(distilled, student, example, position, token) for token in ids)]
         loss, *losses = variant_losses(judge, variants, example, tell)
@@ -165,6 +179,30 @@ def outer_loss(judge, distilled: DistilledSet) -> float:
     return judge.losses(distilled, [[]], 0)[0]
 
 
+def trained(distilled: DistilledSet, student: Student, task: Task | None, tell: Tell | None = None) -> tuple[Params, str]:
+    """Parameters of a fresh student trained on a set, by the recipe that it carries, else by the standard one; and its name.
+
+    Raises:
+        ValueError: the set's classes are not the student's, or its recipe trains other parameters.
+    """
+    recipe = as_recipe("own" if "recipe" in distilled.meta else "standard")
+    plan = recipe.plan(distilled.for_student(student), task, student)(0)
+    run = plan.train(student, student.init(derive_seed("evaluate-init", 0)))  # as for the first seed of an evaluation
+    for step in range(len(plan.step_sizes)):
+        params = next(run)
+        (tell or (lambda share: None))((step + 1) / len(plan.step_sizes))
+    return params, plan.recipe["name"]
+
+
+def predicted(student: Student, params: Params, distilled: DistilledSet, example: int) -> dict[str, float]:
+    """The probability of each class, by name, that a classifier with ``params`` gives to one example."""
+    names, _, _ = labels_of(distilled.for_student(student))
+    part = one_example(distilled, example)
+    with torch.no_grad():
+        logits = student.logits(params, {"inputs_embeds": part.embeds, "attention_mask": part.mask.long()})
+    return dict(zip(names, logits[0].float().softmax(0).tolist()))
+
+
 def labels_of(distilled: DistilledSet) -> tuple[list[str], list[int], Tensor | None]:
     """Names of classes, the class of each example, and label probabilities ``[m, c]``; of an instruction set the responses.
 
@@ -176,3 +214,22 @@ def labels_of(distilled: DistilledSet) -> tuple[list[str], list[int], Tensor | N
     probabilities = distilled.probabilities()
     names = [str(name) for name in distilled.meta.get("classes") or range(probabilities.shape[1])]
     return names, list(distilled.meta.get("labels") or probabilities.argmax(1).tolist()), probabilities
+
+
+def common_labels(sets: Sequence[DistilledSet]) -> tuple[list[str], np.ndarray, list[Tensor | None]]:
+    """The labels of several sets in the classes of all of them, which may be in another order in each.
+
+    Returns:
+        names of the c classes; the class of each example ``[sets, m]``, -1 for one that a set lacks; and for each set its label
+        probabilities ``[examples, c]``, or None.
+    """
+    parts = [labels_of(state) for state in sets]
+    names = list(dict.fromkeys(name for classes, _, _ in parts for name in classes))
+    labels, probabilities = np.full((len(sets), max(map(len, sets))), ABSENT), []
+    for row, (classes, numbers, shares) in zip(labels, parts):
+        place = [names.index(name) for name in classes]
+        row[: len(numbers)] = [place[number] for number in numbers]
+        if shares is not None:
+            shares = shares.new_zeros(len(shares), len(names)).index_copy(1, torch.tensor(place), shares)
+        probabilities.append(shares)
+    return names, labels, probabilities

@@ -24,11 +24,13 @@ from distillkit.io.storage import absolute, replacing
 from distillkit.view.figures import ROLE_COLOURS, _Shown, style
 from distillkit.view.lens.film import Film
 from distillkit.view.lens.maps import Map
+from distillkit.view.lens.reading import Stretch
 from distillkit.view.set_figures import drawn
 
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#3db0ea", "#7a4fb5", "#6b8e23")
 DIFFERENCE = LinearSegmentedColormap.from_list("difference", [ROLE_COLOURS["text"], "white", ROLE_COLOURS["learned"]])
 DISTANCE = LinearSegmentedColormap.from_list("distance", ["white", ROLE_COLOURS["learned"]])
+SAME, CUT, LOST = "#eeeeee", "#d9c8ec", "#b3261e"  # tokens of another model: cut alike, cut differently, not read
 MOST = 0.5  # a difference of attention that has the last colour
 STRIP = 4  # frames of a film strip
 STILLS = 48  # pictures of a GIF
@@ -41,12 +43,12 @@ def colour(label: int) -> str:
     return CLASS_COLOURS[label % len(CLASS_COLOURS)]
 
 
-def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], words: Sequence[str], example: int = 0) -> None:
+def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words: Sequence[str], example: int = 0) -> None:
     """One moment of a film: words in grey, learned positions in the colours of their classes, with trails.
 
     Args:
         time: from 0 to f − 1; between two frames positions are between their places.
-        labels: the class of each example.
+        labels: ``[f, m]`` the class of each example in each frame.
         words: for each of the p learned positions the nearest word.
         example: whose positions are labelled with their words.
     """
@@ -55,9 +57,11 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], wo
     now = (1 - share) * flat.points[before] + share * flat.points[after]
     axes.scatter(*flat.background.T, s=1, color=ROLE_COLOURS["real"], alpha=0.18, linewidths=0, rasterized=True)
     owners = film.places[:, 0]
-    colours = [colour(labels[owner]) for owner in owners]
-    trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
-    axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
+    labels = labels[round(time)]
+    colours = [colour(label) for label in labels[owners]]
+    if not film.choices:  # from one set to another nothing has moved
+        trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
+        axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
     near = owners == example
     axes.scatter(*now[~near].T, s=13, c=[c for c, one in zip(colours, near) if not one], alpha=0.8, linewidths=0)
     axes.scatter(*now[near].T, s=34, c=colour(labels[example]), edgecolors="black", linewidths=0.8, zorder=3)
@@ -74,29 +78,49 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: Sequence[int], wo
     axes.grid(False)
 
 
-def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float]) -> None:
+def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float],
+                reading: Sequence[Stretch] | None = None) -> None:
     """The words of an example as chips in lines: the real word in grey above, the nearest one below it, blue where it is far.
 
     Args:
         real, words: a word a position, empty where there is none.
         distances: of each position from its nearest word, in word distances; NaN for a fixed position.
+        reading: the same words as another tokenizer cuts them, which stand below; violet where it cuts them differently.
     """
     points = axes.get_window_extent().width / axes.figure.dpi * 72
-    finite = [value for value in distances if np.isfinite(value)]
-    shade = Normalize(0, max([*finite, 1e-9]))
+    shade = Normalize(0, max([*(value for value in distances if np.isfinite(value)), 1e-9]))
+    depth = 31 if reading is None else 50
     x, y = 0.0, 0.0
-    for above, word, distance in zip(real, words, distances, strict=True):
-        above, word = drawn(above)[:14], drawn(word)[:14]
-        width = 5.4 * max(len(above) * 0.85, len(word)) + 11
+    for places, others, alike in reading or [Stretch([place], [], True) for place in range(len(words))]:
+        pieces = [(drawn(text)[:14], read) for text, read in others]
+        chips = [(drawn(real[place])[:14], drawn(words[place])[:14], distances[place]) for place in places]
+        widths = [5.4 * max(len(above) * 0.85, len(word)) + 11 for above, word, _ in chips]
+        lower = [5.4 * len(text) + 11 for text, _ in pieces]
+        width = max(sum(widths), sum(lower))
         if x + width > points:
-            x, y = 0.0, y + 31
-        face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
-        axes.text(x + width / 2, y, above, fontsize=7, color="0.4", ha="center", va="center")
-        axes.text(x + width / 2, y + 13, word, fontsize=8.5, ha="center", va="center",
-                  bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
+            x, y = 0.0, y + depth
+        for (above, word, distance), middle in zip(chips, _middles(x, widths, width)):
+            face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
+            axes.text(middle, y, above, fontsize=7, color="0.4", ha="center", va="center")
+            _chip(axes, middle, y + 13, word, face)
+        for (text, read), middle, wide in zip(pieces, _middles(x, lower, width), lower):
+            _chip(axes, middle, y + 29, text, SAME if alike else CUT, "black" if read else "0.45")
+            if not read:
+                axes.plot([middle - wide / 2 + 3, middle + wide / 2 - 3], [y + 29] * 2, color=LOST, lw=1, zorder=4)
         x += width
-    axes.set(xlim=(0, points), ylim=(max(y + 24, 125), -8))
+    axes.set(xlim=(0, points), ylim=(max(y + depth - 7, 125), -8))
     axes.axis("off")
+
+
+def _middles(x: float, widths: Sequence[float], width: float) -> np.ndarray:
+    """The middle of each chip of a stretch ``width`` points wide, in whose middle the chips stand."""
+    ends = x + (width - sum(widths)) / 2 + np.cumsum(widths)
+    return ends - np.array(widths) / 2
+
+
+def _chip(axes, x: float, y: float, text: str, face, color: str = "black") -> None:
+    axes.text(x, y, text, fontsize=8.5, ha="center", va="center", color=color,
+              bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
 
 
 def draw_heads(axes, difference: np.ndarray) -> None:
@@ -118,25 +142,28 @@ def draw_heads(axes, difference: np.ndarray) -> None:
     axes.grid(False)
 
 
-def draw_classes(figure: Figure, names: Sequence[str]) -> None:
-    """A legend of classes below the figure."""
+def draw_classes(figure: Figure, names: Sequence[str], **place) -> None:
+    """A legend of classes: in a row below the figure, or at another ``place``, as ``Figure.legend`` takes it."""
     marks = [Line2D([], [], color=colour(label), marker="o", ls="", label=drawn(name)[:24]) for label, name in enumerate(names)]
     marks.append(Line2D([], [], color=ROLE_COLOURS["real"], marker="o", ls="", ms=3, label="words"))
-    figure.legend(handles=marks[:9], loc="lower center", ncols=min(len(marks), 9), frameon=False, fontsize=8)
+    place = place or {"loc": "lower center", "ncols": min(len(marks), 9)}
+    figure.legend(handles=marks[:9], frameon=False, fontsize=8, **place)
 
 
 @style()
-def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], words: Sequence[Sequence[str]], *, example: int,
-          frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None) -> Figure:
-    """Film strip, words and heads of one moment.
+def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
+          frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None,
+          reading: Sequence[Stretch] | None = None, reader: str | None = None) -> Figure:
+    """Film strip, words and heads of one moment; with a ``reader`` its tokens in the place of the heads.
 
     Args:
         film, flat: a film and its map.
-        names, labels: of classes, and the class of each example.
+        names, labels: of classes, and the class of each example in each frame ``[f, m]``.
         words: for each frame, for each of the p learned positions, the nearest word.
         example, frame: which are looked at.
         real, chips: the words of the example in real text and in the frame, a word a position.
         difference: of attention, ``[layers, heads, l, l]``; None: no heads.
+        reading, reader: as :func:`draw_tokens` takes it, and whose it is.
     """
     figure = _Shown(figsize=(10, 6.6))
     shown = sorted({round(step) for step in np.linspace(0, len(film.sets) - 1, STRIP)})
@@ -146,37 +173,47 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: Sequence[int], wo
         draw_map(axes, film, flat, moment, labels, words[moment], example)
         axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
     bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
-    axes = figure.add_subplot(bottom[0])
-    axes.set_title(f"Example {example + 1}, {drawn(names[labels[example]])[:24]}: real and nearest words\n"
-                   "(blue: far from every word)", fontsize=9, loc="left")
-    draw_tokens(axes, real, chips, film.distances[frame, example])
-    if difference is not None:
+    axes = figure.add_subplot(bottom[0] if reading is None else bottom[:])
+    title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words"
+    if reading is None:
+        title += "\n(blue: far from every word)"
+    else:
+        read = [flag for part in reading for _, flag in part.pieces]
+        title += (f"; below, {drawn(str(reader))[:24]} needs {len(read)} tokens and reads {sum(read)}\n"
+                  "(violet: cut differently; struck through: not read, no room or unknown)")
+    axes.set_title(title, fontsize=9, loc="left")
+    draw_tokens(axes, real, chips, film.distances[frame, example], reading)
+    if difference is not None and reading is None:
         axes = figure.add_subplot(bottom[1])
         axes.set_title("Attention, distilled − real", fontsize=9, loc="left")
         draw_heads(axes, difference)
         bar = figure.colorbar(ScalarMappable(Normalize(-MOST, MOST), DIFFERENCE), ax=axes, fraction=0.04, pad=0.02)
         bar.ax.tick_params(labelsize=7)
-    figure.text(0.03, 0.96, f"The map keeps {flat.preserved:.1%} of neighbours (shuffled: {flat.shuffled:.2%})", fontsize=9)
+    counted = frame if frame in flat.preserved else max(flat.preserved)
+    figure.text(0.03, 0.96, f"The map keeps {flat.preserved[counted]:.1%} of neighbours at {drawn(film.names[counted])[:24]} "
+                            f"(shuffled: {flat.shuffled:.2%})", fontsize=9)
     draw_classes(figure, names)
     return figure
 
 
 @style()
-def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: Sequence[int],
+def save_gif(path: str | Path, film: Film, flat: Map, names: Sequence[str], labels: np.ndarray,
              words: Sequence[Sequence[str]], *, example: int) -> Path:
     """Write the map's film as a GIF of at most :data:`STILLS` pictures, and return where it is."""
     last = len(film.sets) - 1
     pictures = []
     for time in np.linspace(0, last, min(STILLS, 3 * last + 1)):
         figure = _Shown(figsize=(7.2, 5.2), dpi=100)
-        axes = figure.add_axes((0.02, 0.14, 0.96, 0.78))
+        axes = figure.add_axes((0.02, 0.03, 0.71, 0.9))
+        axes.spines[:].set_visible(False)
         frame = round(time)
         draw_map(axes, film, flat, time, labels, words[frame], example)
         axes.set_title(f"{drawn(film.names[frame])}", fontsize=11, loc="left")
         chosen = [word for word, (owner, _) in zip(words[frame], film.places) if owner == example]
-        line = textwrap.shorten(" ".join(map(drawn, chosen)), 84, placeholder=" …")
-        figure.text(0.02, 0.095, f"nearest words of example {example + 1}: {line}", fontsize=8)
-        draw_classes(figure, names)
+        lines = textwrap.fill(" ".join(map(drawn, chosen)), 25, max_lines=14, placeholder=" …")
+        figure.text(0.74, 0.53, f"nearest words of example {example + 1}", fontsize=8, color="0.4", va="top")
+        figure.text(0.74, 0.49, lines, fontsize=9, va="top", linespacing=1.4)
+        draw_classes(figure, names, loc="upper left", bbox_to_anchor=(0.725, 0.95))
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))

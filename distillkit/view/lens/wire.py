@@ -22,8 +22,8 @@ def script(*more: str) -> str:
     return "\n".join((HERE / "js" / f"{part}.js").read_text(encoding="utf-8") for part in (*PARTS, *more))
 
 
-def scaled(method: str, background: np.ndarray, points: np.ndarray) -> dict[str, np.ndarray]:
-    """Both parts of a map as uint16, on one scale that holds all of them; absent points are :data:`FULL`."""
+def scaled(method: str, background: np.ndarray, points: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Both parts of a map as uint16, on one scale that holds all of them, and the scale; absent points are :data:`FULL`."""
     both = np.concatenate([background, points.reshape(-1, 2)])
     least = np.nanmin(both, axis=0)
     span = float(np.nanmax(both - least)) or 1.0
@@ -31,7 +31,8 @@ def scaled(method: str, background: np.ndarray, points: np.ndarray) -> dict[str,
     def whole(values: np.ndarray) -> np.ndarray:
         return np.nan_to_num((values - least) / span * (FULL - 1), nan=FULL).round().astype("<u2")
 
-    return {f"{method}.background": whole(background), f"{method}.points": whole(points)}
+    arrays = {f"{method}.background": whole(background), f"{method}.points": whole(points)}
+    return arrays, {"least": least.tolist(), "unit": span / (FULL - 1)}
 
 
 def packed(content: dict[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict, bytes]:

@@ -2,8 +2,8 @@
 const MORE = [1, 115, 178], LESS = [222, 143, 5];  // above and below zero: two colours that every eye tells apart
 // What a pane hears of: rest (the film stands still), look (what is looked at), time (between frames), and so on.
 const REST = "rest", LOOK = "look", TIME = "time", SELECTION = "selection";
-const EDITS = "edits", CONTENT = "content", THEME = "theme", LIVE = "live";
-const UNCHANGED = [TIME, SELECTION, LIVE];  // for panes that show one example at rest
+const EDITS = "edits", CONTENT = "content", THEME = "theme", LIVE = "live", OVER = "over";
+const UNCHANGED = [TIME, SELECTION, LIVE, OVER];  // for panes that show one example at rest
 
 function element(kind, parent, properties = {}, text) {
   const node = document.createElement(kind);

@@ -1,5 +1,5 @@
 // Heads: a thumbnail of every head, attention in the frame minus attention in real text; one head enlarged, with arcs.
-const FULL_SCALE = 0.5, GAP = 2, MARGIN = 16;
+const FULL_SCALE = 0.5, GAP = 2, MARGIN = 16, LEAST = 32;
 
 class HeadsPane {
   constructor(parent, store) {
@@ -14,26 +14,29 @@ class HeadsPane {
     this.note = element("p", section, { className: "dk-numbers", role: "status" });
     this.head = null;
     this.cursor = [0, 0];
-    this.row = null;
     this.bind();
     this.sizes = new ResizeObserver(() => this.draw());
     this.sizes.observe(body);
-    store.listen(kind => { if (!UNCHANGED.includes(kind)) { this.row = null; this.draw(); } });
+    store.listen(kind => { if (!UNCHANGED.includes(kind) || (kind === OVER && this.head)) this.draw(); });
   }
 
   draw() {
     const { store } = this, question = ["attention", store.get("revision"), store.get("frame"), store.get("example")];
-    const width = this.canvas.parentElement.clientWidth;
+    const { clientWidth: width, clientHeight: room } = this.canvas.parentElement;
     if (!width) return;
     const answer = store.ask(question, () => this.draw());
     this.back.hidden = this.head === null;
     if (!answer) { this.note.textContent = "computing attention …"; return; }
-    if (answer.reply.problem) { this.note.textContent = answer.reply.problem; return; }
+    if (answer.reply.problem) {
+      this.note.textContent = answer.reply.problem;
+      this.shape = null;
+      fitted(this.canvas, width, 1);
+      return;
+    }
     const [sets, layers, heads, length] = answer.reply.shape;
     this.shape = { sets, layers, heads, length };
     this.weights = new Uint8Array(answer.buffers[0]);
-    this.maps = null;
-    if (this.head === null) this.drawAll(width); else this.drawOne(width);
+    if (this.head === null) this.drawAll(width, room); else this.drawOne(width, room);
   }
 
   // The weight that position i gives to j: of set 0, real text, or of the last, the frame.
@@ -45,6 +48,12 @@ class HeadsPane {
   difference(layer, head, i, j) {
     const { sets } = this.shape;
     return sets > 1 ? this.weight(1, layer, head, i, j) - this.weight(0, layer, head, i, j) : this.weight(0, layer, head, i, j);
+  }
+
+  // The position that looks: the one under the pointer, else the one that is looked at.
+  row() {
+    const { store } = this, [example, position] = store.over ?? [];
+    return example === store.get("example") ? position : store.get("position");
   }
 
   picture(layer, head) {
@@ -60,42 +69,42 @@ class HeadsPane {
     return canvas;
   }
 
-  drawAll(width) {
+  // As wide as the pane; as high as it has room for, up to twice the width, so that few layers leave no gap below them.
+  drawAll(width, room) {
     const { layers, heads, length } = this.shape;
-    const side = this.side = Math.min((width - MARGIN) / heads, 46), height = MARGIN + side * layers;
-    const pen = fitted(this.canvas, width, height);
+    const side = this.side = (width - MARGIN) / heads;
+    const tall = this.tall = clamp((room - MARGIN) / layers, Math.min(side, LEAST), 2 * side);
+    this.canvas.parentElement.style.minHeight = `${MARGIN + Math.min(side, LEAST) * layers}px`;
+    const pen = fitted(this.canvas, width, MARGIN + tall * layers);
     pen.fillStyle = ofNode(this.section, "--dk-text");
     pen.font = "10px system-ui, sans-serif";
     pen.imageSmoothingEnabled = side < length;
     for (let layer = 0; layer < layers; layer++) {
-      pen.fillText(layer + 1, 2, MARGIN + side * (layer + 0.6));
+      pen.fillText(layer + 1, 2, MARGIN + tall * (layer + 0.5) + 4);
       for (let head = 0; head < heads; head++) {
         if (layer === 0) pen.fillText(head + 1, MARGIN + side * (head + 0.35), 11);
-        pen.drawImage(this.picture(layer, head), MARGIN + side * head, MARGIN + side * layer, side - GAP, side - GAP);
+        pen.drawImage(this.picture(layer, head), MARGIN + side * head, MARGIN + tall * layer, side - GAP, tall - GAP);
       }
     }
     const [layer, head] = this.cursor = [Math.min(this.cursor[0], layers - 1), Math.min(this.cursor[1], heads - 1)];
-    pen.strokeStyle = ofNode(this.section, "--dk-text");
-    pen.lineWidth = 2;
-    pen.strokeRect(MARGIN + side * head - 1, MARGIN + side * layer - 1, side, side);
+    this.frame(pen, MARGIN + side * head - 1, MARGIN + tall * layer - 1, side, tall);
     let total = 0;
     for (let i = 0; i < length; i++) for (let j = 0; j < length; j++) total += Math.abs(this.difference(layer, head, i, j));
     this.tell(`Layer ${layer + 1}, head ${head + 1}: ${(total / 2 / length).toFixed(2)} of a position's attention moved ` +
       "(mean). Rows look at columns; click to enlarge.");
   }
 
-  drawOne(width) {
+  drawOne(width, room) {
     const { length, sets } = this.shape, [layer, head] = this.head, { store } = this;
     const example = store.get("example"), frame = store.get("frame");
-    const unit = Math.max(10, Math.min(18, 330 / length)), height = unit * length + 6;
+    const unit = clamp((room - 6) / length, 10, 22), height = unit * length + 6;
     const side = Math.min(unit * length, width * 0.5), names = side + 8, arcs = names + 84;
     const pen = fitted(this.canvas, width, height);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(this.picture(layer, head), 0, 0, side, unit * length);
-    const row = this.row ?? store.get("position");
-    pen.strokeStyle = pen.fillStyle = ofNode(this.section, "--dk-text");
-    pen.lineWidth = 1.5;
-    pen.strokeRect(0, unit * row, side, unit);
+    const row = Math.min(this.row(), length - 1);
+    this.frame(pen, 1, unit * row, side - 2, unit);
+    pen.fillStyle = ofNode(this.section, "--dk-text");
     for (let i = 0; i < length; i++) {
       pen.font = `${i === row ? "bold " : ""}${Math.min(12, unit)}px system-ui, sans-serif`;
       const word = store.word(frame, example, i) ?? "";
@@ -126,6 +135,15 @@ class HeadsPane {
       "Arcs: blue frame, grey real.");
   }
 
+  // A frame that is seen on white pictures, in the dark too.
+  frame(pen, ...box) {
+    for (const [width, name] of [[4, "--dk-page"], [2, "--dk-text"]]) {
+      pen.lineWidth = width;
+      pen.strokeStyle = ofNode(this.section, name);
+      pen.strokeRect(...box);
+    }
+  }
+
   tell(text) {
     this.note.textContent = text;
     this.canvas.setAttribute("role", "img");
@@ -133,13 +151,13 @@ class HeadsPane {
   }
 
   bind() {
-    const { canvas } = this;
+    const { canvas, store } = this;
     const where = event => {
       const box = canvas.getBoundingClientRect();
       return [event.clientX - box.left, event.clientY - box.top];
     };
     const headAt = ([x, y]) => {
-      const head = Math.floor((x - MARGIN) / this.side), layer = Math.floor((y - MARGIN) / this.side);
+      const head = Math.floor((x - MARGIN) / this.side), layer = Math.floor((y - MARGIN) / this.tall);
       const inside = this.shape && Math.min(head, layer) >= 0 && head < this.shape.heads && layer < this.shape.layers;
       return inside ? [layer, head] : null;
     };
@@ -148,14 +166,13 @@ class HeadsPane {
         const over = headAt(where(event));
         if (over && String(over) !== String(this.cursor)) { this.cursor = over; this.draw(); }
       } else if (this.shape) {
-        const row = clamp(Math.floor(where(event)[1] / this.unit), 0, this.shape.length - 1);
-        if (row !== this.row) { this.row = row; this.draw(); }
+        store.hover(store.get("example"), clamp(Math.floor(where(event)[1] / this.unit), 0, this.shape.length - 1));
       }
     });
-    canvas.addEventListener("pointerleave", () => { if (this.row !== null) { this.row = null; this.draw(); } });
+    canvas.addEventListener("pointerleave", () => store.hover());
     canvas.addEventListener("click", event => {
       if (this.head === null) { const over = headAt(where(event)); if (over) this.enlarge(over); }
-      else if (this.row !== null) this.store.look(this.store.get("example"), this.row);
+      else if (store.over) store.look(...store.over);
     });
     canvas.addEventListener("keydown", event => {
       const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
@@ -164,8 +181,7 @@ class HeadsPane {
         this.cursor = this.cursor.map((place, axis) => clamp(place + way[axis], 0, sizes[axis] - 1));
         this.draw();
       } else if (way && this.shape) {
-        this.row = clamp((this.row ?? this.store.get("position")) + way[0] + way[1], 0, this.shape.length - 1);
-        this.draw();
+        store.hover(store.get("example"), clamp(this.row() + way[0] + way[1], 0, this.shape.length - 1));
       } else if (event.key === "Enter") this.enlarge(this.cursor);
       else if (event.key === "Escape") { this.head = null; this.draw(); }
       else return;

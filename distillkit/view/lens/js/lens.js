@@ -10,13 +10,15 @@ class Bar {
     this.slider.setAttribute("aria-label", "frame of the film");
     this.slider.addEventListener("input", () => { this.stop(); store.set({ frame: Number(this.slider.value) }); });
     this.name = element("output", bar);
-    button(bar, "‹", "previous example", () => store.look(clamp(store.get("example") - 1, 0, store.examples - 1)));
+    this.sets = element("span", bar, { className: "dk-choice dk-sets", role: "group" });
+    this.sets.setAttribute("aria-label", "set");
+    button(bar, "‹", "previous example", () => store.look(store.get("example") - 1));
     this.examples = element("select", bar);
     this.examples.setAttribute("aria-label", "example");
     this.examples.addEventListener("change", () => store.look(Number(this.examples.value)));
-    button(bar, "›", "next example", () => store.look(clamp(store.get("example") + 1, 0, store.examples - 1)));
+    button(bar, "›", "next example", () => store.look(store.get("example") + 1));
     store.listen(kind => {
-      if (kind === CONTENT) this.fill();
+      if (kind === CONTENT || (kind === REST && store.content.choices)) this.fill();
       if (kind === LOOK) this.glide();
       if (kind !== THEME) this.draw();
     });
@@ -25,12 +27,19 @@ class Bar {
   }
 
   fill() {
-    const { store } = this, { classes, labels } = store.content;
+    const { store } = this, { choices, frames } = store.content, frame = Math.round(store.time);
     this.slider.max = store.frames - 1;
+    this.slider.hidden = this.name.hidden = choices;
+    this.sets.replaceChildren();
+    if (choices) frames.forEach((name, number) => {
+      button(this.sets, name, `show the set ${name}`, () => { this.stop(); store.set({ frame: number }); });
+    });
     this.examples.replaceChildren();
+    const count = store.count(frame);
     for (let example = 0; example < store.examples; example++) {
-      const text = `example ${example + 1} of ${store.examples}: ${classes[labels[example]] ?? ""}`;
-      element("option", this.examples, { value: example }, text);
+      const text = example < count ? `example ${example + 1} of ${count}: ${store.className(frame, example)}`
+        : `example ${example + 1}: not in this set`;
+      element("option", this.examples, { value: example, disabled: example >= count }, text);
     }
     this.slider.disabled = this.play.disabled = store.frames < 2;
   }
@@ -39,6 +48,8 @@ class Bar {
     const { store } = this, frame = Math.round(store.time);
     this.slider.value = frame;
     this.name.textContent = store.content.frames[frame];
+    this.slider.setAttribute("aria-valuetext", store.content.frames[frame]);
+    [...this.sets.children].forEach((node, number) => node.setAttribute("aria-pressed", number === frame));
     this.examples.value = store.get("example");
     this.play.textContent = this.playing ? "❚❚" : "▶";
   }

@@ -8,7 +8,7 @@ class MapPane extends MapPaint {
     const { section, head, body } = pane(parent, "map", "Map");
     this.section = section;
     this.method = "pca";
-    this.show = { trails: true, lines: true, lasso: false };
+    this.show = { trails: !store.content.choices, lines: true, lasso: false };  // between sets nothing has moved
     const methods = element("select", head, { title: "how the map is made" });
     for (const name of ["pca", "umap"]) element("option", methods, { value: name }, name.toUpperCase());
     methods.addEventListener("change", () => this.project(methods.value));
@@ -39,6 +39,7 @@ class MapPane extends MapPaint {
     this.numbers = element("p", section, { className: "dk-numbers", role: "status" });
     this.background = document.createElement("canvas");
     this.found = [];
+    this.moves = new Map();
     this.decode();
     this.bind();
     this.sizes = new ResizeObserver(() => this.resize());
@@ -48,7 +49,7 @@ class MapPane extends MapPaint {
       if (kind === CONTENT) { this.decode(); this.repaint(); }
       else if (kind === THEME) this.repaint();
       else this.paint();
-      if (kind !== TIME && kind !== SELECTION) this.count();
+      if (![TIME, SELECTION, OVER].includes(kind)) this.count();
     });
   }
 
@@ -114,7 +115,7 @@ class MapPane extends MapPaint {
   }
 
   bind() {
-    const { canvas } = this;
+    const { canvas, store } = this;
     let held = null;
     const where = event => {
       const box = canvas.getBoundingClientRect();
@@ -151,7 +152,7 @@ class MapPane extends MapPaint {
       held = this.drawn = null;
       this.paint();
     });
-    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; this.over = -1; this.paint(); });
+    canvas.addEventListener("pointerleave", () => { this.tip.hidden = true; store.hover(); });
     canvas.addEventListener("keydown", event => {
       const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
       if (way) { this.view.x += 40 * way[0] / this.view.scale; this.view.y += 40 * way[1] / this.view.scale; this.repaint(); }
@@ -168,7 +169,7 @@ class MapPane extends MapPaint {
   nearest([x, y]) {
     let best = -1, least = NEAR ** 2;
     for (let place = 0; place < this.store.places.length; place++) {
-      const spot = this.at(place, this.store.time);
+      const spot = this.spot(place);
       const away = spot ? (spot[0] - x) ** 2 + (spot[1] - y) ** 2 : Infinity;
       if (away < least) { best = place; least = away; }
     }
@@ -189,27 +190,27 @@ class MapPane extends MapPaint {
     const { store } = this, place = this.nearest(spot), frame = Math.round(store.time);
     let text = "";
     if (place >= 0) {
-      const [example, position] = store.places[place], label = store.content.labels[example];
-      const away = store.arrays.distances[store.cell(frame, example, position)];
+      const [example, position] = store.places[place], cell = store.cell(frame, example, position);
+      const away = `${store.arrays.distances[cell].toFixed(1)} word distances from`;
+      const edit = this.moves.has(place) && `put here by hand; learned ${away} “${store.words[store.arrays.tokens[cell]]}”`;
       text = `${store.word(frame, example, position)}\nexample ${example + 1}, position ${position} · ` +
-        `${store.content.classes[label]}\n${away.toFixed(1)} word distances from that word`;
+        `${store.className(frame, example)}\n${edit || `${away} that word`}`;
     } else {
       const near = this.nearestSpot(spot);
       if (near >= 0) text = store.words[this.words[near]];
     }
-    this.over = place;
+    store.hover(...(store.places[place] ?? []));
     this.tip.hidden = !text;
     this.tip.textContent = text;
     const left = spot[0] > this.size[0] - 200;
     this.tip.style.left = left ? "" : `${spot[0] + 14}px`;
     this.tip.style.right = left ? `${this.size[0] - spot[0] + 14}px` : "";
     this.tip.style.top = `${Math.max(0, spot[1] - 10)}px`;
-    this.paint();
   }
 
   inside(polygon) {
     return [...this.store.places.keys()].filter(place => {
-      const spot = this.at(place, this.store.time);
+      const spot = this.spot(place);
       let within = false;
       for (let i = 0, j = polygon.length - 1; spot && i < polygon.length; j = i++) {
         const [x, y] = polygon[i], [u, v] = polygon[j];
@@ -221,13 +222,15 @@ class MapPane extends MapPaint {
 
   count() {
     const { store } = this, map = store.content.maps[this.method], frame = Math.round(store.time);
-    const kept = `The map keeps ${percent(map.preserved)} of 10 nearest neighbours (shuffled: ${percent(map.shuffled)}).`;
+    const counted = frame in map.preserved ? frame : Math.max(...Object.keys(map.preserved));
+    const kept = `At ${store.content.frames[counted]} the map keeps ${percent(map.preserved[counted])} of 10 nearest ` +
+      `neighbours (shuffled: ${percent(map.shuffled)}).`;
     const answer = store.ask(["numbers", frame], () => this.count());
     if (this.search.value.trim()) return;
     const own = answer?.reply.own;
     const shares = !answer ? "counting …" : answer.reply.problem ?? (!own ? "needs two examples of a class."
       : `${percent(own.share)} of neighbours in other examples at ${store.content.frames[frame]} ` +
-        `(chance ${percent(own.chance)}, random shift ${percent(own.control)}).`);
+        `(chance ${percent(own.chance)}${own.control === null ? "" : `, each position shifted as far at random ${percent(own.control)}`}).`);
     this.numbers.textContent = `${kept} Own class: ${shares}`;
   }
 

@@ -34,6 +34,21 @@ class MapPaint {
     return this.screen(x, y);
   }
 
+  // The edited positions of the frame that is shown: place → where its new word is, as far as Python has said it.
+  edited(time) {
+    const { store } = this, { least, unit } = store.content.maps[this.method].scale, moves = new Map();
+    for (const { frame, example, position, token } of store.get("edits")) {
+      const answer = frame === time && store.ask(["place", this.method, token], () => this.paint());
+      if (!answer?.reply?.at) continue;
+      const [x, y] = answer.reply.at.map((value, axis) => (value - least[axis]) / unit);
+      moves.set(store.placeAt[store.cell(0, example, position)], this.screen(x, y));
+    }
+    return moves;
+  }
+
+  // Where a position is on the screen, an edited one where its new word is.
+  spot(place) { return this.moves.get(place) ?? this.at(place, this.store.time); }
+
   resize() {
     const width = this.canvas.parentElement.clientWidth;
     if (!width) return;
@@ -71,13 +86,15 @@ class MapPaint {
     const { store, show } = this, time = store.time, frame = Math.round(time), example = store.get("example");
     const pen = fitted(this.canvas, ...this.size), count = store.places.length;
     pen.drawImage(this.background, 0, 0, ...this.size);
+    this.moves = this.edited(time);
     const chosen = new Set(store.get("selection"));
     const places = store.places.map(([of], place) => [place, of]);
     const close = places.filter(([place, of]) => of === example || chosen.has(place));
     if (show.trails) this.drawTrails(pen, time, count <= MOST_TRAILS ? places : close.slice(0, MOST_TRAILS));
     if (show.lines) this.drawLines(pen, time, frame, close);
     this.drawPoints(pen, time, places, example, chosen);
-    this.drawLabels(pen, time, frame, close.filter(([, of]) => of === example));
+    this.drawEdits(pen, time, frame);
+    this.drawLabels(pen, frame, close.filter(([, of]) => of === example));
     for (const spot of this.found) this.drawSpot(pen, spot);
     if (this.drawn) {
       pen.strokeStyle = ofNode(this.section, "--dk-text"); pen.setLineDash([4, 3]);
@@ -85,21 +102,22 @@ class MapPaint {
       pen.setLineDash([]);
     }
     this.canvas.setAttribute("aria-label", `Map of ${this.words.length} words and ${count} learned positions at ` +
-      `${store.content.frames[frame]}; ${chosen.size} selected. Arrows move it, plus and minus zoom, 0 shows everything.`);
+      `${store.content.frames[frame]}; ${chosen.size} selected, ${this.moves.size} edited. Arrows move it, plus and minus zoom, 0 shows everything.`);
   }
 
   drawTrails(pen, time, places) {
     pen.lineWidth = 1.2;
     for (const [place, of] of places) {
-      pen.strokeStyle = this.store.colour(this.store.content.labels[of]);
+      const end = this.at(place, time);
+      if (!end) continue;
+      pen.strokeStyle = this.store.colour(this.store.label(Math.round(time), of));
       pen.globalAlpha = of === this.store.get("example") ? 0.75 : 0.25;
       pen.beginPath();
       for (let frame = 0; frame < time; frame++) {
         const spot = this.at(place, frame);
         if (spot) pen.lineTo(...spot);
       }
-      const end = this.at(place, time);
-      if (end) pen.lineTo(...end);
+      pen.lineTo(...end);
       pen.stroke();
     }
     pen.globalAlpha = 1;
@@ -114,7 +132,7 @@ class MapPaint {
     for (const [place] of places) {
       const spot = this.spotOf[this.store.arrays.tokens[this.store.cell(frame, ...this.store.places[place])]];
       const from = this.at(place, time);
-      if (spot === undefined || spot < 0 || !from) continue;
+      if (spot === undefined || spot < 0 || !from || this.moves.has(place)) continue;
       pen.moveTo(...from);
       pen.lineTo(...this.screen(this.spots[2 * spot], this.spots[2 * spot + 1]));
     }
@@ -123,13 +141,30 @@ class MapPaint {
     pen.globalAlpha = 1;
   }
 
+  // A line from each learned point to the word that was put in its place, and a square there.
+  drawEdits(pen, time, frame) {
+    for (const [place, [x, y]] of this.moves) {
+      const line = new Path2D();
+      line.moveTo(...this.at(place, time));
+      line.lineTo(x, y);
+      line.rect(x - 5, y - 5, 10, 10);
+      for (const [width, name] of [[5, "--dk-page"], [2, "--dk-text"]]) {
+        pen.lineWidth = width;
+        pen.strokeStyle = ofNode(this.section, name);
+        pen.stroke(line);
+      }
+      pen.fillStyle = this.store.colour(this.store.label(frame, this.store.places[place][0]));
+      pen.fillRect(x - 4, y - 4, 8, 8);
+    }
+  }
+
   drawPoints(pen, time, places, example, chosen) {
-    const { labels } = this.store.content, small = places.length > 400, edge = ofNode(this.section, "--dk-page");
+    const frame = Math.round(time), small = places.length > 400, edge = ofNode(this.section, "--dk-page");
     const paths = new Map();
     for (const [place, of] of places) {
       const spot = this.at(place, time);
       if (!spot) continue;
-      const near = of === example, key = `${labels[of]} ${near ? 1 : 0}`;
+      const near = of === example, key = `${this.store.label(frame, of)} ${near ? 1 : 0}`;
       if (!paths.has(key)) paths.set(key, new Path2D());
       const path = paths.get(key), r = near ? 5 : small ? 2 : 3.5;
       path.moveTo(spot[0] + r, spot[1]);
@@ -150,10 +185,11 @@ class MapPaint {
     pen.globalAlpha = 1;
     pen.strokeStyle = ofNode(this.section, "--dk-text");
     const looked = this.store.placeAt[this.store.cell(0, example, this.store.get("position"))];
+    const over = this.store.over ? this.store.placeAt[this.store.cell(0, ...this.store.over)] : -1;
     const matched = new Set(this.search.value ? this.matches() : []);
     for (const [place] of places) {
-      if (place !== looked && place !== this.over && !chosen.has(place) && !matched.has(place)) continue;
-      const spot = this.at(place, time);
+      if (place !== looked && place !== over && !chosen.has(place) && !matched.has(place)) continue;
+      const spot = this.spot(place);
       if (!spot) continue;
       pen.lineWidth = place === looked ? 2.5 : 1.5;
       pen.beginPath();
@@ -162,12 +198,13 @@ class MapPaint {
     }
   }
 
-  drawLabels(pen, time, frame, places) {
+  drawLabels(pen, frame, places) {
     const taken = [], looked = this.store.get("position");
-    const order = [...places].sort(([a], [b]) => (this.store.places[b][1] === looked) - (this.store.places[a][1] === looked));
+    const rank = place => (this.store.places[place][1] === looked ? 2 : 0) + (this.moves.has(place) ? 1 : 0);
+    const order = [...places].sort(([a], [b]) => rank(b) - rank(a));
     let drawn = 0;
     for (const [place] of order) {
-      const spot = this.at(place, time), word = this.store.word(frame, ...this.store.places[place]);
+      const spot = this.spot(place), word = this.store.word(frame, ...this.store.places[place]);
       if (!spot || word === null || drawn >= MOST_LABELS) continue;
       drawn += this.label(pen, word, spot[0] + 8, spot[1] + 4, taken);
     }

@@ -10,13 +10,19 @@ class Store {
     this.answers = new Map();
     this.time = model.get("frame");  // between two frames while the film plays
     this.decode();
+    this.over = null;  // the example and position under the pointer, in whichever pane
     this.ends = [];
     const on = (name, act) => { model.on(name, act); this.ends.push(() => model.off(name, act)); };
     for (const name of ["frame", "example", "position"]) on(`change:${name}`, () => this.tell(LOOK));
     on("change:selection", () => this.tell(SELECTION));
     on("change:revision", () => this.tell(EDITS));
     on("change:live", () => this.tell(LIVE));
-    on("change:binary", () => { this.decode(); this.tell(CONTENT); });
+    on("change:binary", () => {
+      const first = this.content.frames[0];
+      this.decode();
+      if (this.content.frames[0] !== first) this.answers.clear();  // another film
+      this.tell(CONTENT);
+    });
     on("msg:custom", (message, buffers) => this.receive(message, buffers));
   }
 
@@ -54,13 +60,27 @@ class Store {
 
   look(example, position) {
     if (position === undefined) position = this.places.find(([e]) => e === example)?.[1] ?? 0;
-    this.set({ example, position });
+    this.set({ example: clamp(example, 0, this.count(this.get("frame")) - 1), position });
+  }
+
+  hover(...over) {
+    if (String(over) === String(this.over ?? [])) return;
+    this.over = over.length ? over : null;
+    this.tell(OVER);
   }
 
   colour(label) {
     const { classes } = this.content.colours;
     return classes[label % classes.length];
   }
+
+  // The number of a class, -1 for an example that the frame lacks; and its name.
+  label(frame, example) { return this.arrays.labels[frame * this.examples + example]; }
+
+  // How many examples a frame has.
+  count(frame) { return this.arrays.labels.subarray(frame * this.examples, (frame + 1) * this.examples).filter(l => l >= 0).length; }
+
+  className(frame, example) { return this.content.classes[this.label(frame, example)] ?? ""; }
 
   cell(frame, example, position) { return (frame * this.examples + example) * this.length + position; }
 

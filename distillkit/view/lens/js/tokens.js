@@ -9,7 +9,7 @@ const COLOURINGS = {
 class TokensPane {
   constructor(parent, store) {
     this.store = store;
-    const { head, body } = pane(parent, "tokens", "Tokens");
+    const { section, head, body } = pane(parent, "tokens", "Tokens");
     this.body = body;
     this.colouring = "distance";
     const group = element("span", head, { className: "dk-choice", role: "group" });
@@ -20,6 +20,7 @@ class TokensPane {
       return node;
     });
     this.scale = element("span", head, { className: "dk-scale", role: "status" });
+    this.note = element("p", section, { className: "dk-numbers", role: "status" });
     store.listen(kind => { if (!UNCHANGED.includes(kind)) this.draw(); });
     this.draw();
   }
@@ -60,28 +61,55 @@ class TokensPane {
     }
     const focus = body.contains(document.activeElement);
     body.replaceChildren();
-    for (let position = 0; position < store.length; position++) {
-      const word = store.word(frame, example, position), real = store.realWord(example, position);
-      if (word === null && real === null) continue;
-      const column = element("div", body, { className: "dk-column" });
-      element("span", column, { className: "dk-real", dir: "auto" }, real ?? "∅");
-      const learned = store.placeAt[store.cell(0, example, position)] >= 0;
-      const chip = element("button", column, { type: "button", className: "dk-chip", dir: "auto" }, word ?? "∅");
-      chip.disabled = !learned;
-      const value = known ? numbers[position] : null;
-      if (value !== null && Number.isFinite(value)) {
-        const share = (Math.abs(value) - least) / Math.max(1e-9, top - least);
-        chip.style.background = rgba(value < 0 ? LESS : MORE, 0.62 * share);
-        chip.title = `position ${position}: ${both ? signed(value, 4) : value.toFixed(2)} ${COLOURINGS[colouring][1]}`;
+    for (const [positions, pieces, alike] of this.stretches()) {
+      const stretch = element("div", body, { className: alike ? "dk-stretch" : "dk-stretch dk-cut" });
+      const columns = element("div", stretch);
+      for (const position of positions) {
+        const word = store.word(frame, example, position), real = store.realWord(example, position);
+        if (word !== null || real !== null) this.column(columns, position, word, real, focus, known, numbers, [least, top, both]);
       }
-      if (store.edit(frame, example, position)) chip.classList.add("dk-edited");
-      const looked = position === store.get("position");
-      chip.setAttribute("aria-pressed", looked);
-      chip.tabIndex = looked ? 0 : -1;
-      if (looked && focus) chip.focus();
-      chip.addEventListener("click", () => store.look(example, position));
-      chip.addEventListener("keydown", event => this.step(event, position));
+      const row = pieces.length ? element("div", stretch) : null;
+      for (const [text, read] of pieces) element(read ? "span" : "s", row, { className: "dk-piece", dir: "auto" }, text);
     }
+  }
+
+  // Positions that stand above the pieces of another model's tokenizer; without such a model each stands alone.
+  stretches() {
+    const { store, note } = this, alone = [...Array(store.length).keys()].map(position => [[position], [], true]);
+    const { reader } = store.content;
+    note.hidden = !reader;
+    if (!reader) return alone;
+    const answer = store.ask(["reading", ...["revision", "frame", "example"].map(name => store.get(name))], () => this.draw());
+    note.textContent = !answer ? `${reader} reads …` : answer.reply.problem;
+    if (!answer?.reply.stretches) return alone;
+    const pieces = answer.reply.stretches.flatMap(([, some]) => some), lost = pieces.filter(([, read]) => !read).length;
+    note.textContent = `Below: ${reader} needs ${pieces.length} tokens and reads ${pieces.length - lost}. ` +
+      "Violet: cut differently. Struck through: not read (no room, or unknown).";
+    return answer.reply.stretches;
+  }
+
+  column(parent, position, word, real, focus, known, numbers, [least, top, both]) {
+    const { store, colouring } = this, frame = store.get("frame"), example = store.get("example");
+    const column = element("div", parent, { className: "dk-column" });
+    element("span", column, { className: "dk-real", dir: "auto" }, real ?? "∅");
+    const learned = store.placeAt[store.cell(0, example, position)] >= 0;
+    const chip = element("button", column, { type: "button", className: "dk-chip", dir: "auto" }, word ?? "∅");
+    chip.disabled = !learned;
+    const value = known ? numbers[position] : null;
+    if (value !== null && Number.isFinite(value)) {
+      const share = (Math.abs(value) - least) / Math.max(1e-9, top - least);
+      chip.style.background = rgba(value < 0 ? LESS : MORE, 0.62 * share);
+      chip.title = `position ${position}: ${both ? signed(value, 4) : value.toFixed(2)} ${COLOURINGS[colouring][1]}`;
+    }
+    if (store.edit(frame, example, position)) chip.classList.add("dk-edited");
+    const looked = position === store.get("position");
+    chip.setAttribute("aria-pressed", looked);
+    chip.tabIndex = looked ? 0 : -1;
+    if (looked && focus) chip.focus();
+    chip.addEventListener("click", () => store.look(example, position));
+    column.addEventListener("pointerenter", () => store.hover(example, position));
+    column.addEventListener("pointerleave", () => store.hover());
+    chip.addEventListener("keydown", event => this.step(event, position));
   }
 
   step(event, position) {

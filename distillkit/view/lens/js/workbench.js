@@ -30,8 +30,8 @@ class WorkbenchPane {
       button(words, "go there", "show the edited frame", () => store.set({ frame: edited }));
       return;
     }
-    if (store.placeAt[store.cell(0, example, position)] < 0) {
-      element("p", words, {}, "This position is fixed; choose a word above.");
+    if (store.word(frame, example, position) === null || store.placeAt[store.cell(0, example, position)] < 0) {
+      element("p", words, {}, "This position is fixed, or not in this set; choose a word above.");
       return;
     }
     const note = element("p", words, {}, "finding the nearest words …");
@@ -69,19 +69,52 @@ class WorkbenchPane {
     element("p", this.words, { className: "dk-hint" }, legend);
   }
 
+  // The soft label as bars; beside it, when asked for, what a student trained on the set says before and after the edits.
   drawLabel(frame, example) {
-    const { store, label } = this, { classes, labels, probabilities } = store.content;
+    const { store, label } = this, { classes, probabilities, classifies, frames } = store.content;
     const shares = probabilities[frame]?.[example];
     label.replaceChildren();
-    element("h4", label, {}, shares ? "label of the example" : "response of the example");
-    if (!shares) { element("p", label, { dir: "auto" }, classes[labels[example]] ?? "–"); return; }
-    [...shares.keys()].sort((a, b) => shares[b] - shares[a]).slice(0, 8).forEach(number => {
-      const row = element("div", label, { className: "dk-share" });
-      element("span", row, { dir: "auto" }, classes[number]);
-      const bar = element("i", element("span", row, { className: "dk-track" }), {});
-      bar.style.width = `${100 * shares[number]}%`;
-      bar.style.background = store.colour(number);
-      element("span", row, {}, percent(shares[number]));
+    const head = element("header", label);
+    element("h4", head, {}, shares ? "label of the example" : "response of the example");
+    if (!shares) { element("p", label, { dir: "auto" }, store.className(frame, example)); return; }
+    const note = document.createElement("p"), columns = [["label", shares]];
+    if (classifies) {
+      const ask = button(head, "ask a student", "train a student on this set, and show what it says of the example",
+        () => { this.asking = !this.asking; this.draw(); });
+      ask.setAttribute("aria-pressed", Boolean(this.asking));
+    }
+    if (classifies && this.asking) {
+      note.textContent = "training a student …";
+      const answer = store.ask(["prediction", store.get("revision"), frame, example], () => this.draw(),
+        share => { note.textContent = `training a student: ${percent(share)}`; });
+      if (answer?.reply.problem) note.textContent = answer.reply.problem;
+      else if (answer) {
+        const { recipe, before, after } = answer.reply;
+        columns.push(["student", before]);
+        if (after) columns.push(["after edit", after]);
+        note.textContent = `Student: trained on “${frames[frame]}”${after ? " before the edit" : ""}, ${recipe} recipe.`;
+      }
+    }
+    const table = element("div", label, { className: "dk-shares", role: "table" });
+    table.style.gridTemplateColumns = `minmax(60px, 1.2fr) repeat(${columns.length}, minmax(0, 1fr))`;
+    const row = () => element("div", table, { role: "row" });
+    if (columns.length > 1) {
+      const names = row();
+      for (const name of ["", ...columns.map(([name]) => name)]) element("small", names, { role: "columnheader" }, name);
+    }
+    const most = number => Math.max(...columns.map(([, values]) => values[number]));
+    [...shares.keys()].sort((a, b) => most(b) - most(a)).slice(0, 8).forEach(number => {
+      const cells = row();
+      element("span", cells, { dir: "auto", role: "rowheader", title: classes[number] }, classes[number]);
+      for (const [, values] of columns) {
+        const cell = element("span", cells, { className: "dk-track", role: "cell" });
+        const bar = element("i", cell);
+        bar.style.width = `${100 * values[number]}%`;
+        bar.style.background = store.colour(number);
+        element("b", cell, {}, `${Math.round(100 * values[number])} %`);
+      }
     });
+    label.append(note);
+    note.className = "dk-numbers";
   }
 }
