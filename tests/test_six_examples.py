@@ -58,17 +58,17 @@ def test_words_of_two_colours_share_lines_and_strange_text_is_drawn_as_itself():
 
 
 def test_the_figure_of_the_evidence_shows_every_method_with_its_sets():
-    names = ("evidence_docstrings", "quickstart", "classification_docstrings")
+    names = ("evidence_docstrings_keywords", "quickstart", "classification_docstrings")
     evidence, demo, longer = (read(RESULTS / f"{name}.json") for name in names)
     methods = six.scores_by_size(evidence, demo, longer).set_index("label")
-    assert methods.loc["keywords", "sets"] == 3 and methods.loc["keywords", "bytes"] == 816
-    assert methods.loc["embeddings, float32", "steps"] == [3, 3, 3]
+    assert methods.loc["keywords", "sets"] == 5 and methods.loc["keywords", "bytes"] == 816
+    assert methods.loc["embeddings, float32", "steps"] == [3] * 5
     assert methods.loc["embeddings, float32, 1,350 outer steps", "sets"] == 1
     assert methods["mean"].between(0.1, 0.9).all() and methods.index.is_unique
     figure = six.accuracy_against_bytes(methods.reset_index(), title="A finding", upper={"all rows": 0.8}, chance=1 / 6,
                                         corpus_bytes=138157)
     described = plots.describe(figure)
-    assert "A finding" in described and "keywords: 3 points" in described and "compressed corpus" in described
+    assert "A finding" in described and "keywords: 5 points" in described and "compressed corpus" in described
     assert figure.axes[0].get_xscale() == "log"
     assert "keywords: 0.54" in [text.get_text() for text in figure.axes[0].texts]
 
