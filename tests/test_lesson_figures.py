@@ -48,30 +48,18 @@ def test_the_control_is_as_far_and_its_positions_move_together_or_apart():
 def test_thumbnails_put_every_head_in_its_place_on_a_scale_that_is_white_at_zero():
     values = np.zeros((2, 3, 4, 4))
     values[1, 2] = 0.25
-    figure = attention_figures.thumbnails({"learned": values[0], "apart": values[1]}, 2, "One head changes")
+    figure = attention_figures.thumbnails({"learned": values[0], "random": values[1]}, 7, "One head changes")
     (mesh,) = figure.axes[0].collections
     sheet, step = np.ma.filled(mesh.get_array(), np.nan).reshape(2 * 7 - 3, 3 * 7 - 3), 4 + attention_figures.GAP
     assert (sheet[step:, 2 * step :] == 0.25).all() and np.nansum(sheet) == 0.25 * 16 and np.isnan(sheet[4:7]).all()
     assert mesh.get_clim() == (-attention_figures.LIMIT, attention_figures.LIMIT)
     assert attention_figures.DIFFERENCE(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.02)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "apart"]
-    framed = [frame.get_xy() for frame in figure.axes[0].patches if frame.get_linewidth() > 1]
-    assert framed == [(2 * step, 0), (2 * step, step)] and "One head changes" in plots.describe(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "random"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["7", "8", "9"]
+    assert "One head changes" in plots.describe(figure)
 
 
-def test_one_head_shows_real_weights_and_differences_and_draws_tokens_as_text():
-    maps = {"real": np.eye(2), "learned": np.full((2, 2), 0.5), "apart": np.eye(2)}
-    figure = attention_figures.one_head(maps, ["[CLS]", "$x"], "a head")
-    real, learned, control = (axes.collections[0].get_array().ravel() for axes in figure.axes[:3])
-    assert real.tolist() == [1, 0, 0, 1] and learned.tolist() == [-0.5, 0.5, 0.5, -0.5] and not control.any()
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["[CLS]", r"\$x"]
-    figure.canvas.draw()
-
-
-def test_maps_and_dots_hold_what_they_are_given():
-    flat, kinds = np.arange(8.0).reshape(4, 2), ["real", "real", "learned", "apart"]
-    figure = attention_figures.kind_maps({"a map": (flat, kinds), "no kinds": (flat, [""] * 4)})
-    assert "real: 2 points" in plots.describe(figure) and "points: 4 points" in plots.describe(figure)
+def test_dots_hold_what_they_are_given():
     figure = attention_figures.by_kind([("t", "share", {"real": [0.1, 0.2], "learned": [0.3]}, 0.25)])
     assert "real: 2 points; learned: 1 points; chance: 2 points" in plots.describe(figure)
     figure = attention_figures.dot_rows({"many": ("real", [0.1, 0.2]), "one": ("learned", [0.3])}, {"chance": 0.25}, "t", "x")
