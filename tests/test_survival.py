@@ -582,6 +582,7 @@ def test_hostile_text_in_figures_is_drawn():
     figures = [
         plots.curves([(names[0], names[1], names[2], {name: ([1], [1.0]) for name in names})]),
         attention_figures.thumbnails({names[1]: weights[None]}, title=names[0]),
+        prompt_figures.labels_given({names[0]: {names[1]: 3}}, names[:2], names[2]),
         prompt_figures.prompt_and_labels(demonstrations, names[0], scores, names[0], title=names[1]),
     ]
     with warnings.catch_warnings():

@@ -83,29 +83,3 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
         panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9)
         panel.grid(axis="x", visible=False)
     return figure
-
-
-@style()
-def dot_rows(rows: Mapping[str, tuple[str, Sequence[float]]], lines: Mapping[str, float], title: str, label: str) -> Figure:
-    """A row of dots for each method, a dot for each set (hollow where there is one), with lines such as chance and full data.
-
-    Args:
-        rows: name → (role, one of :data:`~distillkit.view.figures.ROLE_COLOURS`, and values).
-        lines: name → value; a name that is a role has its colour.
-        title, label: of the figure and of x.
-    """
-    figure, (axes,) = _figure(8, 1.5 + 0.42 * len(rows))
-    for place, (name, (role, values)) in enumerate(rows.items()):
-        inside = ROLE_COLOURS[role] if len(values) > 1 else "none"
-        beside = np.linspace(-0.15, 0.15, len(values)) if len(values) > 1 else np.zeros(1)  # equal values stay apart
-        axes.plot(values, place + beside, "o", color=ROLE_COLOURS[role], mfc=inside, ms=9, mew=1.6, label=plain(name))
-    for name, value in lines.items():
-        colour = ROLE_COLOURS.get(name, ROLE_COLOURS["chance"])
-        axes.axvline(value, color=colour, ls=":" if name == "chance" else "--", lw=1.5, label=plain(name))
-        axes.annotate(plain(name), (value, -0.75), xytext=(4, 0), textcoords="offset points", va="center", fontsize=11,
-                      color=colour)
-    most = max(max(map(max, (values for _, values in rows.values()))), *lines.values())
-    axes.set(title=plain(title), xlabel=label, xlim=(0, 1.15 * most), ylim=(len(rows) - 0.5, -1.1))
-    axes.set_yticks(range(len(rows)), map(plain, rows))
-    axes.grid(axis="y", visible=False)
-    return figure
