@@ -48,35 +48,20 @@ def test_the_control_is_as_far_and_its_positions_move_together_or_apart():
 def test_thumbnails_put_every_head_in_its_place_on_a_scale_that_is_white_at_zero():
     values = np.zeros((2, 3, 4, 4))
     values[1, 2] = 0.25
-    figure = attention_figures.thumbnails({"learned": values[0], "apart": values[1]}, 2, "One head changes")
+    figure = attention_figures.thumbnails({"learned": values[0], "random": values[1]}, 7, "One head changes")
     (mesh,) = figure.axes[0].collections
     sheet, step = np.ma.filled(mesh.get_array(), np.nan).reshape(2 * 7 - 3, 3 * 7 - 3), 4 + attention_figures.GAP
     assert (sheet[step:, 2 * step :] == 0.25).all() and np.nansum(sheet) == 0.25 * 16 and np.isnan(sheet[4:7]).all()
     assert mesh.get_clim() == (-attention_figures.LIMIT, attention_figures.LIMIT)
     assert attention_figures.DIFFERENCE(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.02)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "apart"]
-    framed = [frame.get_xy() for frame in figure.axes[0].patches if frame.get_linewidth() > 1]
-    assert framed == [(2 * step, 0), (2 * step, step)] and "One head changes" in plots.describe(figure)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["learned", "random"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["7", "8", "9"]
+    assert "One head changes" in plots.describe(figure)
 
 
-def test_one_head_shows_real_weights_and_differences_and_draws_tokens_as_text():
-    maps = {"real": np.eye(2), "learned": np.full((2, 2), 0.5), "apart": np.eye(2)}
-    figure = attention_figures.one_head(maps, ["[CLS]", "$x"], "a head")
-    real, learned, control = (axes.collections[0].get_array().ravel() for axes in figure.axes[:3])
-    assert real.tolist() == [1, 0, 0, 1] and learned.tolist() == [-0.5, 0.5, 0.5, -0.5] and not control.any()
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["[CLS]", r"\$x"]
-    figure.canvas.draw()
-
-
-def test_maps_and_dots_hold_what_they_are_given():
-    flat, kinds = np.arange(8.0).reshape(4, 2), ["real", "real", "learned", "apart"]
-    figure = attention_figures.kind_maps({"a map": (flat, kinds), "no kinds": (flat, [""] * 4)})
-    assert "real: 2 points" in plots.describe(figure) and "points: 4 points" in plots.describe(figure)
+def test_dots_hold_what_they_are_given():
     figure = attention_figures.by_kind([("t", "share", {"real": [0.1, 0.2], "learned": [0.3]}, 0.25)])
     assert "real: 2 points; learned: 1 points; chance: 2 points" in plots.describe(figure)
-    figure = attention_figures.dot_rows({"many": ("real", [0.1, 0.2]), "one": ("learned", [0.3])}, {"chance": 0.25}, "t", "x")
-    many, one = figure.axes[0].lines[:2]
-    assert one.get_markerfacecolor() == "none" and many.get_markerfacecolor() != "none", "a single set is hollow"
 
 
 def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only():
@@ -86,7 +71,9 @@ def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only(
     assert [line.strip() for line in written][-3:] == ["question", "what?", "→ ?"]
     assert written.index("demonstration 1") < written.index("demonstration 2") < written.index("question")
     assert r"\$x\$" in "".join(written) and "\x1b" not in "".join(written)
-    assert sorted(bar.get_width() for bar in figure.axes[1].patches) == [-3, -2, -1, -0.5]
+    bars = figure.axes[1].patches
+    assert sorted(bar.get_x() + bar.get_width() for bar in bars) == [-3, -2, -1, -0.5], "bars end at the log-likelihood"
+    assert {bar.get_x() for bar in bars} == {figure.axes[1].get_xlim()[0]}, "a longer bar is a likelier label"
     assert [tick.get_weight() for tick in figure.axes[1].get_yticklabels()] == ["normal", "bold"]
     figure.canvas.draw()
     alone = prompt_figures.prompt_and_labels([], "what?", {"without": labels["without"]}, "a")
@@ -96,14 +83,12 @@ def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only(
     assert unlikely.axes[1].get_xlim()[0] < -20
 
 
-def test_two_uses_stand_in_panels_of_one_scale_with_lines_of_their_own():
-    rows = {"real": ("real", [0.2, 0.3]), "distilled": ("learned", [0.4])}
-    panels = {"trained": (rows, {"chance": 0.2}), "read": (rows, {"chance": 0.2, "none": 0.6})}
-    figure = prompt_figures.two_uses(panels, "title", "x")
-    left, right = figure.axes
-    assert left.get_xlim() == right.get_xlim() and left.get_title() == "trained"
-    assert [list(line.get_xdata()) for line in left.lines] == [[0.2, 0.3], [0.4], [0.2, 0.2]]
-    assert [line.get_label() for line in right.lines] == ["real", "distilled", "chance", "none"]
+def test_labels_given_are_parts_of_a_bar_with_names_on_the_large_ones():
+    figure = prompt_figures.labels_given({"right": {"a": 5, "b": 5}, "after": {"b": 9, "a": 1}}, ["a", "b"], "One label")
+    (axes,) = figure.axes
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 5), (5, 5), (0, 1), (1, 9)]
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "b"]
+    assert axes.patches[0].get_facecolor() == axes.patches[2].get_facecolor() != axes.patches[1].get_facecolor()
 
 
 def test_a_forest_has_a_row_for_each_method_and_no_interval_where_there_is_none():

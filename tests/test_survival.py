@@ -577,13 +577,12 @@ def test_hostile_text_in_figures_is_drawn():
 
     names = list(HOSTILE.values())
     m = len(names)
-    flat, weights = np.zeros((m, 2)), np.full((m, m), 1 / m)
+    weights = np.full((m, m), 1 / m)
     demonstrations, scores = [(name, name) for name in names], {"without": dict.fromkeys(names, -1.0)}
     figures = [
         plots.curves([(names[0], names[1], names[2], {name: ([1], [1.0]) for name in names})]),
-        attention_figures.kind_maps(dict.fromkeys(names[:2], (flat, ["real"] * m))),
-        attention_figures.one_head({"real": weights, "learned": weights}, names, names[0]),
         attention_figures.thumbnails({names[1]: weights[None]}, title=names[0]),
+        prompt_figures.labels_given({names[0]: {names[1]: 3}}, names[:2], names[2]),
         prompt_figures.prompt_and_labels(demonstrations, names[0], scores, names[0], title=names[1]),
     ]
     with warnings.catch_warnings():

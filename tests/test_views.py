@@ -15,7 +15,7 @@ import distillkit as dk
 from distillkit.text.projection import allowed_tokens
 from distillkit.view import measures as views
 from distillkit.view import set_figures as view_plots
-from pictures import attention_figures
+from pictures import prompt_figures
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +38,8 @@ def cloud(n=40, d=5, seed=0):
     return np.random.default_rng(seed).normal(size=(n, d))
 
 
-def test_pca_is_the_plane_of_largest_variance():
-    points = cloud() * [10, 5, 0.1, 0.1, 0.1]
-    flat = views.flat_map(points, method="pca")
-    centred = points - points.mean(0)
-    _, values, axes = np.linalg.svd(centred, full_matrices=False)
-    assert np.allclose(abs(flat), abs(centred @ axes[:2].T)) and flat.shape == (40, 2)
-    assert np.allclose((flat**2).sum(0), values[:2] ** 2)
-    assert np.allclose(views.flat_map(torch.tensor(points), method="pca"), flat)
-
-
 def test_umap_is_imported_when_asked_for_and_told_the_seed(monkeypatch):
-    """The real one compiles for half a minute; lesson 06 runs it."""
+    """The real one compiles for half a minute."""
     told, threads = [], torch.get_num_threads()
 
     class UMAP:
@@ -58,29 +48,13 @@ def test_umap_is_imported_when_asked_for_and_told_the_seed(monkeypatch):
 
         def fit(self, points):
             torch.set_num_threads(threads + 1)  # as numba does
-            self.embedding_ = points[:, :2].astype(np.float32)
             return self
 
     monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
-    flat = views.flat_map(cloud(17), seed=3)
-    assert torch.get_num_threads() == threads
-    assert told == [{"n_neighbors": 15, "random_state": 3, "n_jobs": 1}] and flat.dtype == np.float64
-    assert np.array_equal(flat, cloud(17)[:, :2].astype(np.float32))
-
-
-@pytest.mark.parametrize(
-    ("points", "options", "message"),
-    [
-        (cloud(), {"method": "tsne"}, "method must be one of umap, pca, not 'tsne'"),
-        (cloud(16), {}, "UMAP needs at least 17 points, not 16"),
-        (cloud(1), {"method": "pca"}, "n_components=2 must be between 0 and .*=1"),
-        (cloud()[0], {"method": "pca"}, "Expected 2D array"),
-        (np.where(np.eye(4), np.nan, 1.0)[:, :3], {"method": "pca"}, "NaN"),
-    ],
-)
-def test_a_map_that_cannot_be(points, options, message):
-    with pytest.raises(ValueError, match=message):
-        views.flat_map(points, **options)
+    assert isinstance(views.fitted_umap(cloud(17), seed=3), UMAP) and torch.get_num_threads() == threads
+    views.fitted_umap(cloud(9))
+    assert [options["n_neighbors"] for options in told] == [15, 8], "no more neighbours than there are other points"
+    assert told[0] == {"n_neighbors": 15, "random_state": 3, "n_jobs": 1}
 
 
 # Neighbours
@@ -321,7 +295,7 @@ def test_histories_that_cannot_be(world, start):
 
 def test_characters_without_a_glyph_are_named(recwarn):
     assert view_plots.drawn("##ä車$x$") == r"##äU+8ECA\$x\$"
-    figure = attention_figures.one_head({"real": np.eye(2), "learned": np.eye(2)}, ["車", "b"])
+    figure = prompt_figures.prompt_and_labels([("車", "a")], "車?", {"without": {"a": -1.0}}, "a")
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 

@@ -2,9 +2,8 @@
 
 A picture of high-dimensional points is a claim about neighbours, so every view here comes with a number for what it claims:
 
-* :func:`flat_map` places points in the plane, by PCA or by UMAP (McInnes et al., 2018), which keeps neighbourhoods and
-  invents gaps between them.  :func:`neighbour_overlap` measures how far groups really are apart, and :func:`preservation`
-  how many neighbours a map keeps.
+* A map keeps some neighbourhoods and invents gaps between them, :func:`fitted_umap` (McInnes et al., 2018) most of all.
+  :func:`neighbour_overlap` measures how far groups really are apart, and :func:`preservation` how many neighbours a map keeps.
 * :func:`distance_to_words` has a yardstick: how far words are from each other.
 * :func:`attention` gives the weights of every head; :func:`attention_entropy` and :func:`attention_shares` condense them
   (Clark et al., 2019).
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from scipy.special import entr
-from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_array, check_consistent_length
 
@@ -41,30 +39,6 @@ Overlap = namedtuple("Overlap", ("share", "chance"))
 WordDistances = namedtuple("WordDistances", ("distances", "tokens", "yardstick"))
 AttentionShares = namedtuple("AttentionShares", ("special", "content", "own", "previous", "next"))
 History = namedtuple("History", ("steps", "free", "moved", "tokens", "flipped", "away", "labels"))
-
-
-def flat_map(points, *, method: str = "umap", seed: int = 0) -> np.ndarray:
-    """Points in the plane.
-
-    Args:
-        points: ``[n, d]``, array or tensor.
-        method: ``"umap"``: neighbours stay neighbours, distances and gaps between groups mean nothing (McInnes et al.,
-            2018); ``"pca"``: the plane of the largest variance, which keeps distances as far as a plane can.
-        seed: for UMAP's start and sampling; UMAP runs on one thread, so that a seed gives one map.
-
-    Returns:
-        ``[n, 2]`` float64.
-
-    Raises:
-        ValueError: an unknown method, too few points for it, or points that are not finite.
-    """
-    check_choice("method", method, MAPS)
-    points = _points(points)
-    if method == "pca":
-        return PCA(2, svd_solver="full").fit_transform(points)
-    if len(points) < NEIGHBORS + 2:  # UMAP would take fewer neighbours and only warn
-        raise ValueError(f"UMAP needs at least {NEIGHBORS + 2} points, not {len(points)}; ask for method='pca'")
-    return np.asarray(fitted_umap(points, seed).embedding_, dtype=np.float64)
 
 
 def fitted_umap(points: np.ndarray, seed: int = 0):

@@ -1,7 +1,8 @@
 """Gains with their intervals: what a method adds to the accuracy of another, paired by set, a row per method.
 
 The interval of one comparison holds with 95 %.  A panel of several needs wider ones to hold together (Bonferroni), so both are
-drawn: a thick bar for the method alone, a thin one for all of the panel.  A single set has no interval and is a hollow mark.
+drawn: a thick bar for the method alone, a thin one for all of the panel.  A single set, or sets that agree exactly, have no
+interval and are a hollow mark.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str, lines: Mapp
         where.set_xlim(min(left for left, _ in limits), max(right for _, right in limits))
     marks = [Line2D([], [], color="0.3", lw=4, label="95 % interval of this gain alone"),
              Line2D([], [], color="0.3", lw=1.3, label="of all gains of the panel together"),
-             Line2D([], [], ls="", marker="o", color="0.3", mfc="white", mew=1.6, ms=5.5, label="one set: no interval")]
+             Line2D([], [], ls="", marker="o", color="0.3", mfc="white", mew=1.6, ms=5.5,
+                    label="no interval: one set, or equal sets")]
     figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=14)
     return figure

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from distillkit.io.escaping import one_line
 from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
+from distillkit.view.lens.still import CLASS_COLOURS
 from distillkit.view.set_figures import drawn
 
 WIDE, MOST = 62, 24  # characters of a line of the prompt, and lines
@@ -44,15 +45,14 @@ def prompt_and_labels(
     left.plot([0, 0], [0.5, -min(len(lines), MOST) + 0.5], color="0.8", lw=3, label="_prompt")
     left.set(title=plain(title or "What the model reads"), xlim=(-0.01, 1), ylim=(-max(len(lines[-MOST:]), 12), 1), xlabel="")
     left.set_axis_off()
-    names = list(labels["without"])
+    names, least = list(labels["without"]), min(LEAST, 1.05 * min(min(scores.values()) for scores in labels.values()))
     for kind, shift in (("without", 0.2), ("with", -0.2)):
         if kind in labels:
             fill = "white" if kind == "without" else ROLE_COLOURS[role]
-            right.barh(np.arange(len(names)) - shift, [labels[kind][name] for name in names], height=0.38, color=fill,
-                       edgecolor=WITHOUT, label=f"{kind} demonstrations")
-    right.set(title="How likely is each label?", xlabel="log-likelihood (nats): likelier to the right",
-              ylim=(len(names) - 0.4, -0.6),
-              xlim=(min(LEAST, 1.05 * min(min(scores.values()) for scores in labels.values())), 0))
+            right.barh(np.arange(len(names)) - shift, [labels[kind][name] - least for name in names], height=0.38, left=least,
+                       color=fill, edgecolor=WITHOUT, label=f"{kind} demonstrations")
+    right.set(title="How likely is each label?", xlabel="log-likelihood (nats): the longer, the likelier",
+              ylim=(len(names) - 0.4, -0.6), xlim=(least, 0))
     right.set_yticks(range(len(names)), map(plain, names))
     for tick, name in zip(right.get_yticklabels(), names, strict=True):
         tick.set_weight("bold" if name == truth else "normal")
@@ -62,29 +62,27 @@ def prompt_and_labels(
 
 
 @style()
-def two_uses(panels: Mapping[str, tuple[Mapping[str, tuple[str, Sequence[float]]], Mapping[str, float]]], title: str,
-             x: str) -> Figure:
-    """Dots of several sets in two panels on one scale, so that what is compared stands in one panel.
+def labels_given(rows: Mapping[str, Mapping[str, int]], labels: Sequence[str], title: str) -> Figure:
+    """How often each label was given, a bar of all questions for each row; large parts have their label written on them.
 
     Args:
-        panels: title → (rows, lines); rows: name → (role, one of :data:`~distillkit.view.figures.ROLE_COLOURS`, and values);
-            lines: name → value, such as chance.
-        title, x: of the figure and of the axes.
+        rows: name → {label: number of questions}.
+        labels: all labels, in the order of the parts and of the colours.
+        title: of the figure.
     """
-    count = max(len(rows) for rows, _ in panels.values())
-    figure, axes = _figure(9, 1.9 + 0.45 * count, len(panels))
-    for where, (name, (rows, lines)) in zip(axes, panels.items(), strict=True):
-        for place, (label, (role, values)) in enumerate(rows.items()):
-            beside = np.linspace(-0.12, 0.12, len(values))  # equal values stay apart
-            where.plot(list(values), place + beside, "o", color=ROLE_COLOURS[role], ms=9, label=plain(label))
-        for line, value in lines.items():
-            where.axvline(value, color=WITHOUT, ls=":" if line == "chance" else "--", lw=1.5, label=plain(line))
-            where.annotate(plain(line), (value, -0.75), xytext=(-4 if value > 0.4 else 4, 0), textcoords="offset points",
-                           fontsize=11, color=WITHOUT, va="center", ha="right" if value > 0.4 else "left")
-        where.set(title=plain(name), xlabel=x, xlim=(0, 0.7), ylim=(count - 0.5, -1.1))
-        where.set_yticks(range(len(rows)), [plain(label) for label in rows])
-        where.grid(axis="y", visible=False)
-    figure.suptitle(plain(title), fontsize=14)
+    figure, (axes,) = _figure(9, 1.5 + 0.5 * len(rows))
+    total = max(sum(counts.values()) for counts in rows.values())
+    for place, counts in enumerate(rows.values()):
+        start = 0
+        for number, label in enumerate(labels):
+            part = counts.get(label, 0)
+            axes.barh(place, part, left=start, height=0.7, color=CLASS_COLOURS[number % len(CLASS_COLOURS)], edgecolor="white")
+            if part > 0.13 * total:
+                axes.text(start + part / 2, place, plain(label), ha="center", va="center", color="white", fontsize=10)
+            start += part
+    axes.set(title=plain(title), xlabel="questions", xlim=(0, total), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), map(plain, rows))
+    axes.grid(visible=False)
     return figure
 
 
