@@ -114,9 +114,9 @@ def stretches(tokenizer, ids: np.ndarray, reader, limit: Callable[[str], int] | 
     others = np.array([part.end for part in parts], dtype=int)
     cuts = np.intersect1d(ends, others)[:-1]  # what is behind the last one goes with it
     result = [Stretch([place], [], True) for place in np.flatnonzero(fixed).tolist()]
-    mine, theirs = np.searchsorted(cuts, ends), np.searchsorted(cuts, others)
+    token_stretch, piece_stretch = np.searchsorted(cuts, ends), np.searchsorted(cuts, others)
     for number in range(len(cuts) + 1 if tokens else 0):
-        inside, read = np.flatnonzero(mine == number), np.flatnonzero(theirs == number)
+        inside, read = np.flatnonzero(token_stretch == number), np.flatnonzero(piece_stretch == number)
         counts = sum(letters[n] for n in inside), sum(bool(shown[n].strip()) for n in read)
         result.append(Stretch(places[inside].tolist(), [(_visible(shown[n]), parts[n].read) for n in read],
                               counts[0] == counts[1] <= 1))
