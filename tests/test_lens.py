@@ -387,7 +387,17 @@ def test_the_picture_of_a_stored_notebook(lens, start):
     figure = lens.figure()
     assert [axes.get_title(loc="left") for axes in figure.axes[:2]] == ["set 1", "set 2"]
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert start.meta["text"][0].split()[0] in texts
+    assert start.meta["text"][0].split()[0] in texts and any("The PCA keeps" in text.get_text() for text in figure.texts)
+
+
+def test_the_picture_may_be_of_a_umap(world, start, learned):
+    lens = dk.Lens([start, learned], world[1], task=world[0])
+    lens.maps["umap"] = dataclasses.replace(lens.maps["pca"], method="umap", points=-lens.maps["pca"].points)
+    flat, umap = lens.figure(), lens.figure("umap")
+    assert np.allclose(umap.axes[1].collections[-1].get_offsets(), -flat.axes[1].collections[-1].get_offsets())
+    assert any("The UMAP keeps" in text.get_text() for text in umap.texts)
+    with pytest.raises(ValueError, match="method must be one of"):
+        lens.figure("tsne")
 
 
 def test_a_film_as_a_gif(lens, tmp_path):

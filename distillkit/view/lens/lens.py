@@ -319,14 +319,20 @@ class Lens(anywidget.AnyWidget):
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         return (data or {}) | {"image/png": self.figure()._repr_png_()}, metadata
 
-    def _drawn(self) -> tuple:
+    def _drawn(self, method: str = "pca") -> tuple:
         """What both pictures need: film, map, classes, and the nearest words of the learned positions in each frame."""
+        if method not in self.maps:
+            self.answer(["map", method])
         names, labels, _ = panes.common_labels(self.film.sets)
         nearest = [words(self.student.tokenizer, tokens[self.film.learned]) for tokens in self.film.tokens]
-        return self.film, self.maps["pca"], names, labels, nearest
+        return self.film, self.maps[method], names, labels, nearest
 
-    def figure(self) -> Figure:
-        """What is looked at, on paper: film strip, words of the example, and attention heads, or the tokens of ``reader``."""
+    def figure(self, method: str = "pca") -> Figure:
+        """What is looked at, on paper: film strip, words of the example, and attention heads, or the tokens of ``reader``.
+
+        Args:
+            method: of the map, ``"pca"`` or ``"umap"``, which takes half a minute.
+        """
         frame = self.frame
         example = min(self.example, len(self.film.sets[frame]) - 1)  # a smaller set may lack the one that is looked at
         reply, parts = self.answer(["attention", self.revision, frame, example])
@@ -337,7 +343,7 @@ class Lens(anywidget.AnyWidget):
             row = tokens_of(self.real, self.film)[example, : len(real)]
             real[: len(row)] = row
         real, chips = (words(self.student.tokenizer, tokens) for tokens in (real, self._tokens(frame, example)))
-        return still.still(*self._drawn(), example=example, frame=frame, real=real, chips=chips, reading=reading,
+        return still.still(*self._drawn(method), example=example, frame=frame, real=real, chips=chips, reading=reading,
                            reader=self.reader and self.reader.name,
                            difference=weights[1] - weights[0] if len(weights) > 1 else None)
 

@@ -59,7 +59,7 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words
     owners = film.places[:, 0]
     labels = labels[round(time)]
     colours = [colour(label) for label in labels[owners]]
-    if not film.choices:  # from one set to another nothing has moved
+    if not film.choices and flat.method == "pca":  # from one set to another nothing has moved, and UMAP tears paths apart
         trails = np.stack([*flat.points[: before + 1], now], 1)  # [p, frames so far, 2]
         axes.add_collection(LineCollection(trails, colors=colours, linewidths=0.7, alpha=0.3))
     near = owners == example
@@ -190,7 +190,7 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         bar = figure.colorbar(ScalarMappable(Normalize(-MOST, MOST), DIFFERENCE), ax=axes, fraction=0.04, pad=0.02)
         bar.ax.tick_params(labelsize=7)
     counted = frame if frame in flat.preserved else max(flat.preserved)
-    figure.text(0.03, 0.96, f"The map keeps {flat.preserved[counted]:.1%} of neighbours at {drawn(film.names[counted])[:24]} "
+    figure.text(0.03, 0.96, f"The {flat.method.upper()} keeps {flat.preserved[counted]:.1%} of neighbours at {drawn(film.names[counted])[:24]} "
                             f"(shuffled: {flat.shuffled:.2%})", fontsize=9)
     draw_classes(figure, names)
     return figure
