@@ -116,7 +116,8 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         gain_title: of the right panel.
         comparisons: how many of them the thin intervals hold for together; a thick one holds for its gain alone.
 
-    A row of a single set has hollow marks and no interval.
+    A row of a single set has hollow marks and no interval.  The axis begins left of the lowest row; a level that lies farther
+    left stands in words below it.
     """
     sets = by_set(result).dropna(how="all")
     full, zero = (sets.loc[name].mean() for name in ("full/standard", "zero-shot/none"))
@@ -137,14 +138,17 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
                     right.plot([mean - half, mean + half], [place, place], color=colour, lw=width, label="_interval",
                                solid_capstyle="butt")
             right.plot(mean, place, "o", ms=7, color=colour, mfc=face, mew=1.5, label="_gain")
-    lines = (("guessing", chance, ":", "right"), ("no training", zero, "--", "left"), ("all pairs", full, "-", "right"))
-    for label, score, dashes, side in lines:
-        left.axvline(score, color=ROLE_COLOURS["full"], lw=1.5, ls=dashes)
-        left.annotate(f"{label} {score:.2f}", (score, -0.7), xytext=(4 if side == "left" else -4, 0), ha=side,
-                      textcoords="offset points", fontsize=9)
+    edge = min(float(rows.min().min()), full) - 0.05
+    levels = (("guessing", chance, ":", "right"), ("no training", zero, "--", "left"), ("all pairs", full, "-", "right"))
+    outside = [f"{label} {score:.2f}" for label, score, *_ in levels if score < edge]
+    for label, score, dashes, side in levels:
+        if score >= edge:
+            left.axvline(score, color=ROLE_COLOURS["full"], lw=1.5, ls=dashes)
+            left.annotate(f"{label} {score:.2f}", (score, -0.7), xytext=(4 if side == "left" else -4, 0), ha=side,
+                          textcoords="offset points", fontsize=9)
     left.set_yticks(range(len(rows)), [_label(str(name)) for name in rows.index], fontsize=10)
-    left.set(title=plain(title), xlim=(chance - 0.13, full + 0.03),
-             xlabel="test accuracy (a dot per set; stroke: mean)")
+    left.set(title=plain(title), xlim=(edge, full + 0.03), xlabel="test accuracy (a dot per set; stroke: mean)"
+             + ("\nfarther left: " + ", ".join(outside) if outside else ""))
     right.axvline(0, color="black", lw=1)
     right.set_yticks(range(len(rows)), [])
     right.set(title=plain(gain_title),
