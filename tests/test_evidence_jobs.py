@@ -181,7 +181,8 @@ def test_a_finished_run_does_nothing(finished, standin_hub, monkeypatch):
 
 def test_shipped_settings():
     shipped = {path.stem: EvidenceGrid.from_yaml(path) for path in CONFIGS.glob("evidence_*.yaml")}
-    others = ("rotten_tomatoes_l3", "ag_news_l3", "docstrings_three")  # on an encoder that did not judge; in three steps
+    # On an encoder that did not judge; in three steps; learned from keywords.
+    others = ("rotten_tomatoes_l3", "ag_news_l3", "sst2_l3", "docstrings_three", "docstrings_keywords")
     assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", "rotten_tomatoes", "ag_news", "sst2", *others)}
     for name, job in shipped.items():
         assert job.name == name and kind_of(CONFIGS / f"{name}.yaml") == "evidence"

@@ -227,6 +227,6 @@ def _verdict(sets: pd.DataFrame) -> str:
                      if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:
                 above = sum(paired_difference(scored, *pair)[0] > 0 for pair in pairs)
-                sentences.append(f"{method}: above {AGAINST[other]} in {above} of {len(pairs)} pairs, by more than the 95 % interval in "
-                                 f"{sum(beats(scored, *pair) for pair in pairs)}.")
+                sentences.append(f"{method}: above {AGAINST[other]} in {above} of {len(pairs)} pairs, "
+                                 f"by more than the 95 % interval in {sum(beats(scored, *pair) for pair in pairs)}.")
     return "\n\n" + " ".join(sentences) if sentences else ""

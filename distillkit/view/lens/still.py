@@ -190,7 +190,8 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         bar = figure.colorbar(ScalarMappable(Normalize(-MOST, MOST), DIFFERENCE), ax=axes, fraction=0.04, pad=0.02)
         bar.ax.tick_params(labelsize=7)
     counted = frame if frame in flat.preserved else max(flat.preserved)
-    figure.text(0.03, 0.96, f"The {flat.method.upper()} keeps {flat.preserved[counted]:.1%} of neighbours at {drawn(film.names[counted])[:24]} "
+    figure.text(0.03, 0.96, f"The {flat.method.upper()} keeps {flat.preserved[counted]:.1%} of neighbours "
+                            f"at {drawn(film.names[counted])[:24]} "
                             f"(shuffled: {flat.shuffled:.2%})", fontsize=9)
     draw_classes(figure, names)
     return figure
