@@ -268,7 +268,7 @@ def accuracy_against_bytes(
     axes.axhline(chance, color=ROLE_COLOURS["chance"], lw=1.6, ls=":", label="chance")
     axes.text(160, chance + 0.006, f"chance: {chance:.2f}", fontsize=10, color=ROLE_COLOURS["chance"], va="bottom")
     axes.axvline(corpus_bytes, color=ROLE_COLOURS["full"], lw=1.6, ls="--", label="compressed corpus")
-    axes.text(corpus_bytes * 0.94, 0.2, "the whole corpus, compressed", rotation=90, fontsize=10, ha="right", va="bottom")
+    axes.text(corpus_bytes * 0.94, 0.2, "compressed corpus", rotation=90, fontsize=10, ha="right", va="bottom")
     _labelled(axes, methods)
     axes.set(xscale="log", xlim=(140, 2e7), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
              xlabel="bytes of what a student trains on (log scale; equal ones side by side; a dot per set, hollow: one set)")
@@ -289,16 +289,19 @@ def _beside(nbytes: float, place: int) -> float:
 def _labelled(axes, methods: pd.DataFrame) -> None:
     """Each method's name and mean to the right of its dots, moved apart where two would overlap, with a line to the mean.
 
-    Methods of similar weight form a column; the name of one that is alone in a column before the last stands below its dots,
-    and the name of the lightest of the last column to the left of its dots.
+    Methods of similar weight form a column; the name of one that is alone in the first stands below its dots, in a later one
+    beside the highest, and the name of the lightest of the last column to the left of its dots.
     """
     columns = (np.log10(methods["bytes"]).diff() > 0.5).cumsum()
     for column, group in methods.groupby(columns):
         names = {method.Index: f"{method.label}: {method.mean:.2f}" for method in group.itertuples()}
         if len(group) == 1 and column < columns.max():
             (method,) = group.itertuples()
-            axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top",
-                      ha="center" if column else "left")
+            if column:
+                axes.text(method.bytes * 1.13, max(method.accuracies), names[method.Index].replace(", ", ",\n"), fontsize=9.5,
+                          va="center")
+            else:
+                axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top")
             continue
         right, last = group["bytes"].max() * 1.55, np.inf
         for method in group.sort_values("mean", ascending=False, kind="stable").itertuples():
