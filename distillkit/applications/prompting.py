@@ -157,7 +157,6 @@ def few_shot(
     blank = _content_free(task, student) if isinstance(task, Questions) else ([], [])
     longest = max(len(prompt) + max(map(len, ids)) for prompt, ids in zip(asked + blank[0], choices + blank[1], strict=True))
     accuracies, losses, dropped, lengths = [], [], [], []
-    answers = [task.split(split)[row]["answer"] for row in rows]
     for order in range(orders if k else 1):
         chosen = _order([answer for answer, _ in shown], k, generator("few-shot-order", seed, order))
         parts = [shown[i][1] for i in chosen]
@@ -174,13 +173,18 @@ def few_shot(
             blank_scores = torch.tensor(np.stack(log_likelihoods(student, *blank, **read)))
             prior = blank_scores.softmax(1).mean(0).log().numpy()
             scores.append([s - prior for s in plain])
-        losses.append(-float(np.mean([log_softmax(s)[answer] for s, answer in zip(plain, answers, strict=True)])))
+        losses.append(cross_entropy(plain, task.split(split)[[*rows]]["answer"]))
         accuracies.append([float(task.are_right(split, rows, picks(s)).mean()) for s in scores])
         dropped.append(len(chosen) - len(parts))
         lengths.append(len(context))
     plain, by_length, *calibrated = zip(*accuracies, strict=True)
     return FewShot(*mean_and_std(plain), plain, by_length, calibrated[0] if calibrated else None, tuple(losses), k=k,
                    dropped=tuple(dropped), context=tuple(lengths), rows=len(rows))
+
+
+def cross_entropy(scores: Sequence[np.ndarray], answers: Sequence[int]) -> float:
+    """Mean over questions of −log p(right answer), in nats, where p is the softmax of a question's log-likelihoods."""
+    return -float(np.mean([log_softmax(row)[answer] for row, answer in zip(scores, answers, strict=True)]))
 
 
 def remember(student: Student, context: Tensor):
