@@ -113,7 +113,8 @@ CALLS = {
         {"step_size": (0.1,), "steps": (0,)}, {"step_size": 0.1, "steps": (1,)}]), "initialisations": WHOLE, "rows": WHOLE}),
     "Fixed": (dk.Fixed, {"unroll": None}, {"unroll": THING}),
     "transfer": (dk.transfer, dict.fromkeys(("distilled", "task", "student")), {
-        "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE}),
+        "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": CHOICE, "split": CHOICE,
+        "method": CHOICE, "source": THING}),
     "retokenize": (dk.retokenize, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING}),
     "recommend": (dk.recommend, dict.fromkeys(("student", "task")), {
@@ -133,7 +134,7 @@ CALLS = {
         "distilled": THING, "task": THING, "student": THING}),
     "search_sentences": (sentences, dict.fromkeys(("distilled", "task", "student")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
-        "sentences": WHOLE, "seed": SEED}),
+        "sentences": WHOLE, "pool": THING, "seed": SEED}),
     "search_keywords": (dk.search_keywords, dict.fromkeys(("distilled", "task", "student", "judge")), {
         "distilled": THING, "task": THING, "student": THING, "judge": THING, "steps": WHOLE, "candidates": WHOLE,
         "words": WHOLE, "seed": SEED}),
@@ -154,11 +155,11 @@ CALLS = {
 }
 # Made by other names, and only read.
 RESULTS = {"Estimate", "Evaluation", "FewShot", "InstructionTask", "MetaGradient", "StepRecord", "StorageError", "Student",
-           "Task", "Wording"}
+           "Task", "Wording", "WrittenSentences"}
 # Their bad values are tested where they are: test_publish, test_prompting, test_wording, test_lesson, test_pairs,
-# test_lens.
+# test_lens, test_writing.
 ELSEWHERE = {"from_hub", "push_to_hub", "few_shot", "questions", "describe_text", "wording_table", "sizes",
-             "search_pairs", "Lens", "record_film"}
+             "search_pairs", "Lens", "record_film", "write_sentences"}
 # Paths and switches that have no bad value of their own here, or whose effects are tested where they belong.
 APART = {"checkpoint", "optimizer", "folder", "device", "parts", "settings", "per_class", "fraction", "length"}
 

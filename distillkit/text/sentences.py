@@ -77,6 +77,7 @@ def search_sentences(
     if pool is None:
         pool = _pool(task, student, sentences, start.embeds.shape[1], seed)
     else:
+        check_is("pool", pool, DistilledSet)
         pool.check_table(student)
         pool = pool.in_classes(task.classes, f"task {task.name!r}")
         lacking = {*start.label_names()} - {*pool.label_names()}
