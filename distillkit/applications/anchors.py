@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.core.examples import embed, special_frame
+from distillkit.core.examples import embed, framed, special_frame
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.io.checks import check_are, require
@@ -72,7 +72,8 @@ def carry_over(distilled: DistilledSet, task: Task, student: Student, source: St
     """A set's embeddings in the space of another student, between that student's own special tokens.
 
     Args:
-        distilled: a set of ``source``, learned or of text; examples longer than ``student`` can read lose positions behind.
+        distilled: a set of ``source``, learned or of text; sentences longer than ``student`` can read lose positions behind,
+            prompts in front, as text does.
         task: the task it was made for.
         student: the student to carry it to.
         source: the student it was made with.
@@ -97,14 +98,13 @@ def carry_over(distilled: DistilledSet, task: Task, student: Student, source: St
     labels = distilled.meta["responses"] if task.kind == "instruction" else distilled.label_names()
     frame = DistilledSet.from_text(["a"] * len(distilled), labels, task, student, soft_labels=False)
     counts = distilled.free.sum(1).clamp(max=room)
-    place = torch.arange(len(before) + int(counts.max()) + len(after))
-    ends = len(before) + counts[:, None]
-    free, mask = (place >= len(before)) & (place < ends), place < ends + len(after)
+    mask, free = framed(counts, len(before), len(after))
     embeds = torch.zeros(*mask.shape, student.width, dtype=frame.embeds.dtype)
     specials = embed(student, torch.tensor([*before, *after], dtype=torch.long))
     vectors, explained = anchor_map(old_rows, new_rows, distilled.embeds)
     for row, count in enumerate(counts.tolist()):
-        body = vectors[row][distilled.free[row]][:count].to(embeds)
+        body = vectors[row][distilled.free[row]]
+        body = (body[-count:] if task.kind == "instruction" else body[:count]).to(embeds)
         embeds[row][mask[row]] = torch.cat([specials[: len(before)], body, specials[len(before) :]])
     meta = {key: value for key, value in frame.meta.items() if key != "text"}
     carried = {"from": source.name, "anchors": len(words), "explained": round(explained, 4),

@@ -21,7 +21,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -32,6 +31,7 @@ from distillkit.core.student import Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import log_likelihoods
 from distillkit.io.checks import require
+from distillkit.text.writing import runs, words_of
 
 RUNS = (1, 2, 3)
 RARE = 5
@@ -61,11 +61,6 @@ class Wording:
     rare: float
     perplexity: float | None
     terms: dict[str, tuple[str, ...]]
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: runs of letters, digits and underscores."""
-    return re.findall(r"\w+", text.lower())
 
 
 def log_odds(one: Mapping[str, int], other: Mapping[str, int], prior: Mapping[str, int]) -> dict[str, float]:
@@ -122,8 +117,9 @@ def describe_text(
     tells_own = pd.Series([word in words_of_class[name] for body, name in pairs for word in body])
     overlap = {}
     for n in RUNS:
-        known, runs = {*_runs(corpus, n)}, _runs(pairs, n)
-        overlap[n] = sum(run in known for run in runs) / len(runs) if runs else math.nan
+        known = {run for body, _ in corpus for run in runs(body, n)}
+        own = [run for body, _ in pairs for run in runs(body, n)]
+        overlap[n] = sum(run in known for run in own) / len(own) if own else math.nan
     terms = _scores_by_class(pairs, task.classes, frequency)
     return Wording(
         words=len(words),
@@ -175,7 +171,3 @@ def _scores_by_class(
         z = log_odds(count, others, prior) if count and others else {}
         scores[name] = {word: z[word] for word in count if z}
     return scores
-
-
-def _runs(pairs: Sequence[tuple[list[str], str]], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for words, _ in pairs for i in range(len(words) - n + 1)]

@@ -66,9 +66,7 @@ def sentences_as_set(
     for row, body in enumerate(bodies):
         require(body, f"row {row} (counted from 0): the tokenizer of {student.name!r} makes no token of {texts[row][:40]!r}")
     ids = _padded([before + body + after for body in bodies], cast("int", student.tokenizer.pad_token_id or 0))
-    place = torch.arange(ids.shape[1])
-    ends = len(before) + torch.tensor([len(body) for body in bodies])[:, None]
-    mask, free = place < ends + len(after), (place >= len(before)) & (place < ends)
+    mask, free = framed(torch.tensor([len(body) for body in bodies]), len(before), len(after))
     return _fields(task, student, ids, mask, free, torch.tensor(labels), classes=list(task.classes), labels=labels)
 
 
@@ -116,6 +114,18 @@ def special_frame(tokenizer) -> tuple[list[int], list[int]]:
         if framed[start : start + len(body)] == body:
             return framed[:start], framed[start + len(body) :]
     return [], []
+
+
+def framed(counts: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """Which positions are read, and which of them lie between the special tokens: two masks ``[m, l]``.
+
+    Args:
+        counts: content positions ``[m]`` of each example.
+        before, after: special tokens before and after them.
+    """
+    place = torch.arange(before + int(counts.max()) + after)
+    ends = before + counts[:, None]
+    return place < ends + after, (place >= before) & (place < ends)
 
 
 def embed(student: Student, ids: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 
@@ -81,6 +82,7 @@ class ClassificationCell(Cell):
     """An experiment on classification, or a cell of a grid of them."""
 
     texts, selections, projected = ("projected",), METHODS, {"projected": "embeddings"}
+    relabelled: ClassVar[Mapping[str, str]] = {LEARNED_LABELS: "random"}  # method: text whose labels and step sizes are learned
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -101,10 +103,10 @@ class ClassificationCell(Cell):
     def create(self, method: str, seed: int) -> DistilledSet:
         if self.learns_together(method):
             self.learn_with_siblings(method, seed)
-        if method != LEARNED_LABELS:
+        if method not in self.relabelled:
             return super().create(method, seed)
-        return self.distil(method, seed, self.set_of("random", seed).soften(), self.objective(), steps=self.job.label_steps,
-                           learn=("targets", "step_sizes"))
+        start = self.set_of(self.relabelled[method], seed).soften()
+        return self.distil(method, seed, start, self.objective(), steps=self.job.label_steps, learn=("targets", "step_sizes"))
 
     def learns_together(self, method: str) -> bool:
         """Whether a set is learned side by side with the same set of the cells that differ in their seed."""

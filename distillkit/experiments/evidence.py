@@ -18,7 +18,8 @@ Beside them:
   ``chosen sentences`` takes from all it wrote.
 * ``searched keywords``: the keywords after a search that asks several encoders at once, each by what its head reads first and
   by all its layers (:func:`~distillkit.text.keywords.search_keywords`).
-* ``real + learned labels``: random sentences whose soft labels and step sizes were learned.
+* ``real + learned labels``: random sentences whose soft labels and step sizes were learned; ``keywords + learned labels``: the
+  keywords likewise, which is what embeddings that start from keywords are before any vector moves.
 * ``embeddings``: distilled by BPTT; ``embeddings + attention labels`` with labels for the attention of the first token too
   (Maekawa et al., 2023); ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
 * ``tfidf``, ``linear probe``: classifiers on all rows, of the bootstrap (``all``) or of the corpus as it is (``corpus``).
@@ -87,13 +88,15 @@ BY_HAND = ("class names", "written")  # texts that do not depend on the drawn ro
 PUBLISHED, CHOSEN, SEARCHED = "published", "chosen sentences", "searched keywords"
 CANDIDATES, MODEL_WRITTEN, CHOSEN_WRITTEN = "candidates", "model-written", "chosen model-written"
 ATTENTION, FLOAT16, LOW_RANK = "embeddings + attention labels", "embeddings float16", "embeddings low rank"
+KEYWORD_LABELS = "keywords + learned labels"
 CHEAP = (*BY_HAND, *METHODS, "keywords")
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
     *(f"{method}{labels}/tuned" for method in (*CHEAP, PUBLISHED, CHOSEN, SEARCHED, MODEL_WRITTEN, CHOSEN_WRITTEN)
       for labels in ("", TEACHER)),
-    f"{LEARNED_LABELS}/own", *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
+    f"{LEARNED_LABELS}/own", f"{KEYWORD_LABELS}/own", f"{KEYWORD_LABELS}/tuned",
+    *(f"embeddings/{recipe}" for recipe in ("own", "tuned", "standard")),
     *(f"{method}/own" for method in (ATTENTION, FLOAT16, LOW_RANK)),
     *(f"{method}/{rows}" for method in UPPER for rows in ("all", "corpus")),
     "full/standard",
@@ -154,6 +157,7 @@ class BootstrapCell(ClassificationCell):
     corpus: Task
     encoder: Callable[[str], Student]
     texts = (CHOSEN, SEARCHED, CHOSEN_WRITTEN)
+    relabelled = {**ClassificationCell.relabelled, KEYWORD_LABELS: "keywords"}
     selections = tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:

@@ -8,9 +8,8 @@ the lines as it does among real sentences (:func:`~distillkit.text.sentences.sea
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -74,7 +73,7 @@ def write_sentences(
     require(task.kind == "classification", f"task {task.name!r} has no classes to write sentences of")
     require(writer.kind == "instruction", f"student {writer.name!r} is no language model; load one, "
             "load_student(…, dk.questions(task))")
-    known = [" ".join(words(text)) for text in task.train["text"][:]]
+    known = [" ".join(words_of(text)) for text in task.train["text"][:]]
     rows_of, texts, labels = task.rows_by_class("train"), [], []
     counts = {"lines": 0, "verbatim": 0, "repeated": 0}
     sampling = {"max_new_tokens": length, "temperature": temperature, "top_p": top_p, "num_return_sequences": batch_size}
@@ -86,12 +85,14 @@ def write_sentences(
             rows = rows_of[label][torch.randperm(len(rows_of[label]), generator=draw)[:shown].numpy()]
             prompt = list_of(name, [task.train[int(row)]["text"] for row in rows], writer.tokenizer, length)
             for line in continuations(writer, prompt, derive_seed("sentences-written", seed, label, batch), **sampling):
-                text = " ".join(words(line))
-                verbatim = any(row.startswith(text) for row in known)
+                text = " ".join(words_of(line))
                 counts["lines"] += 1
+                if text.count(" ") < FEWEST_WORDS - 1:  # too short for a sentence, and no copy of one
+                    continue
+                verbatim = any(row.startswith(text) for row in known)
                 counts["verbatim"] += verbatim
                 counts["repeated"] += not verbatim and text in new
-                if not verbatim and text.count(" ") >= FEWEST_WORDS - 1:
+                if not verbatim:
                     new.setdefault(text, line)
             if len(new) >= per_class:
                 bar.close()
@@ -100,8 +101,8 @@ def write_sentences(
                 f"{PATIENCE} × {per_class} lines, and {per_class} were asked for; ask for fewer, or raise temperature")
         texts += [*new.values()][:per_class]
         labels += [name] * per_class
-    in_rows = {run for row in known for run in runs(row)}
-    shared = sum(not in_rows.isdisjoint(runs(" ".join(words(text)))) for text in texts)
+    in_rows = {run for row in known for run in runs(row.split(), RUN)}
+    shared = sum(not in_rows.isdisjoint(runs(words_of(text), RUN)) for text in texts)
     return WrittenSentences(tuple(texts), tuple(labels), counts["lines"], counts["verbatim"] / counts["lines"],
                             counts["repeated"] / counts["lines"], shared / len(texts))
 
@@ -126,11 +127,11 @@ def continuations(writer: Student, prompt: str, seed: int, **sampling) -> Iterat
         yield text.partition("\n")[0].strip()
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case and without punctuation."""
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case: runs of letters, digits and underscores."""
     return re.findall(r"\w+", text.casefold())
 
 
-def runs(text: str) -> set[tuple[str, ...]]:
-    """All runs of :data:`RUN` words in a row."""
-    return {*zip(*(itertools.islice(text.split(), first, None) for first in range(RUN)))}
+def runs(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of ``n`` words in a row."""
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
