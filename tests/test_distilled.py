@@ -241,3 +241,14 @@ def test_the_longest_possible_example(task, students):
         students["roberta-base"].init(0), {"inputs_embeds": found.embeds, "attention_mask": found.mask}
     )
     assert logits.isfinite().all()
+
+
+def test_what_a_notebook_shows_of_an_object_is_one_line(task, student):
+    start = dk.DistilledSet.from_real(task, student, per_class=2, length=10)
+    learned = dataclasses.replace(start, tokens=None, step_sizes=torch.full((3,), 0.1)).with_attention(student)
+    assert repr(start) == "DistilledSet(4 examples of 10 positions × 32, text, soft labels)"
+    assert repr(learned).endswith("learned embeddings, soft labels, 3 step sizes, attention labels)")
+    assert f"rows: train={len(task.train)}, validation={len(task.validation)}" in repr(task)
+    assert repr(dataclasses.replace(task, test=None)).endswith(f"test=0, max_length={task.max_length})")
+    assert repr(student).startswith("Student('bert-base-uncased', classification, ")
+    assert "\n" not in repr(dk.FrozenJudge(task, student)) and len(repr(dk.FrozenJudge(task, student))) < 300

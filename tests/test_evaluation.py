@@ -96,6 +96,9 @@ def test_the_recipe_is_the_one_reported(task, tiny):
     assert own["name"] == "own" and own["steps"] == 5 and own["batch_size"] == 3 and own["optimizer"]["name"] == "SGD"
     assert own["step_sizes"] == pytest.approx(found.step_sizes.tolist())
     assert dk.evaluate(bare, task, tiny, seeds=(0,)).recipe["name"] == "tuned"
+    with pytest.warns(UserWarning, match="step sizes and no stored recipe"):
+        sized = dataclasses.replace(bare, step_sizes=torch.tensor([0.1]))
+        assert dk.evaluate(sized, task, tiny, seeds=(0,)).recipe["name"] == "tuned"
     assert dk.evaluate(found, task, tiny, seeds=(0,), recipe=unroll).recipe == {"name": "unroll", **unroll.recipe()}
     standard = dk.evaluate(found, task, tiny, seeds=(0,), recipe=STANDARD).recipe
     assert (standard["name"], standard["steps"], standard["optimizer"]["step_size"]) == ("standard", 4, 5e-5)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from scipy.stats import t
 
@@ -167,6 +168,14 @@ def test_rank_correlations():
     assert rank_correlation(losses[:4], losses) is None, "four sets say nothing"
 
 
+def test_keywords_with_learned_labels_are_the_keywords(cell, standin_hub):
+    """Only labels and step sizes of the text are learned, from the start that embeddings have too."""
+    of_seed = cell.of_seed(0)
+    labelled, keywords = of_seed.set_of("keywords + learned labels", 0), of_seed.set_of("keywords", 0)
+    assert torch.equal(labelled.tokens, keywords.tokens) and torch.equal(labelled.embeds, keywords.embeds)
+    assert not torch.equal(labelled.targets, keywords.soften().targets) and labelled.meta["recipe"]["name"] == "BPTT"
+
+
 def test_screening_losses_are_kept(finished):
     notes = finished[1]["cells"]["per_class=2"]["notes"]
     for method in ("embeddings", "chosen sentences", "searched keywords", "real + learned labels"):
@@ -181,13 +190,15 @@ def test_a_finished_run_does_nothing(finished, standin_hub, monkeypatch):
 
 def test_shipped_settings():
     shipped = {path.stem: EvidenceGrid.from_yaml(path) for path in CONFIGS.glob("evidence_*.yaml")}
-    # On an encoder that did not judge; in three steps; learned from keywords.
-    others = ("rotten_tomatoes_l3", "ag_news_l3", "sst2_l3", "docstrings_three", "docstrings_keywords")
+    # On an encoder that did not judge; on a large one; in three steps; learned from keywords.
+    others = ("rotten_tomatoes_l3", "ag_news_l3", "sst2_l3", "ag_news_mpnet", "docstrings_three", "docstrings_keywords")
     assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", "rotten_tomatoes", "ag_news", "sst2", *others)}
     for name, job in shipped.items():
         assert job.name == name and kind_of(CONFIGS / f"{name}.yaml") == "evidence"
         sentences = written_sentences(job.base["corpus"])
-        assert name.endswith("_l3") == (job.base["student"] not in job.base["judges"])
+        judges = job.base.get("judges", [])  # none: no row needs them
+        assert name.endswith(("_l3", "_mpnet")) == (job.base["student"] not in judges)
+        assert judges or "searched keywords/tuned" not in job.base.get("rows", job.rows)
         assert len(sentences) > 1 and {len({*texts}) for texts in sentences} == {5}
 
 

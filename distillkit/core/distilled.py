@@ -43,7 +43,7 @@ WAY_ACROSS = ("only text moves to another model: dk.transfer(set, task, student)
               "embeddings become text by dk.project(set, the student it was made with)")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class DistilledSet:
     """m synthetic examples; lives on the CPU, objectives move it.
 
@@ -90,6 +90,14 @@ class DistilledSet:
 
     def __len__(self) -> int:
         return len(self.embeds)
+
+    def __repr__(self) -> str:
+        m, length, width = self.embeds.shape
+        labels = "soft labels" if self.soft else "responses" if self._has_responses else "hard labels"
+        steps = "" if self.step_sizes is None else f", {self.step_sizes.numel()} step sizes"
+        attention = "" if self.attention is None else ", attention labels"
+        inputs = "learned embeddings" if self.tokens is None else "text"
+        return f"DistilledSet({m} examples of {length} positions × {width}, {inputs}, {labels}{steps}{attention})"
 
     @property
     def soft(self) -> bool:

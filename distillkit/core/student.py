@@ -41,7 +41,7 @@ Params = dict[str, Tensor]
 Batch = Mapping[str, Tensor]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Student:
     """A model as a pure function of its trained parameters; made by :func:`~distillkit.core.loading.load_student`.
 
@@ -83,7 +83,11 @@ class Student:
     scale: float = 1.0
     classes: tuple[str, ...] = ()
     table_sha256: str = ""
-    cache: dict = dataclasses.field(default_factory=dict, repr=False)
+    cache: dict = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.module.parameters())
+        return f"Student({self.name!r}, {self.kind}, {size / 1e6:.1f} million parameters, trainable={self.trainable!r})"
 
     @property
     def device(self) -> torch.device:

@@ -32,7 +32,7 @@ ANSWER, GROUP = PROMPT_COLUMNS.index("answer"), PROMPT_COLUMNS.index("group")
 CHUNK = 1000  # rows that are tokenised at once
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InstructionTask(Task):
     """Three splits of prompts with responses. Make one with `load_task`.
 

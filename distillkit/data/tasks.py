@@ -59,9 +59,14 @@ class Task:
     max_length: int
     fingerprint: str
     origin: str
-    _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary, repr=False)
-    resampled: tuple[Task, Tensor] | None = field(default=None, repr=False)
+    _labels: dict[str, np.ndarray] = field(default_factory=dict)
+    _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)
+    resampled: tuple[Task, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{split}={len(getattr(self, split) or ())}" for split in SPLITS)
+        classes = f"{len(self.classes)} classes, " if self.classes else ""
+        return f"{type(self).__name__}({self.name!r}, {classes}rows: {rows}, max_length={self.max_length})"
 
     def split(self, name: str) -> datasets.Dataset:
         """The rows of "train", "validation" or "test"; a `ValueError` for any other name, or a split that is missing."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -121,6 +122,9 @@ def evaluate(
     task.split(split)  # an unknown name is an error before anything is trained
     if recipe is None:
         recipe = "standard" if distilled is None else "own" if "recipe" in distilled.meta else "tuned"
+        if recipe == "tuned" and distilled.step_sizes is not None:
+            warnings.warn("the set has step sizes and no stored recipe that uses them, so it is scored under the tuned recipe; "
+                          "pass recipe=… to choose another", stacklevel=2)
     plan_of_seed = as_recipe(recipe).plan(distilled, task, student)
     accuracy, outcomes, seconds = has_accuracy(task, split), [], []
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):

@@ -37,8 +37,8 @@ class WrittenSentences:
         overlap: share of ``texts`` with eight words in a row that stand in a training row.
     """
 
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
+    texts: tuple[str, ...] = dataclasses.field(repr=False)
+    labels: tuple[str, ...] = dataclasses.field(repr=False)
     lines: int
     verbatim: float
     repeated: float
