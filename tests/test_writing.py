@@ -43,7 +43,7 @@ def test_a_model_writes_the_same_sentences_for_the_same_seed(task, writer):
     written = dk.write_sentences(task, writer, per_class=3, shown=2, length=12, batch_size=8, seed=1)
     assert torch.equal(state, torch.get_rng_state())  # nobody else's draws change
     assert written.labels == tuple(name for name in task.classes for _ in range(3))
-    assert len({*written.texts}) == len(written.texts) and all(len(writing.words(text)) >= 3 for text in written.texts)
+    assert len({*written.texts}) == len(written.texts) and all(len(writing.words_of(text)) >= 3 for text in written.texts)
     assert not any("\n" in text for text in written.texts)
     assert dk.write_sentences(task, writer, per_class=3, shown=2, length=12, batch_size=8, seed=1) == written
     assert dk.write_sentences(task, writer, per_class=3, shown=2, length=12, batch_size=8, seed=2).texts != written.texts

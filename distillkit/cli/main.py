@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=(),
                      help="only the sets of these seeds for now; other processes may compute others")
     table = commands.add_parser("table", help="print the table of a committed result")
-    table.add_argument("name", help="name of a result in --results")
+    table.add_argument("name", nargs="+", help="name of a result in --results; several of kind evidence stand side by side")
     table.add_argument("--figure", type=Path, help="also draw it into this file")
     figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
     readme = commands.add_parser("readme", help="write the tables of README.md and RESULTS.md from the committed results")

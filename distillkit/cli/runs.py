@@ -71,13 +71,16 @@ def is_finished(path: Path) -> bool:
 
 def table(args: argparse.Namespace) -> None:
     """``python -m distillkit table``."""
-    path = args.results / f"{args.name}.json"
-    result = read_result(path)
-    require({"config", "cells", "scores"} <= result.keys(),
-            f"{path} holds no scores of an experiment; name a result that `run` has written")
-    say(table_of(result))
+    results = []
+    for name in args.name:
+        path = args.results / f"{name}.json"
+        results.append(read_result(path))
+        require({"config", "cells", "scores"} <= results[-1].keys(),
+                f"{path} holds no scores of an experiment; name a result that `run` has written")
+    say(table_of(*results))
     if args.figure:
-        plots.save(plots.quickstart(result), args.figure)
+        require(len(results) == 1, "--figure draws one result; name one")
+        plots.save(plots.quickstart(*results), args.figure)
 
 
 def figures(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from distillkit.experiments.classification import (
     table,
 )
 from distillkit.experiments.continual import ContinualCell, ContinualJob, continual_table
+from distillkit.experiments.encoders import encoders_table
 from distillkit.experiments.evidence import EvidenceCell, EvidenceGrid, evidence_table
 from distillkit.experiments.instruction import InstructionCell, InstructionJob, instruction_table
 from distillkit.experiments.notebooks import notebooks_table
@@ -36,8 +37,11 @@ KINDS = {  # kind: (settings, run(job, folder of results, folder of work, fresh=
 }
 
 
-def table_of(result: Mapping) -> str:
-    """A result of any kind as Markdown."""
+def table_of(*results: Mapping) -> str:
+    """A result of any kind as Markdown; several of kind ``evidence`` side by side."""
+    if len(results) > 1:
+        return encoders_table(results)
+    (result,) = results
     kind = result["config"].get("kind", "classification")
     if kind == "notebooks":  # it has no settings of its own to run
         return notebooks_table(result)

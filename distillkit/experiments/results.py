@@ -285,17 +285,17 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str | None]], align:
     return "\n".join([first, f"|{rule}|", *others])
 
 
-MARKED = re.compile(r"(<!-- (\w+): ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (\w+): ([\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def with_tables(text: str, folder: str | Path, *, marker: str, draw: Callable[[dict], str]) -> str:
-    """``text`` with the block after each ``<!-- marker: name -->`` replaced by ``draw`` of that result in ``folder``."""
+def with_tables(text: str, folder: str | Path, *, marker: str, draw: Callable[..., str]) -> str:
+    """``text`` with the block after each ``<!-- marker: name … -->`` replaced by ``draw`` of these results in ``folder``."""
 
     def block(match: re.Match) -> str:
         if match[2] != marker:
             return match[0]
-        path = Path(folder) / f"{match[3]}.json"
-        content = draw(read(path)) if path.is_file() else "*not run*"
+        paths = [Path(folder) / f"{name}.json" for name in match[3].split()]
+        content = draw(*map(read, paths)) if all(path.is_file() for path in paths) else "*not run*"
         return f"{match[1]}{content}\n{match[4]}"
 
     return MARKED.sub(block, text)

@@ -1,0 +1,92 @@
+"""Evidence of several encoders side by side: the table that the slides by Anirudh, Xindi and Sabhya leave pending.
+
+Each column is an encoder, each block a corpus, every score that of sets of one size from bootstraps of the training rows
+(:mod:`distillkit.experiments.evidence`).  Two questions are answered in lines of their own: how far learned embeddings are
+above keywords and chosen sentences on the same bootstraps, and which share of the way from chance to full training they go.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from distillkit.experiments.results import by_set, classes_of, gain, markdown, paired_difference, spread
+from distillkit.io.checks import require
+
+LEARNED = ("embeddings/own", "embeddings/tuned")
+OPPONENTS = ("keywords/tuned", "chosen sentences/tuned")
+FEWEST = 3  # sets that an interval takes
+UPPER = ("full/standard", "linear probe/all")  # what a share is measured by: the first that there is
+
+
+def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
+    """Results of kind ``evidence`` as one Markdown table, at one number of examples per class.
+
+    Args:
+        results: of one or more corpora; rows that only one encoder has are left out where a corpus has several.
+        per_class: the size.
+
+    Raises:
+        ValueError: a result of another kind or without this size, or two of the same corpus and encoder.
+    """
+    cell, columns = f"per_class={per_class}", {}
+    for result in results:
+        config = result["config"]
+        require(config.get("kind") == "evidence", f"result {config.get('name')!r} is not of kind evidence; only such stand "
+                "side by side")
+        require(cell in result["cells"], f"result {config['name']!r} has nothing at {per_class} per class")
+        corpus, encoder = config["base"]["corpus"], config["base"]["student"].removeprefix("offline:")
+        require((corpus, encoder) not in columns, f"two results of {encoder} on {corpus}; name one of them")
+        columns[corpus, encoder] = by_set(result, cell=cell), 1 / len(classes_of(result))
+    encoders = [*dict.fromkeys(encoder for _, encoder in columns)]
+    comparisons = sum(_has(sets, one) and _has(sets, other)
+                      for sets, _ in columns.values() for one, other in itertools.product(LEARNED, OPPONENTS))
+    lines = []
+    for corpus in dict.fromkeys(corpus for corpus, _ in columns):
+        of_corpus = {encoder: columns[corpus, encoder] for encoder in encoders if (corpus, encoder) in columns}
+        lines += [[corpus, name, *(texts.get(encoder, "") for encoder in encoders)]
+                  for name, texts in _block(of_corpus, comparisons)]
+    note = (f"Means ± sd over sets, their number in brackets. Gains are paired by set; their 95 % intervals are corrected for "
+            f"{comparisons} comparisons (Bonferroni).")
+    return f"{markdown(['corpus', 'trained on', *encoders], lines, 'll')}\n\n{note}"
+
+
+def _block(of_corpus: Mapping[str, tuple[pd.DataFrame, float]], comparisons: int) -> list[tuple[str, dict[str, str]]]:
+    """The lines of a corpus: a name, and a text for each encoder."""
+    rows = dict.fromkeys(row for sets, _ in of_corpus.values() for row in sets.index)
+    most = min(2, len(of_corpus))
+    shown = [row for row in rows if sum(_has(sets, row) for sets, _ in of_corpus.values()) >= most]
+    lines = [(row, {encoder: _counted(sets, row) for encoder, (sets, _) in of_corpus.items()}) for row in shown]
+    for one, other in itertools.product(LEARNED, OPPONENTS):
+        gains = {encoder: _gain(sets, one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
+        if any(gains.values()):
+            lines.append((f"*{one} − {other}*", gains))
+    for one, upper in itertools.product(LEARNED[:1], UPPER):
+        shares = {encoder: _share(sets, one, upper, chance) for encoder, (sets, chance) in of_corpus.items()}
+        if any(shares.values()):
+            lines.append((f"*{one}, share of {upper} above chance*", shares))
+    return lines
+
+
+def _has(sets: pd.DataFrame, row: str) -> bool:
+    return row in sets.index and bool(sets.loc[row].notna().any())
+
+
+def _counted(sets: pd.DataFrame, row: str) -> str:
+    return f"{spread(sets.loc[row])} ({sets.loc[row].count()})" if _has(sets, row) else ""
+
+
+def _gain(sets: pd.DataFrame, one: str, other: str, comparisons: int) -> str:
+    """The paired gain; fewer than three sets have no interval."""
+    count = int(sets.reindex([one, other]).notna().all().sum())
+    if count >= FEWEST:
+        return gain(sets, one, other, comparisons)
+    return f"{paired_difference(sets, one, other)[0]:+.3f} ({count} set{'s' * (count > 1)})" if count else ""
+
+
+def _share(sets: pd.DataFrame, one: str, upper: str, chance: float) -> str:
+    if not (_has(sets, one) and _has(sets, upper)):
+        return ""
+    return f"{(sets.loc[one].mean() - chance) / (sets.loc[upper].mean() - chance):.0%}"
