@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
                      help="only the sets of these seeds for now; other processes may compute others")
     table = commands.add_parser("table", help="print the table of a committed result")
     table.add_argument("name", nargs="+", help="name of a result in --results; several of kind evidence stand side by side")
+    table.add_argument("--against", metavar="METHOD/RECIPE", help="of a result of kind evidence: gains over this row")
     table.add_argument("--figure", type=Path, help="also draw it into this file")
     figures = commands.add_parser("figures", help="draw every figure of the committed results into the folder above them")
     readme = commands.add_parser("readme", help="write the tables of README.md and RESULTS.md from the committed results")

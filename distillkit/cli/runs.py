@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from distillkit.experiments.evidence import evidence_table
 from distillkit.experiments.kinds import KINDS, table_of
 from distillkit.experiments.results import read as read_result
 from distillkit.experiments.results import with_tables
@@ -77,9 +78,13 @@ def table(args: argparse.Namespace) -> None:
         results.append(read_result(path))
         require({"config", "cells", "scores"} <= results[-1].keys(),
                 f"{path} holds no scores of an experiment; name a result that `run` has written")
-    say(table_of(*results))
+    alone = [flag for flag in ("against", "figure") if getattr(args, flag)]
+    require(len(results) == 1 or not alone, f"--{alone and alone[0]} is for one result; name one")
+    if args.against:
+        kind = results[0]["config"].get("kind")
+        require(kind == "evidence", f"--against is for results of kind evidence, and {args.name[0]} is of kind {kind}")
+    say(evidence_table(*results, args.against) if args.against else table_of(*results))
     if args.figure:
-        require(len(results) == 1, "--figure draws one result; name one")
         plots.save(plots.quickstart(*results), args.figure)
 
 

@@ -78,6 +78,7 @@ from distillkit.experiments.settings import (
     settings,
     whole,
 )
+from distillkit.io.checks import check_choice
 from distillkit.text.judges import READS, FrozenJudge, JointJudge
 from distillkit.text.keywords import search_keywords
 from distillkit.text.sentences import search_sentences
@@ -302,14 +303,22 @@ class EvidenceGrid(Grid):
 # --- the table -----------------------------------------------------------------------------------------------------------
 
 
-def evidence_table(result: Mapping) -> str:
+def evidence_table(result: Mapping, against: str | None = None) -> str:
     """The result as a Markdown table, with gains over the best cheap opponent of each size and the screening losses below.
 
     Intervals of gains are corrected for the number of gains in the table (Bonferroni).
+
+    Args:
+        against: the row to take gains over, in place of the best cheap one.
+
+    Raises:
+        ValueError: the result has no such row.
     """
     sets_of = {k: by_set(result, cell=f"per_class={k}") for k in result["config"]["per_class"]}
-    rivals = {k: best_cheap(sets) for k, sets in sets_of.items()}
-    compared = {k: [row for row in sets.dropna(how="all").index if _compared(row)] if rivals[k] else []
+    if against is not None:
+        check_choice("against", against, result["config"]["rows"])
+    rivals = {k: against or best_cheap(sets) for k, sets in sets_of.items()}
+    compared = {k: [row for row in sets.dropna(how="all").index if _compared(row) and row != rivals[k]] if rivals[k] else []
                 for k, sets in sets_of.items()}
     comparisons = max(1, sum(map(len, compared.values())))
     lines, scores = [], frame(result)
@@ -319,11 +328,12 @@ def evidence_table(result: Mapping) -> str:
             described = _described(of_cell[of_cell["row"] == row], result["cells"][f"per_class={k}"])
             lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
-             "gain over the best cheap text"]
+             f"gain over {against or 'the best cheap text'}"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
+    role = "Opponent" if against else "Best cheap text"
     note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} "
             f"comparison{'s' * (comparisons > 1)} (Bonferroni). "
-            f"Best cheap text: {opponents or 'not run'}.{_corpus_size(result)}{_screening(result, sets_of)}")
+            f"{role}: {opponents or 'not run'}.{_corpus_size(result)}{_screening(result, sets_of)}")
     return f"{markdown(heads, lines, 'rll')}\n\n{note}"
 
 
