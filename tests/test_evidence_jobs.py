@@ -24,7 +24,7 @@ from distillkit.experiments.evidence import (
     written_sentences,
 )
 from distillkit.experiments.kinds import table_of
-from distillkit.experiments.results import by_set, frame, paired_difference, rank_correlation, read
+from distillkit.experiments.results import by_set, frame, paired_difference, rank_correlation, read, write
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
 from example_results import result_of
@@ -153,6 +153,25 @@ def test_the_table_by_hand():
     assert f"| embeddings | own | 100 | 10.00% | 0.800 ± 0.100 (3 sets) | +0.300 ± {half:.3f} |" in table
     assert "corrected for 2 comparisons" in table and "written/tuned (1 per class)" in table
     assert table_of(result | {"config": result["config"] | {"kind": "evidence"}}) == table
+
+
+def test_gains_over_a_row_that_is_asked_for(tmp_path, capsys):
+    rows = {"random/tuned": [0.4, 0.5, 0.45], "chosen sentences/tuned": [0.6, 0.7, 0.62], "embeddings/own": [0.8, 0.7, 0.9]}
+    result = result_of(rows, {"per_class=1": rows}, per_class=[1], kind="evidence")
+    for score in result["scores"]:
+        score |= {"nbytes": 100, "init_seed": 0}
+    result["cells"] = {"per_class=1": {"notes": {}, "training_text": {"bytes": 4000, "compressed": 1000}}}
+    write(tmp_path / "mine.json", result)
+    ask = ["table", "mine", "--results", str(tmp_path), "--against"]
+    assert main([*ask, "chosen sentences/tuned"]) == 0
+    shown = capsys.readouterr().out
+    half = t.ppf(0.975, 2) * np.array([0.2, 0.0, 0.28]).std(ddof=1) / math.sqrt(3)
+    assert f"| +0.160 ± {half:.3f} |" in shown and "gain over chosen sentences/tuned" in shown and "1 comparison " in shown
+    assert main([*ask, "poetry/tuned"]) == 2 and "against must be one of random/tuned" in capsys.readouterr().err
+    assert main(["table", "mine", "mine", "--results", str(tmp_path), "--against", "random/tuned"]) == 2
+    assert "--against is for one result" in capsys.readouterr().err
+    write(tmp_path / "mine.json", result | {"config": result["config"] | {"kind": "text"}})
+    assert main([*ask, "random/tuned"]) == 2 and "for results of kind evidence" in capsys.readouterr().err
 
 
 def test_encoders_side_by_side():

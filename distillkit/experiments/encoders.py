@@ -36,7 +36,7 @@ def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
         config = result["config"]
         require(config.get("kind") == "evidence", f"result {config.get('name')!r} is not of kind evidence; only such stand "
                 "side by side")
-        require(cell in result["cells"], f"result {config['name']!r} has nothing at {per_class} per class")
+        require(cell in result["cells"], f"result {config.get('name')!r} has nothing at {per_class} per class")
         corpus, encoder = config["base"]["corpus"], config["base"]["student"].removeprefix("offline:")
         require((corpus, encoder) not in columns, f"two results of {encoder} on {corpus}; name one of them")
         columns[corpus, encoder] = by_set(result, cell=cell), 1 / len(classes_of(result))
