@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from distillkit.experiments.results import by_set, classes_of, gain, markdown, paired_difference, spread
+from distillkit.experiments.results import by_set, classes_of, gain, markdown, spread
 from distillkit.io.checks import require
 
 LEARNED = ("embeddings/own", "embeddings/tuned")
 OPPONENTS = ("keywords/tuned", "chosen sentences/tuned")
-FEWEST = 3  # sets that an interval takes
 UPPER = ("full/standard", "linear probe/all")  # what a share is measured by: the first that there is
 
 
@@ -60,7 +59,7 @@ def _block(of_corpus: Mapping[str, tuple[pd.DataFrame, float]], comparisons: int
     shown = [row for row in rows if sum(_has(sets, row) for sets, _ in of_corpus.values()) >= most]
     lines = [(row, {encoder: _counted(sets, row) for encoder, (sets, _) in of_corpus.items()}) for row in shown]
     for one, other in itertools.product(LEARNED, OPPONENTS):
-        gains = {encoder: _gain(sets, one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
+        gains = {encoder: gain(sets, one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
         if any(gains.values()):
             lines.append((f"*{one} − {other}*", gains))
     for one, upper in itertools.product(LEARNED[:1], UPPER):
@@ -76,14 +75,6 @@ def _has(sets: pd.DataFrame, row: str) -> bool:
 
 def _counted(sets: pd.DataFrame, row: str) -> str:
     return f"{spread(sets.loc[row])} ({sets.loc[row].count()})" if _has(sets, row) else ""
-
-
-def _gain(sets: pd.DataFrame, one: str, other: str, comparisons: int) -> str:
-    """The paired gain; fewer than three sets have no interval."""
-    count = int(sets.reindex([one, other]).notna().all().sum())
-    if count >= FEWEST:
-        return gain(sets, one, other, comparisons)
-    return f"{paired_difference(sets, one, other)[0]:+.3f} ({count} set{'s' * (count > 1)})" if count else ""
 
 
 def _share(sets: pd.DataFrame, one: str, upper: str, chance: float) -> str:

@@ -315,9 +315,10 @@ def evidence_table(result: Mapping, against: str | None = None) -> str:
         ValueError: the result has no such row.
     """
     sets_of = {k: by_set(result, cell=f"per_class={k}") for k in result["config"]["per_class"]}
+    rivals = {k: best_cheap(sets) for k, sets in sets_of.items()}
     if against is not None:
         check_choice("against", against, result["config"]["rows"])
-    rivals = {k: against or best_cheap(sets) for k, sets in sets_of.items()}
+        rivals = {k: against if sets.loc[against].notna().any() else None for k, sets in sets_of.items()}
     compared = {k: [row for row in sets.dropna(how="all").index if _compared(row) and row != rivals[k]] if rivals[k] else []
                 for k, sets in sets_of.items()}
     comparisons = max(1, sum(map(len, compared.values())))

@@ -47,6 +47,7 @@ SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "com
           "tuned_grid")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 FEWEST = 5  # sets, below which a rank correlation says nothing
+LEAST_SETS = 3  # sets, below which an interval of a gain says nothing
 REPLACE = "give --fresh to replace it, or the run another name"
 
 
@@ -259,10 +260,11 @@ def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> boo
 
 
 def gain(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> str:
-    """:func:`paired_difference` in words; nothing where the rows have no set in common."""
+    """:func:`paired_difference` in words; without an interval for fewer than three sets, nothing for none in common."""
     mean, half = paired_difference(sets, one, other, comparisons)
-    interval = f" ± {half:.3f}" if math.isfinite(half) else " (one set)"
-    return "" if math.isnan(mean) else f"{mean:+.3f}{interval}"
+    count = int(sets.reindex([one, other]).notna().all().sum())
+    interval = f" ± {half:.3f}" if count >= LEAST_SETS else " (one set)" if count == 1 else " (two sets)"
+    return f"{mean:+.3f}{interval}" if count else ""
 
 
 def rank_correlation(one: pd.Series, other: pd.Series) -> float | None:
