@@ -109,6 +109,10 @@ def test_prompts_move_with_their_responses():
     assert torch.equal(moved.targets, dk.retokenize(prompts, task, other).targets)
     assert torch.equal(moved.free.sum(1), prompts.free.sum(1))
     assert 0 <= dk.evaluate(moved, task, other, seeds=(0,), recipe="standard").mean <= 1
+    short = dataclasses.replace(task, max_length=12)  # the question stands at the end of a prompt
+    cut = carry_over(dataclasses.replace(prompts, tokens=None), short, other, source)
+    assert cut.meta["carried"]["cut"] > 0 and int(cut.free[0].sum()) < int(moved.free[0].sum())
+    assert torch.equal(cut.embeds[0][cut.free[0]], moved.embeds[0][moved.free[0]][-int(cut.free[0].sum()) :])
 
 
 @pytest.mark.parametrize(("changes", "message"), [
