@@ -2,7 +2,7 @@
 
 Each column is an encoder, each block a corpus, every score that of sets of one size from bootstraps of the training rows
 (:mod:`distillkit.experiments.evidence`).  Two questions are answered in lines of their own: how far learned embeddings are
-above keywords and chosen sentences on the same bootstraps, and which share of the way from chance to full training they go.
+above keywords and sentences written by hand, and which share of the way from chance to full training they go.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from distillkit.experiments.evidence import by_hand_everywhere
 from distillkit.experiments.results import by_set, classes_of, gain, markdown, spread
 from distillkit.io.checks import require
 
 LEARNED = ("embeddings/own", "embeddings/tuned")
-OPPONENTS = ("keywords/tuned", "chosen sentences/tuned")
-UPPER = ("full/standard", "linear probe/all")  # what a share is measured by: the first that there is
+OPPONENTS = ("keywords/tuned", "written/tuned")
+UPPER = ("full/standard", "linear probe/all")  # what shares are measured by
+SHOWN = ("random/tuned", "herding/tuned", "chosen sentences/tuned", "keywords/tuned", "written/tuned",
+         "keywords + learned labels/own", "keywords + learned labels/tuned", *LEARNED, "tfidf/all", *UPPER[::-1])
 
 
 def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
     """Results of kind ``evidence`` as one Markdown table, at one number of examples per class.
 
     Args:
-        results: of one or more corpora; rows that only one encoder has are left out where a corpus has several.
+        results: of one or more corpora; of their rows those of :data:`SHOWN`.
         per_class: the size.
 
     Raises:
@@ -54,12 +57,10 @@ def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
 
 def _block(of_corpus: Mapping[str, tuple[pd.DataFrame, float]], comparisons: int) -> list[tuple[str, dict[str, str]]]:
     """The lines of a corpus: a name, and a text for each encoder."""
-    rows = dict.fromkeys(row for sets, _ in of_corpus.values() for row in sets.index)
-    most = min(2, len(of_corpus))
-    shown = [row for row in rows if sum(_has(sets, row) for sets, _ in of_corpus.values()) >= most]
-    lines = [(row, {encoder: _counted(sets, row) for encoder, (sets, _) in of_corpus.items()}) for row in shown]
+    scores = {row: {encoder: _counted(sets, row) for encoder, (sets, _) in of_corpus.items()} for row in SHOWN}
+    lines = [(row, texts) for row, texts in scores.items() if any(texts.values())]
     for one, other in itertools.product(LEARNED, OPPONENTS):
-        gains = {encoder: gain(sets, one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
+        gains = {encoder: gain(by_hand_everywhere(sets), one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
         if any(gains.values()):
             lines.append((f"*{one} − {other}*", gains))
     for one, upper in itertools.product(LEARNED[:1], UPPER):

@@ -324,7 +324,7 @@ def evidence_table(result: Mapping, against: str | None = None) -> str:
     comparisons = max(1, sum(map(len, compared.values())))
     lines, scores = [], frame(result)
     for k, sets in sets_of.items():
-        paired, of_cell = _by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
+        paired, of_cell = by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
             described = _described(of_cell[of_cell["row"] == row], result["cells"][f"per_class={k}"])
             lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
@@ -350,7 +350,7 @@ def _compared(row: str) -> bool:
     return method not in (*CHEAP, *UPPER, "full")
 
 
-def _by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
+def by_hand_everywhere(sets: pd.DataFrame) -> pd.DataFrame:
     """The scores, with those of texts without drawn rows at every set seed, as they are the same for each."""
     by_hand = sets.index.str.split("/").str[0].isin(BY_HAND)
     everywhere = sets.copy()
