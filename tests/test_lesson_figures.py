@@ -66,9 +66,10 @@ def test_dots_hold_what_they_are_given():
 
 def test_a_prompt_is_drawn_in_its_order_with_the_question_last_and_as_text_only():
     labels = {"without": {"a": -1.0, "b": -2.0}, "with": {"a": -3.0, "b": -0.5}}
-    figure = prompt_figures.prompt_and_labels([("first", "a"), (HOSTILE, "b")], "what?", labels, "b", "learned", "two")
+    figure = prompt_figures.prompt_and_labels([("first", "a"), (HOSTILE, "b")], "what?", labels, "b", "learned", "two", " --")
     written = [text.get_text() for text in figure.axes[0].texts]
-    assert [line.strip() for line in written][-3:] == ["question", "what?", "→ ?"]
+    assert [line.strip() for line in written][-3:] == ["question", "what?", "?"]
+    assert written[:4] == ["demonstration 1", "  first --", " a", ""], "an answer behind its cue, then an empty line"
     assert written.index("demonstration 1") < written.index("demonstration 2") < written.index("question")
     assert r"\$x\$" in "".join(written) and "\x1b" not in "".join(written)
     bars = figure.axes[1].patches

@@ -16,7 +16,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, plain, style
 
 BESIDE = {"right": ((8, 0), "left", "center"), "left": ((-8, 0), "right", "center"), "above": ((0, 8), "center", "bottom"),
           "below": ((0, -8), "center", "top"), "below left": ((2, -8), "right", "top"),
-          "far below": ((0, -20), "center", "top"), "far above": ((0, 13), "center", "bottom")}
+          "far below": ((24, -22), "center", "top"), "far above": ((0, 13), "center", "bottom")}
 
 
 def front(points: pd.DataFrame) -> pd.DataFrame:
@@ -48,8 +48,9 @@ def pareto(panels: Mapping[str, pd.DataFrame], cost: str, chance: float) -> Figu
         for row in points.itertuples():
             _dot(axes, row.cost, row.accuracy, row.deviation, ROLE_COLOURS[row.role], row.sets > 1, label=plain(row.label))
             offset, horizontal, vertical = BESIDE[row.place]
+            leader = {"arrowstyle": "-", "color": "0.4", "lw": 0.8, "shrinkB": 5} if row.place.startswith("far") else None
             axes.annotate(plain(row.label), (row.cost, row.accuracy), xytext=offset, textcoords="offset points", fontsize=11,
-                          ha=horizontal, va=vertical)
+                          ha=horizontal, va=vertical, arrowprops=leader)
         best = front(points)
         axes.plot([*best["cost"], costs.max() * 4], [*best["accuracy"], best["accuracy"].iloc[-1]], color="black", lw=1,
                   ls="--", drawstyle="steps-post", label="Pareto line", zorder=0)
@@ -66,13 +67,16 @@ def byte_dots(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure
     """What sets and texts weigh, as dots on a logarithmic axis, each with what it is worth.
 
     Args:
-        rows: from above: ``label``, ``role``, ``nbytes``, and ``worth``, the words behind the dot.
+        rows: from above: ``label``, ``role``, ``nbytes``, and ``worth``, the words behind the dot; where ``sets`` is
+            given, a single set is hollow.
         title: the finding.
         line: name and bytes of what all are compared with.
     """
     figure, (axes,) = _figure(8, 0.45 * len(rows) + 1.5)
     for place, row in enumerate(rows.itertuples()):
-        axes.plot(row.nbytes, place, "o", color=ROLE_COLOURS[row.role], ms=10, label=plain(row.label))
+        colour = ROLE_COLOURS[row.role]
+        fill = "white" if getattr(row, "sets", 0) == 1 else colour
+        axes.plot(row.nbytes, place, "o", mec=colour, mfc=fill, mew=1.8, ms=9, label=plain(row.label))
         axes.text(row.nbytes * 1.3, place, plain(f"{row.nbytes:,.0f} B  {row.worth}"), va="center", fontsize=11,
                   bbox={"color": "white", "pad": 1})
     name, weight = line

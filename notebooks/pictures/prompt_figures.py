@@ -25,7 +25,7 @@ WITHOUT = ROLE_COLOURS["chance"]
 @style()
 def prompt_and_labels(
     demonstrations: Sequence[tuple[str, str]], question: str, labels: Mapping[str, Mapping[str, float]], truth: str,
-    role: str = "real", title: str = "",
+    role: str = "real", title: str = "", cue: str = "",
 ) -> Figure:
     """A prompt, and beside it the log-likelihood of every label, with demonstrations and without.
 
@@ -36,12 +36,15 @@ def prompt_and_labels(
         truth: the right label, in bold.
         role: of the demonstrations, one of :data:`~distillkit.view.figures.ROLE_COLOURS`.
         title: of the prompt.
+        cue: what stands between a text and its answer; a question ends with it already.
     """
     figure, (left, right) = _figure(11, 4.6, 2, (3, 2))
-    lines = _lines(demonstrations, question, WITHOUT if role == "real" else ROLE_COLOURS[role])
-    for place, (text, colour, bold) in enumerate(lines[-MOST:]):
-        left.text(0.02, -place, text, color=colour, fontsize=10, family="DejaVu Sans Mono", va="center",
-                  weight="bold" if bold else "normal")
+    lines = _lines(demonstrations, question, WITHOUT if role == "real" else ROLE_COLOURS[role], cue)
+    font = {"fontsize": 10, "family": "DejaVu Sans Mono", "va": "center"}
+    for place, (text, colour, answer, bold) in enumerate(lines[-MOST:]):
+        written = left.text(0.02, -place, text, color=colour, **font)
+        if answer:
+            left.annotate(answer, (1, 0.5), xycoords=written, color=bold, weight="bold", **font)
     left.plot([0, 0], [0.5, -min(len(lines), MOST) + 0.5], color="0.8", lw=3, label="_prompt")
     left.set(title=plain(title or "What the model reads"), xlim=(-0.01, 1), ylim=(-max(len(lines[-MOST:]), 12), 1), xlabel="")
     left.set_axis_off()
@@ -86,14 +89,23 @@ def labels_given(rows: Mapping[str, Mapping[str, int]], labels: Sequence[str], t
     return figure
 
 
-def _lines(demonstrations, question: str, colour: str) -> list[tuple[str, str, bool]]:
-    """The lines of a prompt, each with its colour and whether it is bold."""
+def _lines(demonstrations, question: str, colour: str, cue: str) -> list[tuple[str, str, str, str]]:
+    """The lines of a prompt: the text of each, its colour, and the answer behind it with its own; an empty line ends a
+    demonstration."""
     shown = []
     for number, (text, answer) in enumerate(demonstrations, start=1):
-        shown.append((f"demonstration {number}", colour, False))
-        parts = textwrap.wrap(one_line(text), WIDE - 2) or [""]
-        shown += [("  " + drawn(part), "black", False) for part in parts]
-        shown.append((f"  → {drawn(one_line(answer))}", colour, True))
-    shown.append(("question", WITHOUT, False))
-    shown += [("  " + drawn(part), "black", False) for part in textwrap.wrap(one_line(question), WIDE - 2)]
-    return [*shown, ("  → ?", "black", True)]
+        shown.append((f"demonstration {number}", colour, "", ""))
+        *parts, last = _wrapped(one_line(text) + cue, len(one_line(answer)) + 1)
+        shown += [("  " + drawn(part), "black", "", "") for part in parts]
+        shown += [("  " + drawn(last), "black", f" {drawn(one_line(answer))}", colour), ("", "black", "", "")]
+    *parts, last = _wrapped(one_line(question), 2)
+    return [*shown, ("question", WITHOUT, "", ""), *(("  " + drawn(part), "black", "", "") for part in parts),
+            ("  " + drawn(last), "black", " ?", "black")]
+
+
+def _wrapped(text: str, behind: int) -> list[str]:
+    """A text in lines, with room for ``behind`` characters after the last one."""
+    parts = textwrap.wrap(text, WIDE - 2) or [""]
+    if len(parts[-1]) + behind > WIDE + 4 and " " in parts[-1]:
+        parts[-1:] = parts[-1].rsplit(" ", 1)
+    return parts
