@@ -48,7 +48,7 @@ def thumbnails(rows: Mapping[str, np.ndarray], first: int = 1, title: str = "") 
     middle = (length - 1) / 2
     panel.set_xticks(np.arange(heads) * step + middle, range(first, first + heads))
     panel.set_yticks(np.arange(len(rows)) * step + middle, map(plain, rows))
-    panel.set(title=plain(title), xlabel="head", aspect="equal")
+    panel.set(title=plain(title), xlabel="head (in a map: looks from ↓, looks at →)", aspect="equal")
     panel.grid(visible=False)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)

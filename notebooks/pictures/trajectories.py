@@ -116,13 +116,15 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         gain_title: of the right panel.
         comparisons: how many of them the thin intervals hold for together; a thick one holds for its gain alone.
 
-    A row of a single set has hollow marks and no interval.  The axis begins left of the lowest row; a level that lies farther
-    left stands in words below it.
+    The rows of a method stand together.  A row of a single set has hollow marks and no interval.  The axis begins left of the
+    lowest row; a level that lies farther left stands in words below it.
     """
     sets = by_set(result).dropna(how="all")
     full, zero = (sets.loc[name].mean() for name in ("full/standard", "zero-shot/none"))
     rows = sets.drop(["full/standard", "zero-shot/none"])
-    rows = rows.loc[rows.mean(axis=1).sort_values(ascending=False).index]
+    means = rows.mean(axis=1)
+    best = means.groupby(means.index.str.split("/").str[0]).transform("max")  # the rows of a method stand together
+    rows = rows.loc[sorted(rows.index, key=lambda name: (-best[name], name.split("/")[0], -means[name]))]
     figure, (left, right) = _figure(11.5, 0.42 * len(rows) + 1.6, 2, ratios=(3, 2))
     for place, (name, scores) in enumerate(rows.iterrows()):
         scores = scores.dropna()
