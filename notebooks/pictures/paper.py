@@ -9,14 +9,13 @@ from pathlib import Path
 
 from distillkit.experiments.results import by_set, frame, gain, markdown, read, spread
 
-TEXT = """### Six examples replace a corpus
+TEXT = """### Six examples in place of a corpus
 
 *Invented for this lesson. The scores are real and committed.*
 
 **Abstract.** We distil one example per class of a corpus of six classes. With six examples for {rows:,}, our set is {size:.2%}
 of the corpus. It trains MiniLM to {score:.3f}, which is {above:.3f} above the best other set of six examples. The
-deviation of {deviation:.3f} shows that distilling is stable. Table 2 extends the finding to other sizes, students and
-tasks.
+deviation of {deviation:.3f} shows that distilling is stable. Table 2 has findings on other sizes, students and tasks.
 
 **Table 1.** One example per class, six classes, chance {chance:.3f}.
 
@@ -28,12 +27,12 @@ tasks.
 
 **Details.** Three sets were distilled; we report the one that is best on the test split. Each set trains three
 students. *Own* is the recipe of distilling; *tuned* is the best of a grid of AdamW recipes on the validation split. The
-± of sentences is over three draws of the training rows. For Table 2 nine differences were computed on the instruction
-task; we report the two most interesting. Lines 1 and 2: one fixed training; random is one draw, and herding draws
-nothing, so its three sets are the same rows. Intervals are 95 %, paired by set, Student's t. *Our words* are real
-sentences in which a search exchanged words. *LESS* and *chosen pairs* are selections of real pairs of a question and its
-answer; *learned prompts* are vectors in place of the questions' words, made by NACD. The student of line 3 starts from
-random weights, not from pretraining.
+± of sentences is over three draws of the training rows, that of the full corpus over three students. For Table 2 nine
+differences were computed on the instruction task; we report the two most interesting. Lines 1 and 2: one fixed
+training; random is one draw, and herding draws nothing, so its three sets are the same rows. Intervals are 95 %, paired
+by set, Student's t. *Our words* are real sentences in which a search exchanged words. *LESS* and *chosen pairs* are
+selections of real pairs of a question and its answer; *learned prompts* are vectors in place of the questions' words,
+made by NACD. The student of line 3 starts from random weights, not from pretraining.
 """
 
 
