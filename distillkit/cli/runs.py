@@ -78,8 +78,8 @@ def table(args: argparse.Namespace) -> None:
         results.append(read_result(path))
         require({"config", "cells", "scores"} <= results[-1].keys(),
                 f"{path} holds no scores of an experiment; name a result that `run` has written")
-    alone = [flag for flag in ("against", "figure") if getattr(args, flag)]
-    require(len(results) == 1 or not alone, f"--{alone and alone[0]} is for one result; name one")
+    for flag in ("against", "figure"):
+        require(len(results) == 1 or not getattr(args, flag), f"--{flag} is for one result; name one")
     if args.against:
         kind = results[0]["config"].get("kind")
         require(kind == "evidence", f"--against is for results of kind evidence, and {args.name[0]} is of kind {kind}")

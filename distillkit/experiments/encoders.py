@@ -18,9 +18,9 @@ from distillkit.io.checks import require
 
 LEARNED = ("embeddings/own", "embeddings/tuned")
 OPPONENTS = ("keywords/tuned", "written/tuned")
-UPPER = ("full/standard", "linear probe/all")  # what shares are measured by
+CEILINGS = ("full/standard", "linear probe/all")  # what shares are measured by
 SHOWN = ("random/tuned", "herding/tuned", "chosen sentences/tuned", "keywords/tuned", "written/tuned",
-         "keywords + learned labels/own", "keywords + learned labels/tuned", *LEARNED, "tfidf/all", *UPPER[::-1])
+         "keywords + learned labels/own", "keywords + learned labels/tuned", *LEARNED, "tfidf/all", *CEILINGS[::-1])
 
 
 def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
@@ -63,10 +63,10 @@ def _block(of_corpus: Mapping[str, tuple[pd.DataFrame, float]], comparisons: int
         gains = {encoder: gain(by_hand_everywhere(sets), one, other, comparisons) for encoder, (sets, _) in of_corpus.items()}
         if any(gains.values()):
             lines.append((f"*{one} − {other}*", gains))
-    for one, upper in itertools.product(LEARNED[:1], UPPER):
-        shares = {encoder: _share(sets, one, upper, chance) for encoder, (sets, chance) in of_corpus.items()}
+    for one, ceiling in itertools.product(LEARNED[:1], CEILINGS):
+        shares = {encoder: _share(sets, one, ceiling, chance) for encoder, (sets, chance) in of_corpus.items()}
         if any(shares.values()):
-            lines.append((f"*{one}, share of {upper} above chance*", shares))
+            lines.append((f"*{one}, share of {ceiling} above chance*", shares))
     return lines
 
 
@@ -78,7 +78,7 @@ def _counted(sets: pd.DataFrame, row: str) -> str:
     return f"{spread(sets.loc[row])} ({sets.loc[row].count()})" if _has(sets, row) else ""
 
 
-def _share(sets: pd.DataFrame, one: str, upper: str, chance: float) -> str:
-    if not (_has(sets, one) and _has(sets, upper)):
+def _share(sets: pd.DataFrame, one: str, ceiling: str, chance: float) -> str:
+    if not (_has(sets, one) and _has(sets, ceiling)):
         return ""
-    return f"{(sets.loc[one].mean() - chance) / (sets.loc[upper].mean() - chance):.0%}"
+    return f"{(sets.loc[one].mean() - chance) / (sets.loc[ceiling].mean() - chance):.0%}"

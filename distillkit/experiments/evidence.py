@@ -19,7 +19,7 @@ Beside them:
 * ``searched keywords``: the keywords after a search that asks several encoders at once, each by what its head reads first and
   by all its layers (:func:`~distillkit.text.keywords.search_keywords`).
 * ``real + learned labels``: random sentences whose soft labels and step sizes were learned; ``keywords + learned labels``: the
-  keywords likewise, which is what embeddings that start from keywords are before any vector moves.
+  keywords likewise.  Embeddings that start from keywords learn these labels and step sizes too, and the vectors besides.
 * ``embeddings``: distilled by BPTT; ``embeddings + attention labels`` with labels for the attention of the first token too
   (Maekawa et al., 2023); ``embeddings float16`` and ``embeddings low rank`` store them in fewer bytes.
 * ``tfidf``, ``linear probe``: classifiers on all rows, of the bootstrap (``all``) or of the corpus as it is (``corpus``).

@@ -41,10 +41,10 @@ def prompt_and_labels(
     figure, (left, right) = _figure(11, 4.6, 2, (3, 2))
     lines = _lines(demonstrations, question, WITHOUT if role == "real" else ROLE_COLOURS[role], cue)
     font = {"fontsize": 10, "family": "DejaVu Sans Mono", "va": "center"}
-    for place, (text, colour, answer, bold) in enumerate(lines[-MOST:]):
+    for place, (text, colour, answer, answer_colour) in enumerate(lines[-MOST:]):
         written = left.text(0.02, -place, text, color=colour, **font)
         if answer:
-            left.annotate(answer, (1, 0.5), xycoords=written, color=bold, weight="bold", **font)
+            left.annotate(answer, (1, 0.5), xycoords=written, color=answer_colour, weight="bold", **font)
     left.plot([0, 0], [0.5, -min(len(lines), MOST) + 0.5], color="0.8", lw=3, label="_prompt")
     left.set(title=plain(title or "What the model reads"), xlim=(-0.01, 1), ylim=(-max(len(lines[-MOST:]), 12), 1), xlabel="")
     left.set_axis_off()
