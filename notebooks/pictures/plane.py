@@ -142,7 +142,8 @@ def fans(panels: Sequence[tuple[str, Tensor, Tensor | None, str]], real: Tensor,
     for where, (title, weights, points, role) in zip(axes, panels, strict=True):
         _draw_real(where, real, labels)
         where.plot(*_lines(weights), color=ROLE_COLOURS[role], lw=1.3, alpha=0.75, label=STUDENTS[role])
-        where.plot(*_lines(full[None]), color=ROLE_COLOURS["full"], lw=2.5, ls="--", label="all real points, many steps")
+        where.plot(*_lines(full[None]), color=ROLE_COLOURS["full"], lw=3.5, ls="--", zorder=1.9,
+                   label="all real points, many steps")
         if points is not None:
             _draw_points(where, points, role)
         _set_plane(where, title, edge)
