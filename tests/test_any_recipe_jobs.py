@@ -17,10 +17,10 @@ BASE = {
     "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "tuned_initialisations": 2, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1]}, "recipe_grid": {"SGD": [0.1, 1e-7], "AdamW": [0.01]},
     "recipe_steps": [1, 3], "recipe_share": 0.8, "central_steps": 2, "central_step_size": 0.01, "most_steps": 3,
-    "recipe_outer_steps": 3,
+    "recipe_outer_steps": 3, "keyword_rates": {"lr": 0.011},
 }
 ROWS = ["keywords/every", "random/every", "embeddings/every", "longer unroll/every", "mixture/every", "mixture/own",
-        "mixture/tuned"]
+        "mixture/tuned", "embeddings from keywords/every"]
 SETTINGS = {"kind": "any_recipe", "name": "travel", "per_class": [1], "base": BASE, "rows": ROWS}
 
 
@@ -68,7 +68,7 @@ def test_the_grid_is_what_real_sentences_reach_on_validation(finished, cell, mon
 def test_every_set_is_scored_under_every_recipe_that_stayed(finished, cell):
     _, result = finished
     scores, names = frame(result), result["cells"]["per_class=1"]["notes"]["recipes"]["names"]
-    for row in ROWS[:5]:
+    for row in (row for row in ROWS if row.endswith("every")):
         of_row = scores[scores["row"] == row]
         assert {*zip(of_row["set_seed"], of_row["recipe"], of_row["init_seed"])} == {
             (seed, name, init) for seed in (0, 1) for name in names for init in (0, 1)}
@@ -89,6 +89,20 @@ def test_sets_are_learned_through_what_their_names_say(cell):
         assert recipe["optimizer"]["name"] == "AdamW" and recipe["steps"] == 2 and recipe["outer_steps"] == 3
         assert ("mixture" in recipe) == (method == "mixture")
         assert distilled.embeds.shape == cell.of_seed(0).set_of("keywords", 0).embeds.shape
+
+
+def test_embeddings_from_keywords_differ_from_the_others_in_their_start_and_rates_alone(cell):
+    from_keywords, embeddings = (cell.of_seed(0).set_of(name, 0) for name in ("embeddings from keywords", "embeddings"))
+    recipe, other = from_keywords.meta["recipe"], embeddings.meta["recipe"]
+    same = ("optimizer", "steps", "outer_steps")
+    assert {name: recipe[name] for name in same} == {name: other[name] for name in same}
+    moved = (from_keywords.embeds - cell.of_seed(0).set_of("keywords", 0).embeds).abs()[from_keywords.free].max()
+    assert 0 < moved <= 2 * 1.1 * 0.011, "two outer steps of Adam at the rate of its own"
+
+
+def test_gains_are_over_embeddings_of_the_same_start(finished):
+    shown = table_of(finished[1])
+    assert "worst: gain over embeddings from keywords" in shown
 
 
 def test_a_second_run_computes_nothing(finished, standin_hub, monkeypatch):

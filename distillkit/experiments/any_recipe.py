@@ -5,9 +5,9 @@ class, are trained on under each point, and a point stays if they reach a share 
 choice is stored in the result (note ``recipes``).  Row ``method/every`` then scores a set on test under every recipe that
 stayed.
 
-Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  Two more are distilled, both from
-keywords: ``longer unroll`` through steps of AdamW, and ``mixture`` through recipes drawn around that one
-(:class:`~distillkit.core.mixture.Mixture`).
+Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  Three more are distilled, all from
+keywords: ``embeddings from keywords`` through the steps of the row ``embeddings``, ``longer unroll`` through steps of AdamW, and
+``mixture`` through recipes drawn around that one (:class:`~distillkit.core.mixture.Mixture`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from distillkit.experiments.settings import REQUIRED, filled, option, positive, 
 from distillkit.io.seeds import derive_seed
 
 EVERY, LONGER, MIXTURE, EMBEDDINGS = "every", "longer unroll", "mixture", "embeddings"
-LEARNED = (EMBEDDINGS, LONGER, MIXTURE)
+FROM_KEYWORDS = "embeddings from keywords"
+LEARNED = (EMBEDDINGS, FROM_KEYWORDS, LONGER, MIXTURE)
 ROWS = (*(f"{method}/{recipe}" for method in LEARNED for recipe in (EVERY, "own", "tuned")),
         *(f"{method}/{EVERY}" for method in CHEAP))
 
@@ -52,6 +53,8 @@ class AnyRecipeJob(EvidenceJob):
     most_steps: int = whole(20, "most steps of a drawn recipe")
     recipe_lr: float = positive(0.05, "outer learning rate of these two rows, that of labels and step sizes in proportion")
     recipe_outer_steps: int | None = whole(None, "outer steps of these two rows (default: outer_steps)")
+    keyword_rates: dict[Literal["lr", "label_lr", "step_size_lr", "clip"], float] | None = option(
+        None, "rates and clip of the row 'embeddings from keywords' (default: those of the settings)", least=1)
 
     def unroll_of(self, method: str) -> Unroll | Mixture:
         """The inner loop that a set is learned through, if it is not the three steps of the row 'embeddings'."""
@@ -91,10 +94,13 @@ class SetCell(BootstrapCell):
         return [points[name] for name in self.notes["recipes"]["names"]]
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method not in (LONGER, MIXTURE):
+        if method not in (FROM_KEYWORDS, LONGER, MIXTURE):
             return super().create(method, seed)
-        job, objective = self.job, dataclasses.replace(self.objective(), unroll=self.job.unroll_of(method))
-        return self.distil(method, seed, self.set_of("keywords", seed).soften(), objective, steps=job.recipe_outer_steps,
+        job, start, objective = self.job, self.set_of("keywords", seed).soften(), self.objective()
+        if method == FROM_KEYWORDS:
+            return self.distil(method, seed, start, objective, **(job.keyword_rates or {}))
+        objective = dataclasses.replace(objective, unroll=job.unroll_of(method))
+        return self.distil(method, seed, start, objective, steps=job.recipe_outer_steps,
                            lr=job.recipe_lr, label_lr=None, step_size_lr=None, normalize=True)
 
     def training_hash(self, method: str, recipe: str, seed: int) -> str | None:
@@ -125,9 +131,13 @@ class AnyRecipeGrid(EvidenceGrid):
 def any_recipe_table(result: Mapping) -> str:
     """The result as two Markdown tables: the worst recipe of each method, and every recipe.
 
-    Gains of the worst recipe are over the row ``embeddings``, paired by set.
+    Gains of the worst recipe are over the row ``embeddings from keywords``, where a result has it, or ``embeddings``.  They are
+    paired by set, and their intervals are corrected for the number of gains in the table (Bonferroni).
     """
     scores, summary, columns, notes = frame(result), [], {}, []
+    scored = {row.split("/")[0] for row in scores["row"] if row.endswith(f"/{EVERY}")}
+    rival = FROM_KEYWORDS if FROM_KEYWORDS in scored else EMBEDDINGS
+    comparisons = max(1, len(scored - {rival}) * len(result["cells"]))
     for cell, stored in result["cells"].items():
         every = {method: under_every_recipe(scores[scores["cell"] == cell], method) for method in methods_of(result)}
         every = {method: table for method, table in every.items() if len(table)}
@@ -137,14 +147,14 @@ def any_recipe_table(result: Mapping) -> str:
         worst = pd.DataFrame({method: table.min(axis=1) for method, table in every.items()}).T
         for method, table in every.items():
             others = [spread(row) for _, row in sets.reindex([f"{method}/own", f"{method}/tuned"]).iterrows()]
-            gained = gain(worst, method, EMBEDDINGS) if method != EMBEDDINGS and EMBEDDINGS in every else ""
+            gained = gain(worst, method, rival, comparisons) if method != rival and rival in every else ""
             summary.append([cell, method, str(len(table)), *others, *described(table, recipes["chance"]), gained])
             columns[f"{method}, {cell}"] = table.apply(spread)
         validation = recipes["validation"]
         notes.append(f"{cell}: {len(recipes['names'])} of {len(validation)} recipes stay; under the best, real sentences "
                      f"reach {max(validation.values()):.3f} on validation.")
     heads = ["cell", "method", "sets", "own", "tuned", "best recipe", "median", "worst recipe", "worst / best above chance",
-             "worst: gain over embeddings"]
+             f"worst: gain over {rival}"]
     points = pd.DataFrame(columns)
     every_recipe = markdown(["recipe", *points], [[name, *line] for name, line in zip(points.index, points.to_numpy())])
     return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)}"
