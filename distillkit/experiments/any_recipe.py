@@ -6,7 +6,7 @@ choice is stored in the result (note ``recipes``).  Row ``method/every`` then sc
 stayed.
 
 Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  Three more are distilled, all from
-keywords: ``embeddings from keywords`` through the steps of the row ``embeddings``, ``longer unroll`` through steps of AdamW, and
+keywords: ``embeddings from keywords`` in the three steps of the row ``embeddings``, ``longer unroll`` through steps of AdamW, and
 ``mixture`` through recipes drawn around that one (:class:`~distillkit.core.mixture.Mixture`).
 """
 
