@@ -6,8 +6,8 @@ choice is stored in the result (note ``recipes``).  Row ``method/every`` then sc
 stayed.
 
 Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  Three more are distilled, all from
-keywords: ``embeddings from keywords`` in the three steps of the row ``embeddings``, ``longer unroll`` through steps of AdamW, and
-``mixture`` through recipes drawn around that one (:class:`~distillkit.core.mixture.Mixture`).
+keywords: ``embeddings from keywords`` in the three steps of the row ``embeddings``, ``longer unroll`` in steps of AdamW, and
+``mixture`` in recipes drawn around that one (:class:`~distillkit.core.mixture.Mixture`).
 """
 
 from __future__ import annotations
