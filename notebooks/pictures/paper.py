@@ -25,14 +25,18 @@ deviation of {deviation:.3f} shows that distilling is stable. Table 2 has findin
 
 {second}
 
-**Details.** Three sets were distilled; we report the one that is best on the test split. Each set trains three
-students. *Own* is the recipe of distilling; *tuned* is the best of a grid of AdamW recipes on the validation split. The
-± of sentences is over three draws of the training rows, that of the full corpus over three students. For Table 2 nine
-differences were computed on the instruction task; we report the two most interesting. Lines 1 and 2: one fixed
-training; random is one draw, and herding draws nothing, so its three sets are the same rows. Intervals are 95 %, paired
-by set, Student's t. *Our words* are real sentences in which a search exchanged words. *LESS* and *chosen pairs* are
-selections of real pairs of a question and its answer; *learned prompts* are vectors in place of the questions' words,
-made by NACD. The student of line 3 starts from random weights, not from pretraining.
+**Details.**
+
+* *Sets.* Three sets were distilled; we report the one that is best on the test split. Each set trains three students.
+* *Recipes.* *Own* is the recipe of distilling; *tuned* is the best of a grid of AdamW recipes on the validation split.
+* *Intervals.* The ± of sentences is over three draws of the training rows, that of the full corpus over three students.
+Intervals are 95 %, paired by set, Student's t.
+* *Lines 1 and 2.* One fixed training. Random is one draw. Herding draws nothing, so its three sets are the same rows.
+* *Line 3.* *Our words* are real sentences in which a search exchanged words. The student starts from random weights, not
+from pretraining.
+* *Lines 4 and 5.* Nine differences were computed on the instruction task; we report the two most interesting. *LESS* and
+*chosen pairs* are selections of real pairs of a question and its answer; *learned prompts* are vectors in place of the
+questions' words, made by NACD.
 """
 
 
