@@ -26,7 +26,7 @@ from distillkit.core.optimizers import OPTIMIZERS, AdamW, Optimizer
 from distillkit.evaluation.recipes import grid_scores, tuning_rows, tuning_starts
 from distillkit.evaluation.selection import select
 from distillkit.experiments.evidence import CHEAP, BootstrapCell, EvidenceCell, EvidenceGrid, EvidenceJob
-from distillkit.experiments.results import by_set, frame, gain, markdown, rounded, spread
+from distillkit.experiments.results import by_set, frame, gain, has_interval, markdown, rounded, spread
 from distillkit.experiments.runner import Scores
 from distillkit.experiments.settings import REQUIRED, filled, option, positive, settings, whole
 from distillkit.io.seeds import derive_seed
@@ -132,22 +132,23 @@ def any_recipe_table(result: Mapping) -> str:
     """The result as two Markdown tables: the worst recipe of each method, and every recipe.
 
     Gains of the worst recipe are over the row ``embeddings from keywords``, where a result has it, or ``embeddings``.  They are
-    paired by set, and their intervals are corrected for the number of gains in the table (Bonferroni).
+    paired by set, and their intervals are corrected for their number in the table (Bonferroni).
     """
     scores, summary, columns, notes = frame(result), [], {}, []
-    scored = {row.split("/")[0] for row in scores["row"] if row.endswith(f"/{EVERY}")}
-    rival = FROM_KEYWORDS if FROM_KEYWORDS in scored else EMBEDDINGS
-    comparisons = max(1, len(scored - {rival}) * len(result["cells"]))
-    for cell, stored in result["cells"].items():
-        every = {method: under_every_recipe(scores[scores["cell"] == cell], method) for method in methods_of(result)}
-        every = {method: table for method, table in every.items() if len(table)}
+    of_cells = {cell: {method: table for method in methods_of(result)
+                       if len(table := under_every_recipe(scores[scores["cell"] == cell], method))} for cell in result["cells"]}
+    worst = {cell: pd.DataFrame({method: table.min(axis=1) for method, table in every.items()}).T
+             for cell, every in of_cells.items()}
+    rival = FROM_KEYWORDS if any(FROM_KEYWORDS in every for every in of_cells.values()) else EMBEDDINGS
+    comparisons = max(1, sum(has_interval(worst[cell], method, rival)
+                             for cell, every in of_cells.items() for method in every if method != rival))
+    for cell, every in of_cells.items():
         if not every:
             continue
-        recipes, sets = stored["notes"]["recipes"], by_set(result, cell=cell)
-        worst = pd.DataFrame({method: table.min(axis=1) for method, table in every.items()}).T
+        recipes, sets = result["cells"][cell]["notes"]["recipes"], by_set(result, cell=cell)
         for method, table in every.items():
             others = [spread(row) for _, row in sets.reindex([f"{method}/own", f"{method}/tuned"]).iterrows()]
-            gained = gain(worst, method, rival, comparisons) if method != rival and rival in every else ""
+            gained = gain(worst[cell], method, rival, comparisons) if method != rival and rival in every else ""
             summary.append([cell, method, str(len(table)), *others, *described(table, recipes["chance"]), gained])
             columns[f"{method}, {cell}"] = table.apply(spread)
         validation = recipes["validation"]
@@ -157,7 +158,8 @@ def any_recipe_table(result: Mapping) -> str:
              f"worst: gain over {rival}"]
     points = pd.DataFrame(columns)
     every_recipe = markdown(["recipe", *points], [[name, *line] for name, line in zip(points.index, points.to_numpy())])
-    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)}"
+    corrected = f"Intervals are corrected for {comparisons} comparison{'s' * (comparisons > 1)} (Bonferroni)."
+    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)} {corrected}"
 
 
 def methods_of(result: Mapping) -> list[str]:

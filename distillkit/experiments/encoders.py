@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from distillkit.experiments.evidence import by_hand_everywhere
-from distillkit.experiments.results import by_set, classes_of, gain, markdown, spread
+from distillkit.experiments.results import by_set, classes_of, gain, has_interval, markdown, spread
 from distillkit.io.checks import require
 
 LEARNED = ("embeddings/own", "embeddings/tuned")
@@ -43,15 +43,15 @@ def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
         require((corpus, encoder) not in columns, f"two results of {encoder} on {corpus}; name one of them")
         columns[corpus, encoder] = by_set(result, cell=cell), 1 / len(classes_of(result))
     encoders = [*dict.fromkeys(encoder for _, encoder in columns)]
-    comparisons = sum(_has(sets, one) and _has(sets, other)
-                      for sets, _ in columns.values() for one, other in itertools.product(LEARNED, OPPONENTS))
+    comparisons = max(1, sum(has_interval(by_hand_everywhere(sets), one, other)
+                             for sets, _ in columns.values() for one, other in itertools.product(LEARNED, OPPONENTS)))
     lines = []
     for corpus in dict.fromkeys(corpus for corpus, _ in columns):
         of_corpus = {encoder: columns[corpus, encoder] for encoder in encoders if (corpus, encoder) in columns}
         lines += [[corpus, name, *(texts.get(encoder, "") for encoder in encoders)]
                   for name, texts in _block(of_corpus, comparisons)]
     note = (f"Means ± sd over sets, their number in brackets. Gains are paired by set; their 95 % intervals are corrected for "
-            f"{comparisons} comparisons (Bonferroni).")
+            f"{comparisons} comparison{'s' * (comparisons > 1)} (Bonferroni).")
     return f"{markdown(['corpus', 'trained on', *encoders], lines, 'll')}\n\n{note}"
 
 

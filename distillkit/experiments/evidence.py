@@ -53,6 +53,7 @@ from distillkit.experiments.results import (
     by_set,
     frame,
     gain,
+    has_interval,
     markdown,
     number,
     of_the_corpus,
@@ -306,7 +307,7 @@ class EvidenceGrid(Grid):
 def evidence_table(result: Mapping, against: str | None = None) -> str:
     """The result as a Markdown table, with gains over the best cheap opponent of each size and the screening losses below.
 
-    Intervals of gains are corrected for the number of gains in the table (Bonferroni).
+    Intervals are corrected for their number in the table (Bonferroni).
 
     Args:
         against: the row to take gains over, in place of the best cheap one.
@@ -321,13 +322,14 @@ def evidence_table(result: Mapping, against: str | None = None) -> str:
         rivals = {k: against if sets.loc[against].notna().any() else None for k, sets in sets_of.items()}
     compared = {k: [row for row in sets.dropna(how="all").index if _compared(row) and row != rivals[k]] if rivals[k] else []
                 for k, sets in sets_of.items()}
-    comparisons = max(1, sum(map(len, compared.values())))
+    paired = {k: by_hand_everywhere(sets) for k, sets in sets_of.items()}
+    comparisons = max(1, sum(has_interval(paired[k], row, rivals[k]) for k, rows in compared.items() for row in rows))
     lines, scores = [], frame(result)
     for k, sets in sets_of.items():
-        paired, of_cell = by_hand_everywhere(sets), scores[scores["cell"] == f"per_class={k}"]
+        of_cell = scores[scores["cell"] == f"per_class={k}"]
         for row in sets.dropna(how="all").index:
             described = _described(of_cell[of_cell["row"] == row], result["cells"][f"per_class={k}"])
-            lines.append([str(k), *described, gain(paired, row, rivals[k], comparisons) if row in compared[k] else ""])
+            lines.append([str(k), *described, gain(paired[k], row, rivals[k], comparisons) if row in compared[k] else ""])
     heads = ["per class", "method", "recipe", "bytes", "of the compressed corpus", "accuracy, mean ± sd over sets",
              f"gain over {against or 'the best cheap text'}"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)

@@ -259,11 +259,24 @@ def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> boo
     return mean > half
 
 
+def has_interval(sets: pd.DataFrame, one: str, other: str) -> bool:
+    """Whether two rows have enough sets in common for an interval of their difference, :data:`LEAST_SETS`."""
+    return _in_common(sets, one, other) >= LEAST_SETS
+
+
+def _in_common(sets: pd.DataFrame, one: str, other: str) -> int:
+    return int(sets.reindex([one, other]).notna().all().sum())
+
+
 def gain(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> str:
-    """:func:`paired_difference` in words; without an interval for fewer than three sets, nothing for none in common."""
+    """:func:`paired_difference` in words; without an interval for fewer than three sets, nothing for none in common.
+
+    Args:
+        comparisons: how many gains with an interval are shown together, by which it is corrected (Bonferroni).
+    """
     mean, half = paired_difference(sets, one, other, comparisons)
-    count = int(sets.reindex([one, other]).notna().all().sum())
-    interval = f" ± {half:.3f}" if count >= LEAST_SETS else " (one set)" if count == 1 else " (two sets)"
+    count = _in_common(sets, one, other)
+    interval = f" ± {half:.3f}" if has_interval(sets, one, other) else " (one set)" if count == 1 else " (two sets)"
     return f"{mean:+.3f}{interval}" if count else ""
 
 
