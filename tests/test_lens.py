@@ -390,6 +390,24 @@ def test_the_picture_of_a_stored_notebook(lens, start):
     assert start.meta["text"][0].split()[0] in texts and any("The PCA keeps" in text.get_text() for text in figure.texts)
 
 
+def test_the_picture_may_leave_panes_out(world, start, learned):
+    """Each pane alone, and two of them; the words of a line are those of the whole picture."""
+    def titles(figure):
+        return [axes.get_title(loc="left").split(",")[0].split(":")[0] for axes in figure.axes if axes.get_title(loc="left")]
+
+    lens = dk.Lens({"real": start, "learned": learned}, world[1], task=world[0], picture=("tokens",))
+    assert titles(lens.figure()) == ["Example 1"] and "and learned" in lens.figure().axes[0].get_title(loc="left")
+    assert titles(lens.figure(picture=["heads"])) == ["Attention"]
+    assert titles(lens.figure(picture=["map"])) == ["real", "learned"] and not lens.figure().texts
+    assert titles(lens.figure(picture=("tokens", "heads"))) == ["Example 1", "Attention"]
+    words_of = [{text.get_text() for text in figure.axes[place].texts} for figure, place in (
+        (lens.figure(), 0), (lens.figure(picture=("map", "tokens", "heads")), 2))]
+    assert words_of[0] == words_of[1] and len(words_of[0]) > 5
+    for wrong in ("tokens", [], ["poem"], None):
+        with pytest.raises(ValueError, match="picture"):
+            dk.Lens(start, world[1], picture=wrong)
+
+
 def test_the_picture_may_be_of_a_umap(world, start, learned):
     lens = dk.Lens([start, learned], world[1], task=world[0])
     lens.maps["umap"] = dataclasses.replace(lens.maps["pca"], method="umap", points=-lens.maps["pca"].points)

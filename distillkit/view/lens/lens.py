@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import anywidget
@@ -22,7 +23,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_is, check_whole, require
+from distillkit.io.checks import check_choice, check_is, check_whole, require
 from distillkit.io.escaping import one_line
 from distillkit.view.lens import page, panes, still
 from distillkit.view.lens.content import contents, tokens_of
@@ -51,6 +52,7 @@ class Lens(anywidget.AnyWidget):
         params: weights of the student for attention, as :meth:`Student.init` returns them; default: those it was loaded with.
         reader: another model, for text that is to move to it: its tokens stand below those of the set, with what it cuts
             differently, does not know, or (with ``task``) has no room for.
+        picture: which of the panes ``map``, ``tokens`` and ``heads`` are on paper, where no kernel runs; the widget has all.
 
     Attributes:
         frame, example, position: what is looked at; set one, and the front end follows.
@@ -58,7 +60,7 @@ class Lens(anywidget.AnyWidget):
         edited: the set as the workbench has changed it; the frame that is looked at before the first change.
 
     Raises:
-        ValueError: sets of another embedding table, or nothing to look at.
+        ValueError: sets of another embedding table, nothing to look at, or an unknown pane.
     """
 
     _css = style()
@@ -73,13 +75,14 @@ class Lens(anywidget.AnyWidget):
     live = traitlets.Dict().tag(sync=True)
 
     def __init__(self, history, student: Student, *, real: DistilledSet | None = None, task: Task | None = None, judge=None,
-                 params: Params | None = None, reader: Student | None = None):
+                 params: Params | None = None, reader: Student | None = None, picture: Sequence[str] = still.PANES):
         self.distiller = history if isinstance(history, Distiller) else None
         film = filmed(history, student)
         for name, value, kind in (("task", task, Task), ("reader", reader, Student), ("real", real, DistilledSet)):
             if value is not None:
                 check_is(name, value, kind)
         self.student, self.task, self.judge, self.params, self.reader = student, task, judge, params, reader
+        self.picture = _panes(picture)
         self._take(film, real)
         self._trained: tuple[DistilledSet, Params, str] | None = None  # the set last trained on, parameters, recipe
         self._real = real
@@ -327,16 +330,21 @@ class Lens(anywidget.AnyWidget):
         nearest = [words(self.student.tokenizer, tokens[self.film.learned]) for tokens in self.film.tokens]
         return self.film, self.maps[method], names, labels, nearest
 
-    def figure(self, method: str = "pca") -> Figure:
+    def figure(self, method: str = "pca", *, picture: Sequence[str] | None = None) -> Figure:
         """What is looked at, on paper: film strip, words of the example, and attention heads, or the tokens of ``reader``.
 
         Args:
             method: of the map, ``"pca"`` or ``"umap"``, which takes half a minute.
+            picture: the panes, as the widget takes them; default: its own.
         """
+        parts = self.picture if picture is None else _panes(picture)
         frame = self.frame
         example = min(self.example, len(self.film.sets[frame]) - 1)  # a smaller set may lack the one that is looked at
-        reply, parts = self.answer(["attention", self.revision, frame, example])
-        weights = np.frombuffer(parts[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+        difference = None
+        if "heads" in parts:
+            reply, buffers = self.answer(["attention", self.revision, frame, example])
+            weights = np.frombuffer(buffers[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
+            difference = weights[1] - weights[0] if len(weights) > 1 else None
         reading = self.answer(["reading", self.revision, frame, example])[0]["stretches"] if self.reader else None
         real = np.full(self.film.tokens.shape[2], ABSENT)
         if example < len(self.real):
@@ -344,8 +352,7 @@ class Lens(anywidget.AnyWidget):
             real[: len(row)] = row
         real, chips = (words(self.student.tokenizer, tokens) for tokens in (real, self._tokens(frame, example)))
         return still.still(*self._drawn(method), example=example, frame=frame, real=real, chips=chips, reading=reading,
-                           reader=self.reader and self.reader.name,
-                           difference=weights[1] - weights[0] if len(weights) > 1 else None)
+                           reader=self.reader and self.reader.name, parts=parts, difference=difference)
 
     def save_gif(self, path: str | Path) -> Path:
         """Write the film of the map as a GIF, and return where it is."""
@@ -386,6 +393,15 @@ class Lens(anywidget.AnyWidget):
         nearest = words(self.student.tokenizer, self.film.tokens[self.frame, example, position])
         return pandas.DataFrame({"example": example, "position": position, "word": nearest,
                                  "distance": self.film.distances[self.frame, example, position]})
+
+
+def _panes(picture: Sequence[str]) -> tuple[str, ...]:
+    """The panes of a picture, checked."""
+    require(isinstance(picture, Sequence) and not isinstance(picture, str) and picture,
+            f"picture must name some of {', '.join(still.PANES)}, such as ('tokens',), not {picture!r}")
+    for pane in picture:
+        check_choice("a pane of picture", pane, still.PANES)
+    return tuple(picture)
 
 
 ASKS = ("attention", "candidates", "values", "reading", "prediction", "numbers", "map", "place", "accept", "undo", "stop")

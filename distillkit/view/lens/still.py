@@ -36,6 +36,7 @@ STRIP = 4  # frames of a film strip
 STILLS = 48  # pictures of a GIF
 PAUSE, FIRST, LAST = 110, 900, 2500  # milliseconds of a picture of a GIF
 LABELS = 14  # words beside the points of a map
+PANES = ("map", "tokens", "heads")  # what a picture can show
 
 
 def colour(label: int) -> str:
@@ -153,7 +154,7 @@ def draw_classes(figure: Figure, names: Sequence[str], **place) -> None:
 @style()
 def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
           frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None,
-          reading: Sequence[Stretch] | None = None, reader: str | None = None) -> Figure:
+          reading: Sequence[Stretch] | None = None, reader: str | None = None, parts: Sequence[str] = PANES) -> Figure:
     """Film strip, words and heads of one moment; with a ``reader`` its tokens in the place of the heads.
 
     Args:
@@ -164,37 +165,56 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         real, chips: the words of the example in real text and in the frame, a word a position.
         difference: of attention, ``[layers, heads, l, l]``; None: no heads.
         reading, reader: as :func:`draw_tokens` takes it, and whose it is.
+        parts: which of :data:`PANES` are drawn.
     """
-    figure = _Shown(figsize=(10, 6.6))
-    shown = sorted({round(step) for step in np.linspace(0, len(film.sets) - 1, STRIP)})
-    top = figure.add_gridspec(1, len(shown), left=0.03, right=0.985, top=0.91, bottom=0.49, wspace=0.04)
-    for place, moment in enumerate(shown):
-        axes = figure.add_subplot(top[place])
-        draw_map(axes, film, flat, moment, labels, words[moment], example)
-        axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
-    bottom = figure.add_gridspec(1, 2, width_ratios=(1.3, 1), left=0.03, right=0.96, top=0.4, bottom=0.12, wspace=0.1)
-    axes = figure.add_subplot(bottom[0] if reading is None else bottom[:])
-    title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real and nearest words"
-    if reading is None:
-        title += "\n(blue: far from every word)"
-    else:
-        read = [flag for part in reading for _, flag in part.pieces]
-        title += (f"; below, {drawn(str(reader))[:24]} needs {len(read)} tokens and reads {sum(read)}\n"
-                  "(violet: cut differently; struck through: not read, no room or unknown)")
-    axes.set_title(title, fontsize=9, loc="left")
-    draw_tokens(axes, real, chips, film.distances[frame, example], reading)
-    if difference is not None and reading is None:
-        axes = figure.add_subplot(bottom[1])
-        axes.set_title("Attention, distilled − real", fontsize=9, loc="left")
+    with_map, below = "map" in parts, [part for part in parts if part != "map"]
+    if "heads" in below and "tokens" in below and (difference is None or reading is not None):
+        below.remove("heads")  # the tokens take their place
+    height = (6.6 if below else 4.2) if with_map else 3.2 if "heads" in below else 2.6
+    figure = _Shown(figsize=(10, height))
+    if with_map:
+        _draw_strip(figure, film, flat, names, labels, words, example=example, frame=frame, bottom=0.49 if below else 0.14)
+    if not below:
+        return figure
+    edges = {"top": 0.4, "bottom": 0.12} if with_map else {"top": 0.81, "bottom": 0.14}
+    widths = (1.3, 1)[: len(below)]
+    columns = figure.add_gridspec(1, len(below), width_ratios=widths, left=0.03, right=0.96, wspace=0.1, **edges)
+    places = dict(zip(below, columns))
+    if "tokens" in places:
+        axes = figure.add_subplot(places["tokens"])
+        lower = drawn(film.names[frame])[:24] if film.choices else "nearest words"
+        title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real words (grey) and {lower}"
+        if reading is None:
+            title += "\n(blue: far from every word)"
+        else:
+            read = [flag for part in reading for _, flag in part.pieces]
+            title += (f"; below, {drawn(str(reader))[:24]} needs {len(read)} tokens and reads {sum(read)}\n"
+                      "(violet: cut differently; struck through: not read, no room or unknown)")
+        axes.set_title(title, fontsize=9, loc="left")
+        draw_tokens(axes, real, chips, film.distances[frame, example], reading)
+    if "heads" in places and difference is not None:
+        axes = figure.add_subplot(places["heads"])
+        moved = drawn(film.names[frame])[:24] if film.choices else "distilled"
+        axes.set_title(f"Attention, {moved} − real", fontsize=9, loc="left")
         draw_heads(axes, difference)
         bar = figure.colorbar(ScalarMappable(Normalize(-MOST, MOST), DIFFERENCE), ax=axes, fraction=0.04, pad=0.02)
         bar.ax.tick_params(labelsize=7)
-    counted = frame if frame in flat.preserved else max(flat.preserved)
-    figure.text(0.03, 0.96, f"The {flat.method.upper()} keeps {flat.preserved[counted]:.1%} of neighbours "
-                            f"at {drawn(film.names[counted])[:24]} "
-                            f"(shuffled: {flat.shuffled:.2%})", fontsize=9)
-    draw_classes(figure, names)
     return figure
+
+
+def _draw_strip(figure: Figure, film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]],
+                *, example: int, frame: int, bottom: float) -> None:
+    """The map at several moments, side by side above ``bottom``, with what it keeps of neighbours and a legend."""
+    shown = sorted({round(step) for step in np.linspace(0, len(film.sets) - 1, STRIP)})
+    strip = figure.add_gridspec(1, len(shown), left=0.03, right=0.985, top=0.91, bottom=bottom, wspace=0.04)
+    for place, moment in enumerate(shown):
+        axes = figure.add_subplot(strip[place])
+        draw_map(axes, film, flat, moment, labels, words[moment], example)
+        axes.set_title(drawn(film.names[moment])[:24], fontsize=10, loc="left")
+    counted = frame if frame in flat.preserved else max(flat.preserved)
+    figure.text(0.03, 0.96, f"The {flat.method.upper()} keeps {flat.preserved[counted]:.1%} of the neighbours in "
+                            f"'{drawn(film.names[counted])[:24]}' (shuffled: {flat.shuffled:.2%})", fontsize=9)
+    draw_classes(figure, names)
 
 
 @style()
