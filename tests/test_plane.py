@@ -78,7 +78,7 @@ def test_values_of_a_front_end_are_not_trusted(widget):
 def test_a_widget_without_a_front_end_is_one_fixed_line_and_a_figure(widget):
     assert re.fullmatch(r"Plane: [\w ,()]+", repr(widget))
     described = plots.describe(widget.figure())
-    assert "learned point, class 1: 1 points" in described and "many steps" not in described
+    assert "point to move, class 1: 1 points" in described and "many steps" not in described
     full = torch.tensor([-2.0, 3.0], dtype=torch.float64)
     assert "all real points, many steps: 3 points" in plots.describe(widget.figure(full))
 

@@ -103,16 +103,24 @@ def _draw_real(axes, real: Tensor, labels: Tensor) -> None:
         axes.plot(x, y, marker, color=colour, ms=4, alpha=0.45, mew=0, label=f"real, class {number}")
 
 
-def _draw_points(axes, points: Tensor, role: str) -> None:
+def _draw_points(axes, points: Tensor, role: str, name: str = "") -> None:
     for number, (point, colour, marker) in enumerate(zip(points, CLASS_COLOURS, MARKERS)):
         axes.plot(*point[:, None], marker, color=colour, ms=14, mec=ROLE_COLOURS[role], mew=3, zorder=5,
-                  label=f"{role} point, class {number}")
+                  label=f"{name or f'{role} point'}, class {number}")
 
 
 def _lines(weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The boundaries θ·x = 0 as one line that is broken between them."""
     along = torch.stack([-weights[:, 1], weights[:, 0]], 1) / weights.norm(dim=1, keepdim=True)
     ends = torch.stack([-20 * along, 20 * along, torch.full_like(along, math.nan)], 1)
+    return ends[..., 0].flatten().numpy(), ends[..., 1].flatten().numpy()
+
+
+def _sides(weights: Tensor, at: float = 3.3, size: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+    """A tick on each boundary, as far from the origin as ``at``, on the side of class 1 (θ·x > 0)."""
+    across = weights / weights.norm(dim=1, keepdim=True)
+    along = torch.stack([-across[:, 1], across[:, 0]], 1)
+    ends = torch.stack([at * along, at * along + size * across, torch.full_like(along, math.nan)], 1)
     return ends[..., 0].flatten().numpy(), ends[..., 1].flatten().numpy()
 
 
@@ -142,13 +150,14 @@ def fans(panels: Sequence[tuple[str, Tensor, Tensor | None, str]], real: Tensor,
     for where, (title, weights, points, role) in zip(axes, panels, strict=True):
         _draw_real(where, real, labels)
         where.plot(*_lines(weights), color=ROLE_COLOURS[role], lw=1.3, alpha=0.75, label=STUDENTS[role])
+        where.plot(*_sides(weights), color=ROLE_COLOURS[role], lw=2.4, label="_side")
         where.plot(*_lines(full[None]), color=ROLE_COLOURS["full"], lw=3.5, ls="--", zorder=1.9,
                    label="all real points, many steps")
         if points is not None:
             _draw_points(where, points, role)
         _set_plane(where, title, edge)
         where.title.set_fontsize(12)
-    handles = {line.get_label(): line for where in axes for line in where.lines}
+    handles = {line.get_label(): line for where in axes for line in where.lines if line.get_label() != "_side"}
     _legend(figure, handles, 3 if len(panels) > 1 else 2)
     return figure
 
@@ -268,8 +277,9 @@ class Plane(anywidget.AnyWidget):
         for (x, y), gradient in zip(self.points, self.state["gradient"]):
             ahead = [-1.2 * part / max(math.hypot(*gradient), 1e-12) for part in gradient]
             axes.annotate("", (x + ahead[0], y + ahead[1]), (x, y), arrowprops={"width": 3, "headwidth": 11, "color": "black"})
-        _draw_points(axes, torch.tensor(self.points), "learned")
-        _set_plane(axes, "The arrows turn the fan towards the line between the clouds")
+        _draw_points(axes, torch.tensor(self.points), "learned", "point to move")
+        first = f"Step size {self.step_size:g}, {self.steps} steps, outer loss {self.state['loss']:.2f}:"
+        _set_plane(axes, f"{first}\nthe arrows turn the fan towards the line between the clouds")
         axes.title.set_fontsize(12)
         handles = {line.get_label(): line for line in axes.lines}
         handles["against the meta-gradient"] = Line2D([], [], color="black", marker=">", lw=3, ms=9)

@@ -256,9 +256,9 @@ def accuracy_against_bytes(
         corpus_bytes: size of the compressed corpus, drawn as a vertical line.
     """
     figure, (axes,) = _figure(10.5, 6.2)
-    for place, method in enumerate(methods.itertuples()):
-        colour = ROLE_COLOURS[method.role]
-        x = _beside(method.bytes, place)
+    beside = _beside(methods)
+    for method in methods.itertuples():
+        colour, x = ROLE_COLOURS[method.role], beside[method.Index]
         filled = colour if method.sets > 1 else "white"
         axes.plot([x] * method.sets, method.accuracies, "o", color=colour, mfc=filled, mew=1.6, ms=7, alpha=0.85,
                   zorder=3 if method.sets > 1 else 4, label=method.label)
@@ -271,7 +271,7 @@ def accuracy_against_bytes(
     axes.text(corpus_bytes * 0.94, 0.2, "compressed corpus", rotation=90, fontsize=10, ha="right", va="bottom")
     _labelled(axes, methods)
     axes.set(xscale="log", xlim=(140, 2e7), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
-             xlabel="bytes of what a student trains on (log scale; equal ones side by side; a dot per set, hollow: one set)")
+             xlabel="bytes of what a student trains on (log scale; similar ones spread out; a dot per set, hollow: one set)")
     axes.set_xticks([1e3, 1e4, 1e5, 1e6], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.grid(axis="x", visible=False)
     names = {"real": "real sentences, drawn without scoring them", "text": "text: written, chosen by a score, or nearest words",
@@ -281,9 +281,18 @@ def accuracy_against_bytes(
     return figure
 
 
-def _beside(nbytes: float, place: int) -> float:
-    """Where a method of ``nbytes`` is drawn, so that several of the same weight stand beside each other."""
-    return nbytes * (1 + 0.05 * (place % 3 - 1))
+def _columns(methods: pd.DataFrame) -> pd.Series:
+    """The column of each method: those of similar weight share one."""
+    return (np.log10(methods["bytes"]).diff() > 0.5).cumsum()
+
+
+def _beside(methods: pd.DataFrame) -> pd.Series:
+    """Where each method is drawn: beside those of the same weight, and in a strip of its own where a column holds many, the
+    highest mean on the left."""
+    rank = methods["mean"].groupby(_columns(methods)).rank(ascending=False, method="first") - 1
+    many = methods["mean"].groupby(_columns(methods)).transform("size")
+    place = pd.Series(range(len(methods)), methods.index)
+    return methods["bytes"] * (1.1 ** (rank - (many - 1) / 2)).where(many > 4, 1 + 0.05 * (place % 3 - 1))
 
 
 def _labelled(axes, methods: pd.DataFrame) -> None:
@@ -292,7 +301,7 @@ def _labelled(axes, methods: pd.DataFrame) -> None:
     Methods of similar weight form a column; the name of one that is alone in the first stands below its dots, in a later one
     beside the highest, and the name of the lightest of the last column to the left of its dots.
     """
-    columns = (np.log10(methods["bytes"]).diff() > 0.5).cumsum()
+    columns, beside = _columns(methods), _beside(methods)
     for column, group in methods.groupby(columns):
         names = {method.Index: f"{method.label}: {method.mean:.2f}" for method in group.itertuples()}
         if len(group) == 1 and column < columns.max():
@@ -303,13 +312,17 @@ def _labelled(axes, methods: pd.DataFrame) -> None:
             else:
                 axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top")
             continue
-        right, last = group["bytes"].max() * 1.55, np.inf
+        right, last, crowded = beside[group.index].max() * 1.3, np.inf, len(group) > 4
         for method in group.sort_values("mean", ascending=False, kind="stable").itertuples():
-            x = _beside(method.bytes, method.Index)
+            x = beside[method.Index]
             if column == columns.max() and method.bytes < 0.6 * group["bytes"].max():
                 axes.text(x * 0.8, method.mean, names[method.Index], fontsize=9.5, ha="right", va="center")
                 continue
-            last = min(method.mean + (GAP if last == np.inf and len(group) > 4 else 0), last - GAP)
-            axes.annotate(names[method.Index], (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",
+            name = names[method.Index].replace(", 1,350", ",\n1,350") if crowded else names[method.Index]
+            extra = GAP / 2 * name.count("\n")
+            last = min(method.mean + (GAP if last == np.inf and crowded else 0), last - GAP - extra)
+            axes.annotate(name, (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",
+                          bbox={"fc": "white", "ec": "none", "pad": 0.6},
                           arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS[method.role], "lw": 0.9, "shrinkA": 2,
                                       "relpos": (0, 0.5), "shrinkB": 5})
+            last -= extra

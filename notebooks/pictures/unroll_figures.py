@@ -137,6 +137,6 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Mapping[str, st
     time.set_ylabel("time, in plain training runs")
     kinds = [Patch(color="grey", alpha=0.4, label="pale: everything"), Patch(color="grey", label="full: activations")]
     memory.legend(handles=[*memory.get_legend_handles_labels()[0], *kinds], fontsize=9.5)
-    time.legend(handles=time.get_lines(), fontsize=9.5, loc="upper left", bbox_to_anchor=(0, 0.98))
-    time.set_ylim(top=5.8)
+    time.legend(fontsize=9.5, loc="upper left", ncols=2)
+    time.set_ylim(top=7.4)
     return figure
