@@ -116,7 +116,7 @@ def _lines(weights: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return ends[..., 0].flatten().numpy(), ends[..., 1].flatten().numpy()
 
 
-def _sides(weights: Tensor, at: float = 3.3, size: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+def _sides(weights: Tensor, at: float = 3.3, size: float = 0.25) -> tuple[np.ndarray, np.ndarray]:
     """A tick on each boundary, as far from the origin as ``at``, on the side of class 1 (θ·x > 0)."""
     across = weights / weights.norm(dim=1, keepdim=True)
     along = torch.stack([-across[:, 1], across[:, 0]], 1)
