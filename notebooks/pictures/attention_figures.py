@@ -20,6 +20,7 @@ from distillkit.view.lens.still import DIFFERENCE
 
 KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "exchanged": ("D", "#2a9d8f"),
          "random": ("^", "#6a3d9a")}
+RELABELLED = {"relabelled": ("d", KINDS["exchanged"][1])}  # exchanged, with the labels of the shifts
 LIMIT = 0.4  # end of the scale of differences, in shares of a row's attention
 GAP = 3  # cells between two heads
 
@@ -71,7 +72,7 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
         panel.remove()
     for panel, (title, label, values, chance) in zip(axes, panels, strict=False):
         for place, (kind, numbers) in enumerate(values.items()):
-            marker, colour = KINDS[kind]
+            marker, colour = (KINDS | RELABELLED)[kind]
             spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
             panel.plot(place + spread, numbers, ls="", marker=marker, ms=7, color=colour, label=kind)
             panel.plot([place - 0.25, place + 0.25], [np.mean(numbers)] * 2, color=colour, lw=2, label="_mean")
