@@ -7,7 +7,14 @@ import yaml
 import distillkit as dk
 from distillkit.cli.main import main
 from distillkit.evaluation.recipes import grid_scores, tuning_rows, tuning_starts
-from distillkit.experiments.any_recipe import AnyRecipeCell, AnyRecipeGrid, described, recipe_name, under_every_recipe
+from distillkit.experiments.any_recipe import (
+    KEYWORD_RATES,
+    AnyRecipeCell,
+    AnyRecipeGrid,
+    described,
+    recipe_name,
+    under_every_recipe,
+)
 from distillkit.experiments.kinds import table_of
 from distillkit.experiments.results import frame, read
 from distillkit.io.seeds import derive_seed
@@ -17,7 +24,7 @@ BASE = {
     "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "tuned_initialisations": 2, "tuned_rows": 10,
     "tuned_grid": {"step_size": [0.001], "steps": [1]}, "recipe_grid": {"SGD": [0.1, 1e-7], "AdamW": [0.01]},
     "recipe_steps": [1, 3], "recipe_share": 0.8, "central_steps": 2, "central_step_size": 0.01, "most_steps": 3,
-    "recipe_outer_steps": 3, "keyword_rates": {"lr": 0.011},
+    "recipe_outer_steps": 3,
 }
 ROWS = ["keywords/every", "random/every", "embeddings/every", "longer unroll/every", "mixture/every", "mixture/own",
         "mixture/tuned", "embeddings from keywords/every"]
@@ -97,7 +104,7 @@ def test_embeddings_from_keywords_differ_from_the_others_in_their_start_and_rate
     same = ("optimizer", "steps", "outer_steps")
     assert {name: recipe[name] for name in same} == {name: other[name] for name in same}
     moved = (from_keywords.embeds - cell.of_seed(0).set_of("keywords", 0).embeds).abs()[from_keywords.free].max()
-    assert 0 < moved <= 2 * 1.1 * 0.011, "two outer steps of Adam at the rate of its own"
+    assert 0 < moved <= 2 * 1.1 * KEYWORD_RATES["lr"], "two outer steps of Adam at the rate of its own"
 
 
 def test_gains_are_over_embeddings_of_the_same_start(finished):

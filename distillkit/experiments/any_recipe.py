@@ -33,6 +33,7 @@ from distillkit.io.seeds import derive_seed
 
 EVERY, LONGER, MIXTURE, EMBEDDINGS = "every", "longer unroll", "mixture", "embeddings"
 FROM_KEYWORDS = "embeddings from keywords"
+KEYWORD_RATES = {"lr": 0.03, "label_lr": 0.2, "step_size_lr": 0.05, "clip": 2}  # as in evidence_docstrings_keywords
 LEARNED = (EMBEDDINGS, FROM_KEYWORDS, LONGER, MIXTURE)
 ROWS = (*(f"{method}/{recipe}" for method in LEARNED for recipe in (EVERY, "own", "tuned")),
         *(f"{method}/{EVERY}" for method in CHEAP))
@@ -53,8 +54,6 @@ class AnyRecipeJob(EvidenceJob):
     most_steps: int = whole(20, "most steps of a drawn recipe")
     recipe_lr: float = positive(0.05, "outer learning rate of these two rows, that of labels and step sizes in proportion")
     recipe_outer_steps: int | None = whole(None, "outer steps of these two rows (default: outer_steps)")
-    keyword_rates: dict[Literal["lr", "label_lr", "step_size_lr", "clip"], float] | None = option(
-        None, "rates and clip of the row 'embeddings from keywords' (default: those of the settings)", least=1)
 
     def unroll_of(self, method: str) -> Unroll | Mixture:
         """The inner loop that a set is learned through, if it is not the three steps of the row 'embeddings'."""
@@ -98,7 +97,7 @@ class SetCell(BootstrapCell):
             return super().create(method, seed)
         job, start, objective = self.job, self.set_of("keywords", seed).soften(), self.objective()
         if method == FROM_KEYWORDS:
-            return self.distil(method, seed, start, objective, **(job.keyword_rates or {}))
+            return self.distil(method, seed, start, objective, **KEYWORD_RATES)
         objective = dataclasses.replace(objective, unroll=job.unroll_of(method))
         return self.distil(method, seed, start, objective, steps=job.recipe_outer_steps,
                            lr=job.recipe_lr, label_lr=None, step_size_lr=None, normalize=True)
