@@ -113,6 +113,14 @@ def test_an_interrupted_run_goes_on(finished, standin_hub, monkeypatch):
     assert run.cell.maker("bert-base-uncased").set_of("swaps", 1).tokens is not None
 
 
+def test_keywords_are_one_set_whatever_the_seed():
+    rows = {"a to b/random": [0.4, 0.5, 0.45], "a to b/keywords": [0.6, 0.6, 0.6], "a to b/anchors": [0.7, 0.6, 0.8]}
+    result = result_of(rows, {"cell": rows}, students=["a", "b"])
+    lines = {line.split(" | ")[2]: line for line in transfer_table(result).splitlines() if line.startswith("| a")}
+    assert "| 0.600 |" in lines["keywords"] and lines["keywords"].endswith("| 1 |")
+    assert "| 0.700 ± 0.100 |" in lines["anchors"] and lines["anchors"].endswith("| 3 |")
+
+
 def test_the_table(finished):
     _, result, _ = finished
     lines, sets = transfer_table(result).splitlines(), by_set(result)

@@ -57,6 +57,7 @@ FIXED = ("steps", "step_size", "batch")  # what describes a fixed training
 AGAINST = {"random": "random real text", "k_center": "k-centre's", "herding": "herding's", "keywords": "keywords",
            "projection": "nearest words"}  # the last one beside embeddings alone
 UNTRAINED = ("offline:small-bert",)
+DRAWS_NOTHING = ("keywords",)  # texts that are one set, whatever the seed
 NOT_HERE = ("name", "student", "rows", "seeds", "eval_seeds", "standard_steps", "tuned_grid", "target")
 
 
@@ -175,9 +176,10 @@ def transfer_table(result: Mapping) -> str:
     for name in sets.index:
         source, target, method = parsed(name)
         line = [source or "—", target, method if source else "full data"]
-        if score := spread(sets.loc[name]):
+        values = sets.loc[name].dropna()[: 1 if method in DRAWS_NOTHING else None]
+        if score := spread(values):
             line += [score, *(_gain(sets, name, other) for other in against),
-                     "" if pd.isna(shares[name]) else f"{shares[name]:.0%}", str(sets.loc[name].count())]
+                     "" if pd.isna(shares[name]) else f"{shares[name]:.0%}", str(len(values))]
         else:
             line += ["not run", *[None] * (len(against) + 2)]
         lines.append(line)
