@@ -176,7 +176,7 @@ def transfer_table(result: Mapping) -> str:
     for name in sets.index:
         source, target, method = parsed(name)
         line = [source or "—", target, method if source else "full data"]
-        values = sets.loc[name].dropna()[: 1 if method in DRAWS_NOTHING else None]
+        values = different_sets(sets, name)
         if score := spread(values):
             line += [score, *(_gain(sets, name, other) for other in against),
                      "" if pd.isna(shares[name]) else f"{shares[name]:.0%}", str(len(values))]
@@ -186,6 +186,11 @@ def transfer_table(result: Mapping) -> str:
     gains = [f"minus {other.replace('k_center', 'k-centre')}" for other in against]
     heads = ["from", "to", "text", "accuracy (mean ± sd)", *gains, "of full data, above chance", "sets"]
     return markdown(heads, lines, "lll") + _verdict(sets)
+
+
+def different_sets(sets: pd.DataFrame, name: str) -> pd.Series:
+    """The scores of a row, by set; of a text that draws nothing, that of its one set."""
+    return sets.loc[name].dropna()[: 1 if parsed(name)[2] in DRAWS_NOTHING else None]
 
 
 def of_full(result: Mapping) -> pd.Series:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distillkit.experiments.results import by_row, by_set, classes_of, frame, paired_difference, spread
-from distillkit.experiments.transfer import of_full, parsed, short_name
+from distillkit.experiments.transfer import different_sets, of_full, parsed, short_name
 
 # One colour for each role, in every figure: real text grey, learned embeddings blue, distilled text orange, all the data black.
 ROLE_COLOURS = {"real": "#8c8c8c", "learned": "#0173b2", "text": "#de8f05", "full": "#000000", "chance": "#595959"}
@@ -355,7 +355,7 @@ def transfer_map(result: Mapping) -> Figure:
     sets = by_set(result)
     pairs = pd.DataFrame([parsed(name) for name in sets.index], columns=["source", "target", "method"], index=sets.index)
     pairs = pairs.assign(accuracy=sets.mean(axis=1), share=of_full(result))[pairs["source"] != ""]
-    pairs["words"] = [spread(sets.loc[name], 2) or "not run" for name in pairs.index]
+    pairs["words"] = [spread(different_sets(sets, name), 2) or "not run" for name in pairs.index]
     shares = pairs["share"].map("{:.0%}".format).where(pairs["share"].notna(), "no full score")
     pairs["share words"] = shares.where(pairs["accuracy"].notna(), "not run")
     targets = [name for name in map(short_name, result["config"]["students"]) if name in {*pairs["target"]}]

@@ -35,6 +35,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "text_sizes": ("text_sizes", plots.seeded_grid),
     "transfer_docstrings": ("transfer_docstrings", plots.transfer_map),
     "transfer_ten_docstrings": ("transfer_ten_docstrings", plots.transfer_map),
+    "transfer_encoders": ("transfer_encoders", plots.transfer_map),
     "transfer_library": ("transfer_library", plots.transfer_map),
     "metagrad": ("metagrad", plots.metagrad_cost),
 }
