@@ -26,7 +26,7 @@ from distillkit.core.optimizers import OPTIMIZERS, AdamW, Optimizer
 from distillkit.evaluation.recipes import grid_scores, tuning_rows, tuning_starts
 from distillkit.evaluation.selection import select
 from distillkit.experiments.evidence import CHEAP, BootstrapCell, EvidenceCell, EvidenceGrid, EvidenceJob
-from distillkit.experiments.results import by_set, frame, gain, has_interval, markdown, rounded, spread
+from distillkit.experiments.results import by_set, corrected, frame, gain, has_interval, markdown, rounded, spread
 from distillkit.experiments.runner import Scores
 from distillkit.experiments.settings import REQUIRED, filled, option, positive, settings, whole
 from distillkit.io.seeds import derive_seed
@@ -157,8 +157,8 @@ def any_recipe_table(result: Mapping) -> str:
              f"worst: gain over {rival}"]
     points = pd.DataFrame(columns)
     every_recipe = markdown(["recipe", *points], [[name, *line] for name, line in zip(points.index, points.to_numpy())])
-    corrected = f"Intervals are corrected for {comparisons} comparison{'s' * (comparisons > 1)} (Bonferroni)."
-    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)} {corrected}"
+    notes.append(f"Intervals are {corrected(comparisons)}.")
+    return f"{markdown(heads, summary, 'll')}\n\n{every_recipe}\n\n{' '.join(notes)}"
 
 
 def methods_of(result: Mapping) -> list[str]:

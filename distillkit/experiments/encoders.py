@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from distillkit.experiments.evidence import by_hand_everywhere
-from distillkit.experiments.results import by_set, classes_of, gain, has_interval, markdown, spread
+from distillkit.experiments.results import by_set, classes_of, corrected, gain, has_interval, markdown, spread
 from distillkit.io.checks import require
 
 LEARNED = ("embeddings/own", "embeddings/tuned")
@@ -50,8 +50,8 @@ def encoders_table(results: Sequence[Mapping], per_class: int = 1) -> str:
         of_corpus = {encoder: columns[corpus, encoder] for encoder in encoders if (corpus, encoder) in columns}
         lines += [[corpus, name, *(texts.get(encoder, "") for encoder in encoders)]
                   for name, texts in _block(of_corpus, comparisons)]
-    note = (f"Means ± sd over sets, their number in brackets. Gains are paired by set; their 95 % intervals are corrected for "
-            f"{comparisons} comparison{'s' * (comparisons > 1)} (Bonferroni).")
+    note = ("Means ± sd over sets, their number in brackets. Gains are paired by set; their 95 % intervals are "
+            f"{corrected(comparisons)}.")
     return f"{markdown(['corpus', 'trained on', *encoders], lines, 'll')}\n\n{note}"
 
 

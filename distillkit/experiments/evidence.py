@@ -51,6 +51,7 @@ from distillkit.evaluation.words import with_teacher_labels
 from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
 from distillkit.experiments.results import (
     by_set,
+    corrected,
     frame,
     gain,
     has_interval,
@@ -334,8 +335,7 @@ def evidence_table(result: Mapping, against: str | None = None) -> str:
              f"gain over {against or 'the best cheap text'}"]
     opponents = ", ".join(f"{rival} ({k} per class)" for k, rival in rivals.items() if rival)
     role = "Opponent" if against else "Best cheap text"
-    note = (f"Gains are paired by set; their 95 % intervals are corrected for {comparisons} "
-            f"comparison{'s' * (comparisons > 1)} (Bonferroni). "
+    note = (f"Gains are paired by set; their 95 % intervals are {corrected(comparisons)}. "
             f"{role}: {opponents or 'not run'}.{_corpus_size(result)}{_screening(result, sets_of)}")
     return f"{markdown(heads, lines, 'rll')}\n\n{note}"
 

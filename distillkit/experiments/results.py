@@ -280,6 +280,11 @@ def gain(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> str:
     return f"{mean:+.3f}{interval}" if count else ""
 
 
+def corrected(comparisons: int) -> str:
+    """What a table says of its intervals."""
+    return f"corrected for {comparisons} comparison{'s' * (comparisons != 1)} (Bonferroni)"
+
+
 def rank_correlation(one: pd.Series, other: pd.Series) -> float | None:
     """Spearman's rank correlation of two values of the same sets; None for fewer than :data:`FEWEST` sets."""
     paired = pd.concat([one, other], axis=1).dropna()

@@ -23,7 +23,7 @@ from distillkit.core.distilled import DistilledSet
 from distillkit.core.distiller import Distiller
 from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
-from distillkit.io.checks import check_choice, check_is, check_whole, require
+from distillkit.io.checks import check_is, check_whole, require
 from distillkit.io.escaping import one_line
 from distillkit.view.lens import page, panes, still
 from distillkit.view.lens.content import contents, tokens_of
@@ -82,7 +82,7 @@ class Lens(anywidget.AnyWidget):
             if value is not None:
                 check_is(name, value, kind)
         self.student, self.task, self.judge, self.params, self.reader = student, task, judge, params, reader
-        self.picture = _panes(picture)
+        self.picture = still.checked(picture)
         self._take(film, real)
         self._trained: tuple[DistilledSet, Params, str] | None = None  # the set last trained on, parameters, recipe
         self._real = real
@@ -337,11 +337,11 @@ class Lens(anywidget.AnyWidget):
             method: of the map, ``"pca"`` or ``"umap"``, which takes half a minute.
             picture: the panes, as the widget takes them; default: its own.
         """
-        parts = self.picture if picture is None else _panes(picture)
+        picture = self.picture if picture is None else still.checked(picture)
         frame = self.frame
         example = min(self.example, len(self.film.sets[frame]) - 1)  # a smaller set may lack the one that is looked at
         difference = None
-        if "heads" in parts:
+        if "heads" in picture:
             reply, buffers = self.answer(["attention", self.revision, frame, example])
             weights = np.frombuffer(buffers[0], np.uint8).reshape(reply["shape"]) / panes.LEVELS
             difference = weights[1] - weights[0] if len(weights) > 1 else None
@@ -352,7 +352,7 @@ class Lens(anywidget.AnyWidget):
             real[: len(row)] = row
         real, chips = (words(self.student.tokenizer, tokens) for tokens in (real, self._tokens(frame, example)))
         return still.still(*self._drawn(method), example=example, frame=frame, real=real, chips=chips, reading=reading,
-                           reader=self.reader and self.reader.name, parts=parts, difference=difference)
+                           reader=self.reader and self.reader.name, picture=picture, difference=difference)
 
     def save_gif(self, path: str | Path) -> Path:
         """Write the film of the map as a GIF, and return where it is."""
@@ -393,15 +393,6 @@ class Lens(anywidget.AnyWidget):
         nearest = words(self.student.tokenizer, self.film.tokens[self.frame, example, position])
         return pandas.DataFrame({"example": example, "position": position, "word": nearest,
                                  "distance": self.film.distances[self.frame, example, position]})
-
-
-def _panes(picture: Sequence[str]) -> tuple[str, ...]:
-    """The panes of a picture, checked."""
-    require(isinstance(picture, Sequence) and not isinstance(picture, str) and picture,
-            f"picture must name some of {', '.join(still.PANES)}, such as ('tokens',), not {picture!r}")
-    for pane in picture:
-        check_choice("a pane of picture", pane, still.PANES)
-    return tuple(picture)
 
 
 ASKS = ("attention", "candidates", "values", "reading", "prediction", "numbers", "map", "place", "accept", "undo", "stop")

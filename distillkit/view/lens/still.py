@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from distillkit.io.checks import check_choice, require
 from distillkit.io.storage import absolute, replacing
 from distillkit.view.figures import ROLE_COLOURS, _Shown, style
 from distillkit.view.lens.film import Film
@@ -37,6 +38,15 @@ STILLS = 48  # pictures of a GIF
 PAUSE, FIRST, LAST = 110, 900, 2500  # milliseconds of a picture of a GIF
 LABELS = 14  # words beside the points of a map
 PANES = ("map", "tokens", "heads")  # what a picture can show
+
+
+def checked(picture: Sequence[str]) -> tuple[str, ...]:
+    """The panes that a picture names, some of :data:`PANES`."""
+    require(isinstance(picture, Sequence) and not isinstance(picture, str) and picture,
+            f"picture must name some of {', '.join(PANES)}, such as ('tokens',), not {picture!r}")
+    for pane in picture:
+        check_choice("a pane of picture", pane, PANES)
+    return tuple(picture)
 
 
 def colour(label: int) -> str:
@@ -154,7 +164,7 @@ def draw_classes(figure: Figure, names: Sequence[str], **place) -> None:
 @style()
 def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words: Sequence[Sequence[str]], *, example: int,
           frame: int, real: Sequence[str], chips: Sequence[str], difference: np.ndarray | None,
-          reading: Sequence[Stretch] | None = None, reader: str | None = None, parts: Sequence[str] = PANES) -> Figure:
+          reading: Sequence[Stretch] | None = None, reader: str | None = None, picture: Sequence[str] = PANES) -> Figure:
     """Film strip, words and heads of one moment; with a ``reader`` its tokens in the place of the heads.
 
     Args:
@@ -165,9 +175,9 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         real, chips: the words of the example in real text and in the frame, a word a position.
         difference: of attention, ``[layers, heads, l, l]``; None: no heads.
         reading, reader: as :func:`draw_tokens` takes it, and whose it is.
-        parts: which of :data:`PANES` are drawn.
+        picture: which of :data:`PANES` are drawn.
     """
-    with_map, below = "map" in parts, [part for part in parts if part != "map"]
+    with_map, below = "map" in picture, [pane for pane in picture if pane != "map"]
     if "heads" in below and "tokens" in below and (difference is None or reading is not None):
         below.remove("heads")  # the tokens take their place
     height = (6.6 if below else 4.2) if with_map else 3.2 if "heads" in below else 2.6
