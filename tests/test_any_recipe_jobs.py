@@ -8,7 +8,7 @@ import distillkit as dk
 from distillkit.cli.main import main
 from distillkit.evaluation.recipes import grid_scores, tuning_rows, tuning_starts
 from distillkit.experiments.any_recipe import (
-    KEYWORD_RATES,
+    SMALL_RATES,
     AnyRecipeCell,
     AnyRecipeGrid,
     described,
@@ -21,10 +21,10 @@ from distillkit.io.seeds import derive_seed
 
 BASE = {
     "corpus": "rotten_tomatoes", "student": "bert-base-uncased", "max_length": 12, "length": 8, "seeds": [0, 1],
-    "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "tuned_initialisations": 2, "tuned_rows": 10,
-    "tuned_grid": {"step_size": [0.001], "steps": [1]}, "recipe_grid": {"SGD": [0.1, 1e-7], "AdamW": [0.01]},
-    "recipe_steps": [1, 3], "recipe_share": 0.8, "central_steps": 2, "central_step_size": 0.01, "most_steps": 3,
-    "recipe_outer_steps": 3,
+    "eval_seeds": [0, 1], "unroll_steps": 2, "outer_steps": 2, "outer_batch": 4, "lr": 0.12,
+    "tuned_initialisations": 2, "tuned_rows": 10, "tuned_grid": {"step_size": [0.001], "steps": [1]},
+    "recipe_grid": {"SGD": [0.1, 1e-7], "AdamW": [0.01]}, "recipe_steps": [1, 3], "recipe_share": 0.8,
+    "central_steps": 2, "central_step_size": 0.01, "most_steps": 3, "recipe_outer_steps": 3,
 }
 ROWS = ["keywords/every", "random/every", "embeddings/every", "longer unroll/every", "mixture/every", "mixture/own",
         "mixture/tuned", "embeddings from keywords/every"]
@@ -98,13 +98,18 @@ def test_sets_are_learned_through_what_their_names_say(cell):
         assert distilled.embeds.shape == cell.of_seed(0).set_of("keywords", 0).embeds.shape
 
 
-def test_embeddings_from_keywords_differ_from_the_others_in_their_start_and_rates_alone(cell):
-    from_keywords, embeddings = (cell.of_seed(0).set_of(name, 0) for name in ("embeddings from keywords", "embeddings"))
-    recipe, other = from_keywords.meta["recipe"], embeddings.meta["recipe"]
+@pytest.mark.parametrize(("name", "keywords", "small"), [
+    ("embeddings", False, False), ("embeddings from keywords", True, True), ("embeddings at small rates", False, True),
+    ("embeddings from keywords at large rates", True, False)])
+def test_start_and_rates_are_crossed_and_nothing_else_differs(cell, name, keywords, small):
+    of_seed = cell.of_seed(0)
+    distilled, reference = of_seed.set_of(name, 0), of_seed.set_of("embeddings", 0)
     same = ("optimizer", "steps", "outer_steps")
-    assert {name: recipe[name] for name in same} == {name: other[name] for name in same}
-    moved = (from_keywords.embeds - cell.of_seed(0).set_of("keywords", 0).embeds).abs()[from_keywords.free].max()
-    assert 0 < moved <= 2 * 1.1 * KEYWORD_RATES["lr"], "two outer steps of Adam at the rate of its own"
+    assert {key: distilled.meta["recipe"][key] for key in same} == {key: reference.meta["recipe"][key] for key in same}
+    start = of_seed.set_of("keywords", 0) if keywords else of_seed.start(0)
+    moved = (distilled.embeds - start.embeds).abs()[distilled.free].max()
+    rate = SMALL_RATES["lr"] if small else of_seed.job.rates()["lr"]
+    assert rate < moved <= 2.2 * rate, "two outer steps of Adam at the rate of its own"
 
 
 def test_gains_are_over_embeddings_of_the_same_start(finished):

@@ -5,9 +5,13 @@ class, are trained on under each point, and a point stays if they reach a share 
 choice is stored in the result (note ``recipes``).  Row ``method/every`` then scores a set on test under every recipe that
 stayed.
 
-Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  Three more are distilled, all from
-keywords: ``embeddings from keywords`` in the three steps of the row ``embeddings``, ``longer unroll`` in steps of AdamW, and
-``mixture`` in recipes drawn around that one (:class:`~distillkit.core.mixture.Mixture`).
+Sets come from the same bootstraps as those of :mod:`~distillkit.experiments.evidence`.  More are distilled:
+
+* ``embeddings from keywords``, in the three steps of the row ``embeddings``, which starts from random sentences and has the
+  larger outer rates of the settings.  Two rows tell start and rates apart: ``embeddings at small rates`` and
+  ``embeddings from keywords at large rates``.
+* From keywords too, ``longer unroll`` in steps of AdamW, and ``mixture`` in recipes drawn around that one
+  (:class:`~distillkit.core.mixture.Mixture`).
 """
 
 from __future__ import annotations
@@ -33,8 +37,10 @@ from distillkit.io.seeds import derive_seed
 
 EVERY, LONGER, MIXTURE, EMBEDDINGS = "every", "longer unroll", "mixture", "embeddings"
 FROM_KEYWORDS = "embeddings from keywords"
-KEYWORD_RATES = {"lr": 0.03, "label_lr": 0.2, "step_size_lr": 0.05, "clip": 2}  # as in evidence_docstrings_keywords
-LEARNED = (EMBEDDINGS, FROM_KEYWORDS, LONGER, MIXTURE)
+SMALL_RATES = {"lr": 0.03, "label_lr": 0.2, "step_size_lr": 0.05, "clip": 2}  # as in evidence_docstrings_keywords
+START_AND_RATES = {FROM_KEYWORDS: ("keywords", SMALL_RATES), f"{EMBEDDINGS} at small rates": (None, SMALL_RATES),
+                   f"{FROM_KEYWORDS} at large rates": ("keywords", {})}  # beside embeddings: (None, {})
+LEARNED = (EMBEDDINGS, *START_AND_RATES, LONGER, MIXTURE)
 ROWS = (*(f"{method}/{recipe}" for method in LEARNED for recipe in (EVERY, "own", "tuned")),
         *(f"{method}/{EVERY}" for method in CHEAP))
 
@@ -93,12 +99,14 @@ class SetCell(BootstrapCell):
         return [points[name] for name in self.notes["recipes"]["names"]]
 
     def create(self, method: str, seed: int) -> DistilledSet:
-        if method not in (FROM_KEYWORDS, LONGER, MIXTURE):
+        if method in START_AND_RATES:
+            text, rates = START_AND_RATES[method]
+            start = self.set_of(text, seed).soften() if text else self.start(seed)
+            return self.distil(method, seed, start, self.objective(), **rates)
+        if method not in (LONGER, MIXTURE):
             return super().create(method, seed)
-        job, start, objective = self.job, self.set_of("keywords", seed).soften(), self.objective()
-        if method == FROM_KEYWORDS:
-            return self.distil(method, seed, start, objective, **KEYWORD_RATES)
-        objective = dataclasses.replace(objective, unroll=job.unroll_of(method))
+        job, start = self.job, self.set_of("keywords", seed).soften()
+        objective = dataclasses.replace(self.objective(), unroll=job.unroll_of(method))
         return self.distil(method, seed, start, objective, steps=job.recipe_outer_steps,
                            lr=job.recipe_lr, label_lr=None, step_size_lr=None, normalize=True)
 
