@@ -124,13 +124,15 @@ def test_what_was_distilled(finished, standin_hub):
     folder, result = finished
     notes = result["cells"]["small"]["notes"]
     assert {name: (note["steps"], len(note["losses"])) for name, note in notes.items() if "losses" in note} == {
-        "real + learned labels 0": (3, 3), "embeddings 0": (3, 3)}
+        "real + learned labels 0": (3, 3), "keywords + learned labels 0": (3, 3), "embeddings 0": (3, 3)}
     text = notes["projected 0"]["text"]
     assert [row["label"] for row in text] == ["neg", "pos"] and all(row["text"] for row in text)
     cell = Run(ClassificationCell, job(), folder / "results", folder / "work").cell
-    embeddings, labels = (cell.set_of(name, 0) for name in ("embeddings", "real + learned labels"))
+    embeddings, labels, keywords = (cell.set_of(name, 0) for name in (
+        "embeddings", "real + learned labels", "keywords + learned labels"))
     assert embeddings.tokens is None and embeddings.meta["recipe"]["outer_steps"] == 3
     assert labels.tokens is not None and labels.meta["selection"]["method"] == "random", "real text, learned labels"
+    assert torch.equal(keywords.embeds, cell.set_of("keywords", 0).embeds) and keywords.soft, "only labels and step sizes"
     nbytes = {score["method"]: score["nbytes"] for score in result["scores"]}
     assert nbytes["embeddings"] == embeddings.nbytes > nbytes["real + learned labels"] == labels.nbytes
     assert nbytes["projected"] == nbytes["real + learned labels"] > nbytes["random"] == nbytes["k_center"]
@@ -293,7 +295,9 @@ def test_shipped_settings():
     assert all(set(found.committed_rows) <= set(shipped[found.committed].rows) for found in shipped.values() if found.committed)
     demo = shipped["quickstart"]
     assert (demo.corpus, demo.student, demo.per_class, demo.length) == ("docstrings", "offline:minilm", 1, 32)
-    honest = {"random/tuned", "k_center/tuned", "herding/tuned", "real + learned labels/own", "projected/own"}
+    honest = {"random/tuned", "k_center/tuned", "herding/tuned", "keywords/tuned", "keywords + learned labels/own",
+              "projected/own"}
+    assert demo.start == "keywords", "so keywords, and keywords with learned labels, are the controls"
     assert honest | {"embeddings/own", "full/standard"} <= {*demo.rows}
 
 

@@ -38,6 +38,7 @@ from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 
 METHODS = ("random", "k_center", "herding", "k_means")
+SELECTIONS = (*METHODS, "keywords")  # without gradients
 REAL_METHODS = (*METHODS, "less")
 ALL_METHODS = (*REAL_METHODS, "keywords")
 

@@ -2,9 +2,11 @@
 
 The rows, all scored on the same test split with the same fresh seeds:
 
-* ``random``, ``k_center``, ``herding``: real sentences with hard labels, recipe tuned on the validation split.
+* ``random``, ``k_center``, ``herding``: real sentences with hard labels, recipe tuned on the validation split; ``keywords``: a
+  line of the most telling words of each class.
 * ``real + learned labels``: random real sentences left as they are; only soft labels and step sizes were learned.  What
-  it gains over ``random`` is the labels' doing and must not be mistaken for learned inputs.
+  it gains over ``random`` is the labels' doing and must not be mistaken for learned inputs.  ``keywords + learned labels``:
+  the same for the keywords.
 * ``embeddings``: the distilled set, under its own recipe and, if asked for, under the others.
 * ``projected``: its nearest-token text.
 * ``full``: the whole training split, standard fine-tuning.
@@ -27,7 +29,7 @@ from typing import ClassVar
 import pandas as pd
 
 from distillkit.core.distilled import DistilledSet
-from distillkit.evaluation.selection import METHODS
+from distillkit.evaluation.selection import SELECTIONS
 from distillkit.experiments.results import by_row, frame, markdown, number, of_the_corpus, read, spread, take_up
 from distillkit.experiments.runner import Cell, Scores
 from distillkit.experiments.settings import (
@@ -45,10 +47,10 @@ from distillkit.experiments.settings import (
     whole,
 )
 
-LEARNED_LABELS = "real + learned labels"
+LEARNED_LABELS, KEYWORD_LABELS = "real + learned labels", "keywords + learned labels"
 ROW_NAMES = (
-    *(f"{method}/tuned" for method in METHODS),
-    f"{LEARNED_LABELS}/own",
+    *(f"{method}/tuned" for method in SELECTIONS),
+    f"{LEARNED_LABELS}/own", f"{KEYWORD_LABELS}/own",
     *(f"{method}/{recipe}" for method in ("embeddings", "projected") for recipe in ("own", "standard", "tuned")),
     "full/standard",
 )
@@ -81,8 +83,9 @@ class ClassificationJob(Experiment, Data, Size, Inner, Outer, SetSeed, Scoring):
 class ClassificationCell(Cell):
     """An experiment on classification, or a cell of a grid of them."""
 
-    texts, selections, projected = ("projected",), METHODS, {"projected": "embeddings"}
-    relabelled: ClassVar[Mapping[str, str]] = {LEARNED_LABELS: "random"}  # method: text whose labels and step sizes are learned
+    texts, selections, projected = ("projected",), SELECTIONS, {"projected": "embeddings"}
+    relabelled: ClassVar[Mapping[str, str]] = {  # method: text whose labels and step sizes are learned
+        LEARNED_LABELS: "random", KEYWORD_LABELS: "keywords"}
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -219,7 +222,7 @@ def slides_table(result: Mapping) -> str:
     config, scores, lines = result["config"], frame(result), []
     axes = {name: values for name, values in config["product"].items() if name not in ("corpus", "student", "seed")}
     for corpus, row in itertools.product(config["product"]["corpus"], config["rows"]):
-        learned = row.split("/")[0] not in (*METHODS, "full")
+        learned = row.split("/")[0] not in (*SELECTIONS, "full")
         for values in itertools.product(*(axes.values() if learned else ())):
             asked = {"corpus": corpus, **dict(zip(axes, values))}
             line = [corpus, ", ".join((row, *(f"{name}={value}" for name, value in list(asked.items())[1:])))]

@@ -45,10 +45,10 @@ from distillkit.core.loading import load_student
 from distillkit.core.student import Student
 from distillkit.data.tasks import Task, bootstrap
 from distillkit.evaluation.recipes import Tuned
-from distillkit.evaluation.selection import METHODS
+from distillkit.evaluation.selection import SELECTIONS
 from distillkit.evaluation.upper_lines import linear_probe_accuracy, tfidf_accuracy
 from distillkit.evaluation.words import with_teacher_labels
-from distillkit.experiments.classification import LEARNED_LABELS, ClassificationCell
+from distillkit.experiments.classification import KEYWORD_LABELS, LEARNED_LABELS, ClassificationCell
 from distillkit.experiments.results import (
     by_set,
     corrected,
@@ -91,8 +91,7 @@ BY_HAND = ("class names", "written")  # texts that do not depend on the drawn ro
 PUBLISHED, CHOSEN, SEARCHED = "published", "chosen sentences", "searched keywords"
 CANDIDATES, MODEL_WRITTEN, CHOSEN_WRITTEN = "candidates", "model-written", "chosen model-written"
 ATTENTION, FLOAT16, LOW_RANK = "embeddings + attention labels", "embeddings float16", "embeddings low rank"
-KEYWORD_LABELS = "keywords + learned labels"
-CHEAP = (*BY_HAND, *METHODS, "keywords")
+CHEAP = (*BY_HAND, *SELECTIONS)
 TEACHER = " + teacher labels"
 UPPER = ("tfidf", "linear probe")
 ROWS = (
@@ -160,7 +159,6 @@ class BootstrapCell(ClassificationCell):
     corpus: Task
     encoder: Callable[[str], Student]
     texts = (CHOSEN, SEARCHED, CHOSEN_WRITTEN)
-    relabelled = {**ClassificationCell.relabelled, KEYWORD_LABELS: "keywords"}
     selections = tuple(f"{method}{labels}" for method in (*CHEAP, PUBLISHED) for labels in ("", TEACHER))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:

@@ -44,7 +44,7 @@ from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
-from distillkit.evaluation.selection import METHODS
+from distillkit.evaluation.selection import SELECTIONS
 from distillkit.experiments.building import recipe_of
 from distillkit.experiments.results import by_set, gain, markdown, rows_of, spread
 from distillkit.experiments.runner import Cell, Scores
@@ -78,7 +78,6 @@ STARTS = {"swaps": "k_center"} | {
     f"swaps from {start}": start for start in ("random", "herding", "sentences", "relaxed tokens")
 }
 WAYS = ("projection", "neighbor loss", "through projection", "nearest sentences", "sentences", "relaxed tokens", *STARTS)
-SELECTIONS = (*METHODS, "keywords")
 TEXTS = (*SELECTIONS, *WAYS)
 RECIPES = ("tuned", "relabelled", "transfer", "fixed")
 ROWS = (

@@ -45,6 +45,7 @@ def shades(role: str, count: int) -> list[str]:
 METHOD_COLOURS = {"full": ROLE_COLOURS["full"]} | {
     method: colour for role, methods in _ROLES.items() for method, colour in zip(methods, shades(role, len(methods)))
 }
+METHOD_COLOURS["keywords + learned labels"] = METHOD_COLOURS["keywords"]
 LABELS = {
     "embeddings": "distilled embeddings", "projected": "… projected to words", "full": "full training data",
     "k_center": "real, k-centre", "herding": "real, herding", "random": "real, random",
@@ -52,6 +53,7 @@ LABELS = {
     "nacd": "distilled, NACD", "nacd text": "NACD → text", "nacd vectors": "NACD, prompt vectors",
     "chosen pairs": "real, chosen by matching", "bptt": "distilled, BPTT", "bptt text": "BPTT → text",
     "zero-shot": "no training", "k_means": "real, medoids", "keywords": "keywords",
+    "keywords + learned labels": "keywords, labels learned",
 }
 STRATEGIES_SHOWN = ("StoreAll", "Replay", "ForwardDifference", "unroll, autograd", "TorchOpt", "MixFlow-MG")
 SELECTED = ("random/standard", "k_center/standard", "less/standard")  # rows that learned sets are compared with
