@@ -1,9 +1,9 @@
 """Figures that show a learned set from inside a model, with its controls beside it: attention heads, and numbers.
 
 What differs from real text may differ because it was shifted far.  So each figure has room for several *kinds* of examples:
-``real``, ``learned``, and two controls: ``exchanged`` (real examples with the learned shift of another class) and ``random``
-(each position shifted as far as the learned one, in a direction of its own;
-:func:`~distillkit.view.measures.random_shift`).  Differences of attention have the colours that Lens gives them.
+``real``, ``learned``, and three controls: ``exchanged`` (real examples with the learned shift of another class), ``random``
+(each position shifted as far as the learned one, in a direction of its own) and ``shared`` (in one direction for the example;
+both by :func:`~distillkit.view.measures.random_shift`).  Differences of attention have the colours that Lens gives them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distillkit.view.figures import ROLE_COLOURS, _figure, _Shown, plain, style
 from distillkit.view.lens.still import DIFFERENCE
 
 KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "exchanged": ("D", "#2a9d8f"),
-         "random": ("^", "#6a3d9a")}
+         "random": ("^", "#6a3d9a"), "shared": ("v", "#b0559e")}
 RELABELLED = {"relabelled": ("d", KINDS["exchanged"][1])}  # exchanged, with the labels of the shifts
 LIMIT = 0.4  # end of the scale of differences, in shares of a row's attention
 GAP = 3  # cells between two heads
@@ -81,6 +81,6 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
             panel.annotate("chance", (-0.45, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
                            va="top", ha="left", color=ROLE_COLOURS["chance"])
         panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
-        panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9)
+        panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9, rotation=25 if len(values) > 4 else 0)
         panel.grid(axis="x", visible=False)
     return figure
