@@ -10,7 +10,7 @@ JOBS   ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-avx2 notebooks lab slides handout lint clean
+.PHONY: help setup demo test test-avx2 notebooks lab answers slides handout lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -61,6 +61,9 @@ endif
 
 slides: $(STAMP)  ## every lesson as slides, in course/
 	@$(BIN)/python notebooks/course.py slides
+
+answers: $(STAMP)  ## every lesson with the code of its answers, executed, in course/
+	@$(BIN)/python notebooks/course.py answers
 
 handout: $(STAMP)  ## the paper of lesson 10 for printing, in course/
 	@$(BIN)/python notebooks/course.py handout

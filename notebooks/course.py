@@ -1,6 +1,7 @@
-"""The course in other forms, for a lecturer: without its answers, and as slides.
+"""The course in other forms, for a lecturer: without its answers, with their code executed, and as slides.
 
     python notebooks/course.py student             # course/: every lesson without answers and outputs
+    python notebooks/course.py answers [NAME ...]  # course/NAME.answers.ipynb: executed, with the code of its answers behind it
     python notebooks/course.py slides [NAME ...]   # course/NAME.slides.html, shown with any browser
     python notebooks/course.py handout             # course/10_handout.html: the paper of lesson 10, to print
 
@@ -17,14 +18,17 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter, SlidesExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 from pictures import paper, reviewing
-from refresh import COLLAPSED, FOLDER, find, read, render
+from refresh import COLLAPSED, FOLDER, environment, execute, find, read, render
 
 ANSWER = re.compile(r"<details>\s*<summary>Answer.*?</details>", re.DOTALL)
 INSTEAD = "*Your answer:*"
+# The code of what is folded away; a fragment, marked so, is to be put into a cell and does not run alone.
+FOLDED, CODE = re.compile(r"<details>.*?</details>", re.DOTALL), re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TERMS = """**Terms.** *Set*: the examples made by one run of a method. *Initialisation*: the start of a student that is
 trained on them. *k-centre*, *herding*: rules that pick real sentences by their place among all sentences. *Chosen
 sentences*: real sentences that a search picked by the loss of a small model. *Fixed*, *tuned*, *own*, *standard*: recipes
@@ -54,6 +58,29 @@ def write_student(paths: list[Path], into: Path, fresh: bool = False) -> list[st
             continue
         notebook = read(path)
         without_answers(notebook)
+        target.write_text(render(notebook), encoding="utf-8")
+        lines.append(f"{path.stem}: {target.parent.name}/{target.name}")
+    return lines
+
+
+def answers(notebook: nbformat.NotebookNode) -> list[str]:
+    """The code of a lesson's answers, in order; fragments are left out."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [code for text in texts for folded in FOLDED.findall(text) for code in CODE.findall(folded)]
+
+
+def write_answers(paths: list[Path], into: Path) -> list[str]:
+    """Execute lessons with the code of their answers behind them, and write them where all of it ran."""
+    into.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for path in paths:
+        notebook = read(path)
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in answers(notebook)]
+        try:
+            execute(notebook, environment(), path.parent)
+        except CellExecutionError as error:
+            raise SystemExit(f"{path.stem}: an answer or the lesson itself fails\n{error}") from None
+        target = into / f"{path.stem}.answers.ipynb"
         target.write_text(render(notebook), encoding="utf-8")
         lines.append(f"{path.stem}: {target.parent.name}/{target.name}")
     return lines
@@ -97,7 +124,7 @@ def write_handout(into: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("form", choices=("student", "slides", "handout"))
+    parser.add_argument("form", choices=("student", "answers", "slides", "handout"))
     parser.add_argument("names", nargs="*", help="lessons (default: all)")
     parser.add_argument("--fresh", action="store_true", help="write lessons again that are there already")
     parser.add_argument("--into", type=Path, default=FOLDER.parent / "course", metavar="DIR", help="default: course")
@@ -105,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     paths = find(options.names)
     if options.form == "handout":
         lines = write_handout(options.into)
+    elif options.form == "answers":
+        lines = write_answers(paths, options.into)
     elif options.form == "slides":
         lines = write_slides(paths, options.into)
     else:

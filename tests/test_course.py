@@ -54,6 +54,45 @@ def test_what_a_student_wrote_is_left_alone_unless_asked(course, tmp_path):
     assert "Why?" in copy.read_text(encoding="utf-8")
 
 
+ANSWERED = """<details><summary>Answer</summary>
+
+Half of it.
+
+```python
+print(6 * answered)
+```
+
+```python fragment
+if fragments ran, this would be an error
+```
+
+</details>
+
+```python
+not_an_answer
+```
+"""
+
+
+def test_the_code_of_answers_runs_behind_its_lesson(course, tmp_path):
+    v4 = nbformat.v4
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(ANSWERED), v4.new_code_cell("answered = 7")])
+    nbformat.write(notebook, tmp_path / "00_lesson.ipynb")
+    course.write_answers([tmp_path / "00_lesson.ipynb"], tmp_path / "course")
+    written = nbformat.read(tmp_path / "course" / "00_lesson.answers.ipynb", 4)
+    assert [cell.outputs[0].text for cell in written.cells if cell.cell_type == "code" and cell.outputs] == ["42\n"]
+    notebook.cells[1].source = "nothing = 7"
+    nbformat.write(notebook, tmp_path / "00_lesson.ipynb")
+    with pytest.raises(SystemExit, match="00_lesson: an answer .*fails\n"):
+        course.write_answers([tmp_path / "00_lesson.ipynb"], tmp_path / "course")
+
+
+def test_the_code_of_every_answer_is_python(course):
+    codes = {path.stem: course.answers(course.read(path)) for path in course.find([])}
+    assert sum(map(len, codes.values())) >= 18
+    assert all(compile(code, name, "exec") for name, some in codes.items() for code in some)
+
+
 def test_slides_show_outputs_and_no_checks_or_answers(course, tmp_path):
     course.write_slides([lesson(tmp_path)], tmp_path / "course")
     page = (tmp_path / "course" / "00_lesson.slides.html").read_text(encoding="utf-8")

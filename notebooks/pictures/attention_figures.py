@@ -81,6 +81,7 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
             panel.annotate("chance", (-0.45, chance), xytext=(0, -3), textcoords="offset points", fontsize=10,
                            va="top", ha="left", color=ROLE_COLOURS["chance"])
         panel.set(title=plain(title), ylabel=label, xlim=(-0.5, len(values) - 0.5), ylim=(0, 1.1 * panel.get_ylim()[1]))
-        panel.set_xticks(range(len(values)), list(values), fontsize=11 if len(values) < 5 else 9, rotation=25 if len(values) > 4 else 0)
+        many = len(values) > 4
+        panel.set_xticks(range(len(values)), list(values), fontsize=9 if many else 11, rotation=25 if many else 0)
         panel.grid(axis="x", visible=False)
     return figure

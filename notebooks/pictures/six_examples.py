@@ -214,8 +214,8 @@ def scores_by_size(evidence: Mapping, demo: Mapping, longer: Mapping, *, cell: s
 
     Args:
         evidence: cheap opponents and embeddings, several sets.
-        demo: the run of `make demo`, one set: its words, and real sentences with learned labels.
-        longer: the same set learned for longer, one set.
+        demo: the run of `make demo`, one set: its words.
+        longer: a set that was learned for longer, one set.
         cell: of ``evidence``.
 
     Returns:
