@@ -149,6 +149,8 @@ def test_the_table_by_hand_and_unfinished():
     assert lines[-1] == (
         "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 1. "
         "swaps: above k-centre's in 0 of 1 pairs, by more than the 95 % interval in 0.")
+    two_sets = transfer_table(result_of({row: values[:2] for row, values in rows.items()}, groups="wxyz"))
+    assert "swaps: above random real text in 1 of 2 pairs, by more than the 95 % interval in 0." in two_sets
     unfinished = transfer_table(result_of(dict.fromkeys(rows, []))).splitlines()
     assert len(unfinished) == 2 + len(rows) and all("not run" in line for line in unfinished[2:])
 

@@ -254,9 +254,9 @@ def paired_difference(sets: pd.DataFrame, one: str, other: str, comparisons: int
 
 
 def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> bool:
-    """Whether one row is above another by more than half of the 95 % interval."""
+    """Whether one row is above another by more than half of the 95 % interval; never with fewer than :data:`LEAST_SETS` sets."""
     mean, half = paired_difference(sets, one, other, comparisons)
-    return mean > half
+    return has_interval(sets, one, other) and mean > half
 
 
 def has_interval(sets: pd.DataFrame, one: str, other: str) -> bool:
