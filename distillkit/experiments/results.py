@@ -254,7 +254,7 @@ def paired_difference(sets: pd.DataFrame, one: str, other: str, comparisons: int
 
 
 def beats(sets: pd.DataFrame, one: str, other: str, comparisons: int = 1) -> bool:
-    """Whether one row is above another by more than half of the 95 % interval; never with fewer than :data:`LEAST_SETS` sets."""
+    """Whether one row is above another by more than half of the 95 % interval; never with fewer than :data:`LEAST_SETS`."""
     mean, half = paired_difference(sets, one, other, comparisons)
     return has_interval(sets, one, other) and mean > half
 
