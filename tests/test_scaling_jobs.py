@@ -182,7 +182,7 @@ def test_processes_at_other_cells_keep_what_each_has_made(tmp_path):
 def test_what_is_not_here_is_skipped_and_said(tmp_path, capsys, scored):
     settings = SLIDES | {"product": {"corpus": ["imdb_of_nobody/gone", "ag_news"], "student": ["bert-base-uncased", "gone"]},
                          "rows": ["random/tuned"]}
-    assert command(tmp_path, settings) == 0
+    assert command(tmp_path, settings) == 1
     printed = capsys.readouterr().out
     assert "corpus=imdb_of_nobody/gone,student=bert-base-uncased: skipped: imdb_of_nobody/gone was not found" in printed
     assert "corpus=ag_news,student=gone: skipped: unknown student 'gone'" in printed
@@ -200,7 +200,7 @@ def test_a_cell_that_diverges_leaves_the_others(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ClassificationCell, "create", runs_away)
     settings = SLIDES | {"product": SLIDES["product"] | {"student": ["bert-base-uncased"]}, "rows": ["embeddings/own"]}
-    assert command(tmp_path, settings) == 0
+    assert command(tmp_path, settings) == 1
     assert "ag_news,student=bert-base-uncased: skipped: outer step 3" in capsys.readouterr().out
     assert [*result(tmp_path)["cells"]] == ["corpus=rotten_tomatoes,student=bert-base-uncased"]
 

@@ -112,8 +112,8 @@ def _with_examples(commands, name: str, help_text: str, epilog: str) -> argparse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0; 1 where ``verify`` finds damage; 2 for bad input, or a disk that takes no more;
-    130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
+    """Run a command; returns the exit code: 0; 1 where ``verify`` finds damage or ``run`` skipped a cell; 2 for bad input, or a
+    disk that takes no more; 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP, after which the same command goes on."""
     args = parser().parse_args(argv)
     again = "give the same command again" + (", without --fresh," if getattr(args, "fresh", False) else "") + " to go on"
     with visible_warnings(), ending_signals():

@@ -10,7 +10,7 @@ from distillkit.experiments.evidence import evidence_table
 from distillkit.experiments.kinds import KINDS, table_of
 from distillkit.experiments.results import read as read_result
 from distillkit.experiments.results import with_tables
-from distillkit.experiments.runner import CONFIGS
+from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of, read, renamed
 from distillkit.io.checks import check_choice, require
 from distillkit.io.escaping import say
@@ -21,26 +21,26 @@ from distillkit.view import figures as plots
 from distillkit.view.gallery import regenerate
 
 
-def run(args: argparse.Namespace) -> None:
-    """``python -m distillkit run``."""
+def run(args: argparse.Namespace) -> int:
+    """``python -m distillkit run``; returns 1 where a cell was skipped."""
     path = args.config if args.config.is_file() else CONFIGS / f"{args.config}.yaml"
     if not path.is_file():
         shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
         raise FileNotFoundError(f"no configuration {str(args.config)!r}: neither a file nor one of {shipped}")
-    _compute(path, args, args.results, args.rows, args.seeds)
+    return int(bool(_compute(path, args, args.results, args.rows, args.seeds).skipped))
 
 
 def demo(args: argparse.Namespace) -> None:
     """``python -m distillkit demo``; it starts over where nothing is left to compute."""
     folder = args.work / "results"
     args.fresh = args.fresh or is_finished(folder / "quickstart.json")
-    result = _compute(CONFIGS / "quickstart.yaml", args, folder)
+    result = _compute(CONFIGS / "quickstart.yaml", args, folder).result
     say(f"figure: {plots.save(plots.quickstart(result), args.work / 'quickstart.png')}")
     say(f"the rows marked committed were made by: python -m distillkit run {result['config']['committed']} --fresh")
 
 
-def _compute(path: Path, args: argparse.Namespace, folder: Path, rows=(), seeds=()) -> dict:
-    """The result in ``folder`` of the settings at ``path``, with what was missing (of ``rows`` and ``seeds`` only, if any)."""
+def _compute(path: Path, args: argparse.Namespace, folder: Path, rows=(), seeds=()) -> Run:
+    """The run of the settings at ``path`` into ``folder``, after what was missing (of ``rows`` and ``seeds`` only, if any)."""
     kind = kind_of(path)
     check_choice(f"{path}: kind", kind, KINDS)
     job_class, run_class, _ = KINDS[kind]
@@ -53,13 +53,13 @@ def _compute(path: Path, args: argparse.Namespace, folder: Path, rows=(), seeds=
             raise ValueError(f"{experiment.work} holds {files[0].name}, which distillkit did not write; give the run another "
                              "name, or another --work")
         with started(experiment.claim, experiment.path, experiment.work, fresh=args.fresh):
-            result = experiment(rows, seeds)
+            experiment(rows, seeds)
     except (ValueError, FloatingPointError) as error:
         names = {key: f"{path}: {key}" for key in read(path)} | {"rows": "--rows", "seeds": "--seeds"}
         raise ValueError(renamed(error, names)) from error
-    say(table_of(result))
+    say(table_of(experiment.result))
     say(f"{time.perf_counter() - begun:.0f} s; written to {experiment.path}")
-    return result
+    return experiment
 
 
 def is_finished(path: Path) -> bool:

@@ -256,6 +256,7 @@ class Run:
         self._worlds: dict[str, tuple[Task, Student]] = {}  # by the settings that name them: cells of a grid share them
         self.path, self.committed = Path(folder) / f"{job.name}.json", Path(committed or folder)
         self.claim = Claim(self.work, wait=True, shared=True)
+        self.skipped: list[str] = []  # cells that could not be run here
         self.cells: dict[str, Any] = job.cells() if isinstance(job, Grid) else {job.name: job}
         self.result = take_up(None if fresh else self.path, job, self.cells)
         self.cell = None if isinstance(job, Grid) else self._load(job.name)
@@ -313,6 +314,7 @@ class Run:
         except (CorpusError, FileNotFoundError, FloatingPointError) as error:
             if self.cell:
                 raise
+            self.skipped.append(key)
             say(f"{key}: skipped: {one_line(error)}")
 
     def _load(self, key: str) -> Cell:
