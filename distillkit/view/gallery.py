@@ -36,6 +36,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "transfer_docstrings": ("transfer_docstrings", plots.transfer_map),
     "transfer_ten_docstrings": ("transfer_ten_docstrings", plots.transfer_map),
     "transfer_encoders": ("transfer_encoders", plots.transfer_map),
+    "transfer_origin_docstrings": ("transfer_origin_docstrings", plots.transfer_map),
     "transfer_library": ("transfer_library", plots.transfer_map),
     "metagrad": ("metagrad", plots.metagrad_cost),
 }

@@ -69,7 +69,8 @@ def forest(panels: Mapping[str, Sequence[Gain]], title: str, x: str, lines: Mapp
         lines: name → gain of further vertical lines, such as chance.
     """
     labels = list(dict.fromkeys(gain.label for listed in panels.values() for gain in listed))
-    figure, axes = _figure(2.9 * len(panels) + 2.2, 0.38 * len(labels) + 2, len(panels))
+    width = 9.5 if len(panels) == 1 else 2.9 * len(panels) + 2.2  # one panel leaves room for the legend
+    figure, axes = _figure(width, 0.38 * len(labels) + 2, len(panels))
     for where, (name, listed) in zip(axes, panels.items(), strict=True):
         for gain in listed:
             place, colour = labels.index(gain.label), ROLE_COLOURS[gain.role]
