@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = set(PROJECT["optional-dependencies"]) - {"benchmark", "lm-eval"}  # other people's code, to compare with
-MAKE_TARGETS = {"help", "setup", "demo", "test", "test-avx2", "notebooks", "lab", "slides", "handout", "lint", "clean"}
+MAKE_TARGETS = {"help", "setup", "demo", "test", "test-avx2", "notebooks", "lab", "answers", "slides", "handout", "lint",
+                "clean"}
 
 # Paths that exist on one person's machine only, and options that send an installation to one index.
 PRIVATE_PATH = re.compile(r"(?<![\w.~])/(?:home|Users|root|work|tmp|opt|mnt|srv)/[\w.-]+|[A-Z]:\\Users\\")
