@@ -18,12 +18,11 @@ import sys
 from pathlib import Path
 
 import nbformat
-from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter, SlidesExporter
 from nbconvert.preprocessors import TagRemovePreprocessor
 
 from pictures import paper, reviewing
-from refresh import COLLAPSED, FOLDER, environment, execute, find, read, render
+from refresh import COLLAPSED, FAILURES, FOLDER, environment, execute, find, read, render
 
 ANSWER = re.compile(r"<details>\s*<summary>Answer.*?</details>", re.DOTALL)
 INSTEAD = "*Your answer:*"
@@ -78,7 +77,7 @@ def write_answers(paths: list[Path], into: Path) -> list[str]:
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in answers(notebook)]
         try:
             execute(notebook, environment(), path.parent)
-        except CellExecutionError as error:
+        except FAILURES as error:
             raise SystemExit(f"{path.stem}: an answer or the lesson itself fails\n{error}") from None
         target = into / f"{path.stem}.answers.ipynb"
         target.write_text(render(notebook), encoding="utf-8")

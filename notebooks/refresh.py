@@ -50,6 +50,7 @@ if importlib.util.find_spec("distillkit") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "./course[offline,notebooks]"], check=True)
     os.chdir("course/notebooks")"""
 COLLAPSED = {"check", "setup"}  # tags of cells whose source is hidden until a reader asks for it
+FAILURES = (CellExecutionError, CellTimeoutError, DeadKernelError)  # what `execute` raises
 
 
 def environment(scale: str = "cpu", reduced: bool = False) -> dict[str, str]:
@@ -106,8 +107,7 @@ def execute(
 ) -> None:
     """Run every cell of `notebook` in a fresh kernel that works in `folder`, leaving the outputs in place.
 
-    Raises nbclient's CellExecutionError, CellTimeoutError or DeadKernelError when a cell fails, takes longer than
-    `timeout` seconds, or takes the kernel with it.
+    Raises one of FAILURES when a cell fails, takes longer than `timeout` seconds, or takes the kernel with it.
     """
     client = NotebookClient(
         notebook,
@@ -229,7 +229,7 @@ def refresh(path: Path, variables: dict[str, str], *, into: Path | None = None, 
     stored = visible(notebook)
     try:
         execute(notebook, variables, path.parent)
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+    except FAILURES as error:
         return f"a cell failed, nothing written\n{error}"
     normalise(notebook)
     if not check:

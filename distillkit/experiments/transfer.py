@@ -28,7 +28,7 @@ from distillkit.core.inner import Unroll
 from distillkit.core.loading import load_student
 from distillkit.core.optimizers import AdamW
 from distillkit.evaluation.evaluate import evaluate
-from distillkit.evaluation.selection import REAL_METHODS
+from distillkit.evaluation.selection import ALL_METHODS, REAL_METHODS
 from distillkit.experiments.building import load_corpus, recipe_of
 from distillkit.experiments.instruction import LEARNED, InstructionCell, InstructionJob
 from distillkit.experiments.results import beats, by_set, classes_of, gain, markdown, paired_difference, rows_of, spread
@@ -210,7 +210,7 @@ def rivals(method: str) -> list[str]:
     """The rows of :data:`AGAINST` that a method is compared with."""
     if method in ("random", "full"):
         return []
-    if method in (*REAL_METHODS, "keywords"):
+    if method in ALL_METHODS:
         return ["random"]
     return [other for other in AGAINST if other != "projection" or method == ANCHORS]
 
@@ -229,7 +229,7 @@ def _verdict(sets: pd.DataFrame) -> str:
     """For each method that is no selection: in how many pairs it beats real text; nothing where nothing was compared."""
     scored, sentences = sets.dropna(how="all"), []
     for method in dict.fromkeys(parsed(name)[2] for name in scored.index):
-        for other in rivals(method) if method not in (*REAL_METHODS, "keywords") else ():
+        for other in rivals(method) if method not in ALL_METHODS else ():
             pairs = [(name, beside(name, other)) for name in scored.index
                      if parsed(name)[2] == method and beside(name, other) in scored.index]
             if pairs:
