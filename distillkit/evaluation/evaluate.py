@@ -29,7 +29,7 @@ from distillkit.core.student import Params, Student
 from distillkit.data.tasks import Task
 from distillkit.evaluation.recipes import Plan, Recipe, as_recipe
 from distillkit.evaluation.scoring import answered, has_accuracy, mean_and_std, response_loss
-from distillkit.io.checks import check_are, check_is, check_seeds
+from distillkit.io.checks import check_are, check_is, check_seeds, require
 from distillkit.io.progress import progress
 from distillkit.io.seeds import derive_seed
 
@@ -52,6 +52,7 @@ class Evaluation:
         normalized: multiple choice by length-normalised log-likelihood, one accuracy per seed; otherwise None.
         losses: where there are no choices: mean negative log-likelihood (nats) of the split's response tokens, one value
             per seed; otherwise None.
+        also: accuracy of the same students on further tasks, if there are any: the name of each, and one accuracy per seed.
     """
 
     mean: float
@@ -65,6 +66,7 @@ class Evaluation:
     recipe: dict
     normalized: tuple[float, ...] | None = None
     losses: tuple[float, ...] | None = None
+    also: dict[str, tuple[float, ...]] | None = None
 
     @property
     def loss(self) -> float | None:
@@ -96,6 +98,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1, 2),
     recipe: str | Unroll | Recipe | None = None,
     split: str = "test",
+    also: Sequence[Task] = (),
 ) -> Evaluation:
     """Train a fresh student per seed on the set, score each on ``split``.
 
@@ -108,9 +111,10 @@ def evaluate(
             ``"own"``, ``"standard"``, ``"tuned"`` or an :class:`~distillkit.core.inner.Unroll`, or any other
             :class:`~distillkit.evaluation.recipes.Recipe`.  Default: own where one is stored, otherwise tuned.
         split: ``"test"``, ``"validation"`` or ``"train"``.
+        also: further tasks of multiple choice, such as MMLU, whose ``split`` the same trained students answer.
 
     Raises:
-        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds or repeated ones, another
+        ValueError: a further task that the student cannot answer, or with rows without choices; ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds or repeated ones, another
             model's embeddings, classes of other names.  The same class names in another order are matched by name.
     """
     if distilled is not None:
@@ -120,6 +124,11 @@ def evaluate(
     student = student.for_task(task)
     distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # an unknown name is an error before anything is trained
+    for other in also:
+        check_is("each of also", other, Task)
+        student.for_task(other)
+        require(has_accuracy(other, split), f"also: task {other.name!r} has rows without choices in its split {split!r}, and its "
+                "score is an accuracy; add choices, or leave the task out")
     if recipe is None:
         recipe = "standard" if distilled is None else "own" if "recipe" in distilled.meta else "tuned"
         if recipe == "tuned" and distilled.step_sizes is not None:
@@ -127,6 +136,7 @@ def evaluate(
                           "pass recipe=… to choose another", stacklevel=2)
     plan_of_seed = as_recipe(recipe).plan(distilled, task, student)
     accuracy, outcomes, seconds = has_accuracy(task, split), [], []
+    further: dict[str, list[float]] = {other.name: [] for other in also}
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
         plan = plan_of_seed(seed)
         start = student.init(derive_seed("evaluate-init", seed))
@@ -134,6 +144,8 @@ def evaluate(
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begin)
         outcomes.append((answered if accuracy else response_loss)(student, params, task, split))
+        for other in also:
+            further[other.name].append(float(answered(student, params, other, split)[0].mean()))
     fields = {"scores": (math.nan,) * len(seeds), "groups": {}, "losses": tuple(outcomes)}
     if accuracy:
         fields = _accuracies(task, split, outcomes)
@@ -146,6 +158,7 @@ def evaluate(
         examples=len(task.train) if distilled is None else len(distilled),
         nbytes=sum(len(text.encode()) for c in columns for text in task.train[c]) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
+        also={name: tuple(values) for name, values in further.items()} or None,
     )
 
 

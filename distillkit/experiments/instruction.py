@@ -21,6 +21,8 @@ too, since a set may be good for the recipe it was distilled with only.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -32,8 +34,10 @@ from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
-from distillkit.experiments.building import strategy, unroll_of
+from distillkit.data.tasks import Task
+from distillkit.experiments.building import load_corpus, strategy, unroll_of
 from distillkit.experiments.results import (
+    also_column,
     beats,
     by_row,
     by_set,
@@ -65,6 +69,7 @@ from distillkit.experiments.settings import (
 from distillkit.text.sentences import search_pairs
 
 LEARNED, PAIRS, VECTORS = ("nacd", "bptt"), "chosen pairs", "nacd vectors"
+FURTHER_LENGTH = 512  # tokens of a question of a further corpus
 RANDOM, FULL, ZERO = "random/standard", "full/standard", "zero-shot/none"
 ROWS = (
     ZERO,
@@ -93,6 +98,7 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     distance: str = option("whole", "distance of trajectory matching")
     pair_steps: int = whole(30, "exchanges that the search for chosen pairs tries")
     prompt_vectors: int = whole(8, "learned tokens of each prompt in the row 'nacd vectors'")
+    also: tuple[str, ...] = option((), "further corpora of multiple choice, such as mmlu, that the same students answer")
 
     def seeds_of(self, row: str) -> tuple[int, ...]:
         """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
@@ -104,13 +110,21 @@ class InstructionCell(Cell):
 
     projected = {f"{method} text": method for method in LEARNED}
 
+    @functools.cached_property
+    def further(self) -> tuple[Task, ...]:
+        """The further corpora that students answer, uncut but for what is longer than 512 tokens."""
+        room = {"max_length": min(FURTHER_LENGTH, self.student.max_positions), "limit": None}
+        return tuple(load_corpus(dataclasses.replace(self.job, corpus=name, **room)) for name in self.job.also)
+
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":
-            right = answered(self.student, self.student.init(seed), self.task, "test")
-            plain, by_length = (float(column.mean()) for column in right)
+            start = self.student.init(seed)
+            plain, by_length = (float(right.mean()) for right in answered(self.student, start, self.task, "test"))
             score = {"init_seed": seed, "accuracy": rounded(plain), "normalized": rounded(by_length)}
+            for task in self.further:
+                score[also_column(task.name)] = rounded(float(answered(self.student, start, task, "test")[0].mean()))
             return [score | {"examples": 0, "nbytes": 0, "seconds": 0.0}], {}
-        return self.evaluated(None if method == "full" else self.set_of(method, seed), recipe, (seed,))
+        return self.evaluated(None if method == "full" else self.set_of(method, seed), recipe, (seed,), also=self.further)
 
     def selector(self, method: str) -> Student:
         """The student itself; for LESS with low-rank adapters, as its paper has it."""
@@ -150,6 +164,7 @@ class InstructionCell(Cell):
 def instruction_table(result: Mapping) -> str:
     """The result as two Markdown tables: the scores, and how learned sets compare with selected ones, seed by seed."""
     sets, by_length, rows, lines = by_set(result), by_set(result, "normalized").mean(axis=1), by_row(result), []
+    further = {name: by_set(result, also_column(name)) for name in result["config"].get("also", ())}
     scored, (zero, full) = sets.dropna(how="all"), rows["mean"].reindex([ZERO, FULL])
     cell = next(iter(result["cells"].values()), {})
     marked = [f"{method}/own" for method in LEARNED if beats(sets, f"{method}/own", RANDOM)
@@ -158,10 +173,11 @@ def instruction_table(result: Mapping) -> str:
         method, recipe = row.Index.split("/")
         lines.append([method + " †" * (row.Index in marked), recipe, number(row.examples, ",.0f"),
                       number(row.nbytes, ",.0f"), of_the_corpus(math.nan if row.Index in (ZERO, FULL) else row.nbytes, cell),
-                      spread(sets.loc[row.Index]), number(by_length[row.Index], ".3f"), number(row.size, ".0f"),
+                      spread(sets.loc[row.Index]), number(by_length[row.Index], ".3f"),
+                      *(spread(scores.loc[row.Index]) for scores in further.values()), number(row.size, ".0f"),
                       number((row.mean - zero) / ((full - zero) or math.nan), ".0%")])
     heads = ["method", "recipe", "examples", "bytes", "of the compressed corpus", "accuracy (mean ± sd)",
-             "length-normalised", "seeds", "of the way"]
+             "length-normalised", *map(also_column, further), "seeds", "of the way"]
     note = ("\n\n*Of the way*: the share of the way from the model as it is (zero-shot) to the full data." +
             ("\n\n† above random selection by more than the 95 % interval under its own recipe, but not under standard "
              "fine-tuning." if marked else ""))

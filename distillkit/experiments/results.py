@@ -44,7 +44,7 @@ COLUMNS = (
 )
 # Settings that say which scores a run makes, not how its sets are made.
 SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps", "together",
-          "tuned_grid")
+          "tuned_grid", "also")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 FEWEST = 5  # sets, below which a rank correlation says nothing
 LEAST_SETS = 3  # sets, below which an interval of a gain says nothing
@@ -163,7 +163,15 @@ def rows_of(evaluation: Evaluation, seeds: Sequence[int]) -> tuple[list[dict], d
     rows = [{"init_seed": seed, "accuracy": score, **shared} for seed, score in zip(seeds, values["scores"], strict=True)]
     for row, score in zip(rows, values.get("normalized", ()), strict=False):
         row["normalized"] = score
+    for name, scores in values.get("also", {}).items():
+        for row, score in zip(rows, scores, strict=True):
+            row[also_column(name)] = score
     return rows, {key: values[key] for key in ("groups", "recipe")}
+
+
+def also_column(name: str) -> str:
+    """The column of the accuracy of the same students on a further task."""
+    return f"accuracy on {name}"
 
 
 def as_json(evaluation: Evaluation) -> dict:

@@ -115,13 +115,13 @@ class Cell:
     # What they share
 
     def evaluated(self, distilled: DistilledSet | None, recipe, seeds: Sequence[int] | None = None, *, task: Task | None = None,
-                  student: Student | None = None) -> Scores:
+                  student: Student | None = None, also: Sequence[Task] = ()) -> Scores:
         """Scores of fresh students, by default those of the settings; see :func:`~distillkit.evaluation.evaluate.evaluate`."""
         seeds = self.job.eval_seeds if seeds is None else seeds
         recipe = recipe_of(self.job, recipe)
         if math.isfinite(self.deadline.left()):
             recipe = Until(recipe, self.deadline)
-        return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe), seeds)
+        return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe, also=also), seeds)
 
     def _set_of(self, method: str, seed: int) -> DistilledSet:
         """The set of a method and a seed: selected, read from ``work``, or made."""
