@@ -105,7 +105,8 @@ CALLS = {
         "learn": st.sampled_from([None, "embeds", (), ("labels",), 3, ([],)]), "schedule": THING, "regularizers": THING,
         "seed": SEED, "checkpoint_every": WHOLE, "writes": FLAG, "normalize": FLAG, "clip": RATE, "attention_lr": RATE}),
     "evaluate": (dk.evaluate, dict.fromkeys(("distilled", "task", "student")), {
-        "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE}),
+        "distilled": THING, "task": THING, "student": THING, "seeds": SEEDS, "recipe": or_none(CHOICE), "split": CHOICE,
+        "also": st.sampled_from([3, ["mmlu"], [None]])}),
     "Own": (dk.Own, {}, {"optimizer": st.sampled_from(["sgd", dk.SGD, 3])}),
     "Standard": (dk.Standard, {}, {"least_steps": WHOLE}),
     "Tuned": (dk.Tuned, {}, {"grid": st.sampled_from([

@@ -233,13 +233,14 @@ def test_a_finished_run_does_nothing(finished, standin_hub, monkeypatch):
 def test_shipped_settings():
     shipped = {path.stem: EvidenceGrid.from_yaml(path) for path in CONFIGS.glob("evidence_*.yaml")}
     # On an encoder that did not judge; on a large one; in three steps; learned from keywords.
-    others = ("rotten_tomatoes_l3", "ag_news_l3", "sst2_l3", "ag_news_mpnet", "docstrings_three", "docstrings_keywords")
-    assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", "rotten_tomatoes", "ag_news", "sst2", *others)}
+    real, others = ("rotten_tomatoes", "ag_news", "sst2", "imdb"), ("docstrings_three", "docstrings_keywords")
+    encoders = [f"{corpus}_{encoder}" for corpus in real for encoder in ("l3", "mpnet")]
+    assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", *real, *encoders, *others, "ag_news_mpnet_large_rates")}
     for name, job in shipped.items():
         assert job.name == name and kind_of(CONFIGS / f"{name}.yaml") == "evidence"
         sentences = written_sentences(job.base["corpus"])
         judges = job.base.get("judges", [])  # none: no row needs them
-        assert name.endswith(("_l3", "_mpnet")) == (job.base["student"] not in judges)
+        assert name.endswith(("_l3", "_mpnet", "imdb", "_rates")) == (job.base["student"] not in judges)
         assert judges or "searched keywords/tuned" not in job.base.get("rows", job.rows)
         assert len(sentences) > 1 and {len({*texts}) for texts in sentences} == {5}
 

@@ -15,6 +15,7 @@ from distillkit.evaluation.influence import (
     BLOCK,
     LessSettings,
     adam_direction,
+    gradients,
     influence,
     sparse_projection,
     validation_groups,
@@ -75,6 +76,21 @@ def test_inner_products_are_unbiased():
     variance = (x @ x * (y @ y) + (x @ y) ** 2 - 2 * (x * y).square().sum()) / 16
     assert abs(products.mean() - x @ y) < 4 * (variance / 1000).sqrt()
     assert products.var() / variance == pytest.approx(1, abs=0.15)
+
+
+# --- gradients of single rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "trainable"), [("bert-base-uncased", "full"), ("facebook/opt-1.3b", "lora")])
+def test_all_rows_at_once_have_the_gradients_of_each_alone(standin_hub, source, trainable):
+    task = dk.load_task("arc_easy" if trainable == "lora" else "rotten_tomatoes", max_length=48)
+    student, rows = tiny(task, trainable, source), torch.tensor([5, 0, 3])
+    params = student.init(1)
+    together = gradients(task, student, params, rows, at_once=True)
+    alone = torch.stack([single(task, student, params, "train", int(row)) for row in rows])
+    assert together.shape == alone.shape and alone.abs().max() > 0
+    assert torch.allclose(together, alone, rtol=1e-9, atol=1e-9 * alone.abs().max().item())
+    assert torch.equal(gradients(task, student, params, rows), alone)
 
 
 # --- warming up, and Adam's direction --------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ import pytest
 import yaml
 from scipy import stats
 
+import distillkit as dk
 from distillkit.cli.main import main
+from distillkit.evaluation.recipes import Standard
+from distillkit.evaluation.scoring import answered
 from distillkit.experiments import runner
 from distillkit.experiments.instruction import ROWS, InstructionCell, InstructionJob, instruction_table
 from distillkit.experiments.kinds import table_of
-from distillkit.experiments.results import by_set, paired_difference, read, write
+from distillkit.experiments.results import as_config, by_set, paired_difference, read, settings_hash, write
 from distillkit.experiments.runner import CONFIGS, Run
 from distillkit.experiments.settings import kind_of
 from example_results import result_of
@@ -54,6 +57,19 @@ def test_every_score_is_made(finished):
     assert learned.keys() == {f"{method} {seed}" for method in ("nacd", "nacd vectors", "bptt") for seed in (0, 1)}
     assert learned["nacd 0"]["terms"].keys() == {"outer", "neighbor"} and len(learned["bptt 0"]["losses"]) == 2
     assert learned["nacd 0"]["terms"] != learned["nacd 1"]["terms"], "a seed is another set"
+
+
+def test_the_same_students_answer_further_corpora(standin_hub, tmp_path):
+    asked = job(also=["mmlu"], rows=["zero-shot/none", "random/standard"], seeds=[0])
+    run = Run(InstructionCell, asked, tmp_path, tmp_path / "work")
+    result, (further,) = run(), run.cell.further
+    mmlu = {score["row"]: score["accuracy on mmlu"] for score in result["scores"]}
+    trained = dk.evaluate(run.cell.set_of("random", 0), further, run.cell.student, seeds=(0,), recipe=Standard(least_steps=2))
+    untrained = answered(run.cell.student, run.cell.student.init(0), further, "test")[0].mean()
+    assert mmlu == {"zero-shot/none": pytest.approx(untrained), "random/standard": pytest.approx(trained.mean)}
+    heads = table_of(result).splitlines()[0]
+    assert "| accuracy on mmlu |" in heads and "mmlu" not in table_of(result | {"config": as_config(job())})
+    assert settings_hash(asked) == settings_hash(job(rows=asked.rows, seeds=[0])), "the sets are the same"
 
 
 def scored_as(monkeypatch, accuracy):

@@ -17,7 +17,7 @@ from distillkit.experiments import suite_jobs
 from distillkit.experiments.kinds import table_of
 from distillkit.experiments.notebooks import Notebooks
 from distillkit.experiments.results import read, write
-from distillkit.experiments.suite import Times, Unit, run
+from distillkit.experiments.suite import Share, Times, Unit, run
 from distillkit.experiments.suite_jobs import JOBS, Benchmark, Experiment
 from distillkit.experiments.union import merge, united
 from distillkit.io.deadline import Deadline, TimeUp
@@ -26,6 +26,7 @@ from killed import at_every_stage, leftovers
 SMALL = {"product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["bert-base-uncased"], "corpus": ["rotten_tomatoes"]},
          "base": suite_jobs._SMALL_GRID}
 SLIDES = Experiment("small", "gpu_slides", {"": 1.0}, {}, SMALL)
+ARC = next(job for job in JOBS if job.name == "instruction_arc_easy_smollm2")
 LENGTH = 16  # places of that table
 
 
@@ -48,6 +49,7 @@ class Fake:
 
     units_: list
     name: str = "fake"
+    measures_time: bool = False
     noted: list = dataclasses.field(default_factory=list)
 
     def units(self, out, deadline, command):
@@ -115,13 +117,33 @@ def test_a_failed_unit_or_job_is_said_and_the_others_go_on(tmp_path, capsys):
     assert "; 3 cannot be done here: FileNotFoundError: no model" in out
 
 
+def test_processes_share_the_units_by_the_sets_that_they_build_on(tmp_path, capsys):
+    def job(**more):
+        return Fake([unit(f"{row} {seed}", builds_on=seed) for seed in "abc" for row in ("own", "text")], **more)
+
+    first, second = job(), job()
+    for number, part in enumerate((first, second)):
+        run([part], tmp_path, Deadline(60.0), share=Share(number, 2))
+    assert first.noted == ["own a", "text a", "own c", "text c"] and second.noted == ["own b", "text b"]
+    assert "4 of 4 units done" in capsys.readouterr().out, "of its own share"
+    timed = job(measures_time=True)
+    run([timed], tmp_path, Deadline(60.0), share=Share(0, 2))
+    assert not timed.noted and "it measures time; run it in one process" in capsys.readouterr().out
+    run([timed], tmp_path, Deadline(60.0))
+    assert len(timed.noted) == 6
+    units = {unit.name: unit.builds_on for unit in ARC.units(tmp_path, Deadline(), "")}
+    nacd = [units[f"instruction_arc_easy_smollm2: {row}, set 1"] for row in ("nacd/own", "nacd/tuned", "nacd text/tuned")]
+    assert len({*nacd}) == 1 and len({*units.values()}) > 12, "a text is made of the set, so one process makes both"
+
+
 def test_the_shipped_jobs():
     assert len({job.name for job in JOBS}) == len(JOBS) and JOBS[0].name.startswith("metagrad")
     needs = [settings for job in JOBS for settings in job.needs()]
     corpora = [(settings.corpus, settings.max_length, settings.limit) for settings in needs]
     assert ("docstrings", 32, None) in corpora and ("imdb", 128, {"train": 8000, "validation": 1000, "test": 2000}) in corpora
     students = {settings.student.removeprefix("offline:") for settings in needs}
-    assert students == {"minilm", "minilm-l3", "mpnet", "tiny-opt"}
+    assert students == {"minilm", "minilm-l3", "mpnet", "smollm2", "tiny-opt"}
+    assert ("mmlu", 512, None) in corpora, "the further questions that the same students answer"
     assert all(job.tiny().name == f"{job.name}_tiny" for job in JOBS), "what a dry run makes cannot be taken for the real thing"
 
 
@@ -335,7 +357,20 @@ def test_the_command_ends_in_time_and_goes_on(tmp_path, capsys):
     assert command_line.main(["verify", str(out)]) == 0
 
 
+def test_several_processes_make_one_table(tmp_path, capfd):
+    job, out = "evidence_imdb_mpnet_tiny", tmp_path / "out"
+    common = ["suite", "--tiny", "--out", str(out), "--minutes", "10", "--processes", "2", "--jobs"]
+    assert command_line.main([*common, job]) == 0
+    assert "1 of 1 units done" in capfd.readouterr().out
+    result = read(out / "results" / f"{job}.json")
+    assert {score["row"] for score in result["scores"]} == {"keywords/tuned", "embeddings/own"}
+    assert command_line.main([*common, "nothing"]) == 2, "found before any process is begun"
+    (out / "results" / f"{job}.json").write_text("{}")
+    assert command_line.main([*common, job]) == 0 and "skipped: " in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(("options", "message"), [(["--minutes", "0"], "--minutes must be above 0"),
+                                                  (["--processes", "0"], "--processes must be above 0"),
                                                   (["--jobs", "nothing"], "jobs must be one of metagrad_gpu_minilm")])
 def test_what_cannot_be_is_one_line(tmp_path, capsys, options, message):
     assert command_line.main(["suite", "--out", str(tmp_path / "out"), *options]) == 2

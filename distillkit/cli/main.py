@@ -96,6 +96,9 @@ def _add_machine_commands(commands) -> None:
     suite.add_argument("--out", type=Path, default=WORK / "suite",
                        help=f"folder of results, and of work to go on with (default {WORK}/suite)")
     suite.add_argument("--jobs", nargs="+", default=(), metavar="NAME", help="only these jobs; --list shows the names")
+    suite.add_argument("--processes", type=int, default=1, metavar="N",
+                       help="work in N processes, which a GPU of small models needs to be busy; what measures time is left out")
+    suite.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # of one of those processes: its number, and N
     suite.add_argument("--tiny", action="store_true", help="every job with small models and a handful of steps")
     suite.add_argument("--list", action="store_true", help="show jobs and units, expected times, and what is done in --out")
     suite.add_argument("--prepare", type=Path, metavar="FOLDER", help="write there the corpora and models that the jobs need")

@@ -114,8 +114,9 @@ def evaluate(
         also: further tasks of multiple choice, such as MMLU, whose ``split`` the same trained students answer.
 
     Raises:
-        ValueError: a further task that the student cannot answer, or with rows without choices; ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds or repeated ones, another
-            model's embeddings, classes of other names.  The same class names in another order are matched by name.
+        ValueError: ``"own"`` for a set without a recipe, an unknown recipe or split, no seeds or repeated ones, another
+            model's embeddings, classes of other names.  The same class names in another order are matched by name.  Or a
+            further task of another kind, or with rows without choices.
     """
     if distilled is not None:
         check_is("distilled", distilled, DistilledSet)
@@ -124,11 +125,12 @@ def evaluate(
     student = student.for_task(task)
     distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # an unknown name is an error before anything is trained
+    require(isinstance(also, Sequence), f"also must list tasks, not {also!r}", TypeError)
     for other in also:
         check_is("each of also", other, Task)
         student.for_task(other)
-        require(has_accuracy(other, split), f"also: task {other.name!r} has rows without choices in its split {split!r}, and its "
-                "score is an accuracy; add choices, or leave the task out")
+        require(has_accuracy(other, split), f"also: task {other.name!r} has rows without choices in its split {split!r}, and "
+                "its score is an accuracy; add choices, or leave the task out")
     if recipe is None:
         recipe = "standard" if distilled is None else "own" if "recipe" in distilled.meta else "tuned"
         if recipe == "tuned" and distilled.step_sizes is not None:

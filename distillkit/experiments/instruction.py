@@ -21,7 +21,6 @@ too, since a set may be good for the recipe it was distilled with only.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -32,9 +31,9 @@ from distillkit.core.loading import load_student
 from distillkit.core.objectives import BPTT, TrajectoryMatching
 from distillkit.core.optimizers import AdamW
 from distillkit.core.student import Student
+from distillkit.data.tasks import Task
 from distillkit.evaluation.scoring import answered
 from distillkit.evaluation.selection import REAL_METHODS
-from distillkit.data.tasks import Task
 from distillkit.experiments.building import load_corpus, strategy, unroll_of
 from distillkit.experiments.results import (
     also_column,
@@ -104,6 +103,10 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
         """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
         return self.seeds[:1] if row == ZERO else self.seeds
 
+    def further(self, longest: int = FURTHER_LENGTH) -> list[Data]:
+        """The further corpora, uncut but for questions of more than ``longest`` tokens."""
+        return [Data(name=self.name, corpus=name, student=self.student, max_length=longest) for name in self.also]
+
 
 class InstructionCell(Cell):
     """An experiment on instruction tuning."""
@@ -112,9 +115,8 @@ class InstructionCell(Cell):
 
     @functools.cached_property
     def further(self) -> tuple[Task, ...]:
-        """The further corpora that students answer, uncut but for what is longer than 512 tokens."""
-        room = {"max_length": min(FURTHER_LENGTH, self.student.max_positions), "limit": None}
-        return tuple(load_corpus(dataclasses.replace(self.job, corpus=name, **room)) for name in self.job.also)
+        """The further corpora that students answer."""
+        return tuple(map(load_corpus, self.job.further(min(FURTHER_LENGTH, self.student.max_positions))))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":

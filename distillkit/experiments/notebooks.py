@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +39,7 @@ class Notebooks:
     names: tuple[str, ...] = ()
     guess: float = 300.0
     folder: Path = FOLDER
+    measures_time: ClassVar[bool] = True
 
     def tiny(self) -> Notebooks:
         """The dry run: the first notebook, its sizes cut."""

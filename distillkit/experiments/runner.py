@@ -121,7 +121,8 @@ class Cell:
         recipe = recipe_of(self.job, recipe)
         if math.isfinite(self.deadline.left()):
             recipe = Until(recipe, self.deadline)
-        return rows_of(evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe, also=also), seeds)
+        score = evaluate(distilled, task or self.task, student or self.student, seeds=seeds, recipe=recipe, also=also)
+        return rows_of(score, seeds)
 
     def _set_of(self, method: str, seed: int) -> DistilledSet:
         """The set of a method and a seed: selected, read from ``work``, or made."""

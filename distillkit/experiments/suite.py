@@ -45,6 +45,7 @@ class Unit:
         divisible: whether it saves its progress where it is cut short.
         world: what has to be loaded before it, such as a corpus and a student; units of one world share it.
         load: seconds that loading takes.
+        builds_on: the sets that it needs or makes; of several processes, one does all units that build on the same.
     """
 
     name: str
@@ -55,12 +56,17 @@ class Unit:
     divisible: bool = False
     world: str = ""
     load: float = 0.0
+    builds_on: str = ""
 
 
 class Job(Protocol):
-    """What the suite needs of a job; :mod:`distillkit.experiments.suite_jobs` has them."""
+    """What the suite needs of a job; :mod:`distillkit.experiments.suite_jobs` has them.
+
+    ``measures_time`` says that its numbers are seconds, so that nothing else may run beside it.
+    """
 
     name: str
+    measures_time: bool
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """All units in order of value, done or not.
@@ -116,23 +122,42 @@ def named(jobs: Sequence[Job], names: Sequence[str]) -> list[Job]:
     return [job for job in jobs if not names or job.name in names]
 
 
-def run(jobs: Sequence[Job], out: Path, deadline: Deadline, command: str = "") -> None:
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which units a process does: every ``of``-th group of those that build on the same sets, from ``number`` on."""
+
+    number: int = 0
+    of: int = 1
+
+    def mine(self, units: Sequence[Unit]) -> list[Unit]:
+        """The units of this process, in their order."""
+        places = {group: place for place, group in enumerate(dict.fromkeys(unit.builds_on for unit in units))}
+        return [unit for unit in units if places[unit.builds_on] % self.of == self.number]
+
+
+def run(jobs: Sequence[Job], out: Path, deadline: Deadline, command: str = "", share: Share = Share()) -> None:
     """Do what fits before the deadline, and say what was done and what is left.
+
+    Args:
+        share: what this process does of it, where several work in ``out``.
 
     Raises:
         StorageError: another suite works in ``out``, or it cannot be written.
     """
-    with Claim(out):
+    with Claim(out, shared=share.of > 1):
         times = Times(out)
         for job in jobs:
-            say(f"{job.name}: {_run_job(job, out, deadline, times, command)}")
+            alone = share.of > 1 and job.measures_time
+            outcome = "skipped: it measures time; run it in one process" if alone else _run_job(
+                job, out, deadline, times, command, share)
+            say(f"{job.name}: {outcome}")
     say(f"{max(0.0, deadline.left()):.0f} s were left; the results are in {out / 'results'}; the same command goes on")
 
 
-def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str) -> str:
+def _run_job(job: Job, out: Path, deadline: Deadline, times: Times, command: str, share: Share) -> str:
     """Do the units of a job that fit; returns how many are done and left, in words."""
     try:
-        units = job.units(out, deadline, command)
+        units = share.mine(job.units(out, deadline, command))
     except (ValueError, OSError, ImportError) as error:
         return f"skipped: {one_line(error)}"
     done, cut, reasons = sum(unit.done for unit in units), 0, Counter()

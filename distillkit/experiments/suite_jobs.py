@@ -13,11 +13,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from distillkit.data.corpus import CorpusError
 from distillkit.data.load import load_task
 from distillkit.evaluation.selection import ALL_METHODS
+from distillkit.experiments.instruction import InstructionJob
 from distillkit.experiments.kinds import KINDS
 from distillkit.experiments.notebooks import Notebooks
 from distillkit.experiments.results import read, take_up, write
@@ -49,6 +50,7 @@ class Experiment:
     small: Mapping[str, Any]
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     load: float = 15.0
+    measures_time: ClassVar[bool] = False
 
     def tiny(self) -> Experiment:
         """The dry run."""
@@ -66,8 +68,9 @@ class Experiment:
         return job.cells() if isinstance(job, Grid) else {job.name: job}
 
     def needs(self) -> list[Any]:
-        """The settings of the cells."""
-        return [*self.cells().values()]
+        """The settings of the cells, and of the further corpora that their students answer."""
+        cells = [*self.cells().values()]
+        return cells + [further for cell in cells if isinstance(cell, InstructionJob) for further in cell.further()]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every score, cell by cell, set by set.
@@ -106,7 +109,9 @@ class Experiment:
         method = row.split("/")[0]
         kinds = (f"{row}, {cell.student}, {cell.corpus}, T = {cell.unroll_steps}", f"{row}, {cell.student}", row)
         return Unit(f"{key}: {row}, set {seed}", kinds, self.guesses.get(method, self.guesses[""]), score, done,
-                    method not in UNLEARNED, f"{cell.corpus}, {cell.student}", self.load)
+                    method not in UNLEARNED, f"{cell.corpus}, {cell.student}", self.load,
+                    # What has the same first word is made from the same set: "nacd", "nacd text".
+                    f"{key}, set {seed}, {method.split()[0]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,7 @@ class Benchmark:
     steps: tuple[int, ...] = (2, 8)
     guess: float = 8.0
     load: float = 20.0
+    measures_time: ClassVar[bool] = True
 
     def tiny(self) -> Benchmark:
         """The dry run."""
@@ -182,20 +188,29 @@ def _script() -> ModuleType:
 
 _SMALL = {"limit": 24, "max_length": 12, "length": 8, "step_size": 0.2, "outer_steps": 4, "outer_batch": 6,
           "eval_seeds": [0, 1], "standard_steps": 2, "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
+_INSTRUCTION = {"corpus": "docstrings_qa:library", "student": "offline:tiny-opt", "limit": 40, "max_length": 48,
+                "fraction": 0.1, "seeds": [0, 1], "expert_epochs": 1, "expert_batch": 8, "snapshots_per_epoch": 1, "match_epochs": 1,
+                "unroll_steps": 2, "inner_batch": 2, "outer_steps": 3, "outer_batch": 4, "standard_steps": 2,
+                "tuned_grid": {"step_size": [0.001], "steps": [1, 2]}}
 _SMALL_GRID = _SMALL | {"full_seeds": None, "per_class": 1}
 
 JOBS = (
     Benchmark("metagrad_gpu_minilm", "offline:minilm", "full", "random:bert-tiny"),
     Benchmark("metagrad_gpu_bert", "random:bert-base", "full", "random:bert-tiny"),
     Benchmark("metagrad_gpu_opt", "random:opt-1.3b", "lora", "random:opt-tiny", repeats=2, load=60.0),
+    Experiment("instruction_arc_easy_smollm2", "instruction_arc_easy_smollm2", {
+        "full": 40.0, "less": 90.0, "nacd": 150.0, "bptt": 150.0, "chosen": 60.0, "": 40.0}, _INSTRUCTION | {
+        "also": [], "trainable": "full", "rows": ["zero-shot/none", "random/tuned", "bptt/own"]}),
+    *(Experiment(f"evidence_{name}", f"evidence_{name}", {"full": 60.0, "embeddings": 40.0, "": 20.0},
+                 {"base": {**_SMALL, "corpus": "docstrings", "student": "offline:small-bert", "seeds": [0], "full_seeds": [0]},
+                  "rows": ["keywords/tuned", "embeddings/own"]})
+      for name in ("ag_news_mpnet_large_rates", "imdb_mpnet", "sst2_mpnet", "rotten_tomatoes_mpnet")),
     Experiment("gpu_slides", "gpu_slides", {"full": 60.0, "embeddings": 400.0, "": 30.0}, {
         "product": {"seed": [0, 1], "unroll_steps": [1, 2], "student": ["offline:small-bert"], "corpus": ["docstrings"]},
         "base": {**_SMALL_GRID, "together": True}}),
     Experiment("gpu_instruction_library", "instruction_library", {"full": 60.0, "less": 60.0, "nacd": 120.0, "bptt": 120.0,
-                                                                  "": 20.0}, {
-        "limit": 40, "max_length": 48, "fraction": 0.1, "seeds": [0, 1], "expert_epochs": 1, "expert_batch": 8,
-        "snapshots_per_epoch": 1, "match_epochs": 1, "unroll_steps": 2, "inner_batch": 2, "outer_steps": 3, "outer_batch": 4,
-        "standard_steps": 2, "rows": ["random/standard", "nacd/own", "bptt/own", "bptt text/standard"]}),
+                                                                  "": 20.0}, _INSTRUCTION | {
+        "rows": ["random/standard", "nacd/own", "bptt/own", "bptt text/standard"]}),
     Experiment("gpu_scaling", "scaling_docstrings", {"": 30.0}, {
         "base": {**_SMALL_GRID, "corpus": "docstrings", "student": "offline:small-bert", "unroll_steps": 1},
         "around": {"unroll_steps": [1, 2]}}),
