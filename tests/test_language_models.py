@@ -11,7 +11,7 @@ import torch
 import distillkit as dk
 from distillkit.core.problem import Problem
 from distillkit.data.tasks import NO_TARGET
-from distillkit.evaluation.scoring import answered, choice_scores, picks
+from distillkit.evaluation.scoring import answered, choice_scores, log_likelihoods, picks
 from standin_hub import rounding
 
 NAMES = ["facebook/opt-1.3b", "meta-llama/Llama-3.2-1B", "gpt2", "mistralai/Mistral-7B-v0.1", "google/gemma-2-2b",
@@ -44,6 +44,35 @@ def by_hand(student, row):
         found = student.module(input_ids=torch.cat([prompt, response])[None]).logits[0].log_softmax(-1)
     places = torch.arange(len(response)) + len(prompt) - 1
     return found[places, response], found[: len(prompt)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_behind_one_prompt_are_read_as_each_alone(students, name):
+    """Prompts and choices of unlike lengths, more than a window's, one choice a single token, and two that begin alike."""
+    student = students[name, "lora"]
+    params, draw = student.init(3), np.random.default_rng(0)
+    params = {key: value + 0.1 * torch.randn(value.shape, dtype=value.dtype, generator=torch.manual_seed(0))
+              for key, value in params.items()}
+    prompts = [draw.integers(3, 40, size).tolist() for size in (1, 7, 12)]
+    choices = [[[5], [5, 6, 7], [5, 6, 8, 9]], [[9, 8], [4]], [draw.integers(3, 40, 6).tolist(), [3]]]
+    student.cache["branches"] = False
+    alone = log_likelihoods(student, prompts, choices, params=params)
+    del student.cache["branches"]
+    together = log_likelihoods(student, prompts, choices, params=params, batch_size=2)
+    assert student.cache["branches"], "no model of these is read the slow way"
+    for one, other in zip(alone, together, strict=True):
+        assert np.allclose(one, other, rtol=rounding(student)) and (one < 0).all()
+
+
+def test_a_model_that_reads_branches_otherwise_is_read_one_by_one(students, monkeypatch):
+    student = students["facebook/opt-1.3b", "head"]
+    true = log_likelihoods(student, [[5, 6, 7]], [[[3, 4], [8, 9, 3]]])[0]
+    student.cache.pop("branches")
+    inputs = type(student).branching_inputs
+    monkeypatch.setattr(type(student), "branching_inputs", lambda self, ids, positions, branches: inputs(
+        self, ids, torch.zeros_like(positions), branches))
+    found = log_likelihoods(student, [[5, 6, 7]], [[[3, 4], [8, 9, 3]]])[0]
+    assert not student.cache.pop("branches") and np.allclose(found, true)
 
 
 @pytest.mark.parametrize("trainable", ["full", "lora"])

@@ -269,6 +269,22 @@ class Student:
         return {"inputs_embeds": self.scaled(embeds), "attention_mask": self._attention_mask(mask),
                 "position_ids": positions.clamp_min(0)}
 
+    def branching_inputs(self, input_ids: Tensor, positions: Tensor, branches: Tensor) -> dict[str, Any]:
+        """The module's arguments for prompts that are followed by several continuations, none of which sees another.
+
+        Args:
+            input_ids: ``[b, l]``; the tokens of a prompt, then those of each of its continuations.
+            positions: of each token in its own text, ``[b, l]``; −1 for padding.
+            branches: the number of the continuation that a token belongs to, from 1 on, ``[b, l]``; 0 for the prompt's.
+        """
+        embeds = F.embedding(input_ids.to(self.device), self.embedding)
+        positions, branches = positions.to(self.device), branches.to(self.device)
+        distance = positions[:, None, :, None] - positions[:, None, None, :]
+        same = (branches[:, None, None, :] == 0) | (branches[:, None, :, None] == branches[:, None, None, :])
+        visible = (positions >= 0)[:, None, None, :] & (distance >= 0) & same
+        return {"inputs_embeds": self.scaled(embeds), "attention_mask": self._masks(visible, distance),
+                "position_ids": positions.clamp_min(0)}
+
     def _to_the_right(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """For padding moved to the left: the position of each place, and the place it takes its token from, ``[b, l]``."""
         positions = torch.arange(mask.shape[1], device=self.device) - (~mask).sum(1, keepdim=True)
@@ -283,11 +299,19 @@ class Student:
         """
         if self.builds_masks:
             return mask.long()  # DeBERTa multiplies by it, and ModernBERT averages with it
-        config = cast("Any", self.module.config)
-        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         places = torch.arange(mask.shape[1], device=self.device)
         distance = places[:, None] - places
-        full = mask[:, None, None, :] & (distance >= 0) if self.causal else mask[:, None, None, :]
+        return self._masks(mask[:, None, None, :] & (distance >= 0) if self.causal else mask[:, None, None, :], distance)
+
+    def _masks(self, full: Tensor, distance: Tensor) -> Any:
+        """The 4-D mask, one for each kind of layer.
+
+        Args:
+            full: which place sees which, ``[b, 1, l, l]`` (or ``[b, 1, 1, l]``: all see the same).
+            distance: how many tokens the one lies behind the other, ``[l, l]`` or ``[b, 1, l, l]``.
+        """
+        config = cast("Any", self.module.config)
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         near = full
         if window is not None and (kinds is None or "sliding_attention" in kinds):
             # A decoder's window counts the token itself, an encoder's the tokens on either side.

@@ -7,7 +7,8 @@ right if one is.  Rows without choices have no accuracy.  They are scored by the
 log-likelihood of a response token.
 
 Every function takes the parameters explicitly and draws nothing at random.  Rows of like length are read together, so that
-little padding is computed.
+little padding is computed, and a prompt is read once for all of its choices: they stand behind it, none sees another, and each
+has the positions that it would have alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import collections
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def choice_scores(
 
     Args:
         rows: of the split.
-        batch_size: choices at a time (rows, where each choice is a single token).
+        batch_size: rows at a time.
 
     Returns:
         for each row an array with an entry per choice, twice.
@@ -115,33 +116,85 @@ def log_likelihoods(
         choices: for each prompt, the token ids of each choice.
         params: the student's parameters; default: as pretrained.
         memory: keys and values of a context in front of all prompts, as the model returns them; not changed.
-        batch_size: prompts (choices, where these are longer than a token) at a time.
+        batch_size: prompts at a time; with a ``memory``, choices (prompts, where choices are single tokens).
 
     Returns:
         for each prompt an array with an entry per choice.
     """
     likelihoods = [np.zeros(len(options)) for options in choices]
-    # Tokens to read → (place, token, prompt, choice) of each log-probability to take there: one-token choices share a reading.
-    spots: dict[tuple[int, ...], list[tuple[int, ...]]] = collections.defaultdict(list)
-    for row, (prompt, options) in enumerate(zip(prompts, choices, strict=True)):
-        for i, choice in enumerate(options):
-            spots[*prompt, *choice[:-1]] += [(place, token, row, i) for place, token in enumerate(choice, len(prompt) - 1)]
-    for part in by_size(spots, len, batch_size):
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in part], batch_first=True)
-        first = min(place for tokens in part for place, *_ in spots[tokens])
-        past = copy.deepcopy(memory)  # as reading adds to it
-        if past is not None:
-            past.batch_repeat_interleave(len(part))
-        embeds = student.scaled(F.embedding(ids.to(student.device), student.embedding))
-        kwargs = {"inputs_embeds": embeds, "past_key_values": past, "use_cache": past is not None,
-                  "logits_to_keep": ids.shape[1] - first}
-        with torch.no_grad():  # padding stands behind, where no token of interest looks
-            log_p = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).logits.log_softmax(-1)
-        where = [(n, place - first, *rest) for n, tokens in enumerate(part) for place, *rest in spots[tokens]]
+    together = memory is None and _can_branch(student)
+    for part in by_size((_together if together else _apart)(prompts, choices), lambda reading: len(reading.tokens), batch_size):
+        ids, positions, branches = (_padded([getattr(reading, name) for reading in part], filler)
+                                    for name, filler in (("tokens", 0), ("positions", -1), ("branches", 0)))
+        first = min(place for reading in part for place, *_ in reading.spots)
+        kwargs: dict[str, Any] = {"logits_to_keep": ids.shape[1] - first, "use_cache": memory is not None}
+        if together:
+            kwargs |= student.branching_inputs(ids, positions, branches)
+        else:  # padding stands behind, where no token of interest looks
+            kwargs["inputs_embeds"] = student.scaled(F.embedding(ids.to(student.device), student.embedding))
+            kwargs["past_key_values"] = past = copy.deepcopy(memory)  # as reading adds to it
+            if past is not None:
+                past.batch_repeat_interleave(len(part))
+        where = [(n, place - first, *spot) for n, reading in enumerate(part) for place, *spot in reading.spots]
         n, place, token, row, choice = zip(*where, strict=True)
-        for r, c, value in zip(row, choice, log_p[[*n], [*place], [*token]].double().cpu().tolist(), strict=True):
+        with torch.no_grad():
+            logits = torch.func.functional_call(student.module, params or {}, kwargs=kwargs).logits[[*n], [*place]]
+            log_p = logits.log_softmax(-1).gather(1, torch.tensor(token, device=logits.device)[:, None])[:, 0]
+        for r, c, value in zip(row, choice, log_p.double().cpu().tolist(), strict=True):
             likelihoods[r][c] += value
     return likelihoods
+
+
+class _Reading(NamedTuple):
+    """Tokens to read at once, the position of each in its text, the continuation it belongs to (0: all), and the spots: at which
+    place which token's probability is to be taken, for which prompt and choice."""
+
+    tokens: list[int]
+    positions: list[int]
+    branches: list[int]
+    spots: list[tuple[int, int, int, int]]
+
+
+def _together(prompts: Sequence[list[int]], choices: Sequence[list[list[int]]]) -> list[_Reading]:
+    """A reading for each prompt, with all of its choices behind it."""
+    readings = []
+    for row, (prompt, options) in enumerate(zip(prompts, choices, strict=True)):
+        reading = _Reading([*prompt], [*range(len(prompt))], [0] * len(prompt), [])
+        for number, choice in enumerate(options):
+            places = [len(prompt) - 1, *range(len(reading.tokens), len(reading.tokens) + len(choice) - 1)]
+            reading.spots.extend((place, token, row, number) for place, token in zip(places, choice, strict=True))
+            reading.tokens.extend(choice[:-1])
+            reading.positions.extend(range(len(prompt), len(prompt) + len(choice) - 1))
+            reading.branches.extend([number + 1] * (len(choice) - 1))
+        readings.append(reading)
+    return readings
+
+
+def _apart(prompts: Sequence[list[int]], choices: Sequence[list[list[int]]]) -> list[_Reading]:
+    """A reading for each choice of each prompt; one-token choices share one."""
+    spots: dict[tuple[int, ...], list] = collections.defaultdict(list)
+    for row, (prompt, options) in enumerate(zip(prompts, choices, strict=True)):
+        for number, choice in enumerate(options):
+            spots[*prompt, *choice[:-1]] += [(place, token, row, number)
+                                             for place, token in enumerate(choice, len(prompt) - 1)]
+    return [_Reading([*tokens], [*range(len(tokens))], [0] * len(tokens), found) for tokens, found in spots.items()]
+
+
+def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _can_branch(student: Student) -> bool:
+    """Whether the student reads several choices behind one prompt as it reads each alone; tried once, on a few tokens."""
+    if "branches" not in student.cache:
+        student.cache["branches"] = False
+        if not student.builds_masks:
+            prompts, choices = [[5, 6, 7], [8, 9]], [[[3, 4, 5], [6, 3, 7]], [[4, 3], [5, 6, 8, 9]]]
+            alone = log_likelihoods(student, prompts, choices)
+            student.cache["branches"] = True
+            found = np.concatenate(log_likelihoods(student, prompts, choices))
+            student.cache["branches"] = bool(np.allclose(found, np.concatenate(alone), rtol=1e-3))
+    return student.cache["branches"]
 
 
 def response_loss(

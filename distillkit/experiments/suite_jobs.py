@@ -54,7 +54,8 @@ class Experiment:
 
     def tiny(self) -> Experiment | None:
         """The dry run, if it has one."""
-        return self.small and dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, load=1.0, changes=self.small)
+        return self.small and dataclasses.replace(self, name=f"{self.name}_tiny", guesses={"": 1.0}, load=1.0,
+                                                  changes=self.small)
 
     def settings(self):
         """The settings, and what runs them."""
