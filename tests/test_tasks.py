@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,33 @@ def test_token_ids_are_cut_and_cached(weather, tokenizer):
     assert len(ids) == 15 and max(map(len, ids)) <= 6
     assert all(row[0] == tokenizer.cls_token_id and row[-1] == tokenizer.sep_token_id for row in ids)
     assert task.token_ids(tokenizer, "test") is ids
+
+
+@pytest.mark.parametrize("make", [lambda task, rows: task.with_rows(test=rows), lambda task, rows: replace(task, test=rows)])
+def test_other_rows_are_read_anew(weather, tokenizer, make):
+    """What was computed for the old rows, their labels and their tokens, is not taken for the new ones."""
+    task = load_task(weather)
+    old = task.batch(tokenizer, "test", range(len(task.test)))
+    new = make(task, task.test.select([14, 3]))
+    batch = new.batch(tokenizer, "test", [0, 1])
+    assert batch["labels"].tolist() == old["labels"][[14, 3]].tolist() and len({*batch["labels"].tolist()}) == 2
+    for row, place in enumerate((14, 3)):
+        length = int(old["attention_mask"][place].sum())
+        assert torch.equal(batch["input_ids"][row, :length], old["input_ids"][place, :length])
+    assert torch.equal(task.batch(tokenizer, "test", range(15))["labels"], old["labels"]), "the task itself is as it was"
+
+
+def test_a_task_with_other_rows_says_so(weather):
+    task = load_task(weather)
+    some = [task.with_rows(test=task.test.select(numbers)) for numbers in ([1, 2], [1, 2], [2, 1])]
+    prints = [part.fingerprint for part in some]
+    assert prints[0] == prints[1] and len({task.fingerprint, *prints}) == 3
+    assert some[0].origin.endswith("; other rows in test") and len(some[0].train) == len(task.train)
+    with pytest.raises(ValueError, match="no split 'exam'"):
+        task.with_rows(exam=task.test)
+    for bad in (task.test.remove_columns("label"), ["a text"], None):
+        with pytest.raises(ValueError, match="test must be rows with the columns label, text, not"):
+            task.with_rows(test=bad)
 
 
 def test_batch_equals_the_tokenizer_on_those_rows(write, tokenizer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -102,8 +101,7 @@ def texts_as_set(
     # As the training split of the task, which knows how a student reads prompts and responses, and may have none.
     n = len(texts)
     rows = {"prompt": texts, "response": labels, "choices": [[]] * n, "answer": [-1] * n, "group": [""] * n}
-    stand_in = dataclasses.replace(task, train=Rows(rows), origin="texts and labels", _token_ids=weakref.WeakKeyDictionary(),
-                                   resampled=None)
+    stand_in = dataclasses.replace(task, train=Rows(rows), origin="texts and labels", resampled=None)
     return prompts_as_set(stand_in, student, [*range(n)], length)
 
 

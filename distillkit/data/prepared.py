@@ -103,11 +103,12 @@ def _task_of(data: Mapping, tensors: Mapping[str, Tensor]) -> Task:
     values = {name: data[name] for name in ("name", "kind", "max_length", "fingerprint", "origin")} | splits
     cache = _TokenCache(tensors)
     if data["kind"] == "classification":
-        task = Task(classes=tuple(data["classes"]), **values, _token_ids=cache)
+        task = Task(classes=tuple(data["classes"]), **values)
     else:
         also_right = {(prompt, answer): tuple(places) for prompt, answer, *places in data["also_right"]}
-        task = InstructionTask(classes=(), **values, _token_ids=cache, _also_right=also_right)
+        task = InstructionTask(classes=(), **values, _also_right=also_right)
     cache.task = task
+    object.__setattr__(task, "_token_ids", cache)  # a task is frozen, and its cache is no argument
     return task
 
 
@@ -154,7 +155,7 @@ class _TokenCache(weakref.WeakKeyDictionary):
         """Whether `tokenizer` makes the same of a few rows, so that neither it nor its library has changed."""
         whole = self.task.split(split)
         tried = [*range(0, len(whole), max(1, len(whole) // TRIED))]
-        few = dataclasses.replace(self.task, **{split: whole.select(tried)}, _labels={}, _token_ids=weakref.WeakKeyDictionary())
+        few = dataclasses.replace(self.task, **{split: whole.select(tried)})
         new = _parts_of(few, tokenizer, split)
         return all([ids[part][row] for row in tried] == new[part] for part in new if part != "choices")
 

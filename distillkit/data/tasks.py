@@ -59,8 +59,9 @@ class Task:
     max_length: int
     fingerprint: str
     origin: str
-    _labels: dict[str, np.ndarray] = field(default_factory=dict)
-    _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary)
+    # What is computed once belongs to these rows: a task that `dataclasses.replace` makes begins without.
+    _labels: dict[str, np.ndarray] = field(default_factory=dict, init=False)
+    _token_ids: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary, init=False)
     resampled: tuple[Task, Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -77,6 +78,20 @@ class Task:
             raise CorpusError(f"{self.name} has no {name} split ({self.origin}); add {name}.jsonl to its folder, or train "
                               "on another task and only evaluate on this one")
         return rows
+
+    def with_rows(self, **splits: datasets.Dataset) -> Task:
+        """The task with other rows in some splits, such as `task.with_rows(test=task.test.select(range(100)))`.
+
+        Its fingerprint is another one, by which nothing that was computed for the old rows is taken for the new. A
+        `ValueError` for a split that there is none of, or rows with other columns.
+        """
+        for name, rows in splits.items():
+            expected, found = (sorted(getattr(part, "column_names", ())) for part in (self.split(name), rows))
+            if found != expected:
+                raise ValueError(f"{name} must be rows with the columns {', '.join(expected)}, not {', '.join(found) or rows}")
+        content = json.dumps([self.fingerprint, {name: rows[:] for name, rows in splits.items()}])
+        return replace(self, **splits, fingerprint=hashlib.sha256(content.encode()).hexdigest(), resampled=None,
+                       origin=f"{self.origin}; other rows in {', '.join(splits)}")
 
     def labels(self, split: str) -> np.ndarray:
         """The labels of a split, int64 [rows]."""
@@ -147,7 +162,7 @@ def bootstrap(task: Task, seed: int) -> Task:
     content = hashlib.sha256(json.dumps([task.fingerprint, rows.tolist()]).encode())
     return replace(task, train=task.split("train").select(rows.tolist()), fingerprint=content.hexdigest(),
                    origin=f"{task.origin}; training rows drawn with replacement (seed {seed})",
-                   _labels={}, _token_ids=weakref.WeakKeyDictionary(), resampled=(task, rows))
+                   resampled=(task, rows))
 
 
 def classification_task(corpus: Corpus, *, max_length: int, limits: Mapping[str, int], seed: int) -> Task:

@@ -146,8 +146,8 @@ def log_likelihoods(
 
 
 class _Reading(NamedTuple):
-    """Tokens to read at once, the position of each in its text, the continuation it belongs to (0: all), and the spots: at which
-    place which token's probability is to be taken, for which prompt and choice."""
+    """Tokens to read at once, the position of each in its text, the continuation it belongs to (0: all), and the spots: at
+    which place which token's probability is to be taken, for which prompt and choice."""
 
     tokens: list[int]
     positions: list[int]
