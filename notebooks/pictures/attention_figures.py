@@ -1,7 +1,7 @@
 """Figures that show a learned set from inside a model, with its controls beside it: attention heads, and numbers.
 
 What differs from real text may differ because it was shifted far.  So each figure has room for several *kinds* of examples:
-``real``, ``learned``, and three controls: ``exchanged`` (real examples with the learned shift of another class), ``random``
+``real``, ``learned``, and three controls: ``shuffled`` (learned in the same way from shuffled labels), ``random``
 (each position shifted as far as the learned one, in a direction of its own) and ``shared`` (in one direction for the example;
 both by :func:`~distillkit.view.measures.random_shift`).  Differences of attention have the colours that Lens gives them.
 """
@@ -18,9 +18,8 @@ from matplotlib.patches import Rectangle
 from distillkit.view.figures import ROLE_COLOURS, _figure, _Shown, plain, style
 from distillkit.view.lens.still import DIFFERENCE
 
-KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "exchanged": ("D", "#2a9d8f"),
+KINDS = {"real": ("o", ROLE_COLOURS["real"]), "learned": ("o", ROLE_COLOURS["learned"]), "shuffled": ("D", "#2a9d8f"),
          "random": ("^", "#6a3d9a"), "shared": ("v", "#b0559e")}
-RELABELLED = {"relabelled": ("d", KINDS["exchanged"][1])}  # exchanged, with the labels of the shifts
 LIMIT = 0.4  # end of the scale of differences, in shares of a row's attention
 GAP = 3  # cells between two heads
 
@@ -72,7 +71,7 @@ def by_kind(panels: Sequence[tuple[str, str, Mapping[str, Sequence[float]], floa
         panel.remove()
     for panel, (title, label, values, chance) in zip(axes, panels, strict=False):
         for place, (kind, numbers) in enumerate(values.items()):
-            marker, colour = (KINDS | RELABELLED)[kind]
+            marker, colour = KINDS[kind]
             spread = np.linspace(-0.12, 0.12, len(numbers)) if len(numbers) > 1 else np.zeros(1)
             panel.plot(place + spread, numbers, ls="", marker=marker, ms=7, color=colour, label=kind)
             panel.plot([place - 0.25, place + 0.25], [np.mean(numbers)] * 2, color=colour, lw=2, label="_mean")
