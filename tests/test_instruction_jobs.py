@@ -70,6 +70,11 @@ def test_the_same_students_answer_further_corpora(standin_hub, tmp_path):
     heads = table_of(result).splitlines()[0]
     assert "| accuracy on mmlu |" in heads and "mmlu" not in table_of(result | {"config": as_config(job())})
     assert settings_hash(asked) == settings_hash(job(rows=asked.rows, seeds=[0])), "the sets are the same"
+    two = {"task": run.cell.task, "student": run.cell.student, "seeds": (0,), "recipe": "tuned"}
+    with pytest.raises(ValueError, match="also names a task twice: mmlu, mmlu"):
+        dk.evaluate(run.cell.set_of("random", 0), **two, also=[further, further])
+    with pytest.raises(ValueError, match="was loaded for instruction"):
+        dk.evaluate(run.cell.set_of("random", 0), **two, also=[dk.load_task("rotten_tomatoes", max_length=12)])
 
 
 def scored_as(monkeypatch, accuracy):

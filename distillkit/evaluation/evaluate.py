@@ -125,18 +125,8 @@ def evaluate(
     student = student.for_task(task)
     distilled = None if distilled is None else distilled.for_student(student)
     task.split(split)  # an unknown name is an error before anything is trained
-    require(isinstance(also, Sequence), f"also must list tasks, not {also!r}", TypeError)
-    for other in also:
-        check_is("each of also", other, Task)
-        student.for_task(other)
-        require(has_accuracy(other, split), f"also: task {other.name!r} has rows without choices in its split {split!r}, and "
-                "its score is an accuracy; add choices, or leave the task out")
-    if recipe is None:
-        recipe = "standard" if distilled is None else "own" if "recipe" in distilled.meta else "tuned"
-        if recipe == "tuned" and distilled.step_sizes is not None:
-            warnings.warn("the set has step sizes and no stored recipe that uses them, so it is scored under the tuned recipe; "
-                          "pass recipe=… to choose another", stacklevel=2)
-    plan_of_seed = as_recipe(recipe).plan(distilled, task, student)
+    _check_further(also, student, split)
+    plan_of_seed = as_recipe(_default_recipe(distilled) if recipe is None else recipe).plan(distilled, task, student)
     accuracy, outcomes, seconds = has_accuracy(task, split), [], []
     further: dict[str, list[float]] = {other.name: [] for other in also}
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
@@ -162,6 +152,27 @@ def evaluate(
         recipe=plan.recipe,
         also={name: tuple(values) for name, values in further.items()} or None,
     )
+
+
+def _check_further(also: Sequence[Task], student: Student, split: str) -> None:
+    """Raise TypeError or ValueError unless a student can be scored by accuracy on each of the further tasks."""
+    require(isinstance(also, Sequence), f"also must list tasks, not {also!r}", TypeError)
+    for other in also:
+        check_is("each of also", other, Task)
+        student.for_task(other)
+        require(has_accuracy(other, split), f"also: task {other.name!r} has rows without choices in its split {split!r}, and "
+                "its score is an accuracy; add choices, or leave the task out")
+    names = [other.name for other in also]
+    require(len({*names}) == len(names), f"also names a task twice: {', '.join(names)}; scores are kept by name")
+
+
+def _default_recipe(distilled: DistilledSet | None) -> str:
+    if distilled is None or "recipe" in distilled.meta:
+        return "standard" if distilled is None else "own"
+    if distilled.step_sizes is not None:
+        warnings.warn("the set has step sizes and no stored recipe that uses them, so it is scored under the tuned recipe; "
+                      "pass recipe=… to choose another", stacklevel=3)
+    return "tuned"
 
 
 def _accuracies(task: Task, split: str, outcomes: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
