@@ -28,7 +28,8 @@ def suite(args: argparse.Namespace) -> int:
         for line in merge(args.merge / "results", args.into):
             say(line)
         return 0
-    tiny = " --tiny" * args.tiny
+    tiny, asked = " --tiny" * args.tiny, f" --processes {args.processes}" * (args.processes > 1)
+    asked += f" --jobs {' '.join(args.jobs)}" * bool(args.jobs)
     jobs = scheduler.named(suite_jobs.dry() if args.tiny else suite_jobs.JOBS, args.jobs)
     if args.list:
         for line in scheduler.listed(jobs, args.out):
@@ -37,7 +38,7 @@ def suite(args: argparse.Namespace) -> int:
         from distillkit.experiments.prepared import corpora_and_students, prepare
 
         prepare(args.prepare, *corpora_and_students(settings for job in jobs for settings in job.needs()),
-                rounded=args.float16, command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}")
+                rounded=args.float16, command=f"suite{tiny} --minutes {args.minutes:g} --out {args.out}{asked}")
     elif args.processes > 1:
         return _in_processes(args, deadline)
     else:
