@@ -232,7 +232,6 @@ def test_a_finished_run_does_nothing(finished, standin_hub, monkeypatch):
 
 def test_shipped_settings():
     shipped = {path.stem: EvidenceGrid.from_yaml(path) for path in CONFIGS.glob("evidence_*.yaml")}
-    # On an encoder that did not judge; on a large one; in three steps; learned from keywords.
     real, others = ("rotten_tomatoes", "ag_news", "sst2", "imdb"), ("docstrings_three", "docstrings_keywords")
     encoders = [f"{corpus}_{encoder}" for corpus in real for encoder in ("l3", "mpnet")]
     assert {*shipped} == {f"evidence_{c}" for c in ("docstrings", *real, *encoders, *others, "ag_news_mpnet_large_rates")}

@@ -82,8 +82,8 @@ class Task:
     def with_rows(self, **splits: datasets.Dataset) -> Task:
         """The task with other rows in some splits, such as `task.with_rows(test=task.test.select(range(100)))`.
 
-        Its fingerprint is another one, by which nothing that was computed for the old rows is taken for the new. A
-        `ValueError` for a split that there is none of, or rows with other columns.
+        Its fingerprint is another one, by which nothing that was computed for the old rows is taken for the new. Raises
+        `ValueError` for an unknown split, or rows with other columns.
         """
         for name, rows in splits.items():
             expected, found = (sorted(getattr(part, "column_names", ())) for part in (self.split(name), rows))

@@ -127,8 +127,7 @@ def evaluate(
     task.split(split)  # an unknown name is an error before anything is trained
     _check_further(also, student, split)
     plan_of_seed = as_recipe(_default_recipe(distilled) if recipe is None else recipe).plan(distilled, task, student)
-    accuracy, outcomes, seconds = has_accuracy(task, split), [], []
-    further: dict[str, list[float]] = {other.name: [] for other in also}
+    accuracy, outcomes, further, seconds = has_accuracy(task, split), [], [], []
     for seed in progress(seeds, desc="evaluating", unit="run", leave=False):
         plan = plan_of_seed(seed)
         start = student.init(derive_seed("evaluate-init", seed))
@@ -136,8 +135,7 @@ def evaluate(
         *_, params = collections.deque(plan.train(student, start), maxlen=1)
         seconds.append(time.perf_counter() - begin)
         outcomes.append((answered if accuracy else response_loss)(student, params, task, split))
-        for other in also:
-            further[other.name].append(float(answered(student, params, other, split)[0].mean()))
+        further.append([float(answered(student, params, other, split)[0].mean()) for other in also])
     fields = {"scores": (math.nan,) * len(seeds), "groups": {}, "losses": tuple(outcomes)}
     if accuracy:
         fields = _accuracies(task, split, outcomes)
@@ -150,7 +148,7 @@ def evaluate(
         examples=len(task.train) if distilled is None else len(distilled),
         nbytes=sum(len(text.encode()) for c in columns for text in task.train[c]) if distilled is None else distilled.nbytes,
         recipe=plan.recipe,
-        also={name: tuple(values) for name, values in further.items()} or None,
+        also=dict(zip((other.name for other in also), zip(*further, strict=True), strict=True)) or None,
     )
 
 

@@ -193,11 +193,13 @@ def _likelihoods(student: Student, prompts: Sequence[list[int]], choices: Sequen
 
 def _can_branch(student: Student) -> bool:
     """Whether the student reads several choices behind one prompt as it reads each alone; tried once, on a few tokens."""
+    if student.builds_masks:
+        return False
     if "branches" not in student.cache:
         few = student, [[5, 6, 7], [8, 9]], [[[3, 4, 5], [6, 3, 7]], [[4, 3], [5, 6, 8, 9]]], None, None, 2
         try:
             alone, together = (np.concatenate(_likelihoods(*few, way)) for way in (False, True))
-            student.cache["branches"] = not student.builds_masks and bool(np.allclose(alone, together, rtol=1e-3))
+            student.cache["branches"] = bool(np.allclose(alone, together, rtol=1e-3))
         except (RuntimeError, ValueError, TypeError):  # a model that does not take such a mask, or such positions
             student.cache["branches"] = False
     return student.cache["branches"]

@@ -145,7 +145,9 @@ class EvidenceJob(Experiment, Data, Size, Inner, Outer, SetSeeds, Scoring):
 
 def written_sentences(corpus: str) -> list[list[str]]:
     """The sentences of each class that were written by hand for a corpus; none for other corpora."""
-    return [*read(WRITTEN).get(corpus, {}).values()]
+    sentences = read(WRITTEN)
+    entry = sentences.get(corpus, {})
+    return [*(sentences[entry] if isinstance(entry, str) else entry).values()]  # a name: those of that corpus
 
 
 def written_per_class(corpus: str) -> int:

@@ -103,8 +103,8 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
         """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
         return self.seeds[:1] if row == ZERO else self.seeds
 
-    def further(self, longest: int = FURTHER_LENGTH) -> list[Data]:
-        """The further corpora, uncut but for questions of more than ``longest`` tokens."""
+    def further_data(self, longest: int = FURTHER_LENGTH) -> list[Data]:
+        """The settings that load the further corpora; questions are cut to ``longest`` tokens."""
         return [Data(name=self.name, corpus=name, student=self.student, max_length=longest) for name in self.also]
 
 
@@ -116,7 +116,7 @@ class InstructionCell(Cell):
     @functools.cached_property
     def further(self) -> tuple[Task, ...]:
         """The further corpora that students answer."""
-        return tuple(map(load_corpus, self.job.further(min(FURTHER_LENGTH, self.student.max_positions))))
+        return tuple(map(load_corpus, self.job.further_data(min(FURTHER_LENGTH, self.student.max_positions))))
 
     def score(self, method: str, recipe: str, seed: int) -> Scores:
         if method == "zero-shot":

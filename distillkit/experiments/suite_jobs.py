@@ -71,7 +71,7 @@ class Experiment:
     def needs(self) -> list[Any]:
         """The settings of the cells, and of the further corpora that their students answer."""
         cells = [*self.cells().values()]
-        return cells + [further for cell in cells if isinstance(cell, InstructionJob) for further in cell.further()]
+        return cells + [data for cell in cells if isinstance(cell, InstructionJob) for data in cell.further_data()]
 
     def units(self, out: Path, deadline: Deadline, command: str) -> list[Unit]:
         """Every score, cell by cell, set by set.
