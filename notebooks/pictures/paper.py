@@ -76,6 +76,6 @@ def _findings(sizes, transfer, pairs) -> str:
     for ours, row in (("chosen pairs", "chosen pairs/standard"), ("learned prompts", "nacd/standard")):
         lines.append([f"instruction {ours.split()[1]}", f"{ours} {pairs.loc[row].mean():.3f}",
                       f"LESS {pairs.loc['less/standard'].mean():.3f}",
-                      f"{gain(pairs, row, 'less/standard')}, three sets: significant"])
+                      f"{gain(pairs, row, 'less/standard')}, five sets: significant"])
     return markdown(["line", "where", "ours", "opponent", "conclusion"],
                     [[str(number), *line] for number, line in enumerate(lines, 1)], "lllll")
