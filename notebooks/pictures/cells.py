@@ -126,7 +126,7 @@ def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figur
     axes.annotate("the wall", (plane.leaves, 0), xytext=(5, -17), textcoords="offset points", fontsize=11)
     inside = int(token) == plane.token
     axes.set(title=f"{gap:.1f} from '{drawn(word(int(token)))}', " + ("and still in its cell" if inside else "past the wall"),
-             xlabel="along the learned direction", ylabel="across, towards the next cell")
+             xlabel="along the learned direction", ylabel="up, towards the next cell")
     return figure
 
 
