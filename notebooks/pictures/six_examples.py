@@ -47,6 +47,7 @@ LABELS = {
 }
 LONGER = ("embeddings/own", "projected/tuned")  # rows of the longer run that are shown beside those of a hundred steps
 GAP = 0.029  # least vertical distance between two labels, in accuracy
+BRACKET = 0.59  # accuracy at which the true bytes of a crowded column stand
 
 
 def read_cards(snapshots: Sequence[DistilledSet], student: Student) -> Cards:
@@ -292,7 +293,8 @@ def _beside(methods: pd.DataFrame) -> pd.Series:
     rank = methods["mean"].groupby(_columns(methods)).rank(ascending=False, method="first") - 1
     many = methods["mean"].groupby(_columns(methods)).transform("size")
     place = pd.Series(range(len(methods)), methods.index)
-    return methods["bytes"] * (1.1 ** (rank - (many - 1) / 2)).where(many > 4, 1 + 0.05 * (place % 3 - 1))
+    middle = methods["bytes"].groupby(_columns(methods)).transform("mean")
+    return (middle * 1.14 ** (rank - (many - 1) / 2)).where(many > 4, methods["bytes"] * (1 + 0.05 * (place % 3 - 1)))
 
 
 def _labelled(axes, methods: pd.DataFrame) -> None:
@@ -313,12 +315,18 @@ def _labelled(axes, methods: pd.DataFrame) -> None:
                 axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top")
             continue
         right, last, crowded = beside[group.index].max() * 1.3, np.inf, len(group) > 4
+        if crowded:
+            ends, bytes_of = beside[group.index].agg(["min", "max"]), group["bytes"].agg(["min", "max"])
+            axes.plot(ends, [BRACKET] * 2, color="black", lw=0.9)
+            axes.text(ends["min"], BRACKET + 0.008, f"{bytes_of['min']:,.0f} to {bytes_of['max']:,.0f} bytes", fontsize=9.5)
         for method in group.sort_values("mean", ascending=False, kind="stable").itertuples():
             x = beside[method.Index]
             if column == columns.max() and method.bytes < 0.6 * group["bytes"].max():
                 axes.text(x * 0.8, method.mean, names[method.Index], fontsize=9.5, ha="right", va="center")
                 continue
-            name = names[method.Index].replace(", 1,350", ",\n1,350") if crowded else names[method.Index]
+            name = names[method.Index]
+            if crowded:
+                name = name.replace(", 1,350", ",\n1,350").replace("words, own", "words,\nown")
             extra = GAP / 2 * name.count("\n")
             last = min(method.mean + (GAP if last == np.inf and crowded else 0), last - GAP - extra)
             axes.annotate(name, (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",
