@@ -198,6 +198,6 @@ def _differences(sets) -> str:
              if math.isfinite(paired_difference(sets, name, other)[1])]  # of one set alone there is no interval
     sure = [f"{name} over {other}" for name, other in pairs if beats(sets, name, other, len(pairs))]
     note = (f"\n\nCorrected for these {len(pairs)} comparisons together (Bonferroni), the interval lies above 0 for: "
-            f"{'; '.join(sure) or 'none'}.")
+            f"{'; '.join(sure) or 'none'}.") if pairs else ""
     return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval of each by itself; above it, one beats the "
             f"other.\n\n{table}{note}")

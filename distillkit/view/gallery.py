@@ -27,6 +27,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict], Figure]]] = {
     "classification_ag_news": ("classification_ag_news", plots.scores),
     "instruction_library": ("instruction_library", lambda result: plots.seeded(result, "Which library?")),
     "instruction_library_differences": ("instruction_library", plots.differences),
+    "instruction_library_words": ("instruction_library_words", lambda result: plots.seeded(result, "Text at a larger rate")),
     "instruction_function": ("instruction_function", lambda result: plots.seeded(result, "Which function?")),
     "instruction_arc_easy": ("instruction_arc_easy", lambda result: plots.seeded(result, "ARC-Easy")),
     "text_docstrings": ("text_docstrings", _text),
