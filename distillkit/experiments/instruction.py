@@ -199,5 +199,5 @@ def _differences(sets) -> str:
     sure = [f"{name} over {other}" for name, other in pairs if beats(sets, name, other, len(pairs))]
     note = (f"\n\nCorrected for these {len(pairs)} comparisons together (Bonferroni), the interval lies above 0 for: "
             f"{'; '.join(sure) or 'none'}.") if pairs else ""
-    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval of each by itself; above it, one beats the "
-            f"other.\n\n{table}{note}")
+    return ("\n\nDifferences at the same seed, mean ± half of the 95 % interval of each by itself, not "
+            f"corrected.\n\n{table}{note}")
