@@ -11,6 +11,7 @@ a yardstick, the distance from a word to the word nearest to it: a word many yar
 
 from __future__ import annotations
 
+import textwrap
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 
@@ -324,9 +325,7 @@ def _labelled(axes, methods: pd.DataFrame) -> None:
             if column == columns.max() and method.bytes < 0.6 * group["bytes"].max():
                 axes.text(x * 0.8, method.mean, names[method.Index], fontsize=9.5, ha="right", va="center")
                 continue
-            name = names[method.Index]
-            if crowded:
-                name = name.replace(", 1,350", ",\n1,350").replace("words, own", "words,\nown")
+            name = textwrap.fill(names[method.Index], 30) if crowded else names[method.Index]
             extra = GAP / 2 * name.count("\n")
             last = min(method.mean + (GAP if last == np.inf and crowded else 0), last - GAP - extra)
             axes.annotate(name, (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",

@@ -202,7 +202,7 @@ def timed(name: str, task, student, seed: int, set_up: float, settings: dict, st
 def table(result: dict) -> str:
     """CPU seconds to each accuracy, set by set, as a Markdown table."""
     runs = pd.DataFrame(result["runs"])
-    runs["settings"] = runs["settings"].map(lambda settings: ", ".join(f"{k} {v:g}" for k, v in settings.items()) or "defaults")
+    runs["settings"] = runs["settings"].map(lambda settings: ", ".join(f"{k} {v}" for k, v in settings.items()) or "defaults")
     lines = []
     for (way, settings), of_way in runs.groupby(["way", "settings"], sort=False):
         last = [run[-1]["accuracy"] for run in of_way["scores"]]
