@@ -67,7 +67,7 @@ def test_its_first_code_runs(standin_hub, capsys):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     code = code.replace('"docstrings", max_length=32', '"rotten_tomatoes", max_length=12')
     code = code.replace('"offline:minilm"', '"bert-base-uncased"').replace("length=32", "length=8")
-    code = code.replace("run(40)", "run(2)").replace("batch_size=48", "batch_size=8")
+    code = code.replace("run(60)", "run(2)").replace("batch_size=48", "batch_size=8")
     exec(code, {})
     printed = capsys.readouterr().out
     assert "own" in printed

@@ -37,6 +37,7 @@ STRIP = 4  # frames of a film strip
 STILLS = 48  # pictures of a GIF
 PAUSE, FIRST, LAST = 110, 900, 2500  # milliseconds of a picture of a GIF
 LABELS = 14  # words beside the points of a map
+ON_A_WORD = 1e-3  # word distances; a position nearer to its word is that word
 PANES = ("map", "tokens", "heads")  # what a picture can show
 
 
@@ -91,7 +92,9 @@ def draw_map(axes, film: Film, flat: Map, time: float, labels: np.ndarray, words
 
 def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequence[float],
                 reading: Sequence[Stretch] | None = None) -> None:
-    """The words of an example as chips in lines: the real word in grey above, the nearest one below it, blue where it is far.
+    """The words of an example as chips in lines: the real word in grey above, the nearest one below it.
+
+    A chip is blue where the position is far from every word; its frame is orange where its word is not the real one.
 
     Args:
         real, words: a word a position, empty where there is none.
@@ -112,8 +115,9 @@ def draw_tokens(axes, real: Sequence[str], words: Sequence[str], distances: Sequ
             x, y = 0.0, y + depth
         for (above, word, distance), middle in zip(chips, _middles(x, widths, width)):
             face = DISTANCE(0.62 * shade(distance)) if np.isfinite(distance) else "white"
+            frame = {} if above in ("", word) else {"edgecolor": ROLE_COLOURS["text"], "linewidth": 1.8}
             axes.text(middle, y, above, fontsize=7, color="0.4", ha="center", va="center")
-            _chip(axes, middle, y + 13, word, face)
+            _chip(axes, middle, y + 13, word, face, **frame)
         for (text, read), middle, wide in zip(pieces, _middles(x, lower, width), lower):
             _chip(axes, middle, y + 29, text, SAME if alike else CUT, "black" if read else "0.45")
             if not read:
@@ -129,9 +133,9 @@ def _middles(x: float, widths: Sequence[float], width: float) -> np.ndarray:
     return ends - np.array(widths) / 2
 
 
-def _chip(axes, x: float, y: float, text: str, face, color: str = "black") -> None:
+def _chip(axes, x: float, y: float, text: str, face, color: str = "black", **frame) -> None:
     axes.text(x, y, text, fontsize=8.5, ha="center", va="center", color=color,
-              bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"})
+              bbox={"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": "0.7"} | frame)
 
 
 def draw_heads(axes, difference: np.ndarray) -> None:
@@ -194,8 +198,9 @@ def still(film: Film, flat: Map, names: Sequence[str], labels: np.ndarray, words
         axes = figure.add_subplot(places["tokens"])
         lower = drawn(film.names[frame])[:24] if film.choices else "nearest words"
         title = f"Example {example + 1}, {drawn(names[labels[frame, example]])[:24]}: real words (grey) and {lower}"
+        far = np.nanmax(film.distances[frame, example], initial=0) > ON_A_WORD
         if reading is None:
-            title += "\n(blue: far from every word)"
+            title += "\n(orange frame: not the real word" + ("; blue: far from every word)" if far else ")")
         else:
             read = [flag for part in reading for _, flag in part.pieces]
             title += (f"; below, {drawn(str(reader))[:24]} needs {len(read)} tokens and reads {sum(read)}\n"
