@@ -167,7 +167,8 @@ def paths(panels: Sequence[tuple[str, Sequence[Tensor], str]], real: Tensor, lab
     """The plane of the weights: where students are before and after each step, over level lines of the loss on real points.
 
     Args:
-        panels: title, the weights (starts, 2) that :func:`trajectory` returns, and the role that colours the paths.
+        panels: title, the weights (starts, 2) that :func:`trajectory` returns, the role that colours the paths, and the two
+            points (2, 2), for arrows in a corner that show where each of them pushes the weights.
         real, labels: the real points, whose loss the level lines show.
         full: the weights (2,) that training on all real points leads to.
     """
@@ -177,7 +178,7 @@ def paths(panels: Sequence[tuple[str, Sequence[Tensor], str]], real: Tensor, lab
     levels = loss(grid, real, labels).reshape(81, 81).T.numpy()
     figure, axes = _figure(4.6 * len(panels), 6.5, len(panels))
     handles = {"random start": Line2D([], [], marker="o", ls="", color="white", mec="black", ms=7)}
-    for where, (title, visited, role) in zip(axes, panels, strict=True):
+    for where, (title, visited, role, *points) in zip(axes, panels, strict=True):
         where.contour(axis, axis, levels, levels=[0.14, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4], colors="0.8", linewidths=0.9)
         for x, y in torch.stack(list(visited), 1).mT:
             handles[f"steps on {role} points"], = where.plot(x, y, ".-", color=ROLE_COLOURS[role], lw=1.1, ms=7, label="_path")
@@ -186,6 +187,11 @@ def paths(panels: Sequence[tuple[str, Sequence[Tensor], str]], real: Tensor, lab
         handles[f"{ends.get_label()} on {role} points"] = ends
         handles["all real points, many steps"], = where.plot(
             *full[:, None], "*", color=ROLE_COLOURS["full"], ms=16, label="all real points, many steps")
+        for label, point in enumerate(points[0] if points else []):
+            push = (point if label else -point) / point.norm() * edge / 4
+            arrow = {"arrowstyle": "-|>", "color": CLASS_COLOURS[label], "lw": 2.5, "shrinkA": 0, "shrinkB": 0}
+            where.annotate("", xy=(push - 0.66 * edge).tolist(), xytext=(-0.66 * edge, -0.66 * edge), arrowprops=arrow)
+            handles[f"direction in which point {label} pushes"] = Line2D([], [], color=CLASS_COLOURS[label], lw=2.5)
         where.set(title=title, xlabel="first weight $w_1$", ylabel="second weight $w_2$", xlim=(-edge, edge),
                   ylim=(-edge, edge), aspect="equal")
         where.title.set_fontsize(12)
