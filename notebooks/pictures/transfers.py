@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from distillkit.view.figures import LABELS, METHOD_COLOURS, _figure, plain, style
 
-LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-")}
-STEP, LEFT = 0.1, 1.75  # of the slopes: from method to method, and room for their names
+LINES = {"random": ("o", ":"), "k_center": ("s", "--"), "herding": ("D", "-."), "sentences": ("^", "-"), "swaps": ("v", "-"),
+         "keywords": ("P", "--")}
+STEP, LEFT = 0.11, 1.75  # of the slopes: from method to method, and room for their names
 
 
 @style()
@@ -38,12 +39,15 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
             aside = STEP * (number - (len(methods) - 1) / 2)  # the methods stand beside each other at each target
             marker, dashes = LINES[method]
             look = {"color": METHOD_COLOURS[method], "marker": marker, "ms": 8, "mew": 1.6}
-            panel.plot(means.index.map(targets.index) + aside, means["mean"], dashes, lw=2, **look,
-                       label=LABELS.get(method, method))
+            centres = means.index.map(targets.index) + aside
+            panel.plot(centres, means["mean"], dashes, lw=1.2, color=METHOD_COLOURS[method], alpha=0.45, label="_joined")
+            panel.plot(centres, means["mean"], ls="", **look, label=LABELS.get(method, method))
             single = means["mean"][means["size"] == 1]
             places = [targets.index(target) + aside for target in single.index]
             panel.plot(places, single, ls="", mfc="white", **look, label="_one set")
-            panel.plot(rows["target"].map(targets.index) + aside, rows["accuracy"], ".", ms=6, color="black", mfc="white",
+            rows = rows[rows["target"].map(means["size"]) > 1]
+            spots = [targets.index(target) + aside for target in rows["target"]]
+            panel.plot(spots, rows["accuracy"], ".", ms=6, color="black", mfc="white",
                        mew=0.8, zorder=3, label="_sets")
             begins[method] = means["mean"].iloc[0]
         _names(panel, begins)
@@ -57,7 +61,7 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.25),
                   ylim=(min(0.1, chance - 0.06), max([*scores["accuracy"], *full.values()]) + 0.08))
         panel.set_xticks(range(len(targets)), [plain(target) for target in targets])
-        panel.set_xlabel("trained on (a small dot: one set)")
+        panel.set_xlabel("trained on (hollow or a small dot: one set)")
     return figure
 
 
@@ -66,4 +70,4 @@ def _names(panel, begins: Mapping[str, float]) -> None:
     height = 0.0
     for method in sorted(begins, key=begins.__getitem__):
         height = max(begins[method], height + 0.045)
-        panel.text(-0.22, height, LABELS.get(method, method), ha="right", va="center", fontsize=10)
+        panel.text(-0.26, height, LABELS.get(method, method), ha="right", va="center", fontsize=10)
