@@ -408,6 +408,23 @@ def test_the_picture_may_leave_panes_out(world, start, learned):
             dk.Lens(start, world[1], picture=wrong)
 
 
+def test_a_word_that_was_changed_has_a_frame_of_its_own(world):
+    """Only its chip is framed in orange, and nothing is said of distances where every position is a word."""
+    from matplotlib.colors import to_hex
+
+    from distillkit.view.figures import ROLE_COLOURS
+
+    real = dk.DistilledSet.from_real(*world, per_class=1, length=8)
+    place = int(real.free[0].nonzero()[0])
+    tokens = real.tokens.clone()
+    tokens[0, place] = next(int(token) for token in real.tokens[1:].flatten() if token not in real.tokens[0])
+    edited = dataclasses.replace(real, tokens=tokens, embeds=world[1].embedding[tokens].to(real.embeds))
+    axes = dk.Lens({"real": real, "edited": edited}, world[1], task=world[0], picture=("tokens",)).figure().axes[0]
+    edges = [to_hex(text.get_bbox_patch().get_edgecolor()) for text in axes.texts if text.get_bbox_patch()]
+    assert [number for number, edge in enumerate(edges) if edge == ROLE_COLOURS["text"]] == [place]
+    assert axes.get_title(loc="left").endswith("(orange frame: not the real word)")
+
+
 def test_the_picture_may_be_of_a_umap(world, start, learned):
     lens = dk.Lens([start, learned], world[1], task=world[0])
     lens.maps["umap"] = dataclasses.replace(lens.maps["pca"], method="umap", points=-lens.maps["pca"].points)
