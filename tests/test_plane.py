@@ -91,6 +91,10 @@ def test_figures_say_what_they_show(cloud):
     assert "panel 1: A |" in fans and "learned point, class 0: 1 points" in fans and "class 1: 30 points" in fans
     paths = plots.describe(plane.paths([("C", run, "real")], real, labels, full))
     assert "random start: 4 points; after 3 steps: 4 points" in paths and "second weight" in paths
+    points = torch.tensor([[-3.0, 0.0], [0.0, 2.0]], dtype=torch.float64)  # push along the first and along the second weight
+    (axes,) = plane.paths([("D", run, "real", points)], real, labels, full).axes
+    pushes = [[end - begin for end, begin in zip(arrow.xy, arrow.get_position())] for arrow in axes.texts]
+    assert [[round(step, 6) for step in push] for push in pushes] == [[1.125, 0], [0, 1.125]]  # a quarter of 1.5 · 3
 
 
 def test_the_film_is_a_gif_that_ends_lower(tmp_path):

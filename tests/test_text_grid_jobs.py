@@ -6,7 +6,7 @@ import yaml
 from distillkit.cli.main import main
 from distillkit.experiments import runner
 from distillkit.experiments.kinds import table_of
-from distillkit.experiments.results import by_set, frame, paired_difference, read
+from distillkit.experiments.results import by_row, by_set, frame, paired_difference, read
 from distillkit.experiments.runner import CONFIGS
 from distillkit.experiments.settings import kind_of
 from distillkit.experiments.ways_to_text import TextGridJob, text_grid_table
@@ -58,6 +58,14 @@ def test_what_is_made_is_not_made_again(finished, standin_hub, monkeypatch):
     folder, _, whole = finished
     monkeypatch.setattr(runner, "load_corpus", lambda *a: pytest.fail("made again"))
     assert command(folder) == 0 and read(folder / "small.json") == whole
+
+
+@pytest.mark.parametrize("view", [by_set, by_row])
+def test_cells_are_not_mixed_under_one_name(finished, view):
+    _, _, whole = finished
+    with pytest.raises(ValueError, match=r"the row 'herding/fixed' stands in the cells .*'ag_news,1'.*; name one with cell="):
+        view(whole)
+    assert view(whole, cell="ag_news,1").notna().any(axis=None)
 
 
 def test_the_table(finished):

@@ -211,21 +211,34 @@ def by_set(result: Mapping, value: str = "accuracy", cell: str | None = None) ->
 
     Args:
         value: the column.
-        cell: of a grid, the cell; default all.
+        cell: of a grid, the cell; default all, if no row stands in two.
+
+    Raises:
+        ValueError: no cell is named, and a row stands in several: other sizes or corpora under one name.
     """
-    scores = frame(result)
-    chosen = scores if cell is None else scores[scores["cell"] == cell]
+    chosen = _of_cell(result, cell)
     if value not in chosen or chosen[value].isna().all():
         return pd.DataFrame(index=result["config"]["rows"])
     return chosen.pivot_table(index="row", columns="set_seed", values=value).round(6).reindex(result["config"]["rows"])
 
 
-def by_row(result: Mapping) -> pd.DataFrame:
+def _of_cell(result: Mapping, cell: str | None) -> pd.DataFrame:
+    """The scores of a cell, or of all cells, if each row stands in one of them."""
+    scores = frame(result)
+    if cell is not None:
+        return scores[scores["cell"] == cell]
+    cells = scores.groupby("row", sort=False)["cell"].unique()
+    for row, several in cells[cells.map(len) > 1].items():
+        raise ValueError(f"the row {row!r} stands in the cells {', '.join(map(repr, several))}; name one with cell=…")
+    return scores
+
+
+def by_row(result: Mapping, cell: str | None = None) -> pd.DataFrame:
     """What there is to say of each row: ``mean`` and ``std`` (n − 1) over all its students, their number, and its first size.
 
-    The lines are the rows of the settings; ``mean`` is nan where a row has not run.
+    The lines are the rows of the settings; ``mean`` is nan where a row has not run.  ``cell`` and errors: as :func:`by_set`.
     """
-    groups = frame(result).groupby("row")
+    groups = _of_cell(result, cell).groupby("row")
     first = groups[["method", "recipe", "examples", "nbytes", "seconds", "flops"]].first()
     summary = groups["accuracy"].agg(["mean", "std", "size"]).round(6)
     return first.join(summary).reindex(result["config"]["rows"])

@@ -72,7 +72,7 @@ def byte_dots(rows: pd.DataFrame, title: str, line: tuple[str, float]) -> Figure
         title: the finding.
         line: name and bytes of what all are compared with.
     """
-    figure, (axes,) = _figure(8, 0.45 * len(rows) + 1.5)
+    figure, (axes,) = _figure(9, 0.45 * len(rows) + 1.5)
     for place, row in enumerate(rows.itertuples()):
         colour = ROLE_COLOURS[row.role]
         fill = "white" if getattr(row, "sets", 0) == 1 else colour
