@@ -123,7 +123,7 @@ class FewShot:
 def few_shot(
     task: InstructionTask, student: Student, shots: DistilledSet | Sequence[tuple[str, str]] = (), *, k: int | None = None,
     orders: int = 4, seed: int = 0, length: int | None = None, separator: str = SEPARATOR, split: str = "test",
-    rows: Sequence[int] | None = None, batch_size: int = 64,
+    rows: Sequence[int] | None = None, batch_size: int | None = None,
 ) -> FewShot:
     """Answer multiple-choice questions after reading demonstrations; nothing is trained.
 
@@ -138,7 +138,7 @@ def few_shot(
         length: tokens that a demonstration's text, or embeddings, are cut to; default: uncut.
         separator: what follows a demonstration.
         split, rows: the questions to answer; default: all of "test".
-        batch_size: questions (or choices, where these are longer than a token) at a time.
+        batch_size: questions (or choices, where these are longer than a token) at a time; default: 16 on a CPU, 64 on a GPU.
 
     Raises:
         ValueError: a classifier, another model's embeddings, more shots than there are, demonstrations for a task that did

@@ -88,13 +88,13 @@ def classified(
 
 
 def choice_scores(
-    student: Student, params: Params, task: Task, split: str, rows: Rows, batch_size: int = 64
+    student: Student, params: Params, task: Task, split: str, rows: Rows, batch_size: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Log-likelihood of each choice of each row after its prompt, and the same per character of the choice.
 
     Args:
         rows: of the split.
-        batch_size: rows at a time.
+        batch_size: rows at a time, as :func:`log_likelihoods` takes it.
 
     Returns:
         for each row an array with an entry per choice, twice.
@@ -107,7 +107,7 @@ def choice_scores(
 
 def log_likelihoods(
     student: Student, prompts: Sequence[list[int]], choices: Sequence[list[list[int]]], *, params: Params | None = None,
-    memory=None, batch_size: int = 64,
+    memory=None, batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """Log-likelihood of each choice of each prompt.
 
@@ -116,7 +116,8 @@ def log_likelihoods(
         choices: for each prompt, the token ids of each choice.
         params: the student's parameters; default: as pretrained.
         memory: keys and values of a context in front of all prompts, as the model returns them; not changed.
-        batch_size: prompts at a time; with a ``memory``, choices (prompts, where choices are single tokens).
+        batch_size: prompts at a time; with a ``memory``, choices (prompts, where choices are single tokens); default: 16 on a
+            CPU (SmolLM2 read 1.5 times as many questions a second as with 64), 64 on a GPU.
 
     Returns:
         for each prompt an array with an entry per choice.
@@ -165,10 +166,12 @@ def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:
 
 
 def _likelihoods(student: Student, prompts: Sequence[list[int]], choices: Sequence[list[list[int]]], params: Params | None,
-                 memory, batch_size: int, together: bool) -> list[np.ndarray]:
+                 memory, batch_size: int | None, together: bool) -> list[np.ndarray]:
     """What :func:`log_likelihoods` gives, from one reading for all choices of a prompt or from one for each."""
     likelihoods = [np.zeros(len(options)) for options in choices]
     readings = (_together if together else _apart)(prompts, choices)
+    if batch_size is None:
+        batch_size = 16 if student.device.type == "cpu" else 64
     for part in by_size(readings, lambda reading: len(reading.tokens), batch_size):
         ids, positions, branches = (_padded([getattr(reading, name) for reading in part], filler)
                                     for name, filler in (("tokens", 0), ("positions", -1), ("branches", 0)))
