@@ -60,9 +60,10 @@ def test_every_score_is_made(finished):
 
 
 def test_the_same_students_answer_further_corpora(standin_hub, tmp_path):
-    asked = job(also=["mmlu"], rows=["zero-shot/none", "random/standard"], seeds=[0])
+    asked = job(also=["mmlu"], also_limit=5, rows=["zero-shot/none", "random/standard"], seeds=[0])
     run = Run(InstructionCell, asked, tmp_path, tmp_path / "work")
     result, (further,) = run(), run.cell.further
+    assert len(further.test) == 5
     mmlu = {score["row"]: score["accuracy on mmlu"] for score in result["scores"]}
     trained = dk.evaluate(run.cell.set_of("random", 0), further, run.cell.student, seeds=(0,), recipe=Standard(least_steps=2))
     untrained = answered(run.cell.student, run.cell.student.init(0), further, "test")[0].mean()

@@ -145,7 +145,7 @@ def test_the_shipped_jobs():
     assert ("docstrings", 32, None) in corpora and ("imdb", 128, {"train": 8000, "validation": 1000, "test": 2000}) in corpora
     students = {settings.student.removeprefix("offline:") for settings in needs}
     assert students == {"minilm", "minilm-l3", "mpnet", "smollm2", "tiny-opt"}
-    assert ("mmlu", 512, None) in corpora, "the further questions that the same students answer"
+    assert ("mmlu", 512, {"test": 400}) in corpora, "the further questions that the same students answer"
     tiny = {job.name: job.tiny().name for job in JOBS if job.tiny()}
     assert tiny == {name: f"{name}_tiny" for name in tiny}, "what a dry run makes cannot be taken for the real thing"
     kinds = [{kind_of(CONFIGS / f"{job.config}.yaml") for job in JOBS if isinstance(job, Experiment) and bool(job.small) == dry}

@@ -98,6 +98,7 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
     pair_steps: int = whole(30, "exchanges that the search for chosen pairs tries")
     prompt_vectors: int = whole(8, "learned tokens of each prompt in the row 'nacd vectors'")
     also: tuple[str, ...] = option((), "further corpora of multiple choice, such as mmlu, that the same students answer")
+    also_limit: int | None = whole(None, "test questions of each of them (default: all)")
 
     def seeds_of(self, row: str) -> tuple[int, ...]:
         """The seeds of the sets of a row: one for the model as it is, which nothing changes."""
@@ -105,7 +106,8 @@ class InstructionJob(Experiment, Data, Size, Expert, Inner, Outer, Neighbor, Set
 
     def further_data(self, longest: int = FURTHER_LENGTH) -> list[Data]:
         """The settings that load the further corpora; questions are cut to ``longest`` tokens."""
-        return [Data(name=self.name, corpus=name, student=self.student, max_length=longest) for name in self.also]
+        limit = None if self.also_limit is None else {"test": self.also_limit}
+        return [Data(name=self.name, corpus=name, student=self.student, max_length=longest, limit=limit) for name in self.also]
 
 
 class InstructionCell(Cell):

@@ -44,7 +44,7 @@ COLUMNS = (
 )
 # Settings that say which scores a run makes, not how its sets are made.
 SCORES = ("name", "rows", "seeds", "eval_seeds", "full_seeds", "committed", "committed_rows", "standard_steps", "together",
-          "tuned_grid", "also")
+          "tuned_grid", "also", "also_limit")
 VERSIONED = ("torch", "transformers", "datasets", "numpy", "scikit-learn")
 FEWEST = 5  # sets, below which a rank correlation says nothing
 LEAST_SETS = 3  # sets, below which an interval of a gain says nothing
