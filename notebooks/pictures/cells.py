@@ -123,10 +123,10 @@ def cut_figure(plane: Cut, distance: float, word: Callable[[int], str]) -> Figur
         axes.annotate("the point", (distance, 0), xytext=(0, -20), textcoords="offset points", ha="center", fontsize=11,
                       color=ROLE_COLOURS["learned"])
     axes.plot(plane.leaves, 0, "|", color="0.15", ms=16, mew=2, label="the wall")
-    axes.annotate("the wall", (plane.leaves, 0), xytext=(5, -17), textcoords="offset points", fontsize=11)
+    axes.annotate("the wall", (plane.leaves, 0), xytext=(7, 11), textcoords="offset points", fontsize=11)
     inside = int(token) == plane.token
     axes.set(title=f"{gap:.1f} from '{drawn(word(int(token)))}', " + ("and still in its cell" if inside else "past the wall"),
-             xlabel="along the learned direction", ylabel="up, towards the next cell")
+             xlabel="along the learned direction (units of the table)", ylabel="in the plane, towards\nthe row behind the wall")
     return figure
 
 

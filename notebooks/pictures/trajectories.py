@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -22,6 +23,12 @@ from distillkit.experiments.results import by_set, paired_difference
 from distillkit.view.figures import LABELS, ROLE_COLOURS, _figure, plain, shades, style
 
 RINGS = (0.05, 0.25, 0.5, 1.0)  # matching losses whose circles are drawn around the expert's end
+# Every difference on the instruction task that lessons 04 and 10 speak of; both correct their intervals for all of them.
+COMPARED = (
+    ("nacd/standard", "random/standard"), ("nacd/standard", "k_center/standard"), ("nacd/standard", "less/standard"),
+    ("nacd/standard", "chosen pairs/standard"), ("nacd/own", "random/standard"), ("chosen pairs/standard", "random/standard"),
+    ("chosen pairs/standard", "less/standard"), ("k_center/standard", "random/standard"), ("less/standard", "random/standard"),
+)
 DASHES = {"full": "-", "real": "--", "learned": "-"}
 
 
@@ -83,21 +90,20 @@ def losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Matching losses over the outer steps, a line for each set; the right axis reads them as the distance left, √loss.
 
     Args:
-        curves: name of a set → its matching loss before each outer step; at most three.
+        curves: name of a set → its matching loss before each outer step.
         title: of the panel.
     """
     figure, (axes,) = _figure(8, 4)
-    for (label, curve), colour, dashes in zip(curves.items(), shades("learned", 3), ("-", "--", ":"), strict=False):
-        axes.plot(range(len(curve)), curve, dashes, lw=2.2, color=colour, label=label)
-        axes.plot(0, curve[0], "o", ms=8, mew=2, color=ROLE_COLOURS["real"], label="_control")
-    axes.annotate("real\nprompts", (0, min(curve[0] for curve in curves.values())), xytext=(-4, -10), va="top", fontsize=11,
+    for (label, curve), colour in zip(curves.items(), shades("learned", len(curves)), strict=True):
+        axes.plot(range(len(curve)), curve, lw=1.3, color=colour, label=label)
+        axes.plot(0, curve[0], "o", ms=7, mfc="none", mew=1.5, color=ROLE_COLOURS["real"], label="_control")
+    axes.annotate("real\nprompts", (0, min(curve[0] for curve in curves.values())), xytext=(-4, -42), va="top", fontsize=11,
                   textcoords="offset points", color="0.3")
     axes.set(title=plain(title), xlabel="outer steps done", ylabel="matching loss", ylim=(0, None))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     way = axes.secondary_yaxis("right", functions=(lambda loss: np.sqrt(np.maximum(loss, 0)), np.square))
     way.set_ylabel("distance left (√)")
     way.set_yticks([0.2, 0.3, 0.4, 0.5, 0.6])
-    axes.legend(frameon=False)
     return figure
 
 
@@ -130,9 +136,10 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         scores = scores.dropna()
         colour = ROLE_COLOURS[ROLE_OF.get(str(name).split("/")[0], "real")]
         face = colour if len(scores) > 1 else "white"
-        left.plot(scores, [place] * len(scores), "o", ms=7, color=colour, mfc=face, mew=1.5, label=_label(str(name)))
+        heights = place + np.linspace(-0.18, 0.18, len(scores)) * (len(scores) > 1)  # no dot hides another
+        left.plot(scores, heights, "o", ms=6, color=colour, mfc=face, mew=1.5, label=_label(str(name)))
         if len(scores) > 1:
-            left.plot(scores.mean(), place, "|", ms=20, mew=2.5, color=colour)
+            left.plot(scores.mean(), place, "|", ms=22, mew=2.5, color=colour)
         if name != other:
             for together, width in ((comparisons, 1.3), (1, 4)):
                 mean, half = paired_difference(sets, str(name), other, together)
@@ -140,6 +147,8 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
                     right.plot([mean - half, mean + half], [place, place], color=colour, lw=width, label="_interval",
                                solid_capstyle="butt")
             right.plot(mean, place, "o", ms=7, color=colour, mfc=face, mew=1.5, label="_gain")
+        else:
+            right.annotate("reference", (0, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=10)
     edge = min(float(rows.min().min()), full) - 0.05
     levels = (("guessing", chance, ":", "right"), ("no training", zero, "--", "left"), ("all pairs", full, "-", "right"))
     outside = [f"{label} {score:.2f}" for label, score, *_ in levels if score < edge]
@@ -160,6 +169,22 @@ def gains(result: Mapping, other: str, chance: float, title: str, gain_title: st
         axes.set_ylim(len(rows) - 0.5, -1)
         axes.grid(axis="y", visible=False)
     return figure
+
+
+def differences(sets: pd.DataFrame) -> list[str]:
+    """The differences of :data:`COMPARED` in words, a line for each: mean, half of the 95 % interval alone and together.
+
+    Args:
+        sets: as :func:`~distillkit.experiments.results.by_set` gives it.
+    """
+    shorter = {"nacd": "NACD", "k_center": "k-centre", "less": "LESS"}
+    lines = [f"{'':32}    mean   95 % ±, alone   all {len(COMPARED)} together"]
+    for number, (one, other) in enumerate(COMPARED, start=1):
+        (mean, alone), (_, together) = (paired_difference(sets, one, other, count) for count in (1, len(COMPARED)))
+        first, second = (shorter.get(name.split("/")[0], name.split("/")[0]) for name in (one, other))
+        words = f"{number}  {first}{', own steps' * one.endswith('own')} minus {second}"
+        lines.append(f"{words:32}  {mean:+.3f}           {alone:.3f}            {together:.3f}")
+    return lines
 
 
 def _label(name: str) -> str:
