@@ -3,15 +3,15 @@
 A *card* says what can be read off one learned example at one outer step: the word nearest to each learned position, how far
 that word is, and the soft label.  A nearest word always exists, however far away it is, so each card shows its distances beside
 a yardstick, the distance from a word to the word nearest to it: a word many yardsticks away names a direction at best.
-:func:`read_cards` computes them from the snapshots of a run, and :func:`cards` draws one step, or several as a film strip.
+:func:`read_cards` computes them from the snapshots of a run, :func:`cards` draws one step, or several as a film strip above
+the distances of all positions, and :func:`summary` condenses a step into numbers.
 
 :func:`scores_by_size` collects what committed results say of each method at one example per class, and
-:func:`accuracy_against_bytes` draws it, a dot for each set.
+:func:`accuracy_against_bytes` draws some of it, a dot for each set.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +23,8 @@ from matplotlib.lines import Line2D
 
 from distillkit.core.distilled import DistilledSet
 from distillkit.core.student import Student
+from distillkit.data.tasks import Task
+from distillkit.evaluation.words import weighted_words
 from distillkit.experiments.results import by_set, frame
 from distillkit.io.checks import require
 from distillkit.io.escaping import one_line
@@ -31,9 +33,11 @@ from distillkit.view.measures import distance_to_words, history
 from distillkit.view.set_figures import in_font
 
 Cards = namedtuple("Cards", ("steps", "classes", "own", "words", "changed", "distances", "labels", "yardstick"))
+Summary = namedtuple("Summary", ("changed", "positions", "telling", "telling_changed", "distance", "lowest", "highest"))
 
 WIDTH, HEIGHT = 3.15, 1.75  # inches of a card
-CHARACTERS, LINES, LINE = 40, 5, 0.105  # of the words of a card: characters in a line, lines, and the height of one
+STRIP_HEIGHT = 1.1  # of a card without labels and distances
+CHARACTERS, LINES, LINE = 36, 5, 0.105  # of the words of a card: characters in a line, lines, and the height of one
 FONT = "DejaVu Sans Mono"  # every character is as wide as the next, so that words of two colours share a line
 LABELS = {
     "class names/tuned": ("class names", "text"), "written/tuned": ("hand-written sentences", "text"),
@@ -46,9 +50,12 @@ LABELS = {
     "projected/tuned": ("nearest words, tuned", "text"),
     "keywords + learned labels/own": ("keywords, labels learned", "text"),
 }
-LONGER = ("embeddings/own", "projected/tuned")  # rows of the longer run that are shown beside those of a hundred steps
-GAP = 0.029  # least vertical distance between two labels, in accuracy
-BRACKET = 0.59  # accuracy at which the true bytes of a crowded column stand
+LONGER = ("embeddings/own", "projected/own", "projected/tuned")  # rows of a longer run that are shown beside the others
+DRAWN = ("keywords/tuned", "chosen sentences/tuned", "random/tuned", "projected/own", "projected/tuned",
+         "embeddings low rank/own", "embeddings float16/own", "embeddings/own")  # rows that the figure shows
+GAP = 0.031  # least vertical distance between two labels, in accuracy
+JITTER = 0.04  # how far dots of one weight stand to the left and right of it, as a share of the weight
+START, CHANGED = "0.35", ROLE_COLOURS["learned"]  # a word of the start, and another one: words and dots alike
 
 
 def read_cards(snapshots: Sequence[DistilledSet], student: Student) -> Cards:
@@ -85,39 +92,87 @@ def read_cards(snapshots: Sequence[DistilledSet], student: Student) -> Cards:
                  distance_to_words(first, student).yardstick)
 
 
+def telling_words(task: Task, count: int = 50) -> list[set[str]]:
+    """For each class the ``count`` words with the largest weights in a classifier of word counts."""
+    return [{word for word, _ in of_class[:count]} for of_class in weighted_words(task)]
+
+
+def summary(data: Cards, place: int, telling: Sequence[set[str]]) -> Summary:
+    """What the cards at one ``place`` of ``data.steps`` say in numbers.
+
+    Returns:
+        ``changed``, positions whose nearest word is another than at the start, of ``positions``; ``telling``, positions whose
+        nearest word is among the ``telling`` words of their class, and ``telling_changed``, how many of the changed ones are;
+        the median ``distance`` in yardsticks; ``lowest`` and ``highest`` probability that a label gives to its own class.
+    """
+    changed, distances = (np.concatenate(values[place]) for values in (data.changed, data.distances))
+    cards = zip(data.words[place], data.own, strict=True)
+    tells = np.array([word in telling[label] for words, label in cards for word in words])
+    own = data.labels[place][range(len(data.own)), data.own]
+    return Summary(int(changed.sum()), len(changed), int(tells.sum()), int((changed & tells).sum()),
+                   float(np.median(distances)) / data.yardstick, float(own.min()), float(own.max()))
+
+
 @style()
-def cards(data: Cards, shown: Sequence[int], *, title: str, columns: int = 3) -> Figure:
-    """The cards of all examples: at one outer step in rows of ``columns``, at several as a film strip, a column a step.
+def cards(
+    data: Cards, shown: Sequence[int], *, title: str, columns: int = 3, examples: Sequence[int] | None = None,
+    below: str = "The distances of all positions",
+) -> Figure:
+    """The cards of all examples at one outer step, or of some examples at several, above the distances of all positions.
 
     Args:
         data: as :func:`read_cards` returns it.
         shown: places in ``data.steps``.
         title: the finding.
         columns: cards side by side where a single step is shown.
+        examples: those whose cards a strip of several steps shows; default: all.
+        below: title of the distances that stand below such a strip.
     """
-    strip, examples = len(shown) > 1, len(data.own)
-    columns = len(shown) if strip else min(columns, examples)
-    rows = examples if strip else -(-examples // columns)
-    figure, axes = _sheet(WIDTH * columns, HEIGHT * rows, left=0.4 if strip else 0.05, bottom=0.95 if strip else 0.75)
+    if len(shown) > 1:
+        return _strip(data, shown, range(len(data.own)) if examples is None else examples, title, below)
+    columns = min(columns, len(data.own))
+    rows = -(-len(data.own) // columns)
+    figure, axes = _sheet(WIDTH * columns, HEIGHT * rows, left=0.05, bottom=0.75)
     farthest = max(max(map(max, step)) for step in data.distances)
     palette = sns.color_palette("Set2", len(data.classes))
-    for place in range(len(shown) * examples):
-        example = place // len(shown) if strip else place
-        corner = (place % columns, place // columns)
-        card = _Card(axes, corner, 1.08 * max(farthest, data.yardstick))
-        card.draw(data, shown[place % len(shown)], example, palette, heading=not strip)
-    if strip:
-        axes.set_xticks([i + 0.5 for i in range(columns)], [str(data.steps[place]) for place in shown])
-        names = [plain(data.classes[label]) for label in data.own]
-        axes.set_yticks([i + 0.5 for i in range(rows)], names, rotation=90, va="center", fontsize=11)
-        axes.set_xlabel("outer step")
-    else:
-        axes.set(xticks=[], yticks=[], xlabel=f"outer step {data.steps[shown[0]]}")
-    axes.set(xlim=(0, columns), ylim=(rows, 0), title=title)
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.legend(handles=_card_legend(), loc="lower center", ncols=3, frameon=False, fontsize=9)
+    for example in range(len(data.own)):
+        card = _Card(axes, (example % columns, example // columns), 1.08 * max(farthest, data.yardstick))
+        card.draw(data, shown[0], example, palette)
+    axes.set(xticks=[], yticks=[], xlabel=f"outer step {data.steps[shown[0]]}")
+    _without_frame(axes, columns, rows, title)
+    figure.legend(handles=_card_legend(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
+    return figure
+
+
+def _strip(data: Cards, shown: Sequence[int], examples: Sequence[int], title: str, below: str) -> Figure:
+    """A row of cards for each example and a column for each step, and below them all positions on one axis of distances."""
+    width, height, line = WIDTH * len(shown), STRIP_HEIGHT * len(examples), 0.36 * len(shown) + 0.3
+    figure, axes = _sheet(width, height, left=0.85, bottom=line + 1.9)
+    for place, (row, column) in enumerate(np.ndindex(len(examples), len(shown))):
+        example, step = examples[place // len(shown)], shown[column]
+        card = _Card(axes, (column, row), 1.0)
+        card.edge()
+        card.words(data.words[step][example], data.changed[step][example], 0.14, LINE * HEIGHT / STRIP_HEIGHT)
+    axes.set_xticks([i + 0.5 for i in range(len(shown))], [str(data.steps[place]) for place in shown])
+    names = [plain(data.classes[data.own[example]]) for example in examples]
+    axes.set_yticks([i + 0.5 for i in range(len(examples))], names, rotation=90, va="center", fontsize=11)
+    axes.set_xlabel("outer step", labelpad=2)
+    _without_frame(axes, len(shown), len(examples), title)
+
+    total_width, total_height = figure.get_size_inches()
+    distances = figure.add_axes((0.85 / total_width, 0.95 / total_height, width / total_width, line / total_height))
+    for row, place in enumerate(shown):
+        away, changed = (np.concatenate(values[place]) for values in (data.distances, data.changed))
+        heights = row + 0.52 * ((np.arange(len(away)) * 5 % 7) / 6 - 0.5)
+        for these, colour in ((~changed, START), (changed, CHANGED)):
+            distances.plot(away[these] / data.yardstick, heights[these], "o", ms=4, mew=0, color=colour, label="_positions")
+    distances.axvline(1, ls=":", lw=2, color="black", label="yardstick")
+    distances.set_yticks(range(len(shown)), [f"step {data.steps[place]}" for place in shown])
+    farthest = max(max(map(max, data.distances[place])) for place in shown) / data.yardstick
+    distances.set(xlim=(-0.2, max(1.5, 1.05 * farthest)), ylim=(len(shown) - 0.5, -0.5), title=below,
+                  xlabel="distance to the nearest word (1 yardstick: from a word to the word nearest to it)")
+    distances.grid(axis="y", visible=False)
+    figure.legend(handles=_card_legend(), loc="lower center", ncols=3, frameon=False, fontsize=9.5)
     return figure
 
 
@@ -130,12 +185,17 @@ def _sheet(width: float, height: float, *, left: float, bottom: float, top: floa
     return figure, axes
 
 
+def _without_frame(axes, columns: int, rows: int, title: str) -> None:
+    axes.set(xlim=(0, columns), ylim=(rows, 0), title=title)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def _card_legend() -> list[Line2D]:
-    changed = Line2D([], [], ls="", marker="s", color=ROLE_COLOURS["learned"], label="word: another than at the start")
-    dots = Line2D([], [], ls="", marker="o", ms=5, color=ROLE_COLOURS["learned"], alpha=0.6,
-                  label="learned position: distance to its nearest word")
-    rule = Line2D([], [], ls=":", lw=2, color="black", label="yardstick: from a word to its nearest word")
-    return [changed, dots, rule]
+    words = {"nearest word: that of the start": START, "nearest word: another one": CHANGED}
+    marks = [Line2D([], [], ls="", marker="o", color=colour, label=name) for name, colour in words.items()]
+    return [*marks, Line2D([], [], ls=":", lw=2, color="black", label="1 yardstick")]
 
 
 class _Card:
@@ -151,22 +211,24 @@ class _Card:
     def text(self, x: float, y: float, words: str, **options) -> None:
         self.axes.text(*self.at(x, y), words, **{"fontsize": 8.5, "va": "center", "parse_math": False} | options)
 
-    def draw(self, data: Cards, step: int, example: int, palette, *, heading: bool) -> None:
+    def draw(self, data: Cards, step: int, example: int, palette) -> None:
+        self.edge()
+        self.text(0.05, 0.09, one_line(data.classes[data.own[example]], 24), weight="bold", fontsize=10)
+        self.words(data.words[step][example], data.changed[step][example], 0.19)
+        self._labels(data.labels[step][example], data.classes, palette)
+        self._distances(data.distances[step][example], data.changed[step][example], data.yardstick)
+
+    def edge(self) -> None:
         edge = np.array([(0.02, 0.02), (0.98, 0.02), (0.98, 0.97), (0.02, 0.97), (0.02, 0.02)])
         self.axes.plot(*self.at(*edge.T), color="0.75", lw=1, label="_edge")
-        if heading:
-            self.text(0.05, 0.09, one_line(data.classes[data.own[example]], 24), weight="bold", fontsize=10)
-        self._words(data.words[step][example], data.changed[step][example], 0.19 if heading else 0.09)
-        self._labels(data.labels[step][example], data.classes, palette)
-        self._distances(data.distances[step][example], data.yardstick)
 
-    def _words(self, words: Sequence[str], changed: Sequence[bool], top: float) -> None:
+    def words(self, words: Sequence[str], changed: Sequence[bool], top: float, line: float = LINE) -> None:
         """The words in lines; those that changed are drawn over the gaps that the others leave."""
         lines = _in_lines(words, changed, LINES)
         for number, (kept, new) in enumerate(lines):
-            place = {"x": 0.05, "y": top + LINE * number, "family": FONT, "fontsize": 8.5}
-            self.text(words=kept, color="0.25", **place)
-            self.text(words=new, color=ROLE_COLOURS["learned"], weight="bold", **place)
+            place = {"x": 0.05, "y": top + line * number, "family": FONT, "fontsize": 9}
+            self.text(words=kept, color=START, **place)
+            self.text(words=new, color=CHANGED, weight="bold", **place)
 
     def _labels(self, probabilities: np.ndarray, classes: Sequence[str], palette) -> None:
         """The soft label as bars, each class under the first three letters of its name."""
@@ -180,18 +242,18 @@ class _Card:
         self.text(0.04 + width * (best + 0.4), floor - height * probabilities[best] - 0.035, f"{probabilities[best]:.2f}",
                   ha="center")
 
-    def _distances(self, distances: Sequence[float], yardstick: float) -> None:
+    def _distances(self, distances: Sequence[float], changed: Sequence[bool], yardstick: float) -> None:
         """Each position's distance to its nearest word as a dot on a line (heights keep dots apart), beside the yardstick."""
         left, right, floor = 0.58, 0.95, 0.87
         scale = (right - left) / self.farthest
         self.axes.plot(*self.at([left, right], [floor, floor]), color="0.4", lw=1, label="_axis")
         heights = floor - 0.03 - 0.13 * (np.arange(len(distances)) % 5) / 4
-        self.axes.plot(*self.at(left + scale * np.array(distances), heights), "o", ms=3.5, mew=0, alpha=0.6,
-                       color=ROLE_COLOURS["learned"], label="_positions")
+        for place, height, new in zip(left + scale * np.array(distances), heights, changed, strict=True):
+            self.axes.plot(*self.at(place, height), "o", ms=3.5, mew=0, color=CHANGED if new else START, label="_positions")
         x = left + scale * yardstick
         self.axes.plot(*self.at([x, x], [floor - 0.19, floor]), ":", lw=2, color="black", label="_yardstick")
         middle = float(np.median(distances)) / yardstick
-        self.text(right, floor + 0.05, f"median {middle:.1f} yardsticks", ha="right", fontsize=8)
+        self.text(right, floor + 0.05, f"median {middle:.1f} yardsticks", ha="right", fontsize=8.5)
 
 
 def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[tuple[str, str]]:
@@ -211,31 +273,31 @@ def _in_lines(words: Sequence[str], changed: Sequence[bool], most: int) -> list[
 # --- accuracy against bytes ----------------------------------------------------------------------------------------------
 
 
-def scores_by_size(evidence: Mapping, demo: Mapping, longer: Mapping, *, cell: str = "per_class=1") -> pd.DataFrame:
-    """What each method weighs and reaches at one example per class, from three committed results on one corpus.
+def scores_by_size(evidence: Mapping, *longer: Mapping, cell: str = "per_class=1") -> pd.DataFrame:
+    """What each method weighs and reaches at one example per class, from committed results on one corpus.
 
     Args:
         evidence: cheap opponents and embeddings, several sets.
-        demo: the run of `make demo`, one set: its words.
-        longer: a set that was learned for longer, one set.
+        longer: runs of one set each, of another number of outer steps; of them the rows :data:`LONGER` are taken.
         cell: of ``evidence``.
 
     Returns:
-        A line per method: ``label``, ``role``, ``recipe``, ``bytes``, ``accuracies`` (of each set, the mean over its
-        initialisations), ``mean``, ``sets``, ``steps`` of one training (of each set); the lightest first, then the better.
+        A line per method: ``row`` of the settings, ``label``, ``role``, ``recipe``, ``bytes``, ``accuracies`` (of each set, the
+        mean over its initialisations), ``mean``, ``sets``, ``steps`` of one training (of each set); the lightest first, then
+        the better.
     """
     shown = [(evidence, cell, row, "") for row in LABELS if row in {*frame(evidence)["row"]}]
-    shown.append((demo, None, "projected/own", ""))
-    (steps,) = {note["steps"] for name, note in _notes(longer) if name == "embeddings 0"}
-    shown += [(longer, None, row, f", {steps:,} outer steps") for row in LONGER]
+    for result in longer:
+        (steps,) = {note["steps"] for name, note in _notes(result) if name == "embeddings 0"}
+        shown += [(result, None, row, f", {steps:,} outer steps") for row in LONGER if row in {*frame(result)["row"]}]
     lines = []
     for result, of_cell, row, more in shown:
         scores = frame(result).query("row == @row")
         sets = by_set(result, cell=of_cell).loc[row].dropna()
         label, role = LABELS[row]
         notes = dict(_notes(result))
-        lines.append({"label": label + more, "role": role, "recipe": row.split("/")[1], "bytes": scores["nbytes"].mean(),
-                      "accuracies": sets.tolist(), "mean": sets.mean(), "sets": len(sets),
+        lines.append({"row": row, "label": label + more, "role": role, "recipe": row.split("/")[1],
+                      "bytes": scores["nbytes"].mean(), "accuracies": sets.tolist(), "mean": sets.mean(), "sets": len(sets),
                       "steps": [notes[f"{row} {seed}"]["recipe"]["steps"] for seed in sets.index]})
     return pd.DataFrame(lines).sort_values(["bytes", "mean"], ascending=[True, False], kind="stable", ignore_index=True)
 
@@ -251,85 +313,62 @@ def accuracy_against_bytes(
     """Accuracy against the bytes of what a student trains on, bytes on a log axis: a dot a set, hollow where there is one set.
 
     Args:
-        methods: as :func:`scores_by_size` returns it.
+        methods: as :func:`scores_by_size` returns it; those of :data:`DRAWN` are drawn.
         title: the finding.
         upper: name → accuracy of what trains on all rows, drawn as lines.
         chance: accuracy of guessing.
         corpus_bytes: size of the compressed corpus, drawn as a vertical line.
     """
-    figure, (axes,) = _figure(10.5, 6.2)
-    beside = _beside(methods)
-    for method in methods.itertuples():
-        colour, x = ROLE_COLOURS[method.role], beside[method.Index]
-        filled = colour if method.sets > 1 else "white"
-        axes.plot([x] * method.sets, method.accuracies, "o", color=colour, mfc=filled, mew=1.6, ms=7, alpha=0.85,
-                  zorder=3 if method.sets > 1 else 4, label=method.label)
+    figure, (axes,) = _figure(10.5, 5.6)
+    drawn = methods[methods["row"].isin(DRAWN)]
+    beside = _beside(drawn)
+    for method in drawn.itertuples():
+        colour = ROLE_COLOURS[method.role]
+        axes.plot([beside[method.Index]] * method.sets, method.accuracies, "o", color=colour, mew=1.6, ms=7, alpha=0.85,
+                  mfc=colour if method.sets > 1 else "white", zorder=3 if method.sets > 1 else 4, label=method.label)
     for name, value in upper.items():
         axes.axhline(value, color=ROLE_COLOURS["full"], lw=1.6, label=name)
-        axes.text(160, value + 0.006, f"{name}: {value:.2f}", fontsize=10, va="bottom")
+        axes.text(430, value + 0.006, f"{name}: {value:.2f}", fontsize=10, va="bottom")
     axes.axhline(chance, color=ROLE_COLOURS["chance"], lw=1.6, ls=":", label="chance")
-    axes.text(160, chance + 0.006, f"chance: {chance:.2f}", fontsize=10, color=ROLE_COLOURS["chance"], va="bottom")
+    axes.text(7e6, chance - 0.008, f"chance: {chance:.2f}", fontsize=10, color=ROLE_COLOURS["chance"], ha="right", va="top")
     axes.axvline(corpus_bytes, color=ROLE_COLOURS["full"], lw=1.6, ls="--", label="compressed corpus")
     axes.text(corpus_bytes * 0.94, 0.2, "compressed corpus", rotation=90, fontsize=10, ha="right", va="bottom")
-    _labelled(axes, methods)
-    axes.set(xscale="log", xlim=(140, 2e7), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
-             xlabel="bytes of what a student trains on (log scale; similar ones spread out; a dot per set, hollow: one set)")
+    _labelled(axes, drawn, beside, lowest=chance + 0.025)
+    axes.set(xscale="log", xlim=(400, 9e6), ylim=(0.12, 0.86), title=title, ylabel="accuracy on the test split",
+             xlabel="bytes of what a student trains on, log scale (a dot per set; hollow: one set)")
     axes.set_xticks([1e3, 1e4, 1e5, 1e6], ["1 kB", "10 kB", "100 kB", "1 MB"])
     axes.grid(axis="x", visible=False)
-    names = {"real": "real sentences, drawn without scoring them", "text": "text: written, chosen by a score, or nearest words",
-             "learned": "learned vectors"}
+    names = {"real": "real sentences, drawn at random", "text": "other text", "learned": "learned vectors"}
     marks = [Line2D([], [], ls="", marker="o", color=ROLE_COLOURS[role], label=name) for role, name in names.items()]
     figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _columns(methods: pd.DataFrame) -> pd.Series:
-    """The column of each method: those of similar weight share one."""
-    return (np.log10(methods["bytes"]).diff() > 0.5).cumsum()
-
-
 def _beside(methods: pd.DataFrame) -> pd.Series:
-    """Where each method is drawn: beside those of the same weight, and in a strip of its own where a column holds many, the
-    highest mean on the left."""
-    rank = methods["mean"].groupby(_columns(methods)).rank(ascending=False, method="first") - 1
-    many = methods["mean"].groupby(_columns(methods)).transform("size")
-    place = pd.Series(range(len(methods)), methods.index)
-    middle = methods["bytes"].groupby(_columns(methods)).transform("mean")
-    return (middle * 1.14 ** (rank - (many - 1) / 2)).where(many > 4, methods["bytes"] * (1 + 0.05 * (place % 3 - 1)))
+    """Where each method is drawn: at its weight, or :data:`JITTER` beside it where another one of that weight is as good."""
+    places = methods["bytes"].astype(float)
+    for _, group in methods.groupby("bytes"):
+        ranges = pd.DataFrame(group["accuracies"].map(lambda values: (min(values), max(values))).tolist(), index=group.index)
+        shared = [i for i in group.index if ((ranges[0] <= ranges[1][i]) & (ranges[1] >= ranges[0][i])).sum() > 1]
+        places[shared] *= 1 + JITTER * np.linspace(-1, 1, len(shared))
+    return places
 
 
-def _labelled(axes, methods: pd.DataFrame) -> None:
-    """Each method's name and mean to the right of its dots, moved apart where two would overlap, with a line to the mean.
-
-    Methods of similar weight form a column; the name of one that is alone in the first stands below its dots, in a later one
-    beside the highest, and the name of the lightest of the last column to the left of its dots.
-    """
-    columns, beside = _columns(methods), _beside(methods)
-    for column, group in methods.groupby(columns):
-        names = {method.Index: f"{method.label}: {method.mean:.2f}" for method in group.itertuples()}
-        if len(group) == 1 and column < columns.max():
-            (method,) = group.itertuples()
-            if column:
-                axes.text(method.bytes * 1.13, max(method.accuracies), names[method.Index].replace(", ", ",\n"), fontsize=9.5,
-                          va="center")
-            else:
-                axes.text(method.bytes, min(method.accuracies) - 0.015, names[method.Index], fontsize=9.5, va="top")
-            continue
-        right, last, crowded = beside[group.index].max() * 1.3, np.inf, len(group) > 4
-        if crowded:
-            ends, bytes_of = beside[group.index].agg(["min", "max"]), group["bytes"].agg(["min", "max"])
-            axes.plot(ends, [BRACKET] * 2, color="black", lw=0.9)
-            axes.text(ends["min"], BRACKET + 0.008, f"{bytes_of['min']:,.0f} to {bytes_of['max']:,.0f} bytes", fontsize=9.5)
-        for method in group.sort_values("mean", ascending=False, kind="stable").itertuples():
-            x = beside[method.Index]
-            if column == columns.max() and method.bytes < 0.6 * group["bytes"].max():
-                axes.text(x * 0.8, method.mean, names[method.Index], fontsize=9.5, ha="right", va="center")
-                continue
-            name = textwrap.fill(names[method.Index], 30) if crowded else names[method.Index]
-            extra = GAP / 2 * name.count("\n")
-            last = min(method.mean + (GAP if last == np.inf and crowded else 0), last - GAP - extra)
-            axes.annotate(name, (x, method.mean), (right, last), fontsize=9.5, va="center", color="black",
-                          bbox={"fc": "white", "ec": "none", "pad": 0.6},
-                          arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS[method.role], "lw": 0.9, "shrinkA": 2,
-                                      "relpos": (0, 0.5), "shrinkB": 5})
-            last -= extra
+def _labelled(axes, methods: pd.DataFrame, beside: pd.Series, lowest: float) -> None:
+    """Each method's name and mean beside its dots: text to the right of all text, moved apart but not below ``lowest``; vectors
+    that stand just to the left of heavier ones have their name to the left."""
+    box = {"fc": "white", "ec": "none", "pad": 0.6}
+    text = methods[methods["role"] != "learned"].sort_values("mean", ascending=False)
+    last, right = np.inf, text["bytes"].max() * 1.25
+    for method in text.itertuples():
+        last = max(lowest, min(method.mean, last - GAP))
+        name = f"{LABELS[method.row][0]}: {method.mean:.2f}"
+        axes.annotate(name, (beside[method.Index], method.mean), (right, last), fontsize=10, va="center", bbox=box,
+                      arrowprops={"arrowstyle": "-", "color": ROLE_COLOURS[method.role], "lw": 0.9, "shrinkA": 1,
+                                  "relpos": (0, 0.5), "shrinkB": 5})
+    vectors = methods[methods["role"] == "learned"]
+    for method in vectors.itertuples():
+        to_the_left = vectors["bytes"].between(method.bytes * 1.1, method.bytes * 3).any()
+        name = method.label.replace(", ", ",\n", 1) if method.bytes < vectors["bytes"].max() / 3 else method.label
+        axes.text(beside[method.Index] * (0.8 if to_the_left else 1.2), method.mean, f"{name}: {method.mean:.2f}", bbox=box,
+                  fontsize=10, ha="right" if to_the_left else "left", va="center")
