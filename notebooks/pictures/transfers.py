@@ -28,7 +28,7 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         full: target → accuracy of training on all data, where it was measured.
     """
     columns = max(scores["target"].nunique() for scores in panels.values())
-    figure, axes = _figure((1.4 + 1.47 * columns) * len(panels), 4.6, len(panels))
+    figure, axes = _figure(max(5.4, 1.4 + 1.47 * columns) * len(panels), 4.6, len(panels))
     for panel, (title, scores) in zip(axes, panels.items(), strict=True):
         targets = [*dict.fromkeys(scores["target"])]
         methods = [method for method in LINES if method in set(scores["method"])]
@@ -61,7 +61,7 @@ def slopes(panels: Mapping[str, pd.DataFrame], chance: float, full: Mapping[str,
         panel.set(title=plain(title), ylabel="test accuracy", xlim=(-LEFT, len(targets) - 0.25),
                   ylim=(min(0.1, chance - 0.06), max([*scores["accuracy"], *full.values()]) + 0.08))
         panel.set_xticks(range(len(targets)), [plain(target) for target in targets])
-        panel.set_xlabel("trained on (hollow or a small dot: one set)")
+        panel.set_xlabel("trained on (dot or hollow mark: one set)")
     return figure
 
 

@@ -48,7 +48,8 @@ class Panel:
         levels: {name: (y value, role)} of horizontal lines, in the colour of a role.
         ylim: the limits of y; None: those of the values.
         markers: a mark at every point; hollow for a single set, which has no spread.
-        legend: where matplotlib puts the names of the lines; "outside": right of the panel; "none": nowhere.
+        legend: where matplotlib puts the names of the lines; "outside": right of the panel; "ends": at the ends of the lines;
+            "none": nowhere.
         colours: {name: colour} of lines; the others take :data:`COLOURS` in turn.
     """
 
@@ -85,9 +86,22 @@ def line_panels(*panels: Panel) -> Figure:
         where.title.set_fontsize(12)
         if panel.legend == "outside":
             where.legend(fontsize=9.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        elif panel.legend == "ends":
+            _name_ends(where, panel.lines)
         elif panel.legend != "none":
             where.legend(fontsize=9.5, loc=panel.legend)
     return figure
+
+
+def _name_ends(axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Name each line at its right end in its colour, the names as far apart as they need to be read."""
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    ends = {name: (xs[-1], ys[-1]) for name, (xs, ys) in lines.items()}
+    places, height = {name: axes.transData.transform(end)[1] for name, end in ends.items()}, float("-inf")
+    for name in sorted(ends, key=places.__getitem__):
+        height = max(places[name], height + 13 * axes.figure.dpi / 72)
+        axes.annotate(name, ends[name], xytext=(8, (height - places[name]) * 72 / axes.figure.dpi), textcoords="offset points",
+                      va="center", fontsize=9.5, color=colours[name], annotation_clip=False)
 
 
 def _mark(axes, marks: Mapping[str, float], levels: Mapping[str, tuple[float, str]]) -> None:
@@ -103,11 +117,31 @@ def _mark(axes, marks: Mapping[str, float], levels: Mapping[str, tuple[float, st
 
 
 @style()
+def memory_films(films: Mapping[str, Sequence[float]], title: str, frames: int = 150) -> Figure:
+    """Live megabytes of strategies while they run, each from its start to its end.
+
+    Args:
+        films: of :data:`STRATEGIES`: {name: megabytes after each tensor operation}.
+        title: the finding.
+        frames: how many points are drawn of each, the most bytes of as many equal stretches.
+    """
+    lines = {}
+    for name, film in films.items():
+        bounds = [len(film) * place // frames for place in range(frames + 1)]
+        peaks = [max(film[begin:end] or [film[min(begin, len(film) - 1)]]) for begin, end in zip(bounds, bounds[1:])]
+        lines[name] = [100 * place / frames for place in range(1, frames + 1)], peaks
+    figure = line_panels(Panel(title, "tensor operations done, % of each run", "live tensors, MB", lines, markers=False,
+                               legend="outside", colours=STRATEGY_COLOURS))
+    figure.set_size_inches(8.5, 3.9)
+    return figure
+
+
+@style()
 def cost_bars(result: Mapping, steps: Sequence[int], contenders: Mapping[str, str], titles: tuple[str, str]) -> Figure:
     """Memory and time of strategies at several numbers of inner steps.
 
     Left, the peak of all live tensors as a pale bar and the peak of the activations as a full one in front of it; right, the
-    time as a multiple of training without a meta-gradient.
+    time as a multiple of training without a meta-gradient.  The legend of the left panel serves both.
 
     Args:
         result: as the benchmark of meta-gradients writes it; its first student is drawn.
@@ -128,6 +162,8 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Mapping[str, st
         memory.bar(places, [cell["activations"] / 1e9 for cell in cells], width * 0.5, color=colour, label=f"_{label}")
         time.bar(places, [cell["cost"] for cell in cells], width * 0.92, color=colour, label=label)
     time.axhline(1, label="training alone", **MARKED)
+    time.annotate("training alone", (1, 1), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                  fontsize=9.5, va="center")
     for axes, title in zip((memory, time), titles, strict=True):
         axes.set_xticks(range(len(steps)), [f"T = {t}" for t in steps])
         axes.set_xlabel("inner steps")
@@ -137,6 +173,4 @@ def cost_bars(result: Mapping, steps: Sequence[int], contenders: Mapping[str, st
     time.set_ylabel("time, in plain training runs")
     kinds = [Patch(color="grey", alpha=0.4, label="pale: everything"), Patch(color="grey", label="full: activations")]
     memory.legend(handles=[*memory.get_legend_handles_labels()[0], *kinds], fontsize=9.5)
-    time.legend(fontsize=9.5, loc="upper left", ncols=2)
-    time.set_ylim(top=7.4)
     return figure
