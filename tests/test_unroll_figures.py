@@ -8,7 +8,7 @@ import torch
 
 from distillkit.experiments.results import read
 from distillkit.view.figures import ROLE_COLOURS, describe
-from pictures.unroll_figures import STRATEGY_COLOURS, MemoryTrace, Panel, cost_bars, line_panels
+from pictures.unroll_figures import STRATEGY_COLOURS, MemoryTrace, Panel, cost_bars, line_panels, memory_films
 
 COSTS = Path(__file__).resolve().parent.parent / "figures" / "results" / "metagrad.json"
 
@@ -44,3 +44,9 @@ def test_bars_are_the_measured_costs():
     assert max(bar.get_height() for bar in memory.patches) == rows["StoreAll", 32]["bytes"] / 1e9
     with pytest.raises(KeyError):
         cost_bars(result, (3,), {"StoreAll": "everything"}, titles)
+
+
+def test_a_film_of_memory_keeps_the_peak_of_every_stretch():
+    figure = memory_films({"StoreAll": [1.0, 9.0, 2.0, 3.0], "Replay": [5.0]}, "A finding", frames=2)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["StoreAll"] == [[50.0, 9.0], [100.0, 3.0]] and lines["Replay"] == [[50.0, 5.0], [100.0, 5.0]]
