@@ -72,7 +72,7 @@ def recipes(scores: pd.Series, chance: float) -> Figure:
         where.set(title=title, xlabel="test accuracy", xlim=(0, 1), ylim=(len(rows) - 0.5, -1.1))
         where.set_yticks(range(len(rows)), list(rows) if where is axes[0] else [])
         where.grid(visible=False)
-    figure.suptitle("Nearest words: chance under the own recipe, above random sentences when tuned", fontsize=13)
+    figure.suptitle("Nearest words: at chance under the own recipe, below keywords when tuned", fontsize=13)
     return figure
 
 
